@@ -1,0 +1,68 @@
+# Everything a user or contributor runs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := common stages cli
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev lint format types test quickstart bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## virtual environment with the locked dependencies
+
+dev: $(VENV)/.dev ## the same with what tests and linters need
+
+# uv installs in half a minute what takes pip three; pip is the way where uv cannot reach the index.
+define install_from
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r $(1) \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(1)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+endef
+
+$(VENV)/.installed: requirements.txt requirements-uv.txt pyproject.toml
+	$(call install_from,requirements.txt)
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements-uv.txt pyproject.toml
+	$(call install_from,requirements-dev.txt)
+	touch $@ $(VENV)/.installed
+
+lint: dev ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+format: dev ## rewrite the sources as ruff formats them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: dev ## all tests that need no cluster and no GPU
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --durations=15
+
+quickstart: install models/whisper-tiny.en/config.json data/demo/index.jsonl ## corpus, weights and all five stages on this machine
+	$(BIN)/moe-asr run --mode demo --gpu auto
+
+models/whisper-tiny.en/config.json: | install
+	$(BIN)/moe-asr model import-ct2 tiny.en models/whisper-tiny.en
+
+data/demo/index.jsonl: | install
+	$(BIN)/moe-asr corpus synth data/demo
+
+bench: dev ## measurements against peers, side by side
+	$(BIN)/python -m bench.run
+
+lock: ## resolve pyproject.toml into the requirements files, with hashes
+	$(BIN)/uv pip compile -q pyproject.toml --extra demo --extra audio-formats --extra argo --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header -o requirements.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev -c requirements.txt --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header -o requirements-dev.txt
+	grep -A100 -E '^uv==' requirements-dev.txt | awk 'NR>1 && /^[a-z]/ {exit} {print}' | grep -v '^ *#' > requirements-uv.txt
+
+clean: ## remove what the targets made, except the virtual environment
+	rm -rf runs data models plots build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

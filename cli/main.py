@@ -1,0 +1,75 @@
+"""`moe-asr`: the whole pipeline and what belongs to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli.corpus import corpus
+from cli.model import model
+from cli.runs import gc, logs, plan, plot, runs, status, store, verify
+from cli.table import summary_table
+from common import __version__
+from common.config import to_yaml
+from common.console import run_command, set_up_logging
+from common.options import config_from, config_options
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="moe-asr")
+def cli() -> None:
+    """Mixtures of LoRA experts on Whisper, for speech that ordinary recognisers get wrong.
+
+    \b
+    moe-asr corpus synth data/demo         make a small spoken corpus
+    moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
+    moe-asr run --mode demo --dry-run      what is done, what is not, and why
+    """
+
+
+@cli.command()
+@config_options
+@click.option("--resume", is_flag=True, help="Go on in a run that holds another configuration.")
+@click.option("--dry-run", is_flag=True, help="Only say what would run, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+    """Runs the stages that are not done, in order, and ends with word error rates before and after."""
+    from stages.pipeline import run_pipeline
+
+    config = config_from(options)
+    if dry_run:
+        from cli.runs import show_plan
+
+        show_plan(config, as_json=as_json)
+        return
+    set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
+    summary = run_pipeline(config, resume=resume)
+    click.echo(json.dumps(summary, indent=1) if as_json else summary_table(summary))
+
+
+@cli.group("config")
+def config_group() -> None:
+    """The configuration."""
+
+
+@config_group.command("show")
+@config_options
+def config_show(**options: Any) -> None:  # noqa: ANN401
+    """Prints the resolved configuration, as YAML that --config reads."""
+    click.echo(to_yaml(config_from(options)), nl=False)
+
+
+for command in (corpus, model, plan, status, runs, verify, logs, gc, store, plot):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    run_command(cli)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Commands for base models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def model() -> None:
+    """Base models."""
+
+
+@model.command("import-ct2")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+def import_model(source: str, out: Path) -> None:
+    """Turns a CTranslate2 Whisper (what faster-whisper uses) into a Hugging Face checkpoint.
+
+    SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra brings.
+    """
+    from common.ct2 import bundled_tiny_en, import_ct2
+
+    import_ct2(bundled_tiny_en() if source == "tiny.en" else Path(source), out)
+    click.echo(out)

@@ -1,0 +1,40 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded with spaces; the first is aligned left, the others right."""
+    table = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """WER and CER before and after on held-out speakers, overall and by etiology, and where the report is."""
+    rows = [_row(name, values) for name, values in summary["by_etiology"].items()]
+    rows.append(_row("overall", summary))
+    low, high = summary["wer_interval_after"]
+    seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
+    return "\n".join(
+        [
+            text_table(("held-out speakers", "utterances", "WER before", "WER after", "CER before", "CER after"), rows),
+            "",
+            f"WER after, 95% interval over {summary['speakers']} speakers: {low:.1%} to {high:.1%}",
+            f"time: {seconds}",
+            f"report: {summary['report']}",
+        ]
+    )
+
+
+def _row(name: str, values: Mapping[str, Any]) -> list[str]:
+    rates = [f"{values[key]:.1%}" for key in ("wer_before", "wer_after", "cer_before", "cer_after")]
+    return [name, str(values["utterances"]), *rates]

@@ -1,0 +1,121 @@
+"""Experts on disk, in PEFT's format: one folder per expert that PEFT and vLLM load unchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import DataError
+from common.moe import MixtureLinear, mixture_layers
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def expert_tensors(model: nn.Module, expert: int) -> dict[str, Tensor]:
+    """One expert's matrices under PEFT's names, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in mixture_layers(model):
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A[expert].detach().cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = layer.lora_B[expert].detach().cpu().contiguous()
+    return tensors
+
+
+def save_expert(model: nn.Module, expert: int, folder: Path, *, base_model: str, alpha: float) -> None:
+    """Writes expert number `expert` (or the shared one, number E) as a PEFT LoRA adapter.
+
+    Args:
+        base_model: what PEFT should load it on: hub name or folder.
+        alpha: LoRA's alpha, of which the scale is alpha / rank.
+    """
+    layers = list(mixture_layers(model))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(expert_tensors(model, expert), folder / WEIGHTS, metadata={"format": "pt"})
+    description = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": layers[0][1].rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": _target_pattern([name for name, _ in layers]),
+        "task_type": None,
+    }
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _target_pattern(names: Sequence[str]) -> list[str] | str:
+    """PEFT's `target_modules`: the last parts of the names, or a regular expression where only one half is adapted."""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    halves = {part for name in names for part in ("encoder", "decoder") if f".{part}." in f".{name}"}
+    return last if len(halves) != 1 else rf".*\.{halves.pop()}\..*\.({'|'.join(last)})"
+
+
+def load_expert(model: nn.Module, expert: int, folder: Path) -> None:
+    """Reads a PEFT LoRA adapter into slot `expert` of the model's mixtures.
+
+    Raises:
+        DataError: the folder is no such adapter, or its layers, rank or shapes are not the model's.
+    """
+    tensors = read_adapter(folder)
+    with torch.no_grad():
+        for name, layer in mixture_layers(model):
+            for matrix, stack in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                value = tensors.pop(f"base_model.model.{name}.{matrix}.weight", None)
+                if value is None or value.shape != stack.shape[1:]:
+                    got = "nothing" if value is None else f"shape {tuple(value.shape)}"
+                    raise DataError(
+                        f"adapter {folder}: {name}.{matrix} should have shape {tuple(stack.shape[1:])}, found {got}; "
+                        "was it trained with another rank, target list or base model?"
+                    )
+                stack[expert].copy_(value)
+    if tensors:
+        raise DataError(f"adapter {folder} adapts {next(iter(tensors))}, which this model leaves alone")
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter folder.
+
+    Raises:
+        DataError: they are missing or damaged.
+    """
+    try:
+        return load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no {WEIGHTS}: not a PEFT LoRA adapter") from None
+    except SafetensorError as error:
+        raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from None
+
+
+def merge_expert(model: nn.Module, expert: int) -> None:
+    """Adds one expert's delta to the base weights and takes all mixtures out, leaving a plain dense model."""
+    for name, layer in list(mixture_layers(model)):
+        with torch.no_grad():
+            layer.base.weight += layer.delta_weight(expert).to(layer.base.weight.dtype)
+        replace_layer(model, name, layer.base)
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def copy_experts(source: Sequence[Path], model: nn.Module) -> None:
+    """Loads the adapters of `source`, in order, into experts 0, 1, …; further experts keep their start values."""
+    for expert, folder in enumerate(source):
+        load_expert(model, expert, folder)
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether any layer of the model is a mixture."""
+    return any(isinstance(layer, MixtureLinear) for layer in model.modules())

@@ -1,0 +1,333 @@
+"""The configuration: one YAML tree, validated, frozen, and merged from mode, GPU preset and options.
+
+Only the border reads it: stages hand plain arguments to the modules. Sections that a stage reads decide its
+key (`common.stage`); `runtime` never does, since nothing in it may change a result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import ConfigError, UsageError
+
+MODES = ("full", "quick", "demo")
+GPUS = ("a100-40", "a100-80", "h100-80", "h200-141", "cpu")
+
+
+class Section(BaseModel):
+    """One frozen section; an unknown name is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusConfig(Section):
+    """What to train on."""
+
+    path: str = Field("data/corpus", description="folder (or store URI) that holds index.jsonl")
+
+
+class ModelConfig(Section):
+    """The base model: any Whisper checkpoint."""
+
+    name: str = Field("openai/whisper-large-v2", description="hub name, local folder or store URI")
+    revision: str | None = Field(None, description="commit of a hub model; pin it for results that can be repeated")
+    language: str = Field("en", description="language token of multilingual models")
+    task: Literal["transcribe", "translate"] = "transcribe"
+
+
+class AudioConfig(Section):
+    """How audio becomes encoder input; the same in training, evaluation and transcription."""
+
+    context: Literal["dynamic", "30s"] = Field("dynamic", description="encode the utterance's own length, or pad to 30 s")
+    margin: int = Field(64, ge=64, description="encoder positions (20 ms each) of silence after the last sample")
+    long_audio: Literal["error", "drop"] = Field("error", description="what to do with utterances over 30 s")
+
+
+class SubsetsConfig(Section):
+    """Nested, stratified parts of the training split, in percent or as a number of utterances."""
+
+    embeddings_percent: float = Field(10, gt=0, le=100, description="utterances that are clustered")
+    embeddings_samples: int | None = Field(None, gt=0)
+    experts_percent: float = Field(15, gt=0, le=100, description="utterances that pre-train the experts")
+    experts_samples: int | None = Field(None, gt=0)
+    asr_percent: float = Field(100, gt=0, le=100, description="utterances of the joint training")
+    asr_samples: int | None = Field(None, gt=0)
+    dev_samples: int | None = Field(None, gt=0, description="utterances of dev that are looked at; all when unset")
+    test_samples: int | None = Field(None, gt=0, description="utterances of test that are scored; all when unset")
+
+
+class ExtractConfig(Section):
+    """Pooled embeddings of the frozen encoder."""
+
+    layer: int = Field(-1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block")
+    pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="over the utterance's own frames")
+    keep_frames: bool = Field(False, description="also write fp16 embeddings of every valid frame")
+    shard_size: int = Field(20_000, gt=0, description="utterances per shard of the fan-out")
+    checkpoint_every: int = Field(100, gt=0, description="utterances between two resumable parts")
+    clear_cache: bool = Field(False, description="empty the device cache after each part")
+
+
+class ClusterConfig(Section):
+    """Groups of similar speech."""
+
+    algorithm: Literal["hdbscan", "spectral"] = "hdbscan"
+    reduce: Literal["none", "pca", "umap"] = "pca"
+    reduce_dim: int = Field(50, gt=0)
+    min_cluster_size: int = Field(5, ge=2)
+    min_samples: int = Field(5, ge=1)
+    reduce_experts: bool = Field(True, description="accept fewer clusters than experts")
+    plot: Literal["umap", "pca", "tsne", "none"] = "umap"
+
+
+class LoraConfig(Section):
+    """The shape of one expert."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    modules: Literal["all", "encoder", "decoder"] = "all"
+
+
+class TrainConfig(Section):
+    """What one run of the training loop needs."""
+
+    epochs: int = Field(10, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after this many optimiser steps")
+    batch_size: int = Field(4, gt=0, description="utterances per batch")
+    batch_seconds: float | None = Field(None, gt=0, description="seconds of audio per batch instead")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of all steps")
+    max_grad_norm: float = Field(1.0, gt=0)
+    patience: int = Field(3, gt=0, description="evaluations without improvement before stopping")
+    eval_every_n_epochs: int = Field(1, gt=0, description="full evaluation; the epochs between look at the loss only")
+    select_by: Literal["wer", "loss"] = "loss"
+    average_last: int = Field(1, gt=0, description="average the weights of the last n evaluations")
+
+
+class GatingConfig(TrainConfig):
+    """The gate: an MLP from embedding to cluster."""
+
+    batch_size: int = Field(256, gt=0)
+    epochs: int = Field(20, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    hidden: int = Field(256, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    class_weights: bool = True
+
+
+class ExpertsConfig(TrainConfig):
+    """Pre-training of one expert per cluster."""
+
+    epochs: int = Field(3, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
+
+
+class AsrConfig(TrainConfig):
+    """Joint training, and the regime of it."""
+
+    epochs: int = Field(5, gt=0)
+    learning_rate: float = Field(2e-4, gt=0)
+    gate_learning_rate: float = Field(1e-3, gt=0)
+    select_by: Literal["wer", "loss"] = "wer"
+    pretrained: bool = Field(True, description="start from clusters, gate and experts; else random ones")
+    adapt: Literal["lora", "full"] = Field("lora", description="mixture of LoRA experts, or all weights")
+    mixture: Literal["blend", "loss", "hard"] = "blend"
+    top_k: int = Field(2, gt=0)
+    shared_expert: bool = Field(False, description="one more expert that every utterance uses")
+    balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
+    entropy_weight: float = Field(0.0, ge=0, description="weight of the router's entropy (positive: sharper)")
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    select_samples: int = Field(200, gt=0, description="dev utterances that are decoded for selection")
+
+
+class DecodeConfig(Section):
+    """Greedy decoding of evaluation."""
+
+    batch_size: int = Field(16, gt=0)
+    max_new_tokens: int = Field(224, gt=0, le=444, description="where a transcript that does not end is cut")
+
+
+class RuntimeConfig(Section):
+    """What no result depends on: never part of a key."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    num_workers: int = Field(4, ge=0, description="loader processes")
+    threads: int | None = Field(None, gt=0, description="CPU threads of one process")
+    log_file: str | None = None
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="serve Prometheus metrics there")
+    save_every_n_epochs: int = Field(5, gt=0, description="checkpoint at least this often")
+    checkpoint_minutes: float = Field(10, gt=0, description="and at least this often in time")
+    save_only_best: bool = Field(False, description="keep no checkpoint but the best and the newest")
+    extract_batch_seconds: float = Field(240, gt=0, description="padded audio per batch of the frozen encoder")
+    parallel_experts: int | None = Field(None, gt=0, description="experts trained at once; one per GPU when unset")
+    plots: bool = Field(True, description="draw plots beside the stages' results")
+    quiet: bool = Field(False, description="no progress bars")
+
+
+class Config(Section):
+    """All of it. `store` and `run` say where results go, never what they are."""
+
+    run: str = Field("full", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run in the store")
+    store: str = Field("runs", description="folder or s3://bucket/prefix")
+    endpoint_url: str | None = Field(None, description="of an S3-compatible store")
+    seed: int = 42
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    num_experts: int | None = Field(8, gt=0)
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    audio: AudioConfig = AudioConfig()
+    subsets: SubsetsConfig = SubsetsConfig()
+    extract: ExtractConfig = ExtractConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    lora: LoraConfig = LoraConfig()
+    gating: GatingConfig = GatingConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    asr: AsrConfig = AsrConfig()
+    decode: DecodeConfig = DecodeConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (`section.key`, value) for every leaf of a nested mapping."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def known_paths() -> list[str]:
+    """Every `section.key` that a configuration may hold."""
+    return [path for path, _ in flatten(Config().model_dump())]
+
+
+def read_values(config: Config, reads: tuple[str, ...]) -> dict[str, Any]:
+    """The flattened values under the sections or keys named in `reads`: what goes into a stage's key."""
+    values = dict(flatten(config.model_dump(mode="json")))
+    picked = {p: v for p, v in values.items() if any(p == r or p.startswith(f"{r}.") for r in reads)}
+    assert all(any(p == r or p.startswith(f"{r}.") for p in picked) for r in reads), f"no such config value in {reads}"
+    return picked
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or holds no mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration file {path} holds no mapping of sections (found {type(tree).__name__})")
+    return tree
+
+
+def shipped(*parts: str) -> Path:
+    """A file of `conf/`, from the source tree or the installed package."""
+    return Path(str(files("conf").joinpath(*parts)))
+
+
+def resolve(
+    mode: str | None,
+    *,
+    base: Config | None = None,
+    gpu: str | None = None,
+    file: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    data_percent: float | None = None,
+) -> Config:
+    """Merges mode file, user's file, GPU preset and options, in that order, into a validated configuration.
+
+    Args:
+        mode: `full`, `quick` or `demo`; None starts from `base`, or the defaults.
+        base: a whole configuration to start from.
+        gpu: a preset's name (GPUS), already resolved from `auto`.
+        file: the user's own YAML, laid over the mode's.
+        options: `section.key` → value, from the command line.
+        data_percent: scales the subsets; with `asr.pretrained: false` the ASR subset alone.
+
+    Raises:
+        ConfigError: a value or name that does not validate.
+    """
+    tree: dict[str, Any] = base.model_dump(mode="json") if base else {}
+    if mode is not None:
+        if mode not in MODES:
+            raise UsageError(f"--mode {mode}: no such mode; choose one of {', '.join(MODES)}")
+        merge(tree, read_yaml(shipped(f"{mode}.yaml")))
+    if file is not None:
+        merge(tree, read_yaml(file))
+    if gpu is not None:
+        if gpu not in GPUS:
+            raise UsageError(f"--gpu {gpu}: no such preset; choose one of auto, {', '.join(GPUS)}")
+        merge(tree, read_yaml(shipped("gpu", f"{gpu}.yaml")))
+    for path, value in (options or {}).items():
+        merge(tree, nest(path, value))
+    config = validate(tree)
+    return scale_subsets(config, data_percent) if data_percent is not None else config
+
+
+def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Lays `over` on `tree`, section by section, in place."""
+    for name, value in over.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
+            merge(tree[name], value)
+        else:
+            tree[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+def nest(path: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - any YAML value
+    """`a.b`, v → {"a": {"b": v}}."""
+    head, _, rest = path.partition(".")
+    return {head: nest(rest, value) if rest else value}
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Builds the configuration; the error names the path, the value and, for a typo, the nearest valid name.
+
+    Raises:
+        ConfigError: on the first value that does not validate; the number of further ones is said.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as failed:
+        problems = failed.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(_explain(problems[0]) + more) from None
+
+
+def _explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{path}: {problem['msg']}; got {problem['input']!r}"
+    near = difflib.get_close_matches(path, [*known_paths(), *Config.model_fields], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; `moe-asr config show` lists all names"
+    return f"{path}: no such setting{hint}"
+
+
+def scale_subsets(config: Config, data_percent: float) -> Config:
+    """`--data-percent`: keeps that share of each subset, or of the ASR data alone where nothing is pre-trained."""
+    if not 0 < data_percent <= 100:
+        raise UsageError(f"--data-percent {data_percent}: must be above 0 and at most 100")
+    names = ["embeddings_percent", "experts_percent", "asr_percent"] if config.asr.pretrained else ["asr_percent"]
+    scaled = {name: getattr(config.subsets, name) * data_percent / 100 for name in names}
+    return config.model_copy(update={"subsets": config.subsets.model_copy(update=scaled)})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `--config` reads back to the same value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,66 @@
+"""What all commands share: logging, errors as one line, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+
+import click
+
+from common.errors import MoeAsrError, StoreError
+
+
+def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
+    """Log lines go to stderr, and to a file where one is named."""
+    handlers: list[logging.Handler] = [_Stderr()]
+    if log_file:
+        try:
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        except OSError as error:
+            raise StoreError(f"--log-file {log_file}: {error.strerror}") from None
+    logging.basicConfig(level=logging.INFO, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
+    for noisy in ("numba", "matplotlib", "httpx", "urllib3", "botocore", "boto3", "s3transfer", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _Stderr(logging.Handler):
+    """Writes around a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def run_command(command: click.Command) -> None:
+    """Runs a click command and ends the process with the exit code of what happened."""
+    try:
+        code = command(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(64)
+    except click.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except MoeAsrError as error:
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+            raise
+        _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or mend the rights, then run it again", 74)
+
+
+def _fail(message: str, code: int) -> None:
+    logging.getLogger("moe-asr").error("error: %s", message) if logging.getLogger().handlers else click.echo(
+        f"error: {message}", err=True
+    )
+    sys.exit(code)

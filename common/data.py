@@ -1,0 +1,278 @@
+"""From utterances to batches: length buckets, a sampler that is a pure function of (seed, epoch), a loader.
+
+Shape letters: B utterances, S samples, U text tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.audio import read_audio
+from common.corpus import Corpus, Utterance
+from common.errors import DataError
+from common.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
+from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.whisper import IGNORED, TextCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One utterance, ready to be batched.
+
+    Attributes:
+        path: its audio; `offset` and `duration` in seconds choose a part.
+        positions: encoder length of its bucket.
+        inputs, labels: decoder tokens (`TextCodec.pair`).
+        row: its row in tables that run beside the examples (embeddings).
+    """
+
+    id: str
+    path: Path
+    offset: float
+    duration: float
+    positions: int
+    inputs: tuple[int, ...]
+    labels: tuple[int, ...]
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of B utterances of one bucket.
+
+    Attributes:
+        audio_BS: float32 samples, zero-padded to the bucket's length.
+        valid_B: encoder positions that hold speech.
+        inputs_BU, labels_BU: decoder tokens; labels are IGNORED where they carry no loss.
+        row_B: `Example.row`.
+        seconds: of speech, without padding.
+    """
+
+    ids: tuple[str, ...]
+    audio_BS: Tensor
+    valid_B: Tensor
+    inputs_BU: Tensor
+    labels_BU: Tensor
+    row_B: Tensor
+    seconds: float
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        tensors = (self.audio_BS, self.valid_B, self.inputs_BU, self.labels_BU, self.row_B)
+        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(self.ids, *moved, seconds=self.seconds)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Utterances start…stop-1; their seconds in proportion."""
+        share = (stop - start) / len(self.ids)
+        tensors = (self.audio_BS, self.valid_B, self.inputs_BU, self.labels_BU, self.row_B)
+        return Batch(self.ids[start:stop], *(t[start:stop] for t in tensors), seconds=self.seconds * share)
+
+    @property
+    def weight(self) -> Tensor:
+        """Tokens that carry loss: what the loss of this batch is divided by."""
+        return (self.labels_BU != IGNORED).sum()
+
+    @property
+    def padding(self) -> float:
+        """Share of encoder positions that hold no speech."""
+        positions = self.audio_BS.shape[1] // SAMPLES_PER_POSITION
+        return 1 - self.seconds * POSITIONS_PER_SECOND / (positions * len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def make_examples(
+    corpus: Corpus,
+    utterances: Sequence[Utterance],
+    codec: TextCodec,
+    *,
+    context: str,
+    margin: int,
+    long_audio: str = "error",
+) -> list[Example]:
+    """Tokenises and buckets utterances.
+
+    Raises:
+        DataError: an utterance is over 30 s and `long_audio` is `error`, or its text over 448 tokens, or empty.
+    """
+    examples: list[Example] = []
+    for utterance in utterances:
+        if utterance.duration > MAX_SECONDS:
+            if long_audio == "drop":
+                continue
+            raise DataError(
+                f"utterance {utterance.id} lasts {utterance.duration:.1f} s, over Whisper's {MAX_SECONDS:.0f} s: "
+                "cut it, or set audio.long_audio=drop (it is never truncated silently)"
+            )
+        inputs, labels = codec.pair(utterance.text)
+        if not utterance.text.strip() or len(inputs) > MAX_TOKENS:
+            problem = "has no text" if not utterance.text.strip() else f"has {len(inputs)} tokens, over {MAX_TOKENS}"
+            raise DataError(f"utterance {utterance.id} {problem}: mend or remove it (`moe-asr corpus audit` finds all)")
+        examples.append(
+            Example(
+                id=utterance.id,
+                path=corpus.path(utterance),
+                offset=utterance.offset,
+                duration=utterance.duration,
+                positions=context_positions(utterance.duration, context=context, margin=margin),
+                inputs=tuple(inputs),
+                labels=tuple(labels),
+                row=len(examples),
+            )
+        )
+    return examples
+
+
+def epoch_batches(
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    batch_seconds: float | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = True,
+) -> list[list[int]]:
+    """Batches of example numbers for one epoch, each of one bucket: the same for the same seed and epoch.
+
+    Args:
+        batch_size: utterances per batch, unless `batch_seconds` is given.
+        batch_seconds: padded seconds of audio per batch; at least one utterance.
+        shuffle: else longest bucket first, so that a batch too large for the memory fails at once.
+    """
+    order = list(range(len(examples)))
+    generator = random.Random(f"{seed}/{epoch}")  # noqa: S311 - reproducible shuffling, no secret
+    if shuffle:
+        generator.shuffle(order)
+    # Inside a bucket similar text lengths meet: the decoder's padding is the second dimension of the bucket.
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for number in order:
+        buckets[examples[number].positions].append(number)
+    batches: list[list[int]] = []
+    for positions, numbers in sorted(buckets.items(), reverse=True):
+        size = batch_size
+        if batch_seconds is not None:
+            size = max(1, int(batch_seconds * POSITIONS_PER_SECOND / positions))
+        numbers = _sort_in_windows(numbers, examples, 8 * size) if shuffle else numbers
+        batches += [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    if shuffle:
+        generator.shuffle(batches)
+    return batches
+
+
+def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: int) -> list[int]:
+    """Sorts by text length inside windows of the shuffled order: random enough, and little padding."""
+    windows = (numbers[i : i + window] for i in range(0, len(numbers), window))
+    return [number for part in windows for number in sorted(part, key=lambda n: len(examples[n].inputs))]
+
+
+class AudioDataset(Dataset["Loaded"]):
+    """Reads one example's audio at a time; picklable, so that loader processes can hold it."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> Loaded:
+        example = self.examples[number]
+        try:
+            return example, read_audio(example.path, offset=example.offset, duration=example.duration)
+        except DataError as error:  # a loader process would bury the message in its traceback
+            return example, str(error)
+
+
+Loaded = tuple[Example, np.ndarray | str]
+
+
+def collate(items: Sequence[Loaded]) -> Batch | str:
+    """Pads examples of one bucket to the bucket's length and the longest text; or the first error's text."""
+    for _, audio in items:
+        if isinstance(audio, str):
+            return audio
+    examples = [example for example, _ in items]
+    samples = examples[0].positions * SAMPLES_PER_POSITION
+    longest = max(len(example.inputs) for example in examples)
+    audio_BS = torch.zeros(len(items), samples)
+    inputs_BU = torch.full((len(items), longest), examples[0].labels[-1])
+    labels_BU = torch.full((len(items), longest), IGNORED)
+    for i, (example, audio) in enumerate(items):
+        assert not isinstance(audio, str)
+        audio = audio[:samples]  # durations are rounded in the index: a few samples may overhang the 30 s
+        audio_BS[i, : len(audio)] = torch.from_numpy(audio)
+        inputs_BU[i, : len(example.inputs)] = torch.tensor(example.inputs)
+        labels_BU[i, : len(example.labels)] = torch.tensor(example.labels)
+    return Batch(
+        ids=tuple(example.id for example in examples),
+        audio_BS=audio_BS,
+        valid_B=torch.tensor([valid_positions(example.duration) for example in examples]),
+        inputs_BU=inputs_BU,
+        labels_BU=labels_BU,
+        row_B=torch.tensor([example.row for example in examples]),
+        seconds=sum(example.duration for example in examples),
+    )
+
+
+class BatchLoader:
+    """Reads batches ahead of time by processes that live as long as the loader.
+
+    Args:
+        examples: what the batches' numbers refer to.
+        num_workers: loader processes; 0 reads in this one.
+        device: where the batches end up; pinned memory for CUDA.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, num_workers: int, device: torch.device) -> None:
+        self.device = device
+        self._batches: list[list[int]] = []
+        self._loader: DataLoader[Loaded] = DataLoader(
+            AudioDataset(examples),
+            batch_sampler=_Replaceable(self._batches),
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if num_workers else None,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_one_thread,
+            multiprocessing_context="forkserver" if num_workers else None,
+        )
+
+    def __call__(self, batches: Sequence[list[int]]) -> Iterator[Batch]:
+        """Yields these batches in order, on the device.
+
+        Raises:
+            DataError: an audio file cannot be read; the message is the reader's own.
+        """
+        self._batches[:] = batches
+        for batch in self._loader:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            yield batch.to(self.device)
+
+
+class _Replaceable(Sampler[list[int]]):
+    """A batch sampler over a list that its owner refills between epochs, so that loader processes can persist."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(list(self.batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,66 @@
+"""Tables of pooled embeddings: one row per utterance, in shards as the extract stage wrote them.
+
+Shape letters: N utterances, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import DataError
+
+VECTORS, IDS = "embeddings.npy", "ids.json"
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Embeddings by utterance id."""
+
+    ids: tuple[str, ...]
+    vectors_ND: npt.NDArray[np.float32]
+
+    def rows(self, ids: Sequence[str]) -> npt.NDArray[np.float32]:
+        """The embeddings of `ids`, in that order.
+
+        Raises:
+            DataError: one is not in the table.
+        """
+        row_of = {name: row for row, name in enumerate(self.ids)}
+        try:
+            return self.vectors_ND[[row_of[name] for name in ids]]
+        except KeyError as missing:
+            raise DataError(f"utterance {missing} has no embedding: was the corpus changed after `extract`?") from None
+
+
+def write_table(folder: Path, ids: Sequence[str], vectors_ND: npt.NDArray[np.float32]) -> None:
+    """Writes one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / VECTORS, vectors_ND.astype(np.float32, copy=False), allow_pickle=False)
+    (folder / IDS).write_text(json.dumps(list(ids)), encoding="utf-8")
+
+
+def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
+    """Reads all shards into one table.
+
+    Raises:
+        DataError: a file is missing, or not what it should be.
+    """
+    ids: list[str] = []
+    parts = []
+    for folder in folders:
+        try:
+            vectors_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            names = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"embeddings in {folder} cannot be read: {error}") from None
+        if len(names) != len(vectors_ND):
+            raise DataError(f"embeddings in {folder}: {len(names)} ids for {len(vectors_ND)} rows")
+        ids += names
+        parts.append(vectors_ND)
+    return EmbeddingTable(tuple(ids), np.concatenate(parts) if parts else np.zeros((0, 0), np.float32))

@@ -1,0 +1,51 @@
+"""Errors that a user can act on, each with the exit code its process ends with.
+
+Exit codes follow BSD's sysexits where one fits, so that a workflow engine can tell what to retry:
+64, 65 and 78 are the user's to mend and are never retried; 75 and 143 are worth another try.
+"""
+
+EXIT_DONE = 0
+EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 143
+
+
+class MoeAsrError(Exception):
+    """Base of all errors that end in one line on stderr instead of a traceback."""
+
+    exit_code = 70
+
+
+class UsageError(MoeAsrError):
+    """A command line that asks for something impossible (EX_USAGE)."""
+
+    exit_code = 64
+
+
+class DataError(MoeAsrError):
+    """Input data that cannot be used: a corpus, an audio file, a checkpoint (EX_DATAERR)."""
+
+    exit_code = 65
+
+
+class StoreError(MoeAsrError):
+    """A store that refuses for a reason that trying again will not mend: rights, a missing bucket, a full disk."""
+
+    exit_code = 74
+
+
+class RetryableError(MoeAsrError):
+    """A fault outside the program that may pass: a store that does not answer, a lost peer (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class ConfigError(MoeAsrError):
+    """A configuration that does not validate (EX_CONFIG)."""
+
+    exit_code = 78
+
+
+class Preempted(MoeAsrError):
+    """The process was told to end (SIGTERM) and has written a checkpoint."""
+
+    exit_code = EXIT_PREEMPTED

@@ -1,0 +1,146 @@
+"""Decoding a set of utterances and scoring it: predictions.jsonl and summary.json.
+
+Rates are fractions. `wer_*` and `cer_*` clip each utterance at 100%; `*_unclipped` do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from common.corpus import Utterance
+from common.data import Batch, BatchLoader, Example, epoch_batches
+from common.decode import greedy, transcribe_batch
+from common.features import log_mel
+from common.recogniser import Recogniser
+from common.wer import Score, bootstrap_interval, cer, score, wer
+from common.whisper import TextCodec, encode
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How text is decoded; names as in `common.config.DecodeConfig`."""
+
+    batch_size: int
+    max_new_tokens: int
+
+
+def decode_set(
+    recogniser: Recogniser,
+    examples: Sequence[Example],
+    loader: BatchLoader,
+    codec: TextCodec,
+    decoding: Decoding,
+    accelerator: Accelerator,
+    *,
+    base: bool = False,
+) -> dict[str, str]:
+    """id → text of every example, split over the processes and gathered on all of them.
+
+    Args:
+        loader: of these examples.
+        base: decode with the base model, no expert added.
+    """
+    was_training = recogniser.training
+    recogniser.eval()
+    batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
+    found: list[tuple[str, str]] = []
+    with accelerator.autocast():
+        for batch in loader(batches[accelerator.process_index :: accelerator.num_processes]):
+            texts = (
+                _base_texts(recogniser, batch, codec, decoding.max_new_tokens)
+                if base
+                else transcribe_batch(recogniser, batch, codec, max_new_tokens=decoding.max_new_tokens)
+            )
+            found += zip(batch.ids, texts, strict=True)
+    recogniser.train(was_training)
+    return dict(gather_object(found) if accelerator.num_processes > 1 else found)
+
+
+@torch.inference_mode()
+def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, max_new_tokens: int) -> list[str]:
+    if recogniser.slot is not None:
+        recogniser.slot.routing = None
+    hidden_BTD = encode(recogniser.whisper, log_mel(batch.audio_BS, recogniser.mel_bands))
+    ids = greedy(recogniser.whisper, hidden_BTD, codec, max_new_tokens=max_new_tokens)
+    return [codec.decode(one) for one in ids]
+
+
+def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], language: str) -> list[Score]:
+    """One score per utterance, against the better of its references."""
+    return [
+        score(u.id, texts[u.id], [u.text, *([u.text_alt] if u.text_alt else [])], language) for u in utterances
+    ]
+
+
+def prediction_rows(
+    utterances: Sequence[Utterance],
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    language: str,
+    routing: Mapping[str, tuple[list[int], list[float]]],
+) -> list[dict[str, Any]]:
+    """Rows of predictions.jsonl: what was said, what was heard before and after, by which experts."""
+    rows = []
+    for u, old, new in zip(
+        utterances, score_set(utterances, before, language), score_set(utterances, after, language), strict=True
+    ):
+        experts, weights = routing.get(u.id, ([], []))
+        rows.append(
+            {
+                "id": u.id,
+                "split": u.split,
+                "speaker": u.speaker,
+                "etiology": u.etiology,
+                "severity": u.severity,
+                "duration": u.duration,
+                "audio": u.audio_filepath,
+                "reference": u.text,
+                "hypothesis_before": before[u.id],
+                "hypothesis": after[u.id],
+                "words": new.words,
+                "errors_before": old.word_errors,
+                "errors": new.word_errors,
+                "experts": experts,
+                "weights": [round(w, 4) for w in weights],
+                "loop": new.loop,
+            }
+        )
+    return rows
+
+
+def summarise(
+    utterances: Sequence[Utterance], before: Mapping[str, str], after: Mapping[str, str], language: str
+) -> dict[str, Any]:
+    """summary.json: overall and by etiology, with bootstrap intervals over speakers."""
+    old, new = score_set(utterances, before, language), score_set(utterances, after, language)
+    speakers = {u.id: u.speaker or u.id for u in utterances}
+    by_etiology = {}
+    for name in sorted({u.etiology for u in utterances}):
+        rows = [i for i, u in enumerate(utterances) if u.etiology == name]
+        by_etiology[name or "unknown"] = _rates([old[i] for i in rows], [new[i] for i in rows], speakers)
+    return _rates(old, new, speakers) | {
+        "wer_before_unclipped": wer(old, clipped=False),
+        "wer_after_unclipped": wer(new, clipped=False),
+        "loops_before": sum(one.loop for one in old),
+        "loops_after": sum(one.loop for one in new),
+        "by_etiology": by_etiology,
+    }
+
+
+def _rates(old: Sequence[Score], new: Sequence[Score], speakers: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "wer_before": wer(old),
+        "wer_after": wer(new),
+        "cer_before": cer(old),
+        "cer_after": cer(new),
+        "wer_interval_before": list(bootstrap_interval(old, speakers, metric="wer")),
+        "wer_interval_after": list(bootstrap_interval(new, speakers, metric="wer")),
+        "utterances": len(new),
+        "speakers": len({speakers[one.id] for one in new}),
+    }

@@ -1,0 +1,88 @@
+"""What training an expert and training all of them have in common: groups of parameters, batches, loss on dev.
+
+Shape letters: N utterances, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common.config import Config, TrainConfig
+from common.corpus import Corpus, Utterance
+from common.data import BatchLoader, Example, epoch_batches, make_examples
+from common.train import TrainOptions
+from common.whisper import TextCodec
+
+
+def train_options(section: TrainConfig, config: Config) -> TrainOptions:
+    """The loop's numbers from a stage's section and the runtime's."""
+    return TrainOptions(
+        epochs=section.epochs,
+        accumulate=section.gradient_accumulation_steps,
+        max_steps=section.max_steps,
+        warmup_ratio=section.warmup_ratio,
+        max_grad_norm=section.max_grad_norm,
+        patience=section.patience,
+        eval_every_n_epochs=section.eval_every_n_epochs,
+        select_by=section.select_by,
+        average_last=section.average_last,
+        save_every_n_epochs=config.runtime.save_every_n_epochs,
+        checkpoint_minutes=config.runtime.checkpoint_minutes,
+        save_only_best=config.runtime.save_only_best,
+        quiet=config.runtime.quiet,
+    )
+
+
+def speech_examples(config: Config, corpus: Corpus, utterances: Sequence[Utterance], codec: TextCodec) -> list[Example]:
+    """Examples by the configuration's audio section."""
+    return make_examples(
+        corpus,
+        utterances,
+        codec,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        long_audio=config.audio.long_audio,
+    )
+
+
+def epoch_planner(examples: Sequence[Example], section: TrainConfig, seed: int) -> Callable[[int], list[list[int]]]:
+    """epoch → batches, for the loop."""
+    return lambda epoch: epoch_batches(
+        examples,
+        batch_size=section.batch_size,
+        batch_seconds=section.batch_seconds,
+        seed=seed,
+        epoch=epoch,
+    )
+
+
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example], loader: BatchLoader, accelerator: Accelerator, batch_seconds: float
+) -> float:
+    """Cross-entropy per token over a set, split over the processes."""
+    batches = epoch_batches(examples, batch_size=1, batch_seconds=batch_seconds, shuffle=False)
+    total = torch.zeros(2, device=accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        for batch in loader(batches[accelerator.process_index :: accelerator.num_processes]):
+            _, logs = model(batch)
+            total += torch.stack([logs["ce"].float(), batch.weight.float()])
+    total = accelerator.reduce(total, "sum")
+    return float(total[0] / total[1].clamp_min(1))
+
+
+def lora_scope(modules: str) -> str:
+    """`lora.modules` as the part of a module's name that `moe.add_mixture` looks for."""
+    return {"all": "", "encoder": "encoder.layers", "decoder": "decoder.layers"}[modules]
+
+
+def read_jsonl_column(path: Path, column: str) -> dict[str, int]:
+    """id → an integer column of a JSON Lines table."""
+    import json
+
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return {row["id"]: int(row[column]) for row in rows}

@@ -1,0 +1,260 @@
+"""The harness around a stage: brings its inputs, offers checkpoints and metrics, commits its output, heeds signals.
+
+A stage's `run` knows neither stores nor workflows: it is a function over folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from common import __version__
+from common.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, set_aside
+from common.config import Config
+from common.contract import VOLATILE
+from common.errors import DataError, MoeAsrError, Preempted, RetryableError
+from common.metrics import MetricsLog
+from common.plan import Task
+from common.sources import load_corpus, locate_model
+from common.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.checkpoint import Checkpointer
+
+log = logging.getLogger(__name__)
+GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30
+
+
+class StopFlag:
+    """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.requested or number == signal.SIGALRM:
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted("told to stop; no checkpoint was due")
+        self.requested = True
+        signal.alarm(GRACE_SECONDS)
+
+
+@contextmanager
+def heed_signals() -> Iterator[StopFlag]:
+    """Turns SIGTERM and SIGINT into a flag while the block runs (in the main thread; elsewhere only the flag)."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.signal(number, flag.handle) for number in numbers}
+    try:
+        yield flag
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Parts:
+    """Finished parts of a stage, in its store, each whole or absent: what a killed extraction goes on from."""
+
+    def __init__(self, store: Store, prefix: str, scratch: Path) -> None:
+        self.store, self.prefix, self.scratch = store, prefix, scratch
+
+    def names(self) -> list[str]:
+        """Parts that are there, without their digests."""
+        return [entry.key.rpartition("/")[2].split(".")[0] for entry in self.store.list(self.prefix)]
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores a part under a name that carries its digest."""
+        from safetensors.torch import save
+
+        data = save(dict(tensors))
+        self.store.write(f"{self.prefix}{name}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """A part, or None when its bytes are not those that were written."""
+        from safetensors.torch import load
+
+        for entry in self.store.list(f"{self.prefix}{name}."):
+            data = self.store.read(entry.key)
+            if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
+                return dict(load(data))
+            log.warning("%s is damaged and is made again", entry.key)
+        return None
+
+
+@dataclass
+class Context:
+    """What the harness offers to a running stage.
+
+    Attributes:
+        shard: number of the shard, None for a stage in one piece.
+        parts: finished parts of an earlier try.
+        checkpointer: opens the stage's checkpoints.
+        metrics: rows for metrics.jsonl and Prometheus.
+        stopping: true once the process was told to end.
+        summary: small results that go into the manifest (and are never part of the content).
+        scratch: a folder that goes away.
+    """
+
+    shard: int | None
+    parts: Parts
+    checkpointer: Callable[[], Checkpointer]
+    metrics: MetricsLog
+    stopping: Callable[[], bool]
+    scratch: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def check_stop(self) -> None:
+        """Raises Preempted when the process was told to end; what is saved by then is kept."""
+        if self.stopping():
+            raise Preempted("told to stop; finished parts are saved")
+
+
+def execute(
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    *,
+    scratch: Path,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Runs one task if its output is not there yet, and commits it.
+
+    Args:
+        run: the stage's function: (config, context, *, corpus, model, <inputs>, output).
+        scratch: where inputs from a remote store and unfinished work go.
+
+    Returns:
+        The manifest, of this run or of the one that was faster.
+
+    Raises:
+        RetryableError: an input turned out damaged and has been set aside.
+        MoeAsrError: as the stage raises.
+    """
+    state = inspect(store, task.key)
+    if state.status == "done" and state.manifest:
+        return state.manifest
+    if state.status == "damaged":
+        log.warning("%s: %s; it is made again", task.label, state.reason)
+        set_aside(store, task.key, state)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
+        work = Path(temporary)
+        folders, used = _bring_inputs(task, config, store, scratch)
+        output = new_attempt(store, task.key, work)
+        context = _context(task, config, store, work, output, stopping)
+        started = time.time()
+        try:
+            run(config, context, **folders, output=output)
+        except BaseException:
+            shutil.rmtree(output, ignore_errors=True)  # unfinished output is of no use to anyone
+            raise
+        manifest = commit(
+            store,
+            task.key,
+            output,
+            shard=task.shard,
+            volatile=VOLATILE,
+            inputs=used,
+            version=__version__,
+            host=platform.node(),
+            started=started,
+            seconds=time.time() - started,
+            metrics=context.summary,
+        )
+    _clear_unfinished(task.key, store, scratch)
+    return manifest
+
+
+def artifact_prefix(key: Key) -> str:
+    """Where an artifact lies in its store."""
+    return f"artifacts/{key.stage}/{key.digest}/"
+
+
+def _context(
+    task: Task, config: Config, store: Store, work: Path, output: Path, stopping: Callable[[], bool]
+) -> Context:
+    prefix = artifact_prefix(task.key)
+
+    def checkpointer() -> Checkpointer:
+        from common.checkpoint import Checkpointer
+
+        return Checkpointer(store, f"{prefix}checkpoints/", scratch=work)
+
+    return Context(
+        shard=task.shard,
+        parts=Parts(store, f"{prefix}parts/", work),
+        checkpointer=checkpointer,
+        metrics=MetricsLog(output / "metrics.jsonl"),
+        stopping=stopping,
+        scratch=work,
+    )
+
+
+def _bring_inputs(
+    task: Task, config: Config, store: Store, scratch: Path
+) -> tuple[dict[str, Path | list[Path]], dict[str, list[dict[str, str]]]]:
+    """Folders of all inputs by argument name, and what the manifest records of them."""
+    folders: dict[str, Path | list[Path]] = {}
+    if "corpus" in task.contract.sources:
+        folders["corpus"] = load_corpus(config, scratch).root
+    if "model" in task.contract.sources:
+        folders["model"] = locate_model(config, scratch)
+    used: dict[str, list[dict[str, str]]] = {}
+    for name, keys in task.inputs.items():
+        manifests = [_require(store, key) for key in keys]
+        found = [
+            fetch(store, key, manifest, scratch / "inputs" / key.stage / key.digest)
+            for key, manifest in zip(keys, manifests, strict=True)
+        ]
+        used[name] = [{"key": key.digest, "digest": m.digest} for key, m in zip(keys, manifests, strict=True)]
+        folders[name] = found
+    return folders, used
+
+
+def _require(store: Store, key: Key) -> Manifest:
+    state = inspect(store, key)
+    if state.status == "done" and state.manifest:
+        return state.manifest
+    if state.status == "damaged":
+        set_aside(store, key, state)
+        raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it has to be made again")
+    raise DataError(
+        f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
+        f"`python -m stages {key.stage}` with the same configuration, first"
+    )
+
+
+def _clear_unfinished(key: Key, store: Store, scratch: Path) -> None:
+    prefix = artifact_prefix(key)
+    for folder in ("checkpoints/", "parts/"):
+        for entry in list(store.list(prefix + folder)):
+            store.delete(entry.key)
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a process ends with after this exception."""
+    if isinstance(error, MoeAsrError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 70

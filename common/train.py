@@ -1,0 +1,423 @@
+"""The training loop, once, for gate, experts, joint training and recipes.
+
+It reads top to bottom: load the step's batches, forward, backward, clip, step, log, evaluate, checkpoint. What differs
+between tasks comes in as plain functions. One process or several (torchrun), by accelerate.
+
+A step's loss is the sum over its micro-batches and processes divided by their common weight (tokens), so that the same
+utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.checkpoint import Checkpointer
+from common.errors import DataError, Preempted, RetryableError
+from common.metrics import MetricsLog
+
+MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
+
+
+class TrainBatch(Protocol):
+    """What the loop needs to know of a batch."""
+
+    seconds: float
+
+    @property
+    def weight(self) -> Tensor: ...  # scalar; what the batch's summed loss is divided by
+    @property
+    def padding(self) -> float: ...
+    def __len__(self) -> int: ...
+    def part(self, start: int, stop: int) -> Any: ...  # noqa: ANN401 - its own type
+
+
+B = TypeVar("B", bound=TrainBatch)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Plain numbers of one training; names as in `common.config.TrainConfig` and `RuntimeConfig`."""
+
+    epochs: int
+    accumulate: int = 1
+    max_steps: int | None = None
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    patience: int = 3
+    eval_every_n_epochs: int = 1
+    select_by: str = "loss"
+    average_last: int = 1
+    save_every_n_epochs: int = 5
+    checkpoint_minutes: float = 10.0
+    save_only_best: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What became of a training; the model holds the selected weights.
+
+    Attributes:
+        value: the selected evaluation's WER or loss.
+        throughput: samples_per_second, audio_seconds_per_second, padding_percent, data_wait_percent,
+            peak_memory_bytes, of this process since its start (not of a run before a resume).
+    """
+
+    steps: int
+    best_step: int
+    value: float
+    throughput: dict[str, float]
+
+
+def make_accelerator(precision: str, device: str = "auto", *, unused_parameters: bool = False) -> Accelerator:
+    """An accelerator for this process; several stages may follow each other in one.
+
+    Args:
+        precision: `auto` (bf16 where the device has it, fp16 on older GPUs, fp32 on CPU), fp32, fp16 or bf16.
+        device: `auto`, `cpu` or `cuda`.
+    """
+    if PartialState._shared_state and torch.distributed.is_initialized():
+        AcceleratorState._reset_state()  # keeps the process group
+    else:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if on_cpu and precision == "fp16":
+        raise DataError("precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    torch.set_float32_matmul_precision("high")  # TF32
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        cpu=on_cpu,
+        kwargs_handlers=[DistributedDataParallelKwargs(
+                find_unused_parameters=unused_parameters,
+                broadcast_buffers=False,  # embedding tables are the same everywhere and change with the split
+            )],
+    )
+
+
+def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """Linear warm-up to 1, then half a cosine to 0."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def train(
+    model: nn.Module,
+    *,
+    accelerator: Accelerator,
+    groups: Sequence[dict[str, Any]],
+    plan_epoch: Callable[[int], list[list[int]]],
+    load: Callable[[Sequence[list[int]]], Iterator[B]],
+    evaluate: Callable[[nn.Module, bool], Mapping[str, float]],
+    options: TrainOptions,
+    checkpointer: Checkpointer | None = None,
+    metrics: MetricsLog | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    label: str = "train",
+) -> TrainResult:
+    """Trains the parameters of `groups` and leaves the selected weights in the model.
+
+    Args:
+        model: `model(batch)` returns (summed loss, {name: summed value} to log); its loss is divided by `batch.weight`.
+        groups: AdamW parameter groups, each with `params`, `lr` and `weight_decay`.
+        plan_epoch: epoch → its batches, as lists of example numbers; the same for the same epoch, always of one count.
+        load: yields the batches of such lists, on the device.
+        evaluate: (model, full) → metrics of dev: `loss` always, `wer` too when `full` and decoded selection is wished.
+            Called by all processes.
+        options: numbers.
+        checkpointer: where the state goes and comes from; none for throw-away trainings.
+        metrics: rows for metrics.jsonl.
+        stopping: asked at every step; true ends the training with a checkpoint.
+        label: of the progress bar.
+
+    Raises:
+        Preempted: `stopping` became true; a checkpoint is written.
+        RetryableError: the loss is not finite twice in a row even after skipping, or memory does not suffice for one
+            utterance.
+    """
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], fused=fused)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+    batches = plan_epoch(0)
+    per_step = options.accumulate * world
+    steps_per_epoch = math.ceil(len(batches) / per_step)
+    total = options.epochs * steps_per_epoch
+    total = min(total, options.max_steps or total)
+    log_every = max(1, total // 2000)
+
+    step = best_step = bad = split = 0
+    best_value, best = math.inf, {name: p.detach().clone() for name, p in trained.items()}
+    recent: deque[dict[str, Tensor]] = deque(maxlen=options.average_last)
+    saved_at = time.monotonic()
+    meter = Throughput(device)
+
+    found = checkpointer.latest() if checkpointer else None
+    if found:
+        step, tensors, state = found
+        restore(trained, optimizer, accelerator, tensors, state)
+        best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
+        best = {name: tensors.get(f"best.{name}", p.detach().cpu()).to(device) for name, p in trained.items()}
+        for number in range(state["recent"]):
+            recent.append({name: tensors[f"recent{number}.{name}"] for name in trained})
+        if metrics:
+            metrics.restore(state["rows"])
+
+    def save(*, wait: bool = False) -> None:
+        if checkpointer is None or rank:
+            return
+        tensors, state = snapshot(trained, optimizer, accelerator)
+        if best_step != step:  # a best that equals the last is not written twice
+            tensors |= {f"best.{name}": value for name, value in best.items()}
+        for number, weights in enumerate(recent):
+            tensors |= {f"recent{number}.{name}": value for name, value in weights.items()}
+        state |= {"best_value": best_value, "best_step": best_step, "bad": bad, "recent": len(recent)}
+        state["rows"] = metrics.rows if metrics else []
+        checkpointer.save(step, tensors, state, wait=wait)
+
+    bar = progress(total, step, label, hidden=options.quiet or rank > 0)
+    running = torch.zeros((), device=device)
+    for epoch in range(step // steps_per_epoch, options.epochs):
+        if step >= total or bad >= options.patience:
+            break
+        model.train()
+        batches = plan_epoch(epoch)
+        assert math.ceil(len(batches) / per_step) == steps_per_epoch
+        done = step - epoch * steps_per_epoch
+        mine = [batches[i] for i in range(done * per_step + rank, len(batches), world)]
+        loaded = load(mine)
+        while step < min(total, (epoch + 1) * steps_per_epoch):
+            with meter.waiting():
+                micro = [b for b in (next(loaded, None) for _ in range(options.accumulate)) if b is not None]
+            weight = sum((b.weight for b in micro), torch.zeros((), device=device)).float()
+            weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio)
+            while True:
+                loss, logs, fits = forward_backward(wrapped, micro, weight, accelerator, 2**split)
+                if fits:
+                    break
+                optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
+                split += 1
+                if 2**split > MAX_SPLIT:
+                    raise RetryableError("out of memory even with single utterances; use a smaller model or GPU preset")
+                tqdm.write(f"{label}: out of memory at step {step}: batches are split in {2**split} from here on")
+            norm = accelerator.clip_grad_norm_(list(trained.values()), options.max_grad_norm)
+            # A loss or gradient that is not finite must not reach the weights (fp16's scaler does the same).
+            if accelerator.scaler is None and not math.isfinite(float(norm)):
+                optimizer.zero_grad()
+                tqdm.write(f"{label}: gradient is not finite at step {step}: the step is skipped")
+                if metrics:
+                    metrics.event("nonfinite_steps")
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            running += loss
+            meter.add(micro)
+            bar.update()
+            if step % log_every == 0 or step == total:
+                row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
+                mean = accelerator.reduce(running, "sum").item() / log_every
+                row |= {"loss": mean, "grad_norm": float(norm)} | {k: v / float(weight) for k, v in logs.items()}
+                running.zero_()
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                if metrics:
+                    metrics.log(row, meter.rates())
+            if agree(stopping(), accelerator, step):
+                save(wait=True)
+                bar.close()
+                raise Preempted(f"{label}: told to stop at step {step} of {total}; a checkpoint is written")
+            if checkpointer and time.monotonic() - saved_at > 60 * options.checkpoint_minutes:
+                save()
+                saved_at = time.monotonic()
+
+        last = step >= total
+        full = (epoch + 1) % options.eval_every_n_epochs == 0 or last
+        meter.pause()
+        model.eval()
+        with torch.no_grad():
+            scores = dict(evaluate(wrapped, full))
+        meter.resume()
+        if metrics:
+            metrics.log({"step": step, "epoch": epoch, "split": "dev", **scores}, {})
+        recent.append({name: p.detach().to("cpu", copy=True) for name, p in trained.items()})
+        value = scores.get(options.select_by, math.inf) if full else math.inf
+        if value < best_value:
+            best_value, best_step, bad = value, step, 0
+            for name, p in trained.items():
+                best[name].copy_(p.detach())
+        elif full:
+            bad += 1
+        if (epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best or best_step == step:
+            save()
+            saved_at = time.monotonic()
+    bar.close()
+    with torch.no_grad():
+        chosen = averaged(recent) if options.average_last > 1 and recent else best
+        for name, p in trained.items():
+            p.copy_(chosen[name])
+    model.eval()
+    return TrainResult(step, best_step, best_value, meter.rates())
+
+
+def forward_backward(
+    model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
+) -> tuple[Tensor, dict[str, float], bool]:
+    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
+    total = torch.zeros((), device=accelerator.device)
+    logs: dict[str, float] = {}
+    parts = [part for batch in micro for part in halves(batch, split)]
+    try:
+        for number, part in enumerate(parts):
+            with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
+                loss, values = model(part)
+                accelerator.backward(loss / weight * accelerator.num_processes)
+            total += loss.detach().float() / weight
+            logs = {name: logs.get(name, 0.0) + float(value) for name, value in values.items()}
+    except torch.OutOfMemoryError:
+        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
+            raise RetryableError("out of memory on one of several processes; lower the batch size") from None
+        torch.cuda.empty_cache()
+        return total, logs, False
+    return total, logs, True
+
+
+def no_sync(model: nn.Module, wanted: bool) -> Any:  # noqa: ANN401 - a context manager
+    """Leaves out the gradient exchange of all but a step's last part."""
+    if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return torch.enable_grad()
+
+
+def halves(batch: TrainBatch, split: int) -> list[TrainBatch]:
+    """The batch in at most `split` parts of equal size."""
+    size = -(-len(batch) // split)
+    return [batch] if split == 1 else [batch.part(i, i + size) for i in range(0, len(batch), size)]
+
+
+def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
+    """Whether any process wishes to stop; several processes ask each other every tenth step only."""
+    if accelerator.num_processes == 1:
+        return wish
+    if step % 10:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)
+
+
+def snapshot(
+    trained: Mapping[str, Tensor], optimizer: Any, accelerator: Accelerator  # noqa: ANN401 - wrapped by accelerate
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the next step depends on: weights, moments, random states, scaler."""
+    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
+    moments = optimizer.state
+    for name, p in trained.items():
+        tensors |= {f"optim.{name}.{key}": value for key, value in moments.get(p, {}).items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if accelerator.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    return tensors, {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+
+
+def restore(
+    trained: Mapping[str, Tensor],
+    optimizer: Any,  # noqa: ANN401 - wrapped by accelerate
+    accelerator: Accelerator,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Puts a `snapshot` back, in place."""
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[f"model.{name}"])
+            prefix = f"optim.{name}."
+            moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            # AdamW keeps `step` on the CPU unless fused.
+            optimizer.state[p] = {
+                key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in moments.items()
+            }
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], accelerator.device)
+    if accelerator.scaler and state["scaler"]:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several sets of weights."""
+    return {name: torch.stack([one[name].float() for one in weights]).mean(0) for name in weights[0]}
+
+
+def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - tqdm is generic
+    """A bar on a terminal; without one, a line now and then."""
+    return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=0.5, dynamic_ncols=True)
+
+
+class Throughput:
+    """Counts what passed through the loop and how long the device waited for data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.samples = 0
+        self.audio = self.slots = self.waited = self.paused = 0.0
+        self.started = self._since = time.monotonic()
+
+    def waiting(self) -> _Stopwatch:
+        """A context whose time counts as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, batches: Sequence[TrainBatch]) -> None:
+        """Counts the batches of one step."""
+        self.samples += sum(len(batch) for batch in batches)
+        self.audio += sum(batch.seconds for batch in batches)
+        self.slots += sum(batch.seconds / max(1e-9, 1 - batch.padding) for batch in batches)
+
+    def pause(self) -> None:
+        """Stops the clock (evaluation)."""
+        self._since = time.monotonic()
+
+    def resume(self) -> None:
+        """Starts it again."""
+        self.paused += time.monotonic() - self._since
+
+    def rates(self) -> dict[str, float]:
+        """The figures so far, per second of training."""
+        seconds = max(1e-9, time.monotonic() - self.started - self.paused)
+        return {
+            "samples_per_second": self.samples / seconds,
+            "audio_seconds_per_second": self.audio / seconds,
+            "padding_percent": 100 * (1 - self.audio / self.slots) if self.slots else 0.0,
+            "data_wait_percent": 100 * self.waited / seconds,
+            "peak_memory_bytes": float(
+                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+            ),
+        }
+
+
+class _Stopwatch:
+    def __init__(self, meter: Throughput) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.waited += time.monotonic() - self.since

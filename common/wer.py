@@ -1,0 +1,365 @@
+"""Word and character error rates of an evaluation, with intervals over speakers.
+
+Texts pass Whisper's normaliser, rates are micro-averaged (errors of all utterances over words of all references), and
+an utterance counts at most as many errors as its reference has words unless "unclipped" is asked for. So one endless
+hallucination cannot hide what a thousand other utterances did.
+
+Shape letters: N utterances, S speakers, R resamples.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rapidfuzz.distance import Levenshtein
+
+from common.errors import DataError
+
+Metric = Literal["wer", "wer_unclipped", "cer", "cer_unclipped"]
+Floats = NDArray[np.float64]
+
+# Written without spaces between words: each character counts as a word, as in Whisper's paper.
+UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
+# A loop is a phrase of at most this many words, this often in a row.
+LOOP_WORDS, LOOP_REPEATS = 12, 4
+# Or, within one word, at most this many characters, this often in a row.
+LOOP_CHARS, LOOP_CHAR_REPEATS = 8, 8
+DURATION_EDGES = (2, 5, 10, 20, 30)  # seconds
+RESAMPLE_BLOCK = 4_000_000  # speakers drawn at a time, which bounds memory
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Errors of one utterance against the reference that fits it best.
+
+    Args:
+        id: of the utterance.
+        words: in the normalised reference.
+        word_errors: substitutions, deletions and insertions; not clipped.
+        word_insertions: how many of them are insertions.
+        chars: in the normalised reference, spaces included.
+        char_errors: not clipped.
+        reference: which of the given references was used, from 0.
+        loop: the hypothesis is a hallucination loop.
+    """
+
+    id: str
+    words: int
+    word_errors: int
+    word_insertions: int
+    chars: int
+    char_errors: int
+    reference: int
+    loop: bool = False
+
+
+def normalise(text: str, language: str = "en") -> str:
+    """A text as it is compared: Whisper's English normaliser, or its basic one for other languages.
+
+    Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C.
+
+    Args:
+        text: reference or hypothesis.
+        language: code of the language, such as "en"; a region after it ("en-GB", "en_us") is ignored.
+    """
+    return _normalise(text, language.replace("_", "-").split("-")[0].lower())
+
+
+@lru_cache(maxsize=1 << 16)  # references come again with every evaluation
+def _normalise(text: str, language: str) -> str:
+    return _normaliser(language)(text).strip()
+
+
+@lru_cache(maxsize=8)
+def _normaliser(language: str) -> Callable[[str], str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # an escape in the package's docstrings, when it is compiled
+        warnings.simplefilter("ignore", DeprecationWarning)  # the same in Python 3.11
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
+    english: Callable[[str], str] = EnglishTextNormalizer()
+    basic: Callable[[str], str] = BasicTextNormalizer(split_letters=language in UNSPACED_LANGUAGES)
+    return english if language == "en" else basic
+
+
+def score(id: str, hypothesis: str, references: Sequence[str], language: str = "en") -> Score:
+    """Counts the errors of a hypothesis against the reference with the lowest word error rate (the first, if equal).
+
+    A reference can be empty, or become so (the normaliser removes "um" and what is in brackets). Its rate is 0 for an
+    empty hypothesis and worse than any other for one with words; in the averages it brings no words, and insertions to
+    the unclipped rates only.
+
+    Args:
+        id: of the utterance, for the score and for messages.
+        hypothesis: what a model wrote, not normalised.
+        references: one or more transcripts, not normalised.
+        language: of all of them, as for `normalise`.
+
+    Raises:
+        DataError: there is no reference.
+    """
+    if not references:
+        raise DataError(f"utterance {id!r} has no reference to score against: give its text in the corpus index")
+    said = normalise(hypothesis, language)
+    candidates = [_score(id, said, normalise(text, language), i) for i, text in enumerate(references)]
+    return min(candidates, key=_rate)  # min keeps the first of equals
+
+
+def _score(id: str, said: str, meant: str, reference: int) -> Score:
+    said_words, words = said.split(), meant.split()
+    if said == meant:
+        return Score(id, len(words), 0, 0, len(meant), 0, reference)
+    edits = Levenshtein.editops(words, said_words)
+    return Score(
+        id,
+        words=len(words),
+        word_errors=len(edits),
+        word_insertions=sum(edit.tag == "insert" for edit in edits),
+        chars=len(meant),
+        char_errors=Levenshtein.distance(meant, said),
+        reference=reference,
+        loop=is_hallucination_loop(said, meant),
+    )
+
+
+def _rate(score: Score) -> float:
+    if score.words:
+        return score.word_errors / score.words
+    return float("inf") if score.word_errors else 0.0
+
+
+def wer(scores: Sequence[Score], *, clipped: bool = True) -> float:
+    """Micro-averaged word error rate, 1.0 for 100%.
+
+    Args:
+        scores: of the utterances to average over.
+        clipped: an utterance's errors count up to the words of its reference.
+
+    Returns:
+        The rate; without any word in the references, 0 if no error counts either and else 1.
+    """
+    return _rate_of(*_errors_and_lengths(scores, "wer" if clipped else "wer_unclipped"))
+
+
+def cer(scores: Sequence[Score], *, clipped: bool = True) -> float:
+    """Micro-averaged character error rate, as `wer`; the reference is the one that was chosen by words."""
+    return _rate_of(*_errors_and_lengths(scores, "cer" if clipped else "cer_unclipped"))
+
+
+def bootstrap_interval(
+    scores: Sequence[Score],
+    speakers: Mapping[str, str],
+    *,
+    metric: Metric = "wer",
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of a rate, by drawing speakers with replacement.
+
+    Utterances of one speaker are alike, so drawing utterances would give intervals that are far too narrow. With fewer
+    than about 20 speakers these are too narrow as well, and with one speaker the interval is a single point: report
+    the number of speakers beside it.
+
+    Source: Bisani and Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation".
+
+    Args:
+        scores: of N utterances.
+        speakers: utterance id to speaker; an utterance that is not in it is a speaker of its own.
+        metric: which rate.
+        level: of confidence, between 0 and 1.
+        resamples: R, how often speakers are drawn.
+        seed: the same seed gives the same interval.
+
+    Returns:
+        Lower and upper end.
+    """
+    errors_S, lengths_S = _sums_by_speaker(scores, speakers, metric)
+    rng = np.random.default_rng(seed)
+    rates_R = np.concatenate([_ratio(*drawn) for drawn in _draw(rng, resamples, errors_S, lengths_S)])
+    return _interval(rates_R, level)
+
+
+def paired_bootstrap(
+    scores_a: Sequence[Score],
+    scores_b: Sequence[Score],
+    speakers: Mapping[str, str],
+    *,
+    metric: Metric = "wer",
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Difference of two systems on the same utterances, both on the same draws of speakers.
+
+    Args:
+        scores_a, scores_b: of the same N utterances, in any order.
+        speakers, metric, level, resamples, seed: as for `bootstrap_interval`.
+
+    Returns:
+        `delta`, the rate of b less that of a (negative: b is better); `low` and `high`, its interval; `p`, two-sided:
+        twice the share of draws on the other side of zero, at least 2 / (R + 1).
+
+    Raises:
+        DataError: the utterances differ.
+    """
+    a, b = (sorted(scores, key=lambda score: score.id) for scores in (scores_a, scores_b))
+    ids_a, ids_b = [score.id for score in a], [score.id for score in b]
+    if ids_a != ids_b:
+        odd = sorted(set(ids_a) ^ set(ids_b))[:1] or ["(an utterance is scored twice)"]
+        raise DataError(
+            f"cannot pair {len(a)} scores with {len(b)}: {odd[0]!r} is not in both; evaluate both on one set"
+        )
+    sums_a, sums_b = (_sums_by_speaker(scores, speakers, metric) for scores in (a, b))
+    rng = np.random.default_rng(seed)
+    draws = _draw(rng, resamples, *sums_a, *sums_b)
+    deltas_R = np.concatenate([_ratio(errors, words) - _ratio(ea, wa) for ea, wa, errors, words in draws])
+    low, high = _interval(deltas_R, level)
+    beyond = min((deltas_R <= 0).sum(), (deltas_R >= 0).sum())
+    return {
+        "delta": _rate_of(*sums_b) - _rate_of(*sums_a),
+        "low": low,
+        "high": high,
+        "p": min(1.0, float(2 * (beyond + 1) / (resamples + 1))),
+    }
+
+
+def is_hallucination_loop(hypothesis: str, reference: str) -> bool:
+    """Whether a hypothesis repeats a phrase back to back far more often than was said, and so inserts words.
+
+    True if some phrase of up to 12 words stands at least 4 times in a row (or, within a word, up to 8 characters
+    at least 8 times), at least twice as often as in the reference, and the hypothesis is the longer text.
+
+    Args:
+        hypothesis, reference: as `normalise` gives them.
+    """
+    if len(hypothesis) <= len(reference):
+        return False
+    said, meant = hypothesis.split(), reference.split()
+    if len(said) > len(meant):
+        repeats = _most_repeats(said, LOOP_WORDS)
+        if repeats >= max(LOOP_REPEATS, 2 * _most_repeats(meant, LOOP_WORDS)):
+            return True
+    long_words = [word for word in said if len(word) >= 2 * LOOP_CHAR_REPEATS and word not in meant]
+    return any(_most_repeats(word, LOOP_CHARS) >= LOOP_CHAR_REPEATS for word in long_words)
+
+
+def _most_repeats(items: Sequence[str], longest: int) -> int:
+    """How often some phrase of up to `longest` items stands in a row, at most."""
+    most = min(len(items), 1)
+    for period in range(1, min(longest, len(items) // 2) + 1):
+        run = best = 0
+        for earlier, later in zip(items, items[period:], strict=False):
+            run = run + 1 if earlier == later else 0
+            best = max(best, run)
+        most = max(most, best // period + 1)
+    return most
+
+
+def summarise(
+    scores: Sequence[Score], speakers: Mapping[str, str], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """What a report says of a set of utterances.
+
+    Args:
+        scores: of N utterances.
+        speakers, level, resamples, seed: as for `bootstrap_interval`.
+
+    Returns:
+        `wer`, `wer_unclipped`, `cer`, `cer_unclipped`; `ci`, the interval of `wer` as [low, high]; `utterances`,
+        `words`, `speakers` and `loops`, numbers.
+    """
+    interval = bootstrap_interval(scores, speakers, level=level, resamples=resamples, seed=seed)
+    return {
+        "wer": wer(scores),
+        "wer_unclipped": wer(scores, clipped=False),
+        "cer": cer(scores),
+        "cer_unclipped": cer(scores, clipped=False),
+        "ci": list(interval),
+        "utterances": len(scores),
+        "words": sum(score.words for score in scores),
+        "speakers": len({speakers.get(score.id, score.id) for score in scores}),
+        "loops": sum(score.loop for score in scores),
+    }
+
+
+def group_report(
+    scores: Sequence[Score],
+    groups: Mapping[str, str],
+    speakers: Mapping[str, str],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """`summarise` for each group (etiology, severity, speaker, duration), in the groups' sorted order.
+
+    Args:
+        scores: of N utterances.
+        groups: utterance id to group; what is not in it is "unknown".
+        speakers, level, resamples, seed: as for `bootstrap_interval`.
+    """
+    members: dict[str, list[Score]] = {}
+    for one in scores:
+        members.setdefault(groups.get(one.id, "unknown"), []).append(one)
+    options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
+    return {group: summarise(members[group], speakers, **options) for group in sorted(members)}
+
+
+def duration_bucket(seconds: float) -> str:
+    """The group of a duration in reports, such as "05-10 s"; sorted by name they are sorted by duration."""
+    lower = max((edge for edge in (0, *DURATION_EDGES) if edge <= seconds), default=0)
+    upper = next((edge for edge in DURATION_EDGES if edge > lower), None)
+    return f"{lower:02}-{upper:02} s" if upper else f"{lower:02} s and more"
+
+
+def _errors_and_lengths(scores: Sequence[Score], metric: Metric) -> tuple[Floats, Floats]:
+    """Errors and reference lengths of N utterances, in words or characters."""
+    if metric.startswith("wer"):
+        pairs = [(score.word_errors, score.words) for score in scores]
+    else:
+        pairs = [(score.char_errors, score.chars) for score in scores]
+    errors_N, lengths_N = np.array(pairs, np.float64).reshape(-1, 2).T
+    return (errors_N if metric.endswith("unclipped") else np.minimum(errors_N, lengths_N)), lengths_N
+
+
+def _sums_by_speaker(scores: Sequence[Score], speakers: Mapping[str, str], metric: Metric) -> tuple[Floats, Floats]:
+    """Errors and reference lengths of S speakers, in the order of their names, so that it does not depend on the order
+    of utterances."""
+    errors_N, lengths_N = _errors_and_lengths(scores, metric)
+    names_N = [speakers.get(score.id, score.id) for score in scores]
+    place = {name: i for i, name in enumerate(sorted(set(names_N)))}
+    speaker_N = np.fromiter((place[name] for name in names_N), np.intp, count=len(names_N))
+    errors_S, lengths_S = np.zeros(len(place)), np.zeros(len(place))
+    np.add.at(errors_S, speaker_N, errors_N)
+    np.add.at(lengths_S, speaker_N, lengths_N)
+    return errors_S, lengths_S
+
+
+def _draw(rng: np.random.Generator, resamples: int, *sums_S: Floats) -> Iterator[list[Floats]]:
+    """Draws S of S speakers `resamples` times; yields, block by block, the total of each of `sums_S` over each draw."""
+    speakers = len(sums_S[0])
+    block = max(1, RESAMPLE_BLOCK // max(1, speakers))
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        drawn_RS = rng.integers(0, max(1, speakers), size=(rows, speakers))
+        yield [sums[drawn_RS].sum(axis=1) for sums in sums_S]
+
+
+def _ratio(errors: Floats, lengths: Floats) -> Floats:
+    """Errors over lengths, elementwise; without length, 0 if there are no errors and else 1."""
+    empty = lengths == 0
+    return np.where(empty, np.minimum(errors, 1.0), errors / np.where(empty, 1.0, lengths))
+
+
+def _rate_of(errors: Floats, lengths: Floats) -> float:
+    return float(_ratio(errors.sum(keepdims=True), lengths.sum(keepdims=True))[0])
+
+
+def _interval(values: Floats, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,195 @@
+"""Whisper around its transformers modules: loading, encoding at short context, text ↔ tokens, pooled embeddings.
+
+Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U text tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import WhisperForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from common.errors import DataError
+
+IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
+
+
+def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> WhisperForConditionalGeneration:
+    """A Whisper checkpoint in Hugging Face's format.
+
+    Raises:
+        DataError: the folder is not one.
+    """
+    transformers_logging.disable_progress_bar()
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
+    if (kind := json.loads(config.read_text(encoding="utf-8")).get("model_type")) != "whisper":
+        raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
+    try:
+        return WhisperForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"model {folder} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """Text ↔ tokens by one contract for training, evaluation and transcription.
+
+    Attributes:
+        tokenizer: the checkpoint's own.
+        prompt: start of transcript, language and task (multilingual models), no timestamps.
+        end: end-of-text token.
+        suppressed: tokens that decoding never emits.
+        suppressed_first: tokens that it does not begin with.
+    """
+
+    tokenizer: Tokenizer
+    prompt: tuple[int, ...]
+    end: int
+    suppressed: tuple[int, ...]
+    suppressed_first: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a transcript with its leading space, without any special token."""
+        ids: list[int] = self.tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens; special tokens are left out."""
+        text: str = self.tokenizer.decode([i for i in ids if i < self.end], skip_special_tokens=True)
+        return text.strip()
+
+    def pair(self, text: str) -> tuple[list[int], list[int]]:
+        """(decoder inputs, labels) of equal length; the prompt carries no loss, the end token does."""
+        tokens = self.encode(text)
+        inputs = [*self.prompt, *tokens]
+        labels = [IGNORED] * (len(self.prompt) - 1) + [*tokens, self.end]
+        assert self.prompt[0] not in tokens, "a start token inside the labels"
+        return inputs, labels
+
+    def length(self, text: str) -> int:
+        """Decoder positions that a transcript takes."""
+        return len(self.encode(text)) + len(self.prompt) + 1
+
+
+def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") -> TextCodec:
+    """The codec of a checkpoint, from its tokenizer.json and generation_config.json.
+
+    Raises:
+        DataError: a file is missing, or the model does not know the language.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"model {folder} holds no tokenizer.json; save its WhisperTokenizerFast there")
+    tokenizer = Tokenizer.from_file(str(path))
+    generation = _read_json(Path(folder) / "generation_config.json")
+
+    def token(text: str) -> int:
+        number = tokenizer.token_to_id(text)
+        if number is None:
+            raise DataError(f"model {folder} knows no token {text}; is the language or task right?")
+        return int(number)
+
+    prompt = ["<|startoftranscript|>"]
+    if generation.get("is_multilingual", tokenizer.token_to_id("<|startoftranscript|>") != 50257):
+        prompt += [f"<|{language}|>", f"<|{task}|>"]
+    elif language != "en":
+        raise DataError(f"model {folder} speaks English only; model.language is {language!r}")
+    return TextCodec(
+        tokenizer=tokenizer,
+        prompt=tuple(token(text) for text in [*prompt, "<|notimestamps|>"]),
+        end=token("<|endoftext|>"),
+        suppressed=tuple(generation.get("suppress_tokens") or ()),
+        suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: int = -1, remat: bool = False) -> Tensor:
+    """Runs the encoder at the length of its input instead of 30 s.
+
+    Args:
+        model: with or without mixtures in its layers.
+        mel_BMF: F a multiple of 2, at most 3000.
+        layer: -1 all layers and the final norm; 0 the convolutions alone; n the output of the n-th block, unnormed.
+        remat: recompute blocks in the backward pass (gradient checkpointing).
+
+    Returns:
+        hidden_BTD with T = F / 2.
+
+    Raises:
+        ValueError: the encoder has fewer blocks than `layer`.
+    """
+    encoder = model.model.encoder
+    if layer > len(encoder.layers):
+        raise ValueError(f"extract.layer is {layer}, but the encoder has {len(encoder.layers)} blocks")
+    x_BDT = F.gelu(encoder.conv1(mel_BMF.to(encoder.conv1.weight.dtype)))
+    x_BTD = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
+    x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
+    for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
+        x_BTD = checkpoint(_run_block, block, x_BTD, use_reentrant=False) if remat else _run_block(block, x_BTD)
+    return encoder.layer_norm(x_BTD) if layer == -1 else x_BTD
+
+
+def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:
+    out = block(x_BTD, None)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def token_losses(
+    model: WhisperForConditionalGeneration, hidden_BTD: Tensor, inputs_BU: Tensor, labels_BU: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each utterance, with logits computed for labelled positions only.
+
+    Args:
+        hidden_BTD: encoder output.
+        inputs_BU, labels_BU: from `TextCodec.pair`, padded with the end token and IGNORED.
+
+    Returns:
+        (loss_B summed over the utterance's tokens, count_B of its tokens).
+    """
+    decoded_BUD = model.model.decoder(
+        input_ids=inputs_BU, encoder_hidden_states=hidden_BTD, use_cache=False
+    ).last_hidden_state
+    wanted_BU = labels_BU != IGNORED
+    # The projection to V is the largest product of a small model: padding must not pay for it.
+    logits_NV = model.proj_out(decoded_BUD[wanted_BU])
+    loss_N = F.cross_entropy(logits_NV.float(), labels_BU[wanted_BU], reduction="none")
+    row_N = wanted_BU.nonzero()[:, 0]
+    loss_B = torch.zeros(len(labels_BU), device=loss_N.device).index_add(0, row_N, loss_N)
+    return loss_B, wanted_BU.sum(1)
+
+
+def pool(hidden_BTD: Tensor, valid_B: Tensor, method: str = "mean") -> Tensor:
+    """One embedding per utterance, over its own frames only.
+
+    Args:
+        valid_B: positions that the utterance covers; later ones are padding.
+        method: `mean`, `max`, or `meanstd` (both, of width 2D).
+    """
+    position_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+    mask_BT1 = (position_T < valid_B[:, None]).unsqueeze(2)
+    hidden_BTD = hidden_BTD.float()
+    if method == "max":
+        return hidden_BTD.masked_fill(~mask_BT1, -torch.inf).amax(1)
+    count_B1 = valid_B[:, None].float()
+    mean_BD = (hidden_BTD * mask_BT1).sum(1) / count_B1
+    if method == "mean":
+        return mean_BD
+    square_BD = ((hidden_BTD - mean_BD[:, None]).square() * mask_BT1).sum(1) / count_B1
+    return torch.cat([mean_BD, square_BD.sqrt()], 1)

@@ -1,0 +1,1 @@
+"""Shipped configurations: modes (`full`, `quick`, `demo`) and GPU presets (`gpu/`)."""

@@ -1,0 +1,122 @@
+"""`python -m stages <stage>`: one stage alone, as containers and parallel experts run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from common import __version__
+from common.config import Config, validate
+from common.console import run_command, set_up_logging
+from common.contract import Contract
+from common.errors import DataError, UsageError
+from common.options import click_option, config_from, config_options
+from common.plan import Task
+from common.stage import artifact_prefix, execute, heed_signals
+from common.store import open_store
+from stages import STAGES, run_function
+from stages.pipeline import Run, read_record
+
+# A stage's own section gives its options; these come from an earlier stage's that decides its input.
+BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.layer"}}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="stages")
+def stages() -> None:
+    """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
+
+    Without --mode and --config, the configuration of the newest run in ./runs is used.
+    """
+
+
+def stage_command(contract: Contract) -> click.Command:
+    """The command of one stage: options of its section, and all those of `moe-asr run`."""
+    own = own_options(contract)
+
+    @click.option("--shard", type=int, help="Which piece of a stage that fans out; all pieces when left out.")
+    @config_options
+    def command(shard: int | None, **options: Any) -> None:  # noqa: ANN401
+        given = {path: options.pop(_name(flag)) for flag, path in own.items()}
+        run_stage(contract, shard, options, {path: value for path, value in given.items() if value is not None})
+
+    for flag, path in own.items():
+        command = click_option(flag, path, "")(command)
+    return click.command(contract.name, help=f"{contract.name}: {contract.summary}.")(command)
+
+
+def own_options(contract: Contract) -> dict[str, str]:
+    """flag → configuration path of the stage's own section, without those that every command has."""
+    section = Config.model_fields[contract.name].annotation
+    taken = {"--reduce", "--reduce-dim", "--min-cluster-size", "--mixture", "--top-k", "--adapt"}
+    taken |= {"--shared-expert", "--gradient-checkpointing", "--gradient-accumulation-steps", "--eval-every-n-epochs"}
+    flags = {f"--{name.replace('_', '-')}": f"{contract.name}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
+    return {flag: path for flag, path in (flags | BORROWED.get(contract.name, {})).items() if flag not in taken}
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any]) -> None:
+    """Runs the pieces of a stage that are not done."""
+    config = stage_config(options, own)
+    set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
+    run = Run(config)
+    plan = run.plan()
+    mine = [p.task for p in plan.planned if p.task.contract.name == contract.name]
+    if any(one.name == contract.name for one in plan.open_ended) or not mine:
+        reason = "this configuration does not need it" if not contract.active(config) else "an earlier stage is missing"
+        raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
+    if shard is not None:
+        if not 0 <= shard < len(mine):
+            raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(mine) - 1}")
+        mine = [mine[shard]]
+    with heed_signals() as stopping:
+        for task in mine:
+            _run_task(task, run, stopping)
+
+
+def _run_task(task: Task, run: Run, stopping: Callable[[], bool]) -> None:
+    manifest = execute(
+        task, run_function(task.contract.name), run.config, run.store, scratch=run.cache, stopping=stopping
+    )
+    prefix = f"{artifact_prefix(task.key)}{manifest.attempt}"
+    where = run.store.local_path(prefix) or f"{run.store.url.rstrip('/')}/{prefix}"
+    click.echo(f"{task.label}: {where}")
+
+
+def stage_config(options: dict[str, Any], own: dict[str, Any]) -> Config:
+    """From the options; starting from the newest run's configuration where neither mode nor file is given."""
+    if options.get("mode") or options.get("config_file"):
+        return config_from(options, own)
+    record = newest_record(options.get("store") or "runs", options.get("endpoint_url"))
+    if record is None:
+        return config_from(options, own)
+    return config_from(options, own, base=validate(record["config"]))
+
+
+def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | None:
+    """run.json of the run that was updated last."""
+    if "://" not in store_url and not Path(store_url).is_dir():
+        return None
+    store = open_store(store_url, endpoint_url=endpoint_url)
+    names = {entry.key.split("/")[0] for entry in store.list("") if entry.key.endswith("/run.json")}
+    records = [record for name in names if (record := read_record(store, name))]
+    return max(records, key=lambda record: record["updated"], default=None)
+
+
+for _contract in STAGES:
+    stages.add_command(stage_command(_contract))
+
+
+def main() -> None:
+    """Entry point of the stage images."""
+    run_command(stages)
+
+
+if __name__ == "__main__":
+    main()

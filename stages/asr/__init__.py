@@ -1,0 +1,28 @@
+"""asr: gate and experts trained jointly, and the word error rates before and after."""
+
+from __future__ import annotations
+
+from common.contract import Contract
+
+CONTRACT = Contract(
+    name="asr",
+    summary="gate and experts trained jointly, and the word error rates before and after",
+    output="model",
+    inputs=("embeddings", "clusters", "gate", "experts"),
+    sources=("corpus", "model"),
+    reads=(
+        "seed",
+        "precision",
+        "num_experts",
+        "model.language",
+        "model.task",
+        "audio",
+        "subsets",
+        "lora",
+        "asr",
+        "decode",
+        "gating.hidden",
+        "gating.dropout",
+    ),
+    gpus=1,
+)

@@ -1,0 +1,291 @@
+"""Joint training of gate and experts (or of one expert, or of all weights), then the held-out word error rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common.adapters import copy_experts
+from common.bundle import BundleInfo, load_gate, save_recogniser
+from common.config import Config
+from common.corpus import Corpus, Utterance, read_corpus, stratified_subset
+from common.data import BatchLoader, Example
+from common.embeddings import EmbeddingTable, read_tables
+from common.evaluate import Decoding, decode_set, prediction_rows, score_set, summarise
+from common.moe import Gate, RoutingSlot, add_mixture, route, routing_report
+from common.recogniser import Recogniser, RouterOptions
+from common.sources import model_digest
+from common.speech_training import epoch_planner, lora_scope, mean_loss, speech_examples, train_options
+from common.stage import Context
+from common.subsets import evaluation_subset, training_subset
+from common.train import TrainResult, make_accelerator, train
+from common.wer import wer
+from common.whisper import TextCodec, load_codec, load_whisper
+
+
+@dataclass(frozen=True)
+class SpeechSet:
+    """One split, ready to be loaded."""
+
+    utterances: list[Utterance]
+    examples: list[Example]
+    loader: BatchLoader
+
+    def some(self, count: int, seed: int) -> list[Utterance]:
+        """A stratified part of at most `count` utterances."""
+        return stratified_subset(self.utterances, count=min(count, len(self.utterances)), seed=seed)
+
+
+def run(
+    config: Config,
+    context: Context,
+    *,
+    corpus: Path,
+    model: Path,
+    output: Path,
+    embeddings: Sequence[Path] = (),
+    clusters: Sequence[Path] = (),
+    gate: Sequence[Path] = (),
+    experts: Sequence[Path] = (),
+) -> None:
+    """Writes the model, metrics.jsonl, predictions.jsonl, summary.json, report.json and plots."""
+    accelerator = make_accelerator(config.precision, config.runtime.device, unused_parameters=bool(embeddings))
+    data = read_corpus(corpus)
+    codec = load_codec(model, language=config.model.language, task=config.model.task)
+    table = read_tables(embeddings) if embeddings else None
+    sets = {
+        "train": _speech_set(config, data, training_subset(config, data, "asr"), codec, accelerator),
+        "dev": _speech_set(config, data, evaluation_subset(config, data, "dev"), codec, accelerator),
+        "test": _speech_set(config, data, evaluation_subset(config, data, "test"), codec, accelerator),
+    }
+    recogniser = build(config, model, table, gate, experts).to(accelerator.device)
+    result = _train(config, context, recogniser, sets, table, codec, accelerator)
+    if accelerator.is_main_process:
+        info = describe(config, recogniser, model_digest(config, context.scratch))
+        save_recogniser(recogniser, info, output)
+    base = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
+    _evaluate(config, context, recogniser, base, sets["test"], table, codec, accelerator, result, output)
+
+
+def _speech_set(
+    config: Config, data: Corpus, utterances: list[Utterance], codec: TextCodec, accelerator: Accelerator
+) -> SpeechSet:
+    examples = speech_examples(config, data, utterances, codec)
+    loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
+    return SpeechSet(utterances, examples, loader)
+
+
+def build(
+    config: Config, model: Path, table: EmbeddingTable | None, gate: Sequence[Path], experts: Sequence[Path]
+) -> Recogniser:
+    """The model to train: pre-trained gate and experts where they are given, random ones otherwise."""
+    options = config.asr
+    torch.manual_seed(config.seed)
+    whisper = load_whisper(model)
+    if options.adapt == "full":
+        return Recogniser(whisper, remat=options.gradient_checkpointing)
+    count = len(experts) or (config.num_experts or 1)
+    slot = add_mixture(
+        whisper,
+        targets=config.lora.targets,
+        num_experts=count,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        shared=options.shared_expert,
+        within=lora_scope(config.lora.modules),
+    )
+    copy_experts(experts, whisper)
+    router = RouterOptions(options.mixture, options.top_k, options.balance_weight, options.entropy_weight)
+    return Recogniser(
+        whisper,
+        slot=slot,
+        gate=_gate(config, table, gate, count),
+        options=router,
+        remat=options.gradient_checkpointing,
+    )
+
+
+def _gate(config: Config, table: EmbeddingTable | None, gate: Sequence[Path], count: int) -> Gate | None:
+    if count == 1:
+        return None
+    if gate:
+        return load_gate(gate[0], config.gating.dropout)
+    assert table is not None
+    random = Gate(table.vectors_ND.shape[1], config.gating.hidden, count, config.gating.dropout)
+    random.fit_scale(torch.from_numpy(table.vectors_ND))
+    return random
+
+
+def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, Any]]:
+    """Experts (or all weights) and gate, each with its learning rate; biases and norms are not decayed."""
+    options = config.asr
+    if options.adapt == "full":
+        recogniser.requires_grad_(True)
+        recogniser.whisper.model.encoder.embed_positions.requires_grad_(False)  # sinusoids
+    gate = [p for name, p in recogniser.named_parameters() if name.startswith("gate.")]
+    rest = [p for name, p in recogniser.named_parameters() if not name.startswith("gate.") and p.requires_grad]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "lr": options.learning_rate, "weight_decay": options.weight_decay},
+        {"params": [p for p in rest if p.ndim == 1], "lr": options.learning_rate, "weight_decay": 0.0},
+        {"params": gate, "lr": options.gate_learning_rate, "weight_decay": options.weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _train(
+    config: Config,
+    context: Context,
+    recogniser: Recogniser,
+    sets: Mapping[str, SpeechSet],
+    table: EmbeddingTable | None,
+    codec: TextCodec,
+    accelerator: Accelerator,
+) -> TrainResult:
+    dev, seconds = sets["dev"], config.runtime.extract_batch_seconds
+    decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
+    decoded = dev.some(config.asr.select_samples, config.seed)
+    wanted = {u.id for u in decoded}
+    subset = [example for example in dev.examples if example.id in wanted]
+    subset_loader = BatchLoader(subset, num_workers=min(1, config.runtime.num_workers), device=accelerator.device)
+
+    def look_at(which: SpeechSet) -> None:
+        if recogniser.gate is not None and table is not None:
+            recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in which.examples])).to(accelerator.device)
+
+    def evaluate(module: nn.Module, full: bool) -> dict[str, float]:
+        look_at(dev)
+        scores = {"loss": mean_loss(module, dev.examples, dev.loader, accelerator, seconds)}
+        if full and config.asr.select_by == "wer":
+            texts = decode_set(recogniser, subset, subset_loader, codec, decoding, accelerator)
+            scores["wer"] = wer(score_set(decoded, texts, config.model.language))
+        look_at(sets["train"])
+        return scores
+
+    look_at(sets["train"])
+    return train(
+        recogniser,
+        accelerator=accelerator,
+        groups=parameter_groups(recogniser, config),
+        plan_epoch=epoch_planner(sets["train"].examples, config.asr, config.seed),
+        load=sets["train"].loader,
+        evaluate=evaluate,
+        options=train_options(config.asr, config),
+        checkpointer=context.checkpointer(),
+        metrics=context.metrics,
+        stopping=context.stopping,
+        label="asr",
+    )
+
+
+def describe(config: Config, recogniser: Recogniser, base_digest: str) -> BundleInfo:
+    """What has to be known to use the trained model."""
+    full = config.asr.adapt == "full"
+    gate = recogniser.gate
+    return BundleInfo(
+        base=config.model.name,
+        base_digest=base_digest,
+        language=config.model.language,
+        task=config.model.task,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        layer=config.extract.layer,
+        pooling=config.extract.pooling,
+        adapt=config.asr.adapt,
+        num_experts=0 if full else 1 if gate is None else int(gate.net[-1].out_features),
+        shared=config.asr.shared_expert,
+        mixture=config.asr.mixture,
+        top_k=config.asr.top_k,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        within=lora_scope(config.lora.modules),
+    )
+
+
+def _evaluate(
+    config: Config,
+    context: Context,
+    recogniser: Recogniser,
+    base: Recogniser | None,
+    test: SpeechSet,
+    table: EmbeddingTable | None,
+    codec: TextCodec,
+    accelerator: Accelerator,
+    result: TrainResult,
+    output: Path,
+) -> None:
+    decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
+    routing, report = _routing(config, recogniser, test, table)
+    after = decode_set(recogniser, test.examples, test.loader, codec, decoding, accelerator)
+    # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
+    before = decode_set(
+        base or recogniser, test.examples, test.loader, codec, decoding, accelerator, base=base is None
+    )
+    if not accelerator.is_main_process:
+        return
+    language = config.model.language
+    rows = prediction_rows(test.utterances, before, after, language, routing)
+    summary = summarise(test.utterances, before, after, language)
+    report |= {
+        "mixture": config.asr.mixture if config.asr.adapt == "lora" else "none",
+        "trained_parameters": sum(p.numel() for p in recogniser.parameters() if p.requires_grad),
+        "steps": result.steps,
+        "best_step": result.best_step,
+    }
+    _write_json(output / "summary.json", summary)
+    _write_json(output / "report.json", report)
+    _write_json(output / "throughput.json", result.throughput)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (output / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    if config.runtime.plots:
+        from common.plots import plot_asr
+
+        plot_asr(output, output)
+    context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}
+    context.summary |= {"steps": result.steps, "throughput": result.throughput}
+
+
+def _routing(
+    config: Config, recogniser: Recogniser, test: SpeechSet, table: EmbeddingTable | None
+) -> tuple[dict[str, tuple[list[int], list[float]]], dict[str, Any]]:
+    """Experts and weights of each test utterance, and the summary of them; points the model at test's embeddings."""
+    if recogniser.gate is None or table is None:
+        return {}, {"experts": 1 if recogniser.slot else 0, "top_k": 1}
+    device = recogniser.whisper.proj_out.weight.device
+    recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in test.examples])).to(device)
+    with torch.no_grad():
+        logits_NE = recogniser.gate(recogniser.embeddings_ND)
+    top_k = 1 if config.asr.mixture != "blend" else config.asr.top_k
+    chosen = route(logits_NE, top_k)
+    per_utterance = {
+        example.id: (ids, weights)
+        for example, ids, weights in zip(
+            test.examples, chosen.topk_ids_BK.tolist(), chosen.topk_weights_BK.tolist(), strict=True
+        )
+    }
+    found = routing_report(logits_NE, top_k)
+    return per_utterance, {
+        "experts": logits_NE.shape[1],
+        "top_k": top_k,
+        "load": list(found.load),
+        "router_entropy": found.entropy,
+        "top1_share": found.top1_share,
+        "collapsed": found.collapsed,
+    }
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - numpy's scalars
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,0 +1,23 @@
+"""cluster: groups of similar speech, from pooled embeddings."""
+
+from __future__ import annotations
+
+from common.config import Config
+from common.contract import Contract
+from stages.extract import has_gate
+
+
+def is_pretrained(config: Config) -> bool:
+    """Whether gate and experts are pre-trained on clusters."""
+    return has_gate(config) and config.asr.pretrained
+
+
+CONTRACT = Contract(
+    name="cluster",
+    summary="groups of similar speech, from pooled embeddings",
+    output="clusters",
+    inputs=("embeddings",),
+    sources=("corpus",),
+    reads=("seed", "num_experts", "subsets.embeddings_percent", "subsets.embeddings_samples", "audio.long_audio", "cluster"),
+    active=is_pretrained,
+)

@@ -1,0 +1,88 @@
+"""Clusters the embeddings of the subset, and says how the groups relate to etiologies and speakers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.cluster import cluster, cluster_report, project, reduce_dimensions
+from common.config import Config
+from common.corpus import Utterance, read_corpus
+from common.embeddings import read_tables
+from common.errors import DataError
+from common.stage import Context
+from common.subsets import training_subset
+
+PLOTTED = 5000  # points of the map at most
+
+
+def run(config: Config, context: Context, *, corpus: Path, embeddings: list[Path], output: Path) -> None:
+    """Writes assignments.jsonl, centroids.npy (K, D), report.json, projection.jsonl and the map."""
+    utterances = training_subset(config, read_corpus(corpus), "embeddings")
+    points_ND = read_tables(embeddings).rows([u.id for u in utterances])
+    wanted = config.num_experts or 1
+    if len(utterances) < wanted:
+        raise DataError(
+            f"{len(utterances)} utterances cannot make {wanted} clusters: lower --num-experts or raise "
+            "subsets.embeddings_percent"
+        )
+    options = config.cluster
+    found = cluster(
+        points_ND,
+        num_clusters=wanted,
+        algorithm=options.algorithm,
+        reduce=options.reduce,
+        reduce_dim=options.reduce_dim,
+        min_cluster_size=options.min_cluster_size,
+        min_samples=options.min_samples,
+        allow_reduce=options.reduce_experts,
+        seed=config.seed,
+    )
+    reduced_NP = reduce_dimensions(points_ND, method=options.reduce, dim=options.reduce_dim, seed=config.seed)
+    groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
+    report = cluster_report(found, reduced_NP, groups=groups, seed=config.seed)
+    rows = [
+        {"id": u.id, "cluster": int(label), "noise": bool(noise), "probability": round(float(probability), 6)}
+        for u, label, noise, probability in zip(
+            utterances, found.labels_N, found.noise_N, found.probability_N, strict=True
+        )
+    ]
+    _write_rows(output / "assignments.jsonl", rows)
+    np.save(output / "centroids.npy", found.centroids_KD, allow_pickle=False)
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plot != "none":
+        _draw(options.plot, reduced_NP, utterances, rows, config.seed, output)
+    context.summary |= {"clusters": len(found.centroids_KD), "noise_share": report["noise_share"]}
+
+
+def _draw(
+    method: str, points_NP: np.ndarray, utterances: Sequence[Utterance], rows: list[dict[str, object]], seed: int, output: Path
+) -> None:
+    from common.plots import plot_clusters
+
+    chosen = np.arange(len(rows))
+    if len(chosen) > PLOTTED:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, PLOTTED, replace=False))
+    plane_N2 = project(points_NP[chosen], method=method, seed=seed)  # type: ignore[arg-type]
+    _write_rows(
+        output / "projection.jsonl",
+        [
+            {
+                "id": utterances[i].id,
+                "x": round(float(x), 4),
+                "y": round(float(y), 4),
+                "cluster": rows[i]["cluster"],
+                "etiology": utterances[i].etiology,
+                "noise": rows[i]["noise"],
+            }
+            for i, (x, y) in zip(chosen, plane_N2, strict=True)
+        ],
+    )
+    plot_clusters(output, output)
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""experts: one LoRA adapter per cluster, each on its own utterances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.artifacts import Manifest
+from common.config import Config
+from common.contract import Contract
+from common.corpus import Corpus
+from stages.cluster import is_pretrained
+
+
+def count_clusters(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
+    """One expert per cluster found; not known before clustering."""
+    found = manifests.get("clusters")
+    return int(found.metrics["clusters"]) if found else None
+
+
+CONTRACT = Contract(
+    name="experts",
+    summary="one LoRA adapter per cluster, each on its own utterances",
+    output="experts",
+    inputs=("embeddings", "clusters", "gate"),
+    sources=("corpus", "model"),
+    reads=(
+        "seed",
+        "precision",
+        "model.language",
+        "model.task",
+        "audio",
+        "subsets.experts_percent",
+        "subsets.experts_samples",
+        "subsets.dev_samples",
+        "lora",
+        "experts",
+    ),
+    fan_out=count_clusters,
+    active=is_pretrained,
+    gpus=1,
+)

@@ -1,0 +1,118 @@
+"""Trains one expert on the utterances that the gate gives to its cluster; embeddings are cached, not computed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.adapters import save_expert
+from common.bundle import load_gate
+from common.config import Config
+from common.corpus import Utterance, read_corpus
+from common.data import BatchLoader
+from common.embeddings import EmbeddingTable, read_tables
+from common.moe import Gate, add_mixture
+from common.recogniser import Recogniser
+from common.speech_training import (
+    epoch_planner,
+    lora_scope,
+    mean_loss,
+    read_jsonl_column,
+    speech_examples,
+    train_options,
+)
+from common.stage import Context
+from common.subsets import evaluation_subset, training_subset
+from common.train import make_accelerator, train
+from common.whisper import load_codec, load_whisper
+
+
+def run(
+    config: Config,
+    context: Context,
+    *,
+    corpus: Path,
+    model: Path,
+    embeddings: list[Path],
+    clusters: list[Path],
+    gate: list[Path],
+    output: Path,
+) -> None:
+    """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`."""
+    expert = context.shard or 0
+    data, options = read_corpus(corpus), config.experts
+    table, router = read_tables(embeddings), load_gate(gate[0]).eval()
+    mine = assigned(training_subset(config, data, "experts"), table, router, expert)
+    if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
+        cluster_of = read_jsonl_column(clusters[0] / "assignments.jsonl", "cluster")
+        mine = [u for u in data.split("train") if cluster_of.get(u.id) == expert]
+    dev = evaluation_subset(config, data, "dev")
+    dev = assigned(dev, table, router, expert) or dev
+
+    accelerator = make_accelerator(config.precision, config.runtime.device)
+    torch.manual_seed(config.seed + expert)
+    whisper = load_whisper(model)
+    slot = add_mixture(
+        whisper,
+        targets=config.lora.targets,
+        num_experts=1,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        within=lora_scope(config.lora.modules),
+    )
+    recogniser = Recogniser(whisper, slot=slot).to(accelerator.device)
+    codec = load_codec(model, language=config.model.language, task=config.model.task)
+    train_set = speech_examples(config, data, mine, codec)
+    dev_set = speech_examples(config, data, dev, codec)
+    workers = config.runtime.num_workers
+    dev_loader = BatchLoader(dev_set, num_workers=min(workers, 1), device=accelerator.device)
+
+    def evaluate(module: nn.Module, full: bool) -> dict[str, float]:
+        seconds = config.runtime.extract_batch_seconds
+        return {"loss": mean_loss(module, dev_set, dev_loader, accelerator, seconds)}
+
+    result = train(
+        recogniser,
+        accelerator=accelerator,
+        groups=[
+            {
+                "params": [p for p in recogniser.parameters() if p.requires_grad],
+                "lr": options.learning_rate,
+                "weight_decay": options.weight_decay,
+            }
+        ],
+        plan_epoch=epoch_planner(train_set, options, config.seed),
+        load=BatchLoader(train_set, num_workers=workers, device=accelerator.device),
+        evaluate=evaluate,
+        options=train_options(options, config),
+        checkpointer=context.checkpointer(),
+        metrics=context.metrics,
+        stopping=context.stopping,
+        label=f"expert {expert}",
+    )
+    save_expert(whisper, 0, output, base_model=config.model.name, alpha=config.lora.alpha)
+    report = {
+        "cluster": expert,
+        "utterances": len(train_set),
+        "etiologies": dict(sorted(Counter(u.etiology for u in mine).items())),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "best_value": result.value,
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    context.summary |= {"utterances": len(train_set), "steps": result.steps, "throughput": result.throughput}
+
+
+def assigned(utterances: Sequence[Utterance], table: EmbeddingTable, gate: Gate, expert: int) -> list[Utterance]:
+    """The utterances for which the gate's first choice is `expert`."""
+    if not utterances:
+        return []
+    with torch.no_grad():
+        choice_N = gate(torch.from_numpy(table.rows([u.id for u in utterances]))).argmax(1).tolist()
+    return [u for u, choice in zip(utterances, choice_N, strict=True) if choice == expert]

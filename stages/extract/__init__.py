@@ -1,0 +1,42 @@
+"""extract: pooled embeddings of the frozen encoder, once per utterance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.artifacts import Manifest
+from common.config import Config
+from common.contract import Contract
+from common.corpus import Corpus
+from common.subsets import embedded_utterances
+
+
+def has_gate(config: Config) -> bool:
+    """Whether the regime routes between several experts, and so needs embeddings."""
+    return config.asr.adapt == "lora" and (config.num_experts or 0) > 1
+
+
+def count_shards(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int:
+    """Shards of at most `extract.shard_size` utterances, known from the corpus alone."""
+    return -(-len(embedded_utterances(config, corpus)) // config.extract.shard_size)
+
+
+CONTRACT = Contract(
+    name="extract",
+    summary="pooled embeddings of the frozen encoder, once per utterance",
+    output="embeddings",
+    sources=("corpus", "model"),
+    reads=(
+        "seed",
+        "precision",
+        "audio",
+        "subsets",
+        "extract.layer",
+        "extract.pooling",
+        "extract.keep_frames",
+        "extract.shard_size",
+    ),
+    fan_out=count_shards,
+    active=has_gate,
+    gpus=1,
+)

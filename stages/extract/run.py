@@ -1,0 +1,98 @@
+"""Encodes every utterance that the run needs, a hundred at a time, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.config import Config
+from common.corpus import read_corpus
+from common.data import BatchLoader, Example, epoch_batches, make_examples
+from common.embeddings import write_table
+from common.recogniser import Recogniser
+from common.stage import Context
+from common.subsets import embedded_utterances
+from common.train import make_accelerator
+from common.whisper import load_codec, load_whisper
+
+
+def run(config: Config, context: Context, *, corpus: Path, model: Path, output: Path) -> None:
+    """Writes embeddings.npy and ids.json for one shard; with `extract.keep_frames` also every valid frame in fp16."""
+    accelerator = make_accelerator(config.precision, config.runtime.device)
+    data = read_corpus(corpus)
+    size, first = config.extract.shard_size, (context.shard or 0) * config.extract.shard_size
+    utterances = embedded_utterances(config, data)[first : first + size]
+    codec = load_codec(model, language=config.model.language, task=config.model.task)
+    examples = make_examples(data, utterances, codec, context=config.audio.context, margin=config.audio.margin)
+    # Parts hold neighbours in length, so that the batches inside a part are full.
+    examples.sort(key=lambda example: (example.positions, example.id))
+    every = config.extract.checkpoint_every
+    parts = [examples[i : i + every] for i in range(0, len(examples), every)]
+
+    done = {name: tensors for name in context.parts.names() if (tensors := context.parts.load(name)) is not None}
+    recogniser = Recogniser(load_whisper(model)).to(accelerator.device).eval()
+    loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
+    bar = tqdm(total=len(examples), desc="extract", disable=config.runtime.quiet, dynamic_ncols=True)
+    for number, part in enumerate(parts):
+        name = f"part-{number:06d}"
+        if name not in done:
+            context.check_stop()
+            with torch.inference_mode(), accelerator.autocast():
+                done[name] = _encode_part(config, recogniser, loader, examples, part, number * every)
+            context.parts.save(name, done[name])
+            if config.extract.clear_cache and accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+        bar.update(len(part))
+    bar.close()
+    _write(output, parts, [done[f"part-{number:06d}"] for number in range(len(parts))])
+    context.summary["utterances"] = len(examples)
+
+
+def _encode_part(
+    config: Config,
+    recogniser: Recogniser,
+    loader: BatchLoader,
+    examples: Sequence[Example],
+    part: Sequence[Example],
+    first: int,
+) -> dict[str, torch.Tensor]:
+    batches = epoch_batches(
+        part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False
+    )
+    vectors: dict[int, torch.Tensor] = {}
+    frames: dict[str, torch.Tensor] = {}
+    for numbers, batch in zip(batches, loader([[first + n for n in one] for one in batches]), strict=True):
+        pooled_BD, frames_BTD = recogniser.frozen_embedding(
+            batch, layer=config.extract.layer, pooling=config.extract.pooling
+        )
+        for row, number in enumerate(numbers):
+            vectors[number] = pooled_BD[row].float().cpu()
+            if config.extract.keep_frames:
+                valid = int(batch.valid_B[row])
+                frames[f"frames.{part[number].id}"] = frames_BTD[row, :valid].half().cpu()
+    return {"vectors": torch.stack([vectors[number] for number in range(len(part))]), **frames}
+
+
+def _write(output: Path, parts: Sequence[Sequence[Example]], tensors: Sequence[dict[str, torch.Tensor]]) -> None:
+    ids = [example.id for part in parts for example in part]
+    vectors_ND = torch.cat([one["vectors"] for one in tensors]).numpy()
+    order = np.argsort(ids)
+    write_table(output, [ids[i] for i in order], vectors_ND[order])
+    rows = []
+    for number, one in enumerate(tensors):
+        frames = {name.removeprefix("frames."): value for name, value in one.items() if name.startswith("frames.")}
+        if frames:
+            file = f"frames-{number:06d}.npy"
+            np.save(output / file, torch.cat(list(frames.values())).numpy(), allow_pickle=False)
+            starts = np.cumsum([0, *(len(value) for value in frames.values())])
+            rows += [
+                {"id": name, "file": file, "start": int(start), "frames": len(value)}
+                for (name, value), start in zip(frames.items(), starts, strict=False)
+            ]
+    if rows:
+        (output / "frames.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

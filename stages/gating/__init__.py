@@ -1,0 +1,16 @@
+"""gating: an MLP that tells an utterance's cluster from its embedding."""
+
+from __future__ import annotations
+
+from common.contract import Contract
+from stages.cluster import is_pretrained
+
+CONTRACT = Contract(
+    name="gating",
+    summary="an MLP that tells an utterance's cluster from its embedding",
+    output="gate",
+    inputs=("embeddings", "clusters"),
+    reads=("seed", "gating"),
+    active=is_pretrained,
+    gpus=1,
+)

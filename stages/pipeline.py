@@ -1,0 +1,273 @@
+"""The local runner: plans, runs what is not done, and keeps the record of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common import __version__
+from common.artifacts import Manifest
+from common.config import Config, flatten, to_yaml
+from common.corpus import Corpus
+from common.errors import ConfigError, MoeAsrError, RetryableError
+from common.plan import Plan, Planned, Task, make_plan
+from common.report import RunView, render_report
+from common.sources import load_corpus, model_digest
+from common.stage import artifact_prefix, execute, heed_signals
+from common.store import Store, open_store
+from stages import STAGES, run_function
+
+log = logging.getLogger(__name__)
+PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")  # where, not what: may differ within a run
+ROUNDS = 3  # how often a damaged input is made again in one run
+
+
+def cache_folder() -> Path:
+    """Where inputs from remote stores and unfinished work lie: $MOE_ASR_CACHE, else under the user's cache."""
+    return Path(os.environ.get("MOE_ASR_CACHE") or Path.home() / ".cache" / "moe-asr")
+
+
+class Run:
+    """One run of the pipeline: its configuration, sources, store and record."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.store: Store = open_store(config.store, endpoint_url=config.endpoint_url)
+        self.cache = cache_folder()
+        self.corpus: Corpus = load_corpus(config, self.cache)
+        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model_digest(config, self.cache)}
+        self.record = read_record(self.store, config.run) or {}
+
+    def plan(self, *, deep: bool = False) -> Plan:
+        """What is done and what is not, with reasons."""
+        before = self.record.get("keys")
+        return make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
+
+    def check_same(self, resume: bool) -> None:
+        """Refuses a run that holds another configuration, unless `--resume` says to go on in it.
+
+        Raises:
+            ConfigError: the first differences.
+        """
+        if not self.record or resume:
+            return
+        changed = differences(self.record["config"], self.config.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(
+                f"run {self.config.run!r} in {self.store.url} holds another configuration ({'; '.join(changed[:3])}): "
+                "--resume goes on in it with the new one, --run NAME starts another"
+            )
+
+    def save(self, status: str, plan: Plan) -> None:
+        """Writes run.json."""
+        now = time.time()
+        keys = {key.stage: key.ingredients for key in plan.groups.values()}
+        self.record = {
+            "schema": 1,
+            "name": self.config.run,
+            "status": status,
+            "version": __version__,
+            "started": self.record.get("started", now),
+            "updated": now,
+            "config": self.config.model_dump(mode="json"),
+            "sources": self.sources,
+            "keys": keys,
+            "tasks": {p.task.label: {"key": p.task.key.digest, "stage": p.task.contract.name} for p in plan.planned},
+            "timeline": self.record.get("timeline", []),
+        }
+        self.store.write(f"{self.config.run}/run.json", _json(self.record))
+
+    def note(self, task: Task, manifest: Manifest, ran: bool) -> None:
+        """Adds a finished task to the timeline."""
+        row = {
+            "stage": task.contract.name,
+            "shard": None if task.shard is None else str(task.shard),
+            "started": manifest.started,
+            "seconds": manifest.seconds,
+            "host": manifest.host,
+            "status": "run" if ran else "skipped",
+        }
+        rows = [r for r in self.record.get("timeline", []) if (r["stage"], r["shard"]) != (row["stage"], row["shard"])]
+        self.record["timeline"] = [*rows, row]
+
+
+def read_record(store: Store, name: str) -> dict[str, Any] | None:
+    """run.json of a run, None when there is none."""
+    key = f"{name}/run.json"
+    return json.loads(store.read(key)) if store.size(key) is not None else None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`path old → new` for every value that can change a result."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in PLACES]
+    return [f"{n} {a.get(n, 'unset')} → {b.get(n, 'unset')}" for n in names if a.get(n) != b.get(n)]
+
+
+def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Runs every stage that is not done; returns the run's summary.
+
+    Raises:
+        MoeAsrError: as the stages raise; what was finished stays.
+    """
+    run = Run(config)
+    run.check_same(resume)
+    with heed_signals() as stopping, log_to_run(run):
+        try:
+            plan = _run_stages(run, stopping)
+        except BaseException as error:
+            run.save("stopped" if not isinstance(error, Exception) else "failed", run.plan())
+            raise
+        return finish(run, plan)
+
+
+def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
+    for _ in range(ROUNDS):
+        plan = run.plan(deep=run.store.local_path("") is not None)
+        run.save("running", plan)
+        for one in plan.planned:
+            if one.status == "again":
+                log.info("%s is made again: %s", one.task.label, one.reason)
+        try:
+            while not plan.finished:
+                _run_next(run, plan, stopping)
+                plan = run.plan()
+                run.save("running", plan)
+            return plan
+        except RetryableError as error:
+            log.warning("%s", error)
+            failed = error
+    raise failed
+
+
+def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
+    """Runs all pieces that are not done of the first stage that has any."""
+    waiting = [p for p in plan.planned if p.status != "done"]
+    stage = waiting[0].task.contract.name
+    mine = [p for p in waiting if p.task.contract.name == stage]
+    slots = parallel_slots(run.config) if len(mine) > 1 else []
+    if len(slots) > 1:
+        run_in_processes(run, mine, slots)
+        return
+    for one in mine:
+        log.info("%s: started", one.task.label)
+        manifest = _run_one(run, one, stopping)
+        run.note(one.task, manifest, ran=True)
+        log.info("%s: done in %.0f s", one.task.label, manifest.seconds)
+
+
+def _run_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> Manifest:
+    from common.artifacts import inspect, set_aside
+
+    if one.status == "again" and one.manifest is not None:  # whole, but of other inputs: make room for the new one
+        state = inspect(run.store, one.task.key)
+        if state.status == "done":
+            set_aside(run.store, one.task.key, state)
+    task = one.task
+    return execute(task, run_function(task.contract.name), run.config, run.store, scratch=run.cache, stopping=stopping)
+
+
+def parallel_slots(config: Config) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each process that may train at once; empty strings on CPU."""
+    import torch
+
+    gpus = torch.cuda.device_count() if config.runtime.device in ("auto", "cuda") else 0
+    wanted = config.runtime.parallel_experts or max(1, gpus)
+    return [str(i % gpus) if gpus else "" for i in range(wanted)]
+
+
+def run_in_processes(run: Run, planned: Sequence[Planned], slots: Sequence[str]) -> None:
+    """Runs shards side by side, one process each, at most one per slot.
+
+    Raises:
+        MoeAsrError: the first shard that failed; the others are finished first.
+    """
+    free = list(slots)
+    file = run.cache / f"{run.config.run}-{os.getpid()}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_yaml(run.config), encoding="utf-8")
+
+    def one(planned: Planned) -> int:
+        slot = free.pop()
+        try:
+            command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
+            command += ["--shard", str(planned.task.shard)]
+            return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": slot}, check=False).returncode
+        finally:
+            free.append(slot)
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        codes = list(pool.map(one, planned))
+    file.unlink(missing_ok=True)
+    for planned_one, code in zip(planned, codes, strict=True):
+        if code:
+            error = MoeAsrError(f"{planned_one.task.label} ended with exit code {code}; its own message is above")
+            error.exit_code = code
+            raise error
+
+
+def finish(run: Run, plan: Plan) -> dict[str, Any]:
+    """Writes summary.json and report.html of a finished run, and returns the summary."""
+    from common.artifacts import fetch
+
+    seconds: dict[str, float] = {}
+    folders: dict[str, list[Path]] = {}
+    for one in plan.planned:
+        assert one.manifest is not None
+        name = one.task.contract.name
+        seconds[name] = round(seconds.get(name, 0.0) + one.manifest.seconds, 2)
+        if not any(r["stage"] == name for r in run.record["timeline"]):
+            run.note(one.task, one.manifest, ran=False)
+        folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
+        folders.setdefault(one.task.contract.output, []).append(folder)
+    summary = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
+    name = run.config.run
+    summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
+    summary["model"] = f"{run.store.url.rstrip('/')}/{artifact_prefix(plan.groups['model'])}"
+    view = RunView(
+        name=name,
+        config_yaml=to_yaml(run.config),
+        version=__version__,
+        summary=summary,
+        cluster=folders.get("clusters", [None])[0],  # type: ignore[list-item]
+        gate=folders.get("gate", [None])[0],  # type: ignore[list-item]
+        experts=folders.get("experts", []),
+        asr=folders["model"][0],
+        timeline=run.record["timeline"],
+        audio_root=str(run.corpus.root),
+    )
+    run.store.write(f"{name}/summary.json", _json(summary))
+    run.store.write(f"{name}/report.html", render_report(view).encode())
+    run.save("done", plan)
+    return summary
+
+
+@contextmanager
+def log_to_run(run: Run) -> Any:  # noqa: ANN401 - a context manager
+    """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
+    folder = run.store.local_path(f"{run.config.run}/logs")
+    path = (folder or run.cache / run.config.run) / "run.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        if folder is None:
+            run.store.put(f"{run.config.run}/logs/run.log", path)
+
+
+def _json(value: Any) -> bytes:  # noqa: ANN401 - anything JSON
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

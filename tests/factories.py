@@ -1,0 +1,89 @@
+"""Small things for tests: a random Whisper of two layers with a byte tokenizer, a corpus of tones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from common.audio import write_wav
+from common.corpus import Utterance, write_index
+
+SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
+WORDS = ("river", "lamp", "seven", "green", "open", "stone", "under", "paper", "voice", "moon")
+PITCH = {"typical": 220.0, "low": 110.0, "high": 440.0}  # Hz: "etiologies" that an encoder tells apart
+
+
+def micro_whisper(folder: Path, *, seed: int = 0) -> Path:
+    """A random Whisper checkpoint: width 32, two layers each side, 259 tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIALS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end, start = 256, 257
+    config = WhisperConfig(
+        vocab_size=259,
+        num_mel_bins=80,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        decoder_start_token_id=start,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        max_target_positions=448,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():  # the usual initialisation is so small that every utterance looks alike
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"is_multilingual": False}), encoding="utf-8")
+    return folder
+
+
+def micro_corpus(
+    folder: Path, *, speakers: int = 6, utterances: int = 6, seed: int = 0, seconds: float = 0.6, rate: int = 16_000
+) -> Path:
+    """Tones with noise and two-word texts; speakers are spread over train, dev and test and over three etiologies."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(speakers * len(PITCH)):
+        etiology = list(PITCH)[number % len(PITCH)]
+        place = number // len(PITCH)
+        split = "test" if place == speakers - 1 else "dev" if place == speakers - 2 else "train"
+        for take in range(utterances):
+            words = generator.choice(WORDS, 2)
+            length = seconds * float(generator.uniform(0.7, 1.5))
+            time = np.arange(int(length * rate)) / rate
+            tone = 0.3 * np.sin(2 * np.pi * PITCH[etiology] * (1 + 0.02 * number) * time)
+            name = f"s{number:02d}-{take:02d}"
+            write_wav(folder / "audio" / f"{name}.wav", tone + 0.02 * generator.standard_normal(len(time)), rate)
+            rows.append(
+                Utterance(
+                    id=name,
+                    audio_filepath=f"audio/{name}.wav",
+                    duration=len(time) / rate,
+                    text=" ".join(words),
+                    split=split,
+                    speaker=f"s{number:02d}",
+                    etiology=etiology,
+                )
+            )
+    write_index(folder, rows)
+    return folder
