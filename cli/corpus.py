@@ -82,7 +82,7 @@ def audit(path: str, model: str | None) -> None:
         counter = load_codec(Path(model)).length
     findings = audit_corpus(read_corpus(path), token_count=counter)
     for finding in findings:
-        click.echo(f"{finding.severity}: {finding.id}: {finding.kind}: {finding.detail}")
+        click.echo(f"{finding.severity}: {finding.utterance_id}: {finding.kind}: {finding.detail}")
     errors = sum(finding.severity == "error" for finding in findings)
     click.echo(f"{errors} errors, {len(findings) - errors} warnings")
     if errors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -35,7 +34,7 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Go on in a run that holds another configuration.")
 @click.option("--dry-run", is_flag=True, help="Only say what would run, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Runs the stages that are not done, in order, and ends with word error rates before and after."""
     from stages.pipeline import run_pipeline
 
@@ -57,7 +56,7 @@ def config_group() -> None:
 
 @config_group.command("show")
 @config_options
-def config_show(**options: Any) -> None:  # noqa: ANN401
+def config_show(**options: Any) -> None:
     """Prints the resolved configuration, as YAML that --config reads."""
     click.echo(to_yaml(config_from(options)), nl=False)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from common.store import Store, open_store
 
 from cli.table import text_table
 from common.config import Config, validate
 from common.errors import DataError, StoreError
 from common.options import config_from, config_options
-from common.store import Store, open_store
 from stages.pipeline import Run, read_record
 
 store_options = (
@@ -22,7 +22,7 @@ store_options = (
 )
 
 
-def with_store(function: Any) -> Any:  # noqa: ANN401 - a click decorator
+def with_store(function: Any) -> Any:
     """Adds --store and --endpoint-url."""
     for option in store_options:
         function = option(function)
@@ -36,7 +36,9 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
     rows = [(p.task.label, p.status, p.reason, p.task.key.digest) for p in made.planned]
     rows += [(c.name, "todo", "its pieces are known once the stage before it is done", "") for c in made.open_ended]
     if as_json:
-        click.echo(json.dumps([dict(zip(("task", "status", "reason", "key"), row, strict=True)) for row in rows], indent=1))
+        click.echo(
+            json.dumps([dict(zip(("task", "status", "reason", "key"), row, strict=True)) for row in rows], indent=1)
+        )
         return
     words = {"done": "done", "todo": "to do", "again": "to do again"}
     width = max(len(row[0]) for row in rows)
@@ -48,7 +50,7 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
 @config_options
 @click.option("--verify", "deep", is_flag=True, help="Also re-hash every file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(deep: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def plan(deep: bool, as_json: bool, **options: Any) -> None:
     """Says for each stage and shard: done, to do or to do again, and why."""
     show_plan(config_from(options), as_json=as_json, deep=deep)
 
@@ -110,7 +112,9 @@ def runs_list(store_url: str, endpoint_url: str | None) -> None:
         key = f"{name}/summary.json"
         summary = json.loads(store.read(key)) if store.size(key) is not None else {}
         rates = [f"{summary[k]:.1%}" if k in summary else "-" for k in ("wer_before", "wer_after")]
-        rows.append((name, record["status"], time.strftime("%Y-%m-%d %H:%M", time.localtime(record["updated"])), *rates))
+        rows.append(
+            (name, record["status"], time.strftime("%Y-%m-%d %H:%M", time.localtime(record["updated"])), *rates)
+        )
     click.echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
 
 
@@ -208,6 +212,7 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str) -> list[Path
         DataError: it is not done.
     """
     from common.artifacts import Key, fetch, inspect
+
     from stages.pipeline import cache_folder
 
     folders = []

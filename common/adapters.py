@@ -89,11 +89,12 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
         DataError: they are missing or damaged.
     """
     try:
-        return load_file(folder / WEIGHTS)
+        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {WEIGHTS}: not a PEFT LoRA adapter") from None
     except SafetensorError as error:
         raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    return tensors
 
 
 def merge_expert(model: nn.Module, expert: int) -> None:

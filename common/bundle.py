@@ -1,8 +1,8 @@
 """Trained models on disk: gate, experts and what is needed to use them, in one folder.
 
-    recogniser.json   base model, mixture, audio context, LoRA shape
-    gate.safetensors gate.json
-    experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weights after a full fine-tune
+recogniser.json   base model, mixture, audio context, LoRA shape
+gate.safetensors gate.json
+experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weights after a full fine-tune
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class BundleInfo:
 def save_gate(gate: Gate, folder: Path) -> None:
     """Writes gate.safetensors and its sizes in gate.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in gate.state_dict().items()}, folder / "gate.safetensors")
-    first, last = gate.net[0], gate.net[-1]
-    sizes = {"dim": first.in_features, "hidden": first.out_features, "num_experts": last.out_features}
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in gate.state_dict().items()},
+        folder / "gate.safetensors",
+    )
+    sizes = {"dim": gate.dim, "hidden": gate.hidden, "num_experts": gate.num_experts}
     (folder / "gate.json").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
 
 
@@ -87,7 +89,9 @@ def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> N
         recogniser.whisper.save_pretrained(folder / "dense")
         return
     for expert in range(info.num_experts):
-        save_expert(recogniser.whisper, expert, folder / "experts" / str(expert), base_model=info.base, alpha=info.alpha)
+        save_expert(
+            recogniser.whisper, expert, folder / "experts" / str(expert), base_model=info.base, alpha=info.alpha
+        )
     if info.shared:
         save_expert(recogniser.whisper, info.num_experts, folder / "shared", base_model=info.base, alpha=info.alpha)
 

@@ -45,7 +45,9 @@ class ModelConfig(Section):
 class AudioConfig(Section):
     """How audio becomes encoder input; the same in training, evaluation and transcription."""
 
-    context: Literal["dynamic", "30s"] = Field("dynamic", description="encode the utterance's own length, or pad to 30 s")
+    context: Literal["dynamic", "30s"] = Field(
+        "dynamic", description="encode the utterance's own length, or pad to 30 s"
+    )
     margin: int = Field(64, ge=64, description="encoder positions (20 ms each) of silence after the last sample")
     long_audio: Literal["error", "drop"] = Field("error", description="what to do with utterances over 30 s")
 
@@ -66,7 +68,9 @@ class SubsetsConfig(Section):
 class ExtractConfig(Section):
     """Pooled embeddings of the frozen encoder."""
 
-    layer: int = Field(-1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block")
+    layer: int = Field(
+        -1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block"
+    )
     pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="over the utterance's own frames")
     keep_frames: bool = Field(False, description="also write fp16 embeddings of every valid frame")
     shard_size: int = Field(20_000, gt=0, description="utterances per shard of the fan-out")
@@ -290,7 +294,7 @@ def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
             tree[name] = dict(value) if isinstance(value, Mapping) else value
 
 
-def nest(path: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - any YAML value
+def nest(path: str, value: Any) -> dict[str, Any]:
     """`a.b`, v → {"a": {"b": v}}."""
     head, _, rest = path.partition(".")
     return {head: nest(rest, value) if rest else value}
@@ -310,7 +314,7 @@ def validate(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(problems[0]) + more) from None
 
 
-def _explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{path}: {problem['msg']}; got {problem['input']!r}"

@@ -20,7 +20,9 @@ def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
             handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
         except OSError as error:
             raise StoreError(f"--log-file {log_file}: {error.strerror}") from None
-    logging.basicConfig(level=logging.INFO, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(
+        level=logging.INFO, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
     for noisy in ("numba", "matplotlib", "httpx", "urllib3", "botocore", "boto3", "s3transfer", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,9 @@ class Example:
     row: int
 
 
+TENSORS = ("audio_BS", "valid_B", "inputs_BU", "labels_BU", "row_B")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Padded tensors of B utterances of one bucket.
@@ -67,15 +70,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        tensors = (self.audio_BS, self.valid_B, self.inputs_BU, self.labels_BU, self.row_B)
-        moved = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(self.ids, *moved, seconds=self.seconds)
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
     def part(self, start: int, stop: int) -> Batch:
         """Utterances start…stop-1; their seconds in proportion."""
         share = (stop - start) / len(self.ids)
-        tensors = (self.audio_BS, self.valid_B, self.inputs_BU, self.labels_BU, self.row_B)
-        return Batch(self.ids[start:stop], *(t[start:stop] for t in tensors), seconds=self.seconds * share)
+        parts = {name: getattr(self, name)[start:stop] for name in TENSORS}
+        return replace(self, ids=self.ids[start:stop], seconds=self.seconds * share, **parts)
 
     @property
     def weight(self) -> Tensor:
@@ -151,7 +152,7 @@ def epoch_batches(
         shuffle: else longest bucket first, so that a batch too large for the memory fails at once.
     """
     order = list(range(len(examples)))
-    generator = random.Random(f"{seed}/{epoch}")  # noqa: S311 - reproducible shuffling, no secret
+    generator = random.Random(f"{seed}/{epoch}")
     if shuffle:
         generator.shuffle(order)
     # Inside a bucket similar text lengths meet: the decoder's padding is the second dimension of the bucket.

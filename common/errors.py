@@ -45,7 +45,7 @@ class ConfigError(MoeAsrError):
     exit_code = 78
 
 
-class Preempted(MoeAsrError):
+class Preempted(MoeAsrError):  # noqa: N818 - what happened, not what is wrong
     """The process was told to end (SIGTERM) and has written a checkpoint."""
 
     exit_code = EXIT_PREEMPTED

@@ -73,9 +73,7 @@ def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, max_new_
 
 def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], language: str) -> list[Score]:
     """One score per utterance, against the better of its references."""
-    return [
-        score(u.id, texts[u.id], [u.text, *([u.text_alt] if u.text_alt else [])], language) for u in utterances
-    ]
+    return [score(u.id, texts[u.id], [u.text, *([u.text_alt] if u.text_alt else [])], language) for u in utterances]
 
 
 def prediction_rows(

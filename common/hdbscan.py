@@ -10,21 +10,18 @@ tree, after which the tree is exact. The tree does not depend on min_cluster_siz
 Shapes: N points, D coordinates, K neighbours, E edges, C clusters; R and W are the rows and columns of a tile.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.integer[Any]]
+from common.neighbours import ROWS, Floats, Ints, distances, factors, in_threads, nearest_neighbours
 
-KNN_ROWS, KNN_COLUMNS = 128, 8192  # tiles of 4 MiB, which stay in the cache between the passes over them
 TILE = 1024
-SLACK = 32 * float(np.finfo(np.float32).eps)  # bounds the rounding of a float32 product, relative to the squared norms
-REPRESENTATIVES = 8  # of each tree, asked for their nearest stranger
+REPRESENTATIVES = 4  # of each tree, asked for their nearest stranger
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,34 +31,6 @@ class SpanningTree:
     start_E: Ints
     stop_E: Ints
     weight_E: Floats
-
-
-def nearest_neighbours(points_ND: Floats, count: int) -> tuple[Ints, Floats]:
-    """The nearest other points of every point, by Euclidean distance.
-
-    Args:
-        points_ND: finite coordinates, N ≥ 2.
-        count: how many neighbours, at most N-1; the point itself is not among them.
-
-    Returns:
-        (index_NK, distance_NK), nearest first.
-    """
-    N = len(points_ND)
-    # In random order the first tile is a fair sample, so its K-th distance is a good bound for all later tiles.
-    shuffle_N = np.random.default_rng(0).permutation(N)
-    left_NF, right_FN = _factors(points_ND[shuffle_N])
-    found_NK = np.empty((N, count), np.int64)
-
-    def fill(first: int) -> None:
-        found_NK[first : first + KNN_ROWS] = _nearest_of_block(left_NF, right_FN, first, count)
-
-    _in_threads(fill, range(0, N, KNN_ROWS))
-    index_NK = np.empty_like(found_NK)
-    index_NK[shuffle_N] = shuffle_N[found_NK]
-    start_E = np.repeat(np.arange(N), count)
-    distance_NK = _distances(points_ND, start_E, index_NK.ravel()).reshape(N, count)
-    order_NK = np.argsort(distance_NK, axis=1, kind="stable")
-    return np.take_along_axis(index_NK, order_NK, 1), np.take_along_axis(distance_NK, order_NK, 1)
 
 
 def spanning_tree(points_ND: Floats, min_samples: int) -> SpanningTree:
@@ -74,7 +43,7 @@ def spanning_tree(points_ND: Floats, min_samples: int) -> SpanningTree:
     """
     N = len(points_ND)
     nearest = min(N - 1, min_samples)
-    index_NK, distance_NK = nearest_neighbours(points_ND, min(N - 1, max(12, 2 * nearest)))
+    index_NK, distance_NK = nearest_neighbours(points_ND, min(N - 1, max(12, nearest + 4)))
     core_N = distance_NK[:, nearest - 1].copy()
     start_E = np.repeat(np.arange(N), index_NK.shape[1])
     edges = (start_E, index_NK.ravel(), _reach(distance_NK.ravel(), core_N, start_E, index_NK.ravel()))
@@ -99,6 +68,7 @@ def flat_clusters(tree: SpanningTree, min_cluster_size: int) -> tuple[Ints, Floa
     label_C = _select(branches)
     selected_N = np.asarray(label_C)[branches.branch_N]
     labels_N = _compact(selected_N)
+    # The density at which a cluster lost its last point or split; what lies deeper belongs to it fully.
     peak_N = np.asarray(branches.death)[np.maximum(selected_N, 0)]
     probability_N = np.where(labels_N >= 0, np.minimum(branches.density_N / peak_N, 1.0), 0.0)
     order_N = dendrogram.order_N
@@ -107,75 +77,17 @@ def flat_clusters(tree: SpanningTree, min_cluster_size: int) -> tuple[Ints, Floa
     return labels_out_N, probability_out_N
 
 
-# ---- distances in tiles ----
+# ---- the spanning tree ----
 
-
-def _factors(points_ND: Floats) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Matrices whose product holds the squared distances, short by at most SLACK times the squared norms.
-
-    Centred on the median, which no outlier moves: float32 keeps most digits near the origin.
-    """
-    centred_ND = (points_ND - np.median(points_ND, axis=0)).astype(np.float32)
-    norm_N1 = np.einsum("nd,nd->n", centred_ND, centred_ND)[:, None] * np.float32(1 - SLACK)
-    one_N1 = np.ones_like(norm_N1)
-    left_NF = np.hstack([-2 * centred_ND, norm_N1, one_N1])
-    return left_NF, np.ascontiguousarray(np.hstack([centred_ND, one_N1, norm_N1]).T)
-
-
-def _nearest_of_block(left_NF: Floats, right_FN: Floats, first: int, count: int) -> Ints:
-    """Neighbour indices of the points first … first + KNN_ROWS, all those that could be among the nearest, ranked."""
-    left_RF = left_NF[first : first + KNN_ROWS]
-    R, N = len(left_RF), right_FN.shape[1]
-    rows, columns, values = [], [], []
-    bound_R1 = None
-    buffer = np.empty(R * min(KNN_COLUMNS, N), np.float32)
-    for column in range(0, N, KNN_COLUMNS):
-        W = min(KNN_COLUMNS, N - column)
-        tile_RW = np.matmul(left_RF, right_FN[:, column : column + W], out=buffer[: R * W].reshape(R, W))
-        own = np.arange(max(first, column), min(first + R, column + W))
-        tile_RW[own - first, own - column] = np.inf
-        if bound_R1 is None:
-            bound_R1 = np.partition(tile_RW, min(count, W) - 1, axis=1)[:, min(count, W) - 1, None]
-        hit = np.flatnonzero(tile_RW <= bound_R1)
-        rows.append(hit // W)
-        columns.append(hit % W + column)
-        values.append(tile_RW.ravel()[hit])
-    row, col, value = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
-    order = np.lexsort((col, value, row))
-    begin_R = np.searchsorted(row[order], np.arange(R))
-    return np.asarray(col[order][begin_R[:, None] + np.arange(count)])
-
-
-def _distances(points_ND: Floats, start_E: Ints, stop_E: Ints) -> Floats:
-    """Distances of pairs in float64, in pieces: these are exact where the tiles round."""
-    length_E = np.empty(len(start_E))
-    for low in range(0, len(start_E), 1 << 16):
-        piece = slice(low, low + (1 << 16))
-        difference = points_ND[start_E[piece]].astype(np.float64) - points_ND[stop_E[piece]]
-        length_E[piece] = np.sqrt(np.einsum("ed,ed->e", difference, difference))
-    return length_E
+Edges = tuple[Ints, Ints, Floats]
 
 
 def _reach(length_E: Floats, core_N: Floats, start_E: Ints, stop_E: Ints) -> Floats:
     return np.maximum(length_E, np.maximum(core_N[start_E], core_N[stop_E]))
 
 
-def _in_threads(work: Callable[[int], Any], items: Iterable[int]) -> list[Any]:
-    """Maps in as many threads as the matrix library may use, each of its calls on one: the passes between run too."""
-    from threadpoolctl import threadpool_info, threadpool_limits
-
-    threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
-
-
-# ---- the spanning tree ----
-
-Edges = tuple[Ints, Ints, Floats]
-
-
-def _joined(first: Edges, *others: Edges) -> Edges:
-    start, stop, weight = (np.concatenate(parts) for parts in zip(first, *others, strict=True))
+def _joined(*edges: Edges) -> Edges:
+    start, stop, weight = (np.concatenate(parts) for parts in zip(*edges, strict=True))
     return start, stop, weight
 
 
@@ -207,22 +119,23 @@ def _components(N: int, edges: Edges) -> tuple[int, Ints]:
 
 
 def _link_trees(points_ND: Floats, core_N: Floats, edges: Edges) -> Edges:
-    """Joins the trees of a forest by short, not necessarily shortest, edges; each round at least halves their number."""
+    """Joins the trees of a forest by short, not always shortest, edges; each round at least halves their number."""
     N = len(points_ND)
-    left_NF, right_FN = _factors(points_ND)
+    left_NF, right_FN = factors(points_ND)
     while True:
         count, label_N = _components(N, edges)
         if count == 1:
             return edges
         asked_A = _representatives(label_N, count)
-        nearest: list[Ints] = []
-        for low in range(0, len(asked_A), KNN_ROWS):
-            asked_R = asked_A[low : low + KNN_ROWS]
+
+        def strangers(low: int, asked_A: Ints = asked_A, label_N: Ints = label_N) -> Ints:
+            asked_R = asked_A[low : low + ROWS]
             tile_RN = left_NF[asked_R] @ right_FN
             tile_RN[label_N[asked_R][:, None] == label_N] = np.inf
-            nearest.append(tile_RN.argmin(1))
-        stop_A = np.concatenate(nearest)
-        weight_A = _reach(_distances(points_ND, asked_A, stop_A), core_N, asked_A, stop_A)
+            return np.asarray(tile_RN.argmin(1))
+
+        stop_A = np.concatenate(in_threads(strangers, range(0, len(asked_A), ROWS)))
+        weight_A = _reach(distances(points_ND, asked_A, stop_A), core_N, asked_A, stop_A)
         edges = _forest(N, _joined(edges, (asked_A, stop_A, weight_A)))
 
 
@@ -237,47 +150,172 @@ def _representatives(label_N: Ints, count: int) -> Ints:
 
 
 def _shorten(points_ND: Floats, core_N: Floats, edges: Edges) -> SpanningTree:
-    """Makes a spanning tree the minimum one, by all pairs whose edge is lighter than the tree's path between them.
-
-    A path's heaviest edge is, in the order of the dendrogram's leaves, the largest height between its two ends, so
-    for a whole tile it is the larger of one number for each row and one for each column.
-    """
+    """Makes a spanning tree the minimum one, by all pairs whose edge is lighter than the tree's path between them."""
     N = len(points_ND)
     dendrogram = _Dendrogram.of(SpanningTree(*edges))
     order_N = dendrogram.order_N
     sorted_ND, sorted_core_N = points_ND[order_N], core_N[order_N]
-    left_NF, right_FN = _factors(sorted_ND)
-    height_N = dendrogram.gap_N
+    left_NF, right_FN = factors(sorted_ND)
+    square_N = np.nextafter((dendrogram.gap_N**2).astype(np.float32), np.float32(np.inf))  # rounded up: misses nothing
 
     def shorter(first: int) -> Edges:
         found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-        for column, path_R, path_W in _path_bounds(height_N, first):
-            hit_E = _tile_hits(left_NF, right_FN, first, column, path_R, path_W)
-            start_E, stop_E = hit_E // len(path_W), hit_E % len(path_W)
-            path_E = np.maximum(path_R[start_E], path_W[stop_E])
-            start_E, stop_E = start_E + first, stop_E + column
-            keep_E = np.maximum(sorted_core_N[start_E], sorted_core_N[stop_E]) < path_E
+        left_RF = left_NF[first : first + TILE]
+        buffer = np.empty(TILE * TILE, np.float32)
+        for column, path_RW in _path_tiles(square_N, first):
+            R, W = path_RW.shape
+            tile_RW = np.matmul(left_RF, right_FN[:, column : column + W], out=buffer[: R * W].reshape(R, W))
+            hit_E = np.flatnonzero(tile_RW < path_RW)
+            start_E, stop_E, path_E = hit_E // W + first, hit_E % W + column, path_RW.ravel()[hit_E]
+            keep_E = np.maximum(sorted_core_N[start_E], sorted_core_N[stop_E]) ** 2 < path_E
             start_E, stop_E, path_E = start_E[keep_E], stop_E[keep_E], path_E[keep_E]
-            weight_E = _reach(_distances(sorted_ND, start_E, stop_E), sorted_core_N, start_E, stop_E)
-            keep_E = weight_E < path_E
+            weight_E = _reach(distances(sorted_ND, start_E, stop_E), sorted_core_N, start_E, stop_E)
+            keep_E = weight_E**2 < path_E
             found.append((order_N[start_E[keep_E]], order_N[stop_E[keep_E]], weight_E[keep_E]))
-        return _joined(found[0], *found[1:])
+        return _joined(*found)
 
-    better = _in_threads(shorter, range(0, N, TILE))
-    return SpanningTree(*_forest(N, _joined(edges, *better)))
+    return SpanningTree(*_forest(N, _joined(edges, *in_threads(shorter, range(0, N, TILE)))))
 
 
-def _path_bounds(height_N: Floats, first: int) -> Iterator[tuple[int, Floats, Floats]]:
-    """For each tile right of the diagonal: its first column, and the heaviest height on each row's and column's way.
+def _path_tiles(square_N: NDArray[np.float32], first: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The heaviest edge, squared, on the tree's path between the points of a tile: (first column, path_RW).
 
-    The tile on the diagonal comes as single rows would need; its bound is the block's largest height, which is loose,
-    so it is cut into the quarters above its diagonal until they are small.
+    In the order of the dendrogram's leaves this is the largest height between the two: beside the diagonal the larger
+    of one number for each row and one for each column. Below the diagonal it is 0, and so nothing is shorter.
     """
-    N = len(height_N)
-    row_R = np.append(height_N[first + 1 : first + TILE], 0.0)
-    row_R = np.maximum.accumulate(row_R[::-1])[::-1]
-    between = 0.0
-    for column in range(first + TILE, N, TILE):
-        column_W = np.maximum.accumulate(height_N[column : column + TILE])
-        yield column, np.maximum(row_R, between), column_W
-        between = max(between, float(column_W[-1]))
+    N, stop = len(square_N), min(first + TILE, len(square_N))
+    own_R = square_N[first:stop]
+    yield first, np.maximum.accumulate(np.triu(np.broadcast_to(own_R, (len(own_R), len(own_R))), 1), axis=1)
+    row_R = np.maximum.accumulate(np.append(own_R[1:], np.float32(0))[::-1])[::-1]
+    buffer = np.empty(len(own_R) * TILE, np.float32)
+    for column in range(stop, N, TILE):
+        column_W = np.maximum.accumulate(square_N[column : column + TILE])
+        path_RW = buffer[: len(row_R) * len(column_W)].reshape(len(row_R), len(column_W))
+        yield column, np.maximum(row_R[:, None], column_W, out=path_RW)
+        row_R = np.maximum(row_R, column_W[-1])
+
+
+# ---- the hierarchy ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Dendrogram:
+    """Single linkage: node N+e is what edge e joined, of `children[e]` and with `size[N+e]` points.
+
+    In leaf order a node's points are neighbours, from `begin[node]`; gap_N is the height between a leaf and the one
+    before it.
+    """
+
+    children: list[tuple[int, int]]
+    size: list[int]
+    begin: list[int]
+    order_N: Ints
+    gap_N: Floats
+
+    @classmethod
+    def of(cls, tree: SpanningTree) -> _Dendrogram:
+        N = len(tree.weight_E) + 1
+        children, size = _single_linkage(N, zip(tree.start_E.tolist(), tree.stop_E.tolist(), strict=True))
+        begin = [0] * (2 * N - 1)
+        for e in range(N - 2, -1, -1):
+            left, right = children[e]
+            begin[left] = begin[N + e]
+            begin[right] = begin[N + e] + size[left]
+        begin_M = np.asarray(begin)
+        order_N, gap_N = np.empty(N, np.int64), np.zeros(N)
+        order_N[begin_M[:N]] = np.arange(N)
+        if N > 1:
+            gap_N[begin_M[np.asarray(children)[:, 1]]] = tree.weight_E
+        return cls(children, size, begin, order_N, gap_N)
+
+
+def _single_linkage(N: int, edges: Iterable[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Joins points along the edges, lightest first: the two nodes that each edge joins, and every node's size."""
+    node, parent = list(range(N)), list(range(N))  # of a union-find: the dendrogram's node at each root
+    children, size = [], [1] * N
+    for start, stop in edges:
+        while parent[start] != start:
+            parent[start] = start = parent[parent[start]]
+        while parent[stop] != stop:
+            parent[stop] = stop = parent[parent[stop]]
+        left, right = node[start], node[stop]
+        if size[left] < size[right]:
+            start, stop = stop, start
+        children.append((left, right))
+        parent[stop] = start
+        node[start] = len(size)
+        size.append(size[left] + size[right])
+    return children, size
+
+
+@dataclass(frozen=True, slots=True)
+class _Branches:
+    """The condensed tree: branches in which only noise falls out; 0 is the root, parents come before children.
+
+    stability is the excess of mass; death the greatest density at which a branch lost a point; branch_N and density_N
+    say, in leaf order, from which branch a point fell and at what density.
+    """
+
+    parent: list[int]
+    stability: list[float]
+    death: list[float]
+    branch_N: Ints
+    density_N: Floats
+
+
+def _condense(dendrogram: _Dendrogram, density: list[float], min_cluster_size: int) -> _Branches:
+    children, size, begin = dendrogram.children, dendrogram.size, dendrogram.begin
+    N = len(dendrogram.order_N)
+    parent, birth, stability, death = [-1], [0.0], [0.0], [0.0]
+    owner = [-1] * (2 * N - 1)  # the branch of a node; -1 where it fell out with a node above it
+    owner[-1] = 0
+    branch_N, density_N = np.zeros(N, np.int64), np.zeros(N)
+    for e in range(N - 2, -1, -1):
+        branch = owner[N + e]
+        if branch < 0:
+            continue
+        large = [child for child in children[e] if size[child] >= min_cluster_size]
+        death[branch] = density[e]
+        if len(large) == 2:
+            stability[branch] += (density[e] - birth[branch]) * size[N + e]
+            for child in large:
+                owner[child] = len(parent)
+                parent.append(branch)
+                birth.append(density[e])
+                stability.append(0.0)
+                death.append(0.0)
+            continue
+        for child in children[e]:
+            if child in large:
+                owner[child] = branch
+            else:
+                stability[branch] += (density[e] - birth[branch]) * size[child]
+                fallen = slice(begin[child], begin[child] + size[child])
+                branch_N[fallen] = branch
+                density_N[fallen] = density[e]
+    return _Branches(parent, stability, death, branch_N, density_N)
+
+
+def _select(branches: _Branches) -> list[int]:
+    """For each branch the selected one that it is or lies in, -1 if none: each wins unless its children weigh more."""
+    best, below = list(branches.stability), [0.0] * len(branches.parent)
+    wins = [False] * len(branches.parent)
+    for branch in range(len(branches.parent) - 1, 0, -1):
+        wins[branch] = below[branch] <= best[branch]
+        best[branch] = max(best[branch], below[branch])
+        below[branches.parent[branch]] += best[branch]
+    chosen = [-1] * len(branches.parent)
+    for branch in range(1, len(branches.parent)):
+        above = chosen[branches.parent[branch]]
+        chosen[branch] = above if above >= 0 else (branch if wins[branch] else -1)
+    return chosen
+
+
+def _compact(chosen_N: Ints) -> Ints:
+    """Labels 0, 1, … instead of branch numbers; -1 stays."""
+    used, label_N = np.unique(chosen_N, return_inverse=True)
+    return label_N - int(used[0] < 0)
+
+
+def _smallest_positive(weight_E: Floats) -> float:
+    return float(np.min(weight_E, where=weight_E > 0, initial=np.inf)) if (weight_E > 0).any() else 1.0

@@ -195,7 +195,7 @@ def _csv_records(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise DataError(f"{table}:{reader.line_num}: the row has not as many cells as the heading")
                 yield f"{table}:{reader.line_num}", record
     except csv.Error as error:
-        raise DataError(f"{table}:{reader.line_num}: {error}: check quotes and separators") from error
+        raise DataError(f"{table}:{reader.reader.line_num}: {error}: check quotes and separators") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not utf-8 text ({error.reason}): save it as utf-8") from error
     except OSError as error:

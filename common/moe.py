@@ -85,9 +85,9 @@ class MixtureLinear(nn.Module):
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         total = num_experts + shared
-        where = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(total, rank, base.in_features, **where))
-        self.lora_B = nn.Parameter(torch.zeros(total, base.out_features, rank, **where))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(total, rank, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(total, base.out_features, rank, device=device, dtype=torch.float32))
         for expert_RI in self.lora_A.data:  # as PEFT does: each expert is initialised like a linear layer
             nn.init.kaiming_uniform_(expert_RI, a=math.sqrt(5))
 
@@ -209,9 +209,8 @@ class Gate(nn.Module):
         super().__init__()
         self.register_buffer("mean_D", torch.zeros(dim))
         self.register_buffer("std_D", torch.ones(dim))
-        self.net = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts)
-        )
+        self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
+        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
 
     def fit_scale(self, embeddings_ND: Tensor) -> None:
         """Takes mean and standard deviation from embeddings, so that the MLP sees unit scale."""

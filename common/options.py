@@ -79,7 +79,7 @@ def config_options(function: F) -> F:
     """Adds every option that leads to a configuration; the command then gets them in `**options`."""
     for option in reversed(RUN_OPTIONS):
         function = click_option(option.flag, option.path, option.help, option.value)(function)
-    for flag, (paths, text) in reversed(SHARED_OPTIONS.items()):
+    for flag, (paths, text) in reversed(list(SHARED_OPTIONS.items())):
         function = click_option(flag, paths[0], text)(function)
     for decorate in reversed(BASE_OPTIONS):
         function = decorate(function)
@@ -87,17 +87,27 @@ def config_options(function: F) -> F:
 
 
 BASE_OPTIONS = (
-    click.option("--mode", type=click.Choice(MODES), help="Which shipped configuration to start from.  [default: full]"),
+    click.option(
+        "--mode", type=click.Choice(MODES), help="Which shipped configuration to start from.  [default: full]"
+    ),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file laid over the mode's."),
-    click.option("--gpu", type=click.Choice((*GPUS, "auto")), help="Batch sizes for this GPU; auto looks at this machine."),
+    click.option(
+        "--gpu", type=click.Choice((*GPUS, "auto")), help="Batch sizes for this GPU; auto looks at this machine."
+    ),
     click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Any other setting, as asr.epochs=3."),
-    click.option("--data-percent", type=float, help="Keep this share of each subset (of the ASR data alone with --skip-pretraining)."),
-    click.option("--skip-pretraining", is_flag=True, help="Regular mixture: random gate and experts; needs --num-experts."),
+    click.option(
+        "--data-percent",
+        type=float,
+        help="Keep this share of each subset (of the ASR data alone with --skip-pretraining).",
+    ),
+    click.option(
+        "--skip-pretraining", is_flag=True, help="Regular mixture: random gate and experts; needs --num-experts."
+    ),
     click.option("--no-plot", is_flag=True, help="Draw no plots."),
 )
 
 
-def click_option(flag: str, path: str, text: str, value: Any = None) -> Callable[[F], F]:  # noqa: ANN401
+def click_option(flag: str, path: str, text: str, value: Any = None) -> Callable[[F], F]:
     name = flag.removeprefix("--").replace("-", "_")
     if value is not None:
         return click.option(flag, name, is_flag=True, default=False, help=f"{text.capitalize()}.")
@@ -116,7 +126,7 @@ def field_of(path: str) -> FieldInfo:
     return model.model_fields[last]
 
 
-def _click_type(field: FieldInfo) -> click.ParamType | type:
+def _click_type(field: FieldInfo) -> Any:
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:
         return click.Choice([str(kind) for kind in kinds])

@@ -72,34 +72,6 @@ def clock(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def align_words(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
-    """A shortest alignment of two texts, as (kind, reference word, hypothesis word); kinds ok, sub, del, ins.
-
-    Words are equal when they differ in case and punctuation at most: what the error rate forgives is no error here.
-    """
-    left, right = reference.split(), hypothesis.split()
-    keys_left, keys_right = [_key(word) for word in left], [_key(word) for word in right]
-    cost = [list(range(len(right) + 1))]  # cost[i][j]: edits from the first i words to the first j
-    for i, a in enumerate(keys_left):
-        row = [i + 1]
-        for j, b in enumerate(keys_right):
-            row.append(min(cost[i][j] + (a != b), cost[i][j + 1] + 1, row[j] + 1))
-        cost.append(row)
-    steps: list[tuple[str, str, str]] = []
-    i, j = len(left), len(right)
-    while i or j:
-        if i and j and cost[i][j] == cost[i - 1][j - 1] + (keys_left[i - 1] != keys_right[j - 1]):
-            i, j = i - 1, j - 1
-            steps.append(("ok" if keys_left[i] == keys_right[j] else "sub", left[i], right[j]))
-        elif i and cost[i][j] == cost[i - 1][j] + 1:
-            i -= 1
-            steps.append(("del", left[i], ""))
-        else:
-            j -= 1
-            steps.append(("ins", "", right[j]))
-    return steps[::-1]
-
-
 def axis_of_time(spans: Sequence[tuple[float, float]]) -> tuple[Callable[[float], float], float, list[Row]]:
     """Seconds on an axis whose long pauses are cut short, its length, and where the cuts are.
 
@@ -156,10 +128,6 @@ def _hoist_style(match: re.Match[str]) -> str:
         return match[0]
     style = styles.pop()
     return f'{match[1][:-1]} style="{style}">' + match[2].replace(f' style="{style}"', "")
-
-
-def _key(word: str) -> str:
-    return "".join(c for c in word.casefold() if c.isalnum() or c == "'") or word
 
 
 def is_number(value: object) -> TypeGuard[float]:

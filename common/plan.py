@@ -74,7 +74,7 @@ def group_keys(contracts: Sequence[Contract], config: Config, sources: Mapping[s
     """
     keys: dict[str, Key] = {}
     for contract in active_stages(contracts, config):
-        inputs = {name: sources[name] for name in contract.sources}
+        inputs: dict[str, str] = {name: sources[name] for name in contract.sources}
         inputs |= {name: keys[name].digest for name in contract.inputs if name in keys}
         values = read_values(config, contract.reads)
         keys[contract.output] = make_key(contract.name, contract.format, values, inputs)

@@ -56,11 +56,12 @@ def read_object(path: Path) -> Row:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} holds no JSON object: run the stage that writes it again")
-    return value
+        if isinstance(value, dict):
+            return value
+        error: Exception = ValueError("it holds no JSON object")
+    except (OSError, ValueError) as found:
+        error = found
+    raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -72,15 +73,11 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number} is no JSON object: run the stage that writes it again")
-                rows.append(row)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again") from None
-    except ValueError as error:
-        raise DataError(f"{path}:{len(rows) + 1} is no JSON ({error}): run the stage that writes it again") from None
+            for line in file:
+                rows.append(dict(json.loads(line)))
+    except (OSError, TypeError, ValueError) as error:
+        where = f"{path}:{len(rows) + 1}"
+        raise DataError(f"{where} cannot be read ({error}): run the stage that writes it again") from None
     return rows
 
 
@@ -111,8 +108,7 @@ def render_svg(draw: Callable[[], Figure]) -> str:
 def plot_clusters(cluster: Path, out: Path) -> list[Path]:
     """Draw the cluster map of a cluster stage's folder into `out`; returns the PNG and SVG files written."""
     rows = sample_points(read_rows(cluster / "projection.jsonl"))
-    fields = ("cluster", "etiology")
-    return _write(out, {f"clusters_by_{field}": partial(draw_map, rows, field) for field in fields})
+    return _write(out, {f"clusters_by_{name}": partial(draw_map, rows, name) for name in ("cluster", "etiology")})
 
 
 def plot_gating(gate: Path, out: Path) -> list[Path]:
@@ -136,7 +132,8 @@ def plot_experts(experts: Sequence[Path], out: Path) -> list[Path]:
 def plot_asr(asr: Path, out: Path) -> list[Path]:
     """Draw the joint training's curves, expert load, routing and error rates into `out`; returns the files written."""
     figures = {"asr_training": partial(draw_training, read_rows(asr / "metrics.jsonl"))}
-    figures["asr_expert_load"] = partial(draw_load, read_object(asr / "report.json")["load"])
+    if len(load := read_object(asr / "report.json").get("load") or ()) > 1:
+        figures["asr_expert_load"] = partial(draw_load, load)
     if (asr / "summary.json").is_file():
         figures["asr_wer_by_etiology"] = partial(draw_rates, read_object(asr / "summary.json")["by_etiology"])
     if (asr / "predictions.jsonl").is_file() and (shares := routing(read_rows(asr / "predictions.jsonl"))):
@@ -175,7 +172,7 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
             xy = [(row["x"], row["y"]) for row in chosen if bool(row.get("noise")) == hollow]
             face = "none" if hollow else colour
             ax.plot(*_columns(xy), ls="", marker=marker, ms=3.4, mfc=face, mec=colour, mew=0.7, alpha=0.8)
-        ax.plot([], [], ls="", marker=marker, ms=5, color=colour, label=_legend_label(name))
+        ax.plot([], [], ls="", marker=marker, ms=5, color=colour, label=f" {name}")  # "_x" would be dropped
         if field == "cluster" and chosen:
             x, y = (sorted(values)[len(values) // 2] for values in _columns([(row["x"], row["y"]) for row in chosen]))
             disc = {"boxstyle": "circle,pad=0.18", "fc": PAPER, "ec": colour, "alpha": 0.9}
@@ -183,7 +180,7 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
     ax.set(xticks=[], yticks=[], xlabel="projection, first axis", ylabel="second axis")
     ax.grid(False)
     ax.set_aspect("equal", adjustable="datalim")
-    columns = 4 if field == "cluster" else 2
+    columns = 4 if field == "cluster" else 3 if max(map(len, names), default=0) <= 14 else 2
     figure.legend(loc="outside lower center", ncols=columns, title=field, handletextpad=0.2, columnspacing=1.2)
     return figure
 
@@ -193,7 +190,8 @@ def draw_confusion(counts: Sequence[Sequence[int]], labels: Sequence[object]) ->
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
     texts = [[f"{n}" if n else "" for n in row] for row in counts]
     figure = _figure(min(WIDTH, 1.6 + 0.42 * len(labels)))
-    _heat(figure.subplots(), shares, texts, labels, labels, square=True)
+    names = [str(label).removeprefix("cluster ") for label in labels]
+    _heat(figure.subplots(), shares, texts, names, names, square=True)
     figure.axes[0].set(xlabel="gate's choice", ylabel="cluster")
     return figure
 
@@ -211,7 +209,7 @@ def draw_reliability(bins: Sequence[Row]) -> Figure:
         xs, ys, s=[18 + 120 * b["count"] / most for b in filled], color=PALETTE[0][0], alpha=0.75, lw=0, zorder=3
     )
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
-    ax.set_aspect("equal")
+    ax.set_aspect("equal", anchor="W")
     return figure
 
 
@@ -231,8 +229,8 @@ def draw_training(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_experts(curves: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
-    """One small panel of losses per expert, with common axes; the first 16 where there are more."""
+def draw_experts(curves: Sequence[tuple[str, Sequence[Row]]], limit: float | None = None) -> Figure:
+    """One small panel of losses per expert, the first 16; the loss axis ends at `limit` or at the highest loss."""
     shown = curves[:PANELS]
     lines = math.ceil(len(shown) / 2)
     figure = _figure(0.7 + 1.25 * lines)
@@ -242,8 +240,9 @@ def draw_experts(curves: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
         panel.set_title(title, loc="left", fontsize=9, color=INK)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
+    panels[0].set_ylim(0, limit)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.legend(handles, labels, loc="outside upper right", ncols=2)
     figure.supxlabel("step", fontsize=9)
     return figure
 
@@ -255,8 +254,9 @@ def draw_load(load: Sequence[float]) -> Figure:
     ax.barh(range(len(load)), load, color=PALETTE[0][0], height=0.62)
     ax.axvline(1 / len(load), color=INK, ls="--", lw=1)
     for i, share in enumerate(load):
-        ax.annotate(f"{share:.1%}", (share, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    ax.set(yticks=range(len(load)), xlabel="share of routing weight", ylabel="expert", xlim=(0, 1.18 * max(load)))
+        ax.text(1.02, i, f"{share:.1%}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+    ax.set(yticks=range(len(load)), xlabel="share of routing weight", ylabel="expert")
+    ax.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])
     ax.xaxis.set_major_formatter(_percent)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
@@ -267,7 +267,9 @@ def draw_routing(shares: Mapping[str, Sequence[float]]) -> Figure:
     """Which etiology uses which expert: mean routing weight, rows sum to one."""
     texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares.values()]
     figure = _figure(1.0 + 0.36 * len(shares))
-    _heat(figure.subplots(), list(shares.values()), texts, range(len(texts[0])), list(shares))
+    most = max(max(row) for row in shares.values())
+    tints = [[share / most for share in row] for row in shares.values()]
+    _heat(figure.subplots(), tints, texts, range(len(texts[0])), list(shares))
     figure.axes[0].set_xlabel("expert (mean weight, %)")
     return figure
 
@@ -301,8 +303,7 @@ def _styled() -> Iterator[None]:
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.linewidth": 0.7,
         "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
         "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-        "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "legend.frameon": False,
-        "legend.fontsize": 9, "legend.title_fontsize": 9, "savefig.dpi": 200,
+        "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7, "legend.frameon": False, "savefig.dpi": 200,
     }  # fmt: skip
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
@@ -356,7 +357,7 @@ def _heat(
     ax.set_yticks(range(0, len(rows), every), [str(name) for name in rows][::every])
     ax.grid(False)
     if square:
-        ax.set_aspect("equal")
+        ax.set_aspect("equal", anchor="W")
 
 
 def _losses(ax: Axes, rows: Sequence[Row]) -> None:
@@ -380,7 +381,7 @@ def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def _percent(value: float, _position: float) -> str:
-    return f"{100 * value:.0f}%"
+    return f"{round(100 * value, 6):g}%"
 
 
 def _name(row: Row, field: str) -> str:
@@ -398,8 +399,3 @@ def _categories(names: Sequence[str], by_number: bool) -> dict[str, set[str]]:
         return {name: {name} for name in ranked}
     kept, rest = ranked[: LEGEND_ENTRIES - 1], ranked[LEGEND_ENTRIES - 1 :]
     return {name: {name} for name in kept} | {f"{len(rest)} others": set(rest)}
-
-
-def _legend_label(name: str) -> str:
-    """Matplotlib drops labels that start with an underscore."""
-    return f" {name}" if name.startswith("_") else name

@@ -1,53 +1,38 @@
 """`report.html`: what a run did and what came of it, in one file that needs no network and runs no script.
 
 Every section is built from the plain files of a stage. A stage that the run lacks leaves its section out, with the
-reason in one line. Rates are micro-averaged fractions; as in `summary.json`, an utterance's errors are counted up to
-its number of words unless the text says unclipped.
+reason in one line.
 """
 
 from __future__ import annotations
 
 import math
 import platform
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
+import yaml
 from markupsafe import Markup
 
-from common import plots
-from common.page import (
-    align_words,
-    axis_of_time,
-    clock,
-    inline_svg,
-    interval,
-    is_number,
-    lanes,
-    number,
-    percent,
-    points,
-)
+from common import page, plots
+from common.page import clock, inline_svg, is_number, number, percent
 from common.plots import Row, read_object, read_rows
+from common.report_rates import TABLE_ROWS, etiology_section, result_section, scored_rows, worst_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Drawing = tuple[str, Callable[[], "Figure"], str]  # title, how to draw it, what it shows in words
-WORST = 25
-DIFF_WORDS = 80
-TABLE_ROWS = 50
+Drawing = tuple[str, Callable[[], "Figure"], str]  # caption, how to draw it, what it shows in words
 EVENTS = 200
-FEW_SPEAKERS = 10
-BOOTSTRAPS = 2_000
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "fast-hdbscan",
-            "umap-learn", "soundfile", "soxr", "jiwer", "whisper-normalizer", "matplotlib")  # fmt: skip
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "umap-learn",
+            "soundfile", "soxr", "rapidfuzz", "whisper-normalizer", "matplotlib")  # fmt: skip
 TITLES = {
     "result": "Result",
     "etiologies": "WER by etiology",
@@ -95,133 +80,51 @@ def render_report(view: RunView) -> str:
     """
     import jinja2
 
-    predictions = _predictions(view.asr)
+    texts = {
+        name: (files("common.templates") / name).read_text(encoding="utf-8") for name in ("report.html", "report.css")
+    }
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.DictLoader(texts),
+        autoescape=True,  # transcripts and names come from a corpus
+        undefined=jinja2.ChainableUndefined,  # a number that a stage did not report is a dash, not an error
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"pct": percent, "points": points, "num": number, "clock": clock, "interval": interval}
-    template = environment.from_string(files("common").joinpath("templates/report.html").read_text(encoding="utf-8"))
+    environment.filters |= {name: getattr(page, name) for name in ("percent", "points", "number", "clock", "interval")}
+    predictions = scored_rows(view.asr)
     sections: dict[str, Row | str] = {
-        "result": _result(view.summary, predictions),
-        "etiologies": _etiologies(view.summary, predictions),
+        "result": result_section(view.summary, predictions),
+        "etiologies": etiology_section(view.summary, predictions),
         "clusters": _clusters(view.cluster),
         "gate": _gate(view.gate),
         "experts": _experts(view.experts),
         "joint": _joint(view.asr, predictions),
-        "worst": _worst(predictions, view.audio_root),
+        "worst": worst_section(predictions, view.audio_root),
         "timeline": _timeline(view.timeline),
     }
-    return template.render(
+    return environment.get_template("report.html").render(
         view=view,
         **{name: None if isinstance(section, str) else section for name, section in sections.items()},
         contents=[(name, TITLES[name], not isinstance(section, str)) for name, section in sections.items()],
         left_out=[reason for reason in sections.values() if isinstance(reason, str)],
+        about=_about(view),
         palette=plots.PALETTE,
         versions=_versions(),
     )
 
 
-def difference_interval(rows: Sequence[Row], seed: int = 0) -> tuple[float, float] | None:
-    """95% interval of WER after minus WER before, by a paired bootstrap over speakers; None below two speakers.
-
-    Both rates of a draw come from the same speakers (Bisani and Ney, 2004), so that what is hard about a speaker
-    cancels out.
-    """
-    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for row in rows:
-        totals[row["speaker"]][0] += _clipped(row, "errors") - _clipped(row, "errors_before")
-        totals[row["speaker"]][1] += row["words"]
-    difference, words = np.array([totals[speaker] for speaker in sorted(totals)], float).reshape(-1, 2).T
-    if len(words) < 2 or "" in totals:
-        return None
-    draws = np.random.default_rng(seed).multinomial(len(words), np.full(len(words), 1 / len(words)), BOOTSTRAPS)
-    low, high = np.percentile(draws @ difference / np.maximum(1, draws @ words), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _predictions(asr: Path | None) -> list[Row]:
-    """The scored rows: of the test split where there is one."""
-    if asr is None or not (asr / "predictions.jsonl").is_file():
-        return []
-    rows = read_rows(asr / "predictions.jsonl")
-    return [row for row in rows if row.get("split") == "test"] or rows
-
-
-def _result(summary: Row, rows: Sequence[Row]) -> Row | str:
-    before, after = summary.get("wer_before"), summary.get("wer_after")
-    if after is None:
-        return "Result: the run has no error rate yet; the asr stage measures it."
-    bounds = difference_interval(rows) if rows and before is not None else None
-    speakers = summary.get("speakers")
-    return {
-        "verdict": _verdict(before, after, bounds),
-        "bounds": bounds,
-        "relative": (after - before) / before if before else None,
-        "few": speakers is not None and speakers < FEW_SPEAKERS,
-        "worse": [n for n, r in summary.get("by_etiology", {}).items() if (r.get("wer_before") or 0) < r["wer_after"]],
-    } | {key: summary.get(key) for key in _RESULT_KEYS}
-
-
-_RESULT_KEYS = ("wer_before", "wer_after", "cer_before", "cer_after", "wer_before_unclipped", "wer_after_unclipped",
-                "wer_interval_before", "wer_interval_after", "utterances", "speakers", "loops_before",
-                "loops_after")  # fmt: skip
-
-
-def _verdict(before: float | None, after: float, bounds: tuple[float, float] | None) -> str:
-    if before is None:
-        return "The rate before training was not measured, so nothing can be said about the gain."
-    if bounds is None:
-        return "Whether the difference is more than chance cannot be said: it needs two or more known speakers."
-    span = f"{points(after - before)} points, 95% interval {points(bounds[0])} to {points(bounds[1])}"
-    if bounds[0] <= 0 <= bounds[1]:
-        return f"Before and after are not distinguishable: the interval of the difference contains zero ({span})."
-    return f"WER {'fell' if after < before else 'rose'} ({span}, from a bootstrap over speakers)."
-
-
-def _etiologies(summary: Row, rows: Sequence[Row]) -> Row | str:
-    table = summary.get("by_etiology")
-    if not table:
-        return "WER by etiology: the corpus names no etiology."
-    speakers = {name: len({r["speaker"] for r in rows if (r["etiology"] or "unknown") == name}) for name in table}
-    ends = [
-        x for r in table.values() for x in (r.get("wer_before"), r["wer_after"], *(r.get("wer_interval_after") or ()))
-    ]
-    lines = [
-        {"name": name, "speakers": speakers[name] or None, **table[name]}
-        for name in sorted(table, key=lambda name: (-table[name]["wer_after"], name))
-    ]
-    return {
-        "lines": lines,
-        "top": _axis_end([x for x in ends if is_number(x)]),
-        "single": [line["name"] for line in lines if line["speakers"] == 1],
-        "slices": _slices(rows),
-    }
-
-
-def _slices(rows: Sequence[Row]) -> list[Row]:
-    """Rates by what the summary does not break down by: severity, duration, speaker."""
-    slices = []
-    for title, key in (("severity", partial(_field, name="severity")), ("duration", _duration_bin)):
-        groups = _rates_by(rows, key)
-        if len(groups) > 1:
-            slices.append({"title": title, "rows": groups, "cut": 0})
-    speakers = sorted(_rates_by(rows, partial(_field, name="speaker")), key=lambda g: (-g["wer_after"], g["name"]))
-    if len(speakers) > 1:
-        cut = max(0, len(speakers) - TABLE_ROWS)
-        slices.append({"title": "speaker", "rows": speakers[:TABLE_ROWS], "cut": cut})
-    return slices
-
-
-def _rates_by(rows: Iterable[Row], key: Callable[[Row], str]) -> list[Row]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    table = []
-    for name, group in sorted(groups.items()):
-        words = max(1, sum(row["words"] for row in group))
-        before, after = (sum(_clipped(row, field) for row in group) / words for field in ("errors_before", "errors"))
-        table.append({"name": name, "utterances": len(group), "wer_before": before, "wer_after": after})
-    return table
+def _about(view: RunView) -> list[str]:
+    """When the run began, and the values of its configuration that name it."""
+    started = min((event["started"] for event in view.timeline), default=None)
+    about = [f"{datetime.fromtimestamp(started, UTC):%d %B %Y, %H:%M} UTC"] if started is not None else []
+    config = yaml.safe_load(view.config_yaml)
+    for label, *path in (("model", "model", "name"), ("corpus", "corpus", "path"), ("seed", "seed")):
+        value = config
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            about.append(f"{label} {value}")
+    return about
 
 
 def _clusters(folder: Path | None) -> Row | str:
@@ -248,7 +151,7 @@ def _clusters(folder: Path | None) -> Row | str:
 
 def _cluster_reading(report: Row) -> str:
     """What the clusters follow, by the index that corrects for chance."""
-    rand = {name: value for name, value in report["adjusted_rand"].items() if is_number(value)}
+    rand = {name: value for name, value in (report.get("adjusted_rand") or {}).items() if is_number(value)}
     if len(rand) < 2 or max(rand.values()) < 0.1:
         return "The clusters agree with neither etiology nor speaker much more than chance would."
     first, second = sorted(rand, key=lambda name: -rand[name])
@@ -304,15 +207,22 @@ def _experts(folders: Sequence[Path]) -> Row | str:
     reports = [_with_top(read_object(folder / "report.json")) for folder in with_report]
     with_metrics = [folder for folder in with_report if (folder / "metrics.jsonl").is_file()]
     curves = [plots.expert_curves(folder) for folder in with_metrics]
-    label = f"Training and dev loss of {len(curves)} experts over steps, one panel each."
-    cut = f", the first {plots.PANELS} of {len(curves)} experts" if len(curves) > plots.PANELS else ""
-    figures: list[Drawing] = [(f"Losses{cut}.", partial(plots.draw_experts, curves), label)] if curves else []
+    shown = curves[: plots.PANELS]
+    highest = max((row["loss"] for _, rows in shown for row in rows if is_number(row.get("loss"))), default=None)
+    figures: list[Drawing] = []
+    for i in range(0, len(shown), 4):  # four panels a figure, so that figures stand side by side
+        part = shown[i : i + 4]
+        numbers = [title.removeprefix("expert ") for title, _ in part]
+        names = f"experts {numbers[0]} to {numbers[-1]}" if len(part) > 1 else f"expert {numbers[0]}"
+        more = f" ({len(curves)} in all)" if len(curves) > len(shown) else ""
+        label = f"Training and dev loss of {names} over steps, one panel each."
+        figures.append((f"Loss of {names}{more}.", partial(plots.draw_experts, part, highest), label))
     return {"reports": reports, "figures": _drawn(figures, "experts")}
 
 
 def _with_top(report: Row) -> Row:
     """An expert's report with its three most frequent etiologies and the number of the others."""
-    ranked = sorted(report["etiologies"].items(), key=lambda item: (-item[1], item[0]))
+    ranked = sorted((report.get("etiologies") or {}).items(), key=lambda item: (-item[1], item[0]))
     return report | {"top": [(name or "unknown", n) for name, n in ranked[:3]], "more": max(0, len(ranked) - 3)}
 
 
@@ -322,6 +232,8 @@ def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
     if not (folder / "report.json").is_file():
         return "Joint training: the asr stage wrote no report.json."
     report = read_object(folder / "report.json")
+    if (folder / "throughput.json").is_file():
+        report["throughput"] = read_object(folder / "throughput.json")
     load = report.get("load") or []
     figures = _training_figure(folder, "Loss, and WER on dev where it was decoded.")
     if len(load) > 1:
@@ -354,31 +266,15 @@ def _drawn(figures: Iterable[Drawing], prefix: str) -> list[tuple[str, Markup]]:
     return [(title, inline_svg(draw, f"{prefix}-{i}", label)) for i, (title, draw, label) in enumerate(figures)]
 
 
-def _worst(rows: Sequence[Row], audio_root: str | None) -> Row | str:
-    if not rows:
-        return "Worst utterances: the run has no predictions."
-    wrong = [row for row in rows if row["errors"]]
-    ranked = sorted(wrong, key=lambda r: (-r["errors"], -r["errors"] / max(1, r["words"]), str(r["id"])))[:WORST]
-    lines = []
-    for row in ranked:
-        steps = align_words(row["reference"], row["hypothesis"])
-        mixture = sorted(zip(row.get("weights") or (), row.get("experts") or (), strict=True), reverse=True)
-        before = " ".join((row.get("hypothesis_before") or "").split()[: 2 * DIFF_WORDS])
-        line = {"steps": steps[:DIFF_WORDS], "cut": max(0, len(steps) - DIFF_WORDS), "mixture": mixture}
-        lines.append(row | line | {"before": before})
-    share = sum(row["errors"] for row in ranked) / max(1, sum(row["errors"] for row in rows))
-    return {"lines": lines, "share": share, "wrong": len(wrong), "total": len(rows), "audio_root": audio_root}
-
-
 def _timeline(events: Sequence[Row]) -> Row | str:
     if not events:
         return "Stage timeline: no stage has been recorded."
     worked = sorted((e for e in events if e["status"] == "run"), key=lambda e: (e["started"], str(e["shard"])))
-    place, span, cuts = axis_of_time([(e["started"], e["started"] + e["seconds"]) for e in worked])
+    place, span, cuts = page.axis_of_time([(e["started"], e["started"] + e["seconds"]) for e in worked])
     stages = []
     for stage in dict.fromkeys(e["stage"] for e in sorted(events, key=lambda e: e["started"])):
         mine = [e for e in worked if e["stage"] == stage]
-        bars = lanes(mine, place, span)
+        bars = page.lanes(mine, place, span)
         skipped = sum(e["stage"] == stage and e["status"] != "run" for e in events)
         seconds = sum(e["seconds"] for e in mine)
         height = 1 + max((bar["lane"] for bar in bars), default=0)
@@ -401,6 +297,7 @@ def _time_reading(worked: Sequence[Row], cuts: Sequence[Row]) -> str:
     wall = max(e["started"] + e["seconds"] for e in worked) - min(e["started"] for e in worked)
     hosts = len({e["host"] for e in worked})
     text = f"{clock(wall)} from first start to last end, on {hosts} host{'' if hosts == 1 else 's'}."
+    text += " The time beside a stage is its work, summed over its pieces."
     if cuts:
         pauses = ", ".join(clock(cut["seconds"]) for cut in cuts[:5])
         text += f" Dotted lines cut out pauses ({pauses}{', …' if len(cuts) > 5 else ''})."
@@ -417,23 +314,5 @@ def _versions() -> list[tuple[str, str]]:
     return found
 
 
-def _axis_end(values: Sequence[float]) -> float:
-    """The first multiple of 10% (of 50% above 100%) at or over all values."""
-    most = max(values, default=0.0)
-    step = 0.1 if most <= 1 else 0.5
-    return max(step, math.ceil(round(most / step, 6)) * step)
-
-
-def _clipped(row: Row, field: str) -> int:
-    return int(min(row[field], row["words"]))
-
-
 def _field(row: Row, name: str) -> str:
     return str(row.get(name) or "unknown")
-
-
-def _duration_bin(row: Row) -> str:
-    for low, high in ((0, 2), (2, 5), (5, 10), (10, 20)):
-        if row["duration"] < high:
-            return f"{low:02d}–{high:02d} s"
-    return "20 s and over"

@@ -183,19 +183,14 @@ def execute(
             seconds=time.time() - started,
             metrics=context.summary,
         )
-    _clear_unfinished(task.key, store, scratch)
+    _clear_unfinished(task.key, store)
     return manifest
-
-
-def artifact_prefix(key: Key) -> str:
-    """Where an artifact lies in its store."""
-    return f"artifacts/{key.stage}/{key.digest}/"
 
 
 def _context(
     task: Task, config: Config, store: Store, work: Path, output: Path, stopping: Callable[[], bool]
 ) -> Context:
-    prefix = artifact_prefix(task.key)
+    prefix = task.key.prefix
 
     def checkpointer() -> Checkpointer:
         from common.checkpoint import Checkpointer
@@ -246,10 +241,9 @@ def _require(store: Store, key: Key) -> Manifest:
     )
 
 
-def _clear_unfinished(key: Key, store: Store, scratch: Path) -> None:
-    prefix = artifact_prefix(key)
+def _clear_unfinished(key: Key, store: Store) -> None:
     for folder in ("checkpoints/", "parts/"):
-        for entry in list(store.list(prefix + folder)):
+        for entry in list(store.list(key.prefix + folder)):
             store.delete(entry.key)
 
 

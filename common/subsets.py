@@ -6,8 +6,8 @@ from typing import Literal
 
 from common.config import Config
 from common.corpus import Corpus, Utterance, stratified_subset
-from common.limits import MAX_SECONDS
 from common.errors import DataError
+from common.limits import MAX_SECONDS
 
 Purpose = Literal["embeddings", "experts", "asr"]
 
@@ -39,7 +39,12 @@ def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "tes
 
 def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:
     """Every utterance whose embedding some stage needs, sorted by id: each is encoded at most once in a run."""
-    purposes: tuple[Purpose, ...] = ("embeddings", "experts", "asr")  # also where nothing is pre-trained: one key for both
+    # All three, also where nothing is pre-trained: then both regimes share one extraction.
+    purposes: tuple[Purpose, ...] = (
+        "embeddings",
+        "experts",
+        "asr",
+    )
     chosen = {u.id: u for purpose in purposes for u in training_subset(config, corpus, purpose)}
     chosen |= {u.id: u for u in evaluation_subset(config, corpus, "dev")}
     chosen |= {u.id: u for u in evaluation_subset(config, corpus, "test")}

@@ -10,39 +10,71 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from common.errors import DataError
+from common.wer import normalise
 
 # Shares of the pair space. Only disjointness needs them; how many sentences each split gets is the caller's choice.
 _PAIR_SHARES = (("train", 0.7), ("dev", 0.85), ("test", 1.0))
 
-# n noun, p plural noun, v past tense, a adjective, d adverb. At least three content words each.
+# Content slots: n noun, p plural noun, v verb in the past tense, a adjective, d adverb; at least three in a pattern.
+# Closed slots: D and E determiners of one and of several, S subject, P preposition, M modal verb, T time.
 PATTERNS = (
-    "the {a} {n} {v} the {n}",
-    "a {n} and a {a} {n} {v} here",
-    "she {d} {v} the {a} {p}",
-    "they {v} the {n} with {a} {p}",
-    "the {p} {d} {v} every {n}",
-    "he {v} a {n} near the {a} {n}",
-    "we {v} the {n} before the {p} {v} it",
-    "the {n} of the {n} {v} {d}",
-    "my {a} {n} {v} some {p}",
-    "you {d} {v} her {n} and his {p}",
-    "the {n} {v} when the {a} {n} {v}",
-    "{a} {p} {v} the {n} after the {n}",
-    "no {n} ever {v} such {a} {p}",
-    "it was a {a} {n} without {p} or a {n}",
-    "the {p} in the {n} were {d} {a}",
-    "their {n} {v} between the {p} and the {n}",
-    "this {n} {v} because the {p} were {a}",
-    "she {v} that the {n} was {d} {a}",
-    "where the {a} {n} {v} the {p} {v}",
-    "all {p} from the {n} {v} the {a} {n}",
+    "i think that {D} {n} {M} be a {a} {n} {T}",
+    "there was nothing in {D} {n} that {S} could say about the {a} {n}",
+    "{S} {v} {D} {n} {P} the {n} {T}",
+    "when {S} came back to the {n} {E} {a} {p} were gone",
+    "do you know why {D} {n} {v} the {a} {n}",
+    "{S} did not want to talk about {D} {n} or the {a} {p}",
+    "if {S} went {P} the {n} we would see {E} {a} {p}",
+    "it is not easy to find {a} {p} for {D} {n}",
+    "{S} said that the {n} {v} {P} {D} {n}",
+    "{T} {S} {d} {v} {D} {n} and the {p}",
+    "all of the {a} {p} had to wait for {D} {n}",
+    "please put {D} {n} and the {a} {n} here",
+    "what would you do with {D} {a} {n} and the {n}",
+    "{S} had never seen so many {p} {P} {D} {a} {n}",
+    "{D} {n} was more {a} than the {p} we knew",
+    "after that {S} {v} some {p} and went {P} {D} {n}",
+    "you can see the {a} {n} and {E} {p} from there",
+    "how long will it take until {D} {n} and the {p} are {a}",
+    "{D} {a} {n} looked like a {n} to me",
+    "everyone {P} the {n} {d} {v} {E} {p}",
+    "{S} should ask for {D} {n} before {E} {a} {p} come",
+    "that was the {n} which {S} {v} with {D} {n}",
+    "both of them {v} because {D} {n} was so {a}",
+    "who told you that {E} {p} {v} the {n}",
+    "{T} there were {p} and a {n} {P} {D} {n}",
+    "no one {M} have thought that {a} {p} {v} {D} {n}",
+    "let me show you where the {n} {d} {v} {D} {n}",
+    "{D} {n} {M} help us with the {n} and some {p} {T}",
+    "we took the {a} {p} {P} {D} {n} and left",
+    "as soon as the {n} {v} {S} called {D} {n}",
+    "only a few of the {p} were {d} {a} {T}",
+    "it {M} be the {n} or {D} {a} {n} that you heard",
+)
+_CLOSED_SLOTS = {
+    slot: words.split("|")
+    for slot, words in {
+        "D": "the|this|that|my|your|his|her|our|their|another|every|each",
+        "E": "the|these|those|my|your|his|her|our|their|some|many|all the",
+        "S": "she|he|they|we|you|i|nobody|someone|everybody|people|my friends|the others",
+        "P": "near|behind|before|after|under|with|without|inside|across|around|from|above",
+        "M": "will|could|should|might|would|must|may|cannot",
+        "T": "today|tonight|tomorrow|yesterday|again|this morning|last week|every day|right now",
+    }.items()
+}
+_CONTENT_SLOTS = {"n": "nouns", "p": "plurals", "v": "verbs", "a": "adjectives", "d": "adverbs"}
+_SLOT = re.compile(r"\{([a-zA-Z])\}")
+FUNCTION_WORDS = frozenset(
+    " ".join(
+        ["an", re.sub(_SLOT, " ", " ".join(PATTERNS)), *(" ".join(words) for words in _CLOSED_SLOTS.values())]
+    ).split()
 )
 
-_SLOT_KINDS = {"n": "nouns", "p": "plurals", "v": "verbs", "a": "adjectives", "d": "adverbs"}
-_SLOT = re.compile(r"\{([npvad])\}")
-FUNCTION_WORDS = frozenset(re.sub(_SLOT, " ", " ".join(PATTERNS)).split())
+# "an" goes by sound: "a university", "a user", "a european", but "an hour", "an honest".
+_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou]|hour|hon(?:est|or))(?!uni|use|usu|util|eu|one)")
 
 # Beginnings of words that do not belong into a corpus to be shown to anybody.
 _UNWANTED = re.compile(
@@ -83,8 +115,8 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
     except ImportError as error:
         raise DataError("the vocabulary needs the package wordfreq: `pip install moe-asr[demo]`") from error
     ranked = top_n_list("en", known_words)
-    known, plain = set(ranked), _PlainWord()
-    base = [word for word in ranked[:base_words] if plain(word)]
+    known = set(ranked)
+    base = [word for word in ranked[:base_words] if _is_plain(word)]
     verbs = [word for word in base if {past(word), participle(word)} <= known]
     taken = set(verbs)
     adjectives = [word for word in base if word not in taken and adverb(word) in known and not word.endswith("ly")]
@@ -100,24 +132,17 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
     ]
     return Lexicon(
         nouns=tuple(nouns),
-        plurals=tuple(filter(plain, map(plural, nouns))),
-        verbs=tuple(filter(plain, map(past, verbs))),
+        plurals=tuple(filter(_is_plain, map(plural, nouns))),
+        verbs=tuple(filter(_is_plain, map(past, verbs))),
         adjectives=tuple(adjectives),
-        adverbs=tuple(filter(plain, map(adverb, adjectives))),
+        adverbs=tuple(filter(_is_plain, map(adverb, adjectives))),
     )
 
 
-class _PlainWord:
-    """Whether a word is a plain content word: of letters, inoffensive, and left alone by Whisper's normaliser."""
-
-    def __init__(self) -> None:
-        from whisper_normalizer.english import EnglishTextNormalizer
-
-        self._normalise = EnglishTextNormalizer()
-
-    def __call__(self, word: str) -> bool:
-        plain = word.isascii() and word.isalpha() and 4 <= len(word) <= 11
-        return plain and word not in FUNCTION_WORDS and not _UNWANTED.match(word) and self._normalise(word) == word
+def _is_plain(word: str) -> bool:
+    """Whether a word is a plain content word: letters, inoffensive, and left alone by Whisper's normaliser."""
+    letters = word.isascii() and word.isalpha() and 5 <= len(word) <= 11
+    return letters and word not in FUNCTION_WORDS and not _UNWANTED.match(word) and normalise(word) == word
 
 
 def plural(word: str) -> str:
@@ -162,7 +187,7 @@ def pair_split(first: str, second: str) -> str:
 def content_pairs(sentence: str) -> list[tuple[str, str]]:
     """Neighbouring content words of a sentence, function words skipped."""
     words = [word for word in sentence.lower().rstrip(".").split() if word not in FUNCTION_WORDS]
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(words))
 
 
 def make_sentence(rng: random.Random, split: str, lexicon: Lexicon) -> str:
@@ -173,18 +198,19 @@ def make_sentence(rng: random.Random, split: str, lexicon: Lexicon) -> str:
         split: train, dev or test.
         lexicon: the words to draw from.
     """
-    pattern = rng.choice(PATTERNS)
     previous: str | None = None
 
     def fill(slot: re.Match[str]) -> str:
         nonlocal previous
-        words: tuple[str, ...] = getattr(lexicon, _SLOT_KINDS[slot[1]])
+        if slot[1] in _CLOSED_SLOTS:
+            return rng.choice(_CLOSED_SLOTS[slot[1]])
+        words: tuple[str, ...] = getattr(lexicon, _CONTENT_SLOTS[slot[1]])
         word = rng.choice(words)
         while previous is not None and (word == previous or pair_split(previous, word) != split):
             word = rng.choice(words)
         previous = word
         return word
 
-    sentence = re.sub(_SLOT, fill, pattern)
-    sentence = re.sub(r"\ba (?=[aeiou])", "an ", sentence)
+    sentence = re.sub(_SLOT, fill, rng.choice(PATTERNS))
+    sentence = _BEFORE_VOWEL.sub("an ", sentence)
     return sentence[0].upper() + sentence[1:] + "."

@@ -33,14 +33,14 @@ MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
 class TrainBatch(Protocol):
     """What the loop needs to know of a batch."""
 
-    seconds: float
-
+    @property
+    def seconds(self) -> float: ...
     @property
     def weight(self) -> Tensor: ...  # scalar; what the batch's summed loss is divided by
     @property
     def padding(self) -> float: ...
     def __len__(self) -> int: ...
-    def part(self, start: int, stop: int) -> Any: ...  # noqa: ANN401 - its own type
+    def part(self, start: int, stop: int) -> Any: ...  # its own type
 
 
 B = TypeVar("B", bound=TrainBatch)
@@ -54,6 +54,7 @@ class TrainOptions:
     accumulate: int = 1
     max_steps: int | None = None
     warmup_ratio: float = 0.1
+    schedule: str = "cosine"
     max_grad_norm: float = 1.0
     patience: int = 3
     eval_every_n_epochs: int = 1
@@ -101,19 +102,33 @@ def make_accelerator(precision: str, device: str = "auto", *, unused_parameters:
     return Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         cpu=on_cpu,
-        kwargs_handlers=[DistributedDataParallelKwargs(
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
                 find_unused_parameters=unused_parameters,
                 broadcast_buffers=False,  # embedding tables are the same everywhere and change with the split
-            )],
+            )
+        ],
     )
 
 
-def learning_rate_factor(step: int, total: int, warmup_ratio: float) -> float:
-    """Linear warm-up to 1, then half a cosine to 0."""
+def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str = "cosine") -> float:
+    """Linear warm-up to 1, then half a cosine to 0, a line to 0 (`linear`), or 1 to the end (`none`)."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "none": 1.0}[schedule]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an epoch's end is judged by, perhaps later: its weights and scores, or the function that waits for them."""
+
+    step: int
+    epoch: int
+    full: bool
+    weights: dict[str, Tensor]
+    scores: Mapping[str, float] | Callable[[], Mapping[str, float]]
 
 
 def train(
@@ -123,7 +138,7 @@ def train(
     groups: Sequence[dict[str, Any]],
     plan_epoch: Callable[[int], list[list[int]]],
     load: Callable[[Sequence[list[int]]], Iterator[B]],
-    evaluate: Callable[[nn.Module, bool], Mapping[str, float]],
+    evaluate: Callable[[nn.Module, bool], Mapping[str, float] | Callable[[], Mapping[str, float]]],
     options: TrainOptions,
     checkpointer: Checkpointer | None = None,
     metrics: MetricsLog | None = None,
@@ -138,7 +153,8 @@ def train(
         plan_epoch: epoch → its batches, as lists of example numbers; the same for the same epoch, always of one count.
         load: yields the batches of such lists, on the device.
         evaluate: (model, full) → metrics of dev: `loss` always, `wer` too when `full` and decoded selection is wished.
-            Called by all processes.
+            Called by all processes. It may return a function that gives them instead: then the next epoch goes on
+            meanwhile, and the outcome is the same but for steps after the one that should have been the last.
         options: numbers.
         checkpointer: where the state goes and comes from; none for throw-away trainings.
         metrics: rows for metrics.jsonl.
@@ -166,17 +182,46 @@ def train(
     log_every = max(1, total // 2000)
 
     step = best_step = bad = split = 0
-    best_value, best = math.inf, {name: p.detach().clone() for name, p in trained.items()}
+    best_value, best = math.inf, copies(trained)
     recent: deque[dict[str, Tensor]] = deque(maxlen=options.average_last)
     saved_at = time.monotonic()
     meter = Throughput(device)
 
+    pending: Evaluation | None = None
+
+    def look(at: int, epoch: int) -> Evaluation:
+        """Begins to evaluate the weights as they are, those of step `at`."""
+        full = (epoch + 1) % options.eval_every_n_epochs == 0 or at >= total
+        model.eval()
+        with torch.no_grad():
+            scores = evaluate(wrapped, full)
+        return Evaluation(at, epoch, full, copies(trained), scores)
+
+    def judge() -> bool:
+        """Takes in the evaluation under way, if there is one; tells whether it is the best so far."""
+        nonlocal pending, best, best_value, best_step, bad
+        if pending is None:
+            return False
+        seen, pending = pending, None
+        scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
+        if metrics:
+            metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
+        value = scores.get(options.select_by, math.inf) if seen.full else math.inf
+        if value < best_value:
+            best, best_value, best_step, bad = seen.weights, value, seen.step, 0
+            return True
+        bad += seen.full
+        return False
+
     found = checkpointer.latest() if checkpointer else None
     if found:
         step, tensors, state = found
+        if at := state["unjudged"]:  # its scores were still being computed: once more
+            put(trained, tensors, "model." if at == step else "unjudged.")
+            pending = look(at, at // steps_per_epoch - 1)
         restore(trained, optimizer, accelerator, tensors, state)
         best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
-        best = {name: tensors.get(f"best.{name}", p.detach().cpu()).to(device) for name, p in trained.items()}
+        best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
         for number in range(state["recent"]):
             recent.append({name: tensors[f"recent{number}.{name}"] for name in trained})
         if metrics:
@@ -191,6 +236,9 @@ def train(
         for number, weights in enumerate(recent):
             tensors |= {f"recent{number}.{name}": value for name, value in weights.items()}
         state |= {"best_value": best_value, "best_step": best_step, "bad": bad, "recent": len(recent)}
+        state["unjudged"] = pending.step if pending else None
+        if pending and pending.step != step:
+            tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
         state["rows"] = metrics.rows if metrics else []
         checkpointer.save(step, tensors, state, wait=wait)
 
@@ -211,7 +259,7 @@ def train(
             weight = sum((b.weight for b in micro), torch.zeros((), device=device)).float()
             weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio)
+                group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
             while True:
                 loss, logs, fits = forward_backward(wrapped, micro, weight, accelerator, 2**split)
                 if fits:
@@ -250,31 +298,22 @@ def train(
                 save()
                 saved_at = time.monotonic()
 
-        last = step >= total
-        full = (epoch + 1) % options.eval_every_n_epochs == 0 or last
         meter.pause()
-        model.eval()
-        with torch.no_grad():
-            scores = dict(evaluate(wrapped, full))
+        improved = judge()  # of the epoch before, if its scores were computed beside this one
+        if bad >= options.patience:
+            break
+        pending = look(step, epoch)
+        recent.append(pending.weights)
+        if step >= total or not callable(pending.scores):
+            improved |= judge()
         meter.resume()
-        if metrics:
-            metrics.log({"step": step, "epoch": epoch, "split": "dev", **scores}, {})
-        recent.append({name: p.detach().to("cpu", copy=True) for name, p in trained.items()})
-        value = scores.get(options.select_by, math.inf) if full else math.inf
-        if value < best_value:
-            best_value, best_step, bad = value, step, 0
-            for name, p in trained.items():
-                best[name].copy_(p.detach())
-        elif full:
-            bad += 1
-        if (epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best or best_step == step:
+        if ((epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best) or improved:
             save()
             saved_at = time.monotonic()
     bar.close()
-    with torch.no_grad():
-        chosen = averaged(recent) if options.average_last > 1 and recent else best
-        for name, p in trained.items():
-            p.copy_(chosen[name])
+    if checkpointer:
+        checkpointer.wait()
+    put(trained, averaged(recent) if options.average_last > 1 and recent else best)
     model.eval()
     return TrainResult(step, best_step, best_value, meter.rates())
 
@@ -301,7 +340,7 @@ def forward_backward(
     return total, logs, True
 
 
-def no_sync(model: nn.Module, wanted: bool) -> Any:  # noqa: ANN401 - a context manager
+def no_sync(model: nn.Module, wanted: bool) -> Any:
     """Leaves out the gradient exchange of all but a step's last part."""
     if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
@@ -324,7 +363,9 @@ def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
 
 
 def snapshot(
-    trained: Mapping[str, Tensor], optimizer: Any, accelerator: Accelerator  # noqa: ANN401 - wrapped by accelerate
+    trained: Mapping[str, Tensor],
+    optimizer: Any,
+    accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on: weights, moments, random states, scaler."""
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
@@ -339,21 +380,20 @@ def snapshot(
 
 def restore(
     trained: Mapping[str, Tensor],
-    optimizer: Any,  # noqa: ANN401 - wrapped by accelerate
+    optimizer: Any,
     accelerator: Accelerator,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
     """Puts a `snapshot` back, in place."""
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[f"model.{name}"])
-            prefix = f"optim.{name}."
-            moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            # AdamW keeps `step` on the CPU unless fused.
-            optimizer.state[p] = {
-                key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in moments.items()
-            }
+    put(trained, tensors, "model.")
+    for name, p in trained.items():
+        prefix = f"optim.{name}."
+        moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        # AdamW keeps `step` on the CPU unless fused.
+        optimizer.state[p] = {
+            key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in moments.items()
+        }
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], accelerator.device)
@@ -361,12 +401,24 @@ def restore(
         accelerator.scaler.load_state_dict(state["scaler"])
 
 
+def copies(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as they are now, on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+
+
+def put(trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Copies such weights into the model."""
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(tensors[prefix + name])
+
+
 def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several sets of weights."""
     return {name: torch.stack([one[name].float() for one in weights]).mean(0) for name in weights[0]}
 
 
-def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:  # noqa: ANN401 - tqdm is generic
+def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:
     """A bar on a terminal; without one, a line now and then."""
     return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=0.5, dynamic_ncols=True)
 

@@ -139,11 +139,13 @@ def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: in
     if layer > len(encoder.layers):
         raise ValueError(f"extract.layer is {layer}, but the encoder has {len(encoder.layers)} blocks")
     x_BDT = F.gelu(encoder.conv1(mel_BMF.to(encoder.conv1.weight.dtype)))
-    x_BTD = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
+    x_BTD: Tensor = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
     x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
     for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
         x_BTD = checkpoint(_run_block, block, x_BTD, use_reentrant=False) if remat else _run_block(block, x_BTD)
-    return encoder.layer_norm(x_BTD) if layer == -1 else x_BTD
+    if layer == -1:
+        x_BTD = encoder.layer_norm(x_BTD)
+    return x_BTD
 
 
 def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from common.store import open_store
 
 from common import __version__
 from common.config import Config, validate
@@ -15,8 +16,7 @@ from common.contract import Contract
 from common.errors import DataError, UsageError
 from common.options import click_option, config_from, config_options
 from common.plan import Task
-from common.stage import artifact_prefix, execute, heed_signals
-from common.store import open_store
+from common.stage import execute, heed_signals
 from stages import STAGES, run_function
 from stages.pipeline import Run, read_record
 
@@ -39,7 +39,7 @@ def stage_command(contract: Contract) -> click.Command:
 
     @click.option("--shard", type=int, help="Which piece of a stage that fans out; all pieces when left out.")
     @config_options
-    def command(shard: int | None, **options: Any) -> None:  # noqa: ANN401
+    def command(shard: int | None, **options: Any) -> None:
         given = {path: options.pop(_name(flag)) for flag, path in own.items()}
         run_stage(contract, shard, options, {path: value for path, value in given.items() if value is not None})
 
@@ -84,7 +84,7 @@ def _run_task(task: Task, run: Run, stopping: Callable[[], bool]) -> None:
     manifest = execute(
         task, run_function(task.contract.name), run.config, run.store, scratch=run.cache, stopping=stopping
     )
-    prefix = f"{artifact_prefix(task.key)}{manifest.attempt}"
+    prefix = f"{task.key.prefix}{manifest.attempt}"
     where = run.store.local_path(prefix) or f"{run.store.url.rstrip('/')}/{prefix}"
     click.echo(f"{task.label}: {where}")
 

@@ -8,22 +8,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import __version__
 from common.artifacts import Manifest
+from common.store import Store, open_store
+
+from common import __version__
 from common.config import Config, flatten, to_yaml
 from common.corpus import Corpus
 from common.errors import ConfigError, MoeAsrError, RetryableError
 from common.plan import Plan, Planned, Task, make_plan
 from common.report import RunView, render_report
 from common.sources import load_corpus, model_digest
-from common.stage import artifact_prefix, execute, heed_signals
-from common.store import Store, open_store
+from common.stage import execute, heed_signals
 from stages import STAGES, run_function
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Run:
 def read_record(store: Store, name: str) -> dict[str, Any] | None:
     """run.json of a run, None when there is none."""
     key = f"{name}/run.json"
-    return json.loads(store.read(key)) if store.size(key) is not None else None
+    return dict(json.loads(store.read(key))) if store.size(key) is not None else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -229,17 +230,17 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
             run.note(one.task, one.manifest, ran=False)
         folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
         folders.setdefault(one.task.contract.output, []).append(folder)
-    summary = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
     name = run.config.run
     summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
-    summary["model"] = f"{run.store.url.rstrip('/')}/{artifact_prefix(plan.groups['model'])}"
+    summary["model"] = f"{run.store.url.rstrip('/')}/{plan.groups['model'].prefix}"
     view = RunView(
         name=name,
         config_yaml=to_yaml(run.config),
         version=__version__,
         summary=summary,
-        cluster=folders.get("clusters", [None])[0],  # type: ignore[list-item]
-        gate=folders.get("gate", [None])[0],  # type: ignore[list-item]
+        cluster=_first(folders, "clusters"),
+        gate=_first(folders, "gate"),
         experts=folders.get("experts", []),
         asr=folders["model"][0],
         timeline=run.record["timeline"],
@@ -251,8 +252,12 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
     return summary
 
 
+def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
+    return folders[name][0] if name in folders else None
+
+
 @contextmanager
-def log_to_run(run: Run) -> Any:  # noqa: ANN401 - a context manager
+def log_to_run(run: Run) -> Iterator[None]:
     """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
     folder = run.store.local_path(f"{run.config.run}/logs")
     path = (folder or run.cache / run.config.run) / "run.log"
@@ -269,5 +274,5 @@ def log_to_run(run: Run) -> Any:  # noqa: ANN401 - a context manager
             run.store.put(f"{run.config.run}/logs/run.log", path)
 
 
-def _json(value: Any) -> bytes:  # noqa: ANN401 - anything JSON
+def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -20,7 +20,7 @@ from common.corpus import Corpus, Utterance, read_corpus, stratified_subset
 from common.data import BatchLoader, Example
 from common.embeddings import EmbeddingTable, read_tables
 from common.evaluate import Decoding, decode_set, prediction_rows, score_set, summarise
-from common.moe import Gate, RoutingSlot, add_mixture, route, routing_report
+from common.moe import Gate, add_mixture, route, routing_report
 from common.recogniser import Recogniser, RouterOptions
 from common.sources import model_digest
 from common.speech_training import epoch_planner, lora_scope, mean_loss, speech_examples, train_options
@@ -159,7 +159,9 @@ def _train(
 
     def look_at(which: SpeechSet) -> None:
         if recogniser.gate is not None and table is not None:
-            recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in which.examples])).to(accelerator.device)
+            recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in which.examples])).to(
+                accelerator.device
+            )
 
     def evaluate(module: nn.Module, full: bool) -> dict[str, float]:
         look_at(dev)
@@ -200,7 +202,7 @@ def describe(config: Config, recogniser: Recogniser, base_digest: str) -> Bundle
         layer=config.extract.layer,
         pooling=config.extract.pooling,
         adapt=config.asr.adapt,
-        num_experts=0 if full else 1 if gate is None else int(gate.net[-1].out_features),
+        num_experts=0 if full else 1 if gate is None else gate.num_experts,
         shared=config.asr.shared_expert,
         mixture=config.asr.mixture,
         top_k=config.asr.top_k,
@@ -227,9 +229,7 @@ def _evaluate(
     routing, report = _routing(config, recogniser, test, table)
     after = decode_set(recogniser, test.examples, test.loader, codec, decoding, accelerator)
     # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
-    before = decode_set(
-        base or recogniser, test.examples, test.loader, codec, decoding, accelerator, base=base is None
-    )
+    before = decode_set(base or recogniser, test.examples, test.loader, codec, decoding, accelerator, base=base is None)
     if not accelerator.is_main_process:
         return
     language = config.model.language
@@ -287,5 +287,5 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - numpy's scalars
+def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)

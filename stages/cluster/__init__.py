@@ -18,6 +18,13 @@ CONTRACT = Contract(
     output="clusters",
     inputs=("embeddings",),
     sources=("corpus",),
-    reads=("seed", "num_experts", "subsets.embeddings_percent", "subsets.embeddings_samples", "audio.long_audio", "cluster"),
+    reads=(
+        "seed",
+        "num_experts",
+        "subsets.embeddings_percent",
+        "subsets.embeddings_samples",
+        "audio.long_audio",
+        "cluster",
+    ),
     active=is_pretrained,
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-
 from common.cluster import cluster, cluster_report, project, reduce_dimensions
+
 from common.config import Config
 from common.corpus import Utterance, read_corpus
 from common.embeddings import read_tables
@@ -59,14 +60,19 @@ def run(config: Config, context: Context, *, corpus: Path, embeddings: list[Path
 
 
 def _draw(
-    method: str, points_NP: np.ndarray, utterances: Sequence[Utterance], rows: list[dict[str, object]], seed: int, output: Path
+    method: Literal["umap", "pca", "tsne"],
+    points_NP: np.ndarray,
+    utterances: Sequence[Utterance],
+    rows: list[dict[str, object]],
+    seed: int,
+    output: Path,
 ) -> None:
     from common.plots import plot_clusters
 
-    chosen = np.arange(len(rows))
+    chosen = list(range(len(rows)))
     if len(chosen) > PLOTTED:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, PLOTTED, replace=False))
-    plane_N2 = project(points_NP[chosen], method=method, seed=seed)  # type: ignore[arg-type]
+        chosen = sorted(np.random.default_rng(seed).choice(len(rows), PLOTTED, replace=False).tolist())
+    plane_N2 = project(points_NP[chosen], method=method, seed=seed)
     _write_rows(
         output / "projection.jsonl",
         [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.artifacts import Manifest
+
 from common.config import Config
 from common.contract import Contract
 from common.corpus import Corpus

@@ -61,9 +61,7 @@ def _encode_part(
     part: Sequence[Example],
     first: int,
 ) -> dict[str, torch.Tensor]:
-    batches = epoch_batches(
-        part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False
-    )
+    batches = epoch_batches(part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False)
     vectors: dict[int, torch.Tensor] = {}
     frames: dict[str, torch.Tensor] = {}
     for numbers, batch in zip(batches, loader([[first + n for n in one] for one in batches]), strict=True):

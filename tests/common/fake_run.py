@@ -71,6 +71,7 @@ def _prediction(rng, i, speakers, etiologies, experts, gain):
     return {
         "id": f"utt{i:05d}", "split": "test", "speaker": f"spk{speaker:02d}", "etiology": etiology,
         "severity": ("mild", "severe")[speaker % 2], "duration": 0.4 * len(reference), "reference": " ".join(reference),
+        "audio": f"audio/utt{i:05d}.flac",
         "hypothesis_before": " ".join(before), "hypothesis": " ".join(after), "words": len(reference),
         "errors_before": errors_before, "errors": errors, "experts": [first, second],
         "weights": [weight, round(1 - weight, 3)], "loop": loop,
@@ -125,7 +126,8 @@ def _write_cluster(folder, rng, experts, points, etiologies):
         rows.append({"id": f"utt{i:05d}", "x": x, "y": y, "cluster": cluster, "etiology": etiology, "noise": noise})
     write_rows(folder / "projection.jsonl", rows)
     write_object(folder / "report.json", {
-        "algorithm": "hdbscan", "clusters": experts, "noise_share": sum(r["noise"] for r in rows) / points, "silhouette": 0.31,
+        "algorithm": "hdbscan", "clusters": experts, "silhouette": 0.31,
+        "noise_share": sum(r["noise"] for r in rows) / points,
         "sizes": [sum(r["cluster"] == c for r in rows) for c in range(experts)],
         "purity": {"etiology": 0.74, "speaker": 0.39},
         "adjusted_rand": {"etiology": 0.52, "speaker": 0.21}, "min_cluster_size": 3,
@@ -138,7 +140,8 @@ def _write_gate(folder, rng, experts):
     confusion = [[rng.randint(30, 60) if i == j else rng.randint(0, 5) for j in range(experts)] for i in range(experts)]
     bins = [{"confidence": (i + 0.5) / 10, "accuracy": min(1, (i + 0.1) / 10), "count": 4 * i * i} for i in range(10)]
     write_object(folder / "report.json", {
-        "accuracy": 0.91, "macro_f1": 0.9, "expected_calibration_error": 0.041, "labels": list(range(experts)),
+        "accuracy": 0.91, "macro_f1": 0.9, "expected_calibration_error": 0.041, "utterances": 160,
+        "labels": [f"cluster {i}" for i in range(experts)],
         "confusion": confusion, "reliability": bins,
     })  # fmt: skip
     write_rows(folder / "metrics.jsonl", metrics(rng, wer=False))
@@ -163,10 +166,10 @@ def _write_asr(folder, rng, experts, predictions, summary):
     }
     write_object(folder / "report.json", {
         "mixture": "blend", "experts": experts, "top_k": 2, "load": [w / sum(weights) for w in weights],
-        "router_entropy": 1.4, "top1_share": 0.34, "collapsed": False, "trained_parameters": 1_234_567, "steps": 60,
-        "throughput": throughput,
+        "router_entropy": 1.4, "top1_share": 0.74, "collapsed": False, "trained_parameters": 1_234_567, "steps": 60,
     })  # fmt: skip
     write_rows(folder / "metrics.jsonl", metrics(rng))
+    write_object(folder / "throughput.json", throughput)
     write_rows(folder / "predictions.jsonl", predictions)
     write_object(folder / "summary.json", summary)
 

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_subsets_are_nested_by_percent_and_by_count():
     subsets += [stratified_subset(utterances, percent=p, seed=1) for p in (0.001, 10, 15, 50, 99, 100)]
     subsets.sort(key=len)
     assert [len(s) for s in subsets] == sorted([*counts, 1, 44, 66, 219, 433, 437])
-    for small, large in zip(subsets, subsets[1:], strict=False):
+    for small, large in pairwise(subsets):
         assert set(small) <= set(large)
         assert small == sorted(small, key=lambda u: u.id)
 

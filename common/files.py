@@ -1,0 +1,157 @@
+"""Files that are there wholly or not at all, and stay after a power cut; errors of the file system as one line."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import DataError, MoeAsrError, RetryableError, StoreError
+
+TEMPORARY = ".tmp-"  # how names of unfinished files start; no listing shows them
+
+_moments = itertools.count(1)
+
+
+class NotFound(DataError):  # noqa: N818 - reads better where it is caught
+    """Nothing is stored under this name."""
+
+
+def moment() -> None:
+    """Marks a moment between two lasting effects: where being killed leaves another state behind.
+
+    For tests: with MOE_ASR_DIE_AT_STORE_OP=n in the environment, the process kills itself at the n-th moment.
+    """
+    deadly = os.environ.get("MOE_ASR_DIE_AT_STORE_OP")
+    if deadly and next(_moments) == int(deadly):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with explained(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a path is that of an unfinished file."""
+    return name.rpartition("/")[2].startswith(TEMPORARY)
+
+
+def write_lasting(path: Path, fill: Callable[[Path], object], name: Callable[[Path, Path], None] = os.replace) -> None:
+    """Fills a temporary file beside `path`, waits for the disk, gives it its name, waits for the disk again."""
+    make_folders(path.parent)
+    with new_file(path, name) as temporary:
+        fill(temporary)
+        sync(temporary)
+        moment()
+    moment()
+    sync(path.parent)
+    moment()
+
+
+@contextmanager
+def new_file(path: Path, name: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
+    """A temporary path in the same folder, which gets the real name when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        name(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link(temporary: Path, path: Path) -> None:
+    """Gives a file a second name.
+
+    Raises:
+        FileExistsError: the name is taken.
+        StoreError: this file system cannot do it.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise StoreError(f"{path}: its file system has no hard links; keep the store on another one") from None
+        raise
+    moment()
+
+
+def make_folders(path: Path) -> None:
+    """Makes a folder and its parents, each of which then survives a power cut.
+
+    Raises:
+        StoreError: a file is in the way.
+    """
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{path} is a file where a folder is needed; move it away") from None
+    sync(path.parent)
+    moment()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """The same for all files and folders below a folder, and itself."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent) / name)
+        sync(Path(parent))
+
+
+def prune(folder: Path, root: Path) -> None:
+    """Removes a folder and those above it, below `root`, as far as they are empty."""
+    while folder not in (root, folder.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty, or not ours to remove
+            return
+        folder = folder.parent
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns errors of the file system into ours."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise explain_os_error(error, path) from None
+
+
+def explain_os_error(error: OSError, path: Path) -> MoeAsrError:
+    """One line that names the path and the remedy."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return NotFound(f"{path} is not there")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"{path}: the disk is full ({os.strerror(error.errno)}); free some space, then run it again")
+    if error.errno == errno.EROFS:
+        return StoreError(f"{path}: the file system is read-only; choose another store, or mount it writable")
+    if isinstance(error, PermissionError):
+        return StoreError(f"{path}: no permission; change its owner or mode, or choose another store")
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):
+        return RetryableError(f"{path}: the file system fails ({os.strerror(error.errno)}); try again")
+    return StoreError(f"{path}: {error.strerror or error}")

@@ -1,0 +1,106 @@
+"""Errors of an S3 server as one line that says what to do, made from their codes alone: no credential can be in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors import ConfigError, DataError, MoeAsrError, RetryableError, StoreError
+from common.files import NotFound
+
+MESSAGES = {
+    "access denied; its credentials need s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject and "
+    "s3:DeleteObject on its keys": ("AccessDenied", "AllAccessDisabled", "403"),
+    "the server does not know these credentials; check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY": (
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "InvalidClientTokenId",
+        "UnrecognizedClientException",
+    ),
+    "the session's token is no longer valid; sign in again": ("ExpiredToken", "InvalidToken", "TokenRefreshRequired"),
+    "there is no such bucket at this endpoint; create it, or check store and endpoint_url": ("NoSuchBucket",),
+    "this machine's clock and the server's differ too much; set the clock": ("RequestTimeTooSkewed", "RequestExpired"),
+    "the bucket is in another region; set AWS_REGION": (
+        "PermanentRedirect",
+        "AuthorizationHeaderMalformed",
+        "IllegalLocationConstraintException",
+        "301",
+    ),
+    "the store is full; free some space": ("QuotaExceeded", "StorageFull", "XMinioStorageFull", "507"),
+}
+BY_CODE = {code: message for message, codes in MESSAGES.items() for code in codes}
+BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
+BUSY += (
+    "RequestTimeout",
+    "RequestTimeTooFast",
+    "BandwidthLimitExceeded",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+)
+
+
+def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
+    """One line that says what is wrong with which key at which server, and what to do.
+
+    Args:
+        error: of botocore or s3transfer.
+        name: full name of the key.
+    """
+    from botocore import exceptions as boto
+    from s3transfer.exceptions import RetriesExceededError
+
+    if isinstance(error, MoeAsrError):
+        return error
+    where = f"{name} at {endpoint}"
+    if isinstance(error, boto.ClientError):
+        return _explain_answer(error, where)
+    if isinstance(error, boto.EndpointConnectionError) and "resolve" in str(error).lower():
+        return StoreError(f"{where}: this host name is not known; check endpoint_url and AWS_REGION")
+    if isinstance(error, boto.SSLError):
+        return StoreError(f"{where}: no trusted TLS connection; check https in endpoint_url, and AWS_CA_BUNDLE")
+    if isinstance(
+        error, boto.HTTPClientError | boto.IncompleteReadError | RetriesExceededError | boto.ResponseStreamingError
+    ):
+        return RetryableError(f"{where}: no connection, or it broke off, many times; check endpoint_url, or try later")
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+        return StoreError(f"{where}: no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, boto.ProfileNotFound):
+        return ConfigError(f"{where}: AWS_PROFILE names a profile that is not in the AWS configuration files")
+    if isinstance(error, ValueError | boto.ParamValidationError | boto.InvalidRegionError):
+        return ConfigError(f"{where}: endpoint_url, AWS_REGION or the bucket's name is malformed")
+    if isinstance(error, boto.BotoCoreError):
+        return StoreError(
+            f"{where}: this does not answer like an S3 server ({type(error).__name__}); check endpoint_url"
+        )
+    raise error
+
+
+def _explain_answer(error: Any, where: str) -> MoeAsrError:
+    code, status = error_code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if code in BY_CODE:
+        return StoreError(f"{where}: {BY_CODE[code]} ({code})")
+    if code in ("NoSuchKey", "NoSuchUpload", "404"):
+        return NotFound(f"{where} is not there")
+    if code in ("InvalidRange", "416"):
+        return DataError(f"{where} is shorter than expected: it is truncated")
+    if code in BUSY or (status >= 500 and status not in (501, 507)):
+        return RetryableError(f"{where}: the server is busy or out of order ({code}); try later")
+    return StoreError(f"{where}: the server refuses with {code} (HTTP {status}); `moe-asr store doctor` says more")
+
+
+def error_code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether an answer began and did not end, or ended with other bytes than the server sent."""
+    from botocore import exceptions as boto
+    from s3transfer.exceptions import RetriesExceededError
+
+    broken = (boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError, RetriesExceededError)
+    return isinstance(error, (*broken, boto.FlexibleChecksumError))
+
+
+def is_connection(error: Exception) -> bool:
+    from botocore.exceptions import HTTPClientError
+
+    return isinstance(error, HTTPClientError)

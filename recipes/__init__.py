@@ -1,0 +1,1 @@
+"""Other tasks on the training loop of `common/train.py`."""

@@ -1,0 +1,39 @@
+"""Queries for questions: beam search over batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from recipes.text_to_sql.data import Example, by_length, make_loader
+from recipes.text_to_sql.model import TextToSql
+
+
+def generate(
+    model: TextToSql,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    num_beams: int,
+    batch_size: int,
+    max_tokens: int,
+    **options: Any,
+) -> list[str]:
+    """The best query of each question, in the order of the examples."""
+    order = by_length([Example(one.inputs, ()) for one in examples], range(len(examples)))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    texts: dict[int, str] = {}
+    for numbers, batch in zip(batches, make_loader(examples, model.t5.device)(batches), strict=True):
+        with torch.no_grad():
+            ids_BO = model.t5.generate(
+                input_ids=batch.inputs_BI,
+                attention_mask=batch.mask_BI,
+                num_beams=num_beams,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                **options,
+            )
+        texts |= zip(numbers, tokenizer.batch_decode(ids_BO, skip_special_tokens=True), strict=True)
+    return [texts[number].strip() for number in range(len(examples))]
