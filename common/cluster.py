@@ -218,7 +218,10 @@ def _spectral(points_NP: Floats, num_clusters: int, seed: int) -> Ints:
     """
     from scipy.sparse import coo_array, dia_array
 
+    points_NP, copy_of_N = np.unique(points_NP, axis=0, return_inverse=True)  # copies stay together
     N = len(points_NP)
+    if num_clusters >= N:
+        return np.asarray(copy_of_N)
     index_NK, _ = nearest_neighbours(points_NP, min(10, N - 1))
     tree = spanning_tree(points_NP, 1)
     start_E = np.concatenate([np.repeat(np.arange(N), index_NK.shape[1]), tree.start_E])
@@ -229,7 +232,7 @@ def _spectral(points_NP: Floats, num_clusters: int, seed: int) -> Ints:
     scale = dia_array(((1.0 / np.sqrt(graph.sum(axis=1)))[None], [0]), shape=(N, N))
     vectors_NK = _leading_vectors((scale @ graph @ scale).tocsr(), num_clusters, seed)
     vectors_NK = vectors_NK / np.maximum(np.linalg.norm(vectors_NK, axis=1, keepdims=True), 1e-12)
-    return _k_means(vectors_NK, num_clusters, seed)
+    return _k_means(vectors_NK, num_clusters, seed)[copy_of_N]
 
 
 def _leading_vectors(graph: Any, count: int, seed: int) -> Floats:

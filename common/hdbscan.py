@@ -63,7 +63,9 @@ def flat_clusters(tree: SpanningTree, min_cluster_size: int) -> tuple[Ints, Floa
         a point keeps up with, in [0, 1], 0 for noise.
     """
     dendrogram = _Dendrogram.of(tree)
-    density_E = 1.0 / np.maximum(tree.weight_E, _smallest_positive(tree.weight_E))  # equal points: as dense as any
+    density_E = 1.0 / np.maximum(
+        tree.weight_E, _half_the_smallest(tree.weight_E)
+    )  # equal points are not endlessly dense
     branches = _condense(dendrogram, density_E.tolist(), min_cluster_size)
     label_C = _select(branches)
     selected_N = np.asarray(label_C)[branches.branch_N]
@@ -317,5 +319,7 @@ def _compact(chosen_N: Ints) -> Ints:
     return label_N - int(used[0] < 0)
 
 
-def _smallest_positive(weight_E: Floats) -> float:
-    return float(np.min(weight_E, where=weight_E > 0, initial=np.inf)) if (weight_E > 0).any() else 1.0
+def _half_the_smallest(weight_E: Floats) -> float:
+    """Half the smallest length that is not zero: equal points are denser than all others, but their sums are finite."""
+    positive_E = weight_E[weight_E > 0]
+    return float(positive_E.min() / 2) if len(positive_E) else 1.0

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from markupsafe import Markup, escape
 
-from common.plots import GRID, INK, MUTED, PALETTE, PAPER, Row, render_svg
+from common.json_files import Row
+from common.plots import GRID, INK, MUTED, PALETTE, PAPER, render_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import warnings
 from collections import Counter, defaultdict
@@ -19,13 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import DataError
+from common.json_files import Row, read_object, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = dict[str, Any]
 
 # (on white, on a dark page): at least 3:1 against the page, told apart under deuteranopia and protanopia.
 PALETTE = (
@@ -36,7 +33,7 @@ PALETTE = (
     ("#8a63d2", "#f5dd80"),
     ("#8f2d14", "#c06a2a"),
     ("#30343b", "#e6e8eb"),
-    ("#2a86d1", "#3f78d6"),
+    ("#489cb4", "#3f78d6"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, MUTED, GRID, PAPER = "#1c1e21", "#5b616a", "#dcdfe4", "#fefefe"
@@ -46,39 +43,7 @@ MAP_POINTS = 5_000
 CURVE_POINTS = 300
 LEGEND_ENTRIES = 8
 PANELS = 16
-
-
-def read_object(path: Path) -> Row:
-    """The JSON object in a file.
-
-    Raises:
-        DataError: a missing file or one that is no JSON object; the message names it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-        error: Exception = ValueError("it holds no JSON object")
-    except (OSError, ValueError) as found:
-        error = found
-    raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The objects of a JSON Lines file.
-
-    Raises:
-        DataError: a missing file or a line that is no JSON object; the message names file and line.
-    """
-    rows: list[Row] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                rows.append(dict(json.loads(line)))
-    except (OSError, TypeError, ValueError) as error:
-        where = f"{path}:{len(rows) + 1}"
-        raise DataError(f"{where} cannot be read ({error}): run the stage that writes it again") from None
-    return rows
+LABEL = 26  # characters of a name in a figure
 
 
 def sample_points(rows: Sequence[Row], limit: int = MAP_POINTS) -> list[Row]:
@@ -88,13 +53,11 @@ def sample_points(rows: Sequence[Row], limit: int = MAP_POINTS) -> list[Row]:
     """
     if len(rows) <= limit:
         return list(rows)
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(str(row["id"]).encode()).digest())
-    strata: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in ranked:
-        strata[str(row["cluster"]), str(row.get("etiology"))].append(row)
-    firsts = [group[0] for group in strata.values()]
-    rest = [row for group in strata.values() for row in group[1 : max(1, len(group) * limit // len(rows))]]
-    return (firsts + rest)[:limit]
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: hashlib.sha256(str(row["id"]).encode()).digest()):
+        groups[str(row["cluster"]), str(row.get("etiology"))].append(row)
+    ranked = [(i / len(group), row) for group in groups.values() for i, row in enumerate(group)]
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])[:limit]]
 
 
 def render_svg(draw: Callable[[], Figure]) -> str:
@@ -114,12 +77,10 @@ def plot_clusters(cluster: Path, out: Path) -> list[Path]:
 def plot_gating(gate: Path, out: Path) -> list[Path]:
     """Draw a gate's confusion, calibration and training into `out`; returns the PNG and SVG files written."""
     report = read_object(gate / "report.json")
-    figures = {
-        "gate_confusion": partial(draw_confusion, report["confusion"], report["labels"]),
-        "gate_reliability": partial(draw_reliability, report["reliability"]),
-        "gate_training": partial(draw_training, read_rows(gate / "metrics.jsonl")),
-    }
-    return _write(out, figures)
+    confusion = partial(draw_confusion, report["confusion"], report["labels"])
+    reliability = partial(draw_reliability, report["reliability"])
+    training = partial(draw_training, read_rows(gate / "metrics.jsonl"))
+    return _write(out, {"gate_confusion": confusion, "gate_reliability": reliability, "gate_training": training})
 
 
 def plot_experts(experts: Sequence[Path], out: Path) -> list[Path]:
@@ -172,7 +133,7 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
             xy = [(row["x"], row["y"]) for row in chosen if bool(row.get("noise")) == hollow]
             face = "none" if hollow else colour
             ax.plot(*_columns(xy), ls="", marker=marker, ms=3.4, mfc=face, mec=colour, mew=0.7, alpha=0.8)
-        ax.plot([], [], ls="", marker=marker, ms=5, color=colour, label=f" {name}")  # "_x" would be dropped
+        ax.plot([], [], ls="", marker=marker, ms=5, color=colour, label=_short(name))
         if field == "cluster" and chosen:
             x, y = (sorted(values)[len(values) // 2] for values in _columns([(row["x"], row["y"]) for row in chosen]))
             disc = {"boxstyle": "circle,pad=0.18", "fc": PAPER, "ec": colour, "alpha": 0.9}
@@ -180,7 +141,8 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
     ax.set(xticks=[], yticks=[], xlabel="projection, first axis", ylabel="second axis")
     ax.grid(False)
     ax.set_aspect("equal", adjustable="datalim")
-    columns = 4 if field == "cluster" else 3 if max(map(len, names), default=0) <= 14 else 2
+    longest = max(map(len, names), default=0)
+    columns = 4 if longest <= 4 else 3 if longest <= 14 else 2
     figure.legend(loc="outside lower center", ncols=columns, title=field, handletextpad=0.2, columnspacing=1.2)
     return figure
 
@@ -286,7 +248,12 @@ def draw_rates(by_etiology: Mapping[str, Row]) -> Figure:
         ax.plot([row["wer_before"], row["wer_after"]], [i, i], color=MUTED, lw=0.9)
         ax.plot(row["wer_before"], i, ls="", marker="o", ms=6, mfc=PAPER, mec=MUTED, label="_" if i else "before")
         ax.plot(row["wer_after"], i, ls="", marker="o", ms=6, color=PALETTE[0][0], label="_" if i else "after")
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="WER on held-out speakers", xlim=(0, None))
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=list(map(_short, names)),
+        xlabel="WER on held-out speakers",
+        xlim=(0, None),
+    )
     ax.xaxis.set_major_formatter(_percent)
     ax.invert_yaxis()
     figure.legend(loc="outside upper right", ncols=2)
@@ -325,13 +292,11 @@ def _savefig(figure: Figure, target: Path | io.StringIO, kind: str, paper: str) 
 
 def _write(out: Path, figures: Mapping[str, Callable[[], Figure]]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    files = [out / f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
     with _styled():
-        for name, draw in figures.items():
-            for kind in ("png", "svg"):
-                _savefig(draw(), out / f"{name}.{kind}", kind, "white")
-                written.append(out / f"{name}.{kind}")
-    return written
+        for file in files:
+            _savefig(figures[file.stem](), file, file.suffix[1:], "white")
+    return files
 
 
 def _heat(
@@ -353,8 +318,8 @@ def _heat(
                 ax.text(x, y, texts[y][x], ha="center", va="center", fontsize=8.5)
     every = max(1, math.ceil(max(len(columns), len(rows)) / 24))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
-    ax.set_xticks(range(0, len(columns), every), [str(name) for name in columns][::every])
-    ax.set_yticks(range(0, len(rows), every), [str(name) for name in rows][::every])
+    ax.set_xticks(range(0, len(columns), every), [_short(name) for name in columns][::every])
+    ax.set_yticks(range(0, len(rows), every), [_short(name) for name in rows][::every])
     ax.grid(False)
     if square:
         ax.set_aspect("equal", anchor="W")
@@ -399,3 +364,9 @@ def _categories(names: Sequence[str], by_number: bool) -> dict[str, set[str]]:
         return {name: {name} for name in ranked}
     kept, rest = ranked[: LEGEND_ENTRIES - 1], ranked[LEGEND_ENTRIES - 1 :]
     return {name: {name} for name in kept} | {f"{len(rest)} others": set(rest)}
+
+
+def _short(name: object) -> str:
+    """A label that fits; the space before it keeps matplotlib from dropping one that starts with an underscore."""
+    text = f" {name}"
+    return text if len(text) <= LABEL else text[: LABEL - 1] + "…"

@@ -22,8 +22,8 @@ import yaml
 from markupsafe import Markup
 
 from common import page, plots
+from common.json_files import Row, read_object, read_rows
 from common.page import clock, inline_svg, is_number, number, percent
-from common.plots import Row, read_object, read_rows
 from common.report_rates import TABLE_ROWS, etiology_section, result_section, scored_rows, worst_section
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
+from common.json_files import Row, read_rows
 from common.page import is_number, points
-from common.plots import Row, read_rows
 from common.wer import Score, duration_bucket, paired_bootstrap, wer
 
 WORST = 25

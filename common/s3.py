@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from common.errors import DataError, RetryableError
-from common.store import (
-    Entry,
-    NotFound,
-    check_key,
-    explained,
-    folder_files,
-    is_current,
-    moment,
-    new_file,
-    remove_others,
-)
+from common.files import NotFound, explained, moment, new_file
+from common.s3_errors import broke_off, error_code, explain, is_connection
+from common.store import Entry, check_key, folder_files, is_current, remove_others
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -28,7 +28,14 @@ MESSAGES = {
     "the store is full; free some space": ("QuotaExceeded", "StorageFull", "XMinioStorageFull", "507"),
 }
 BY_CODE = {code: message for message, codes in MESSAGES.items() for code in codes}
-BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429")
+BUSY: tuple[str, ...] = (
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "TooManyRequests",
+    "429",
+)
 BUSY += (
     "RequestTimeout",
     "RequestTimeTooFast",

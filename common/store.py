@@ -1,4 +1,4 @@
-"""Stores of bytes under keys, one interface for two kinds: a folder, or a bucket of an S3-compatible server (`common.s3`).
+"""Stores of bytes under keys, two kinds behind one interface: a folder, or a bucket of an S3-compatible server.
 
 A key is a relative path with `/` between its parts. Nothing is ever seen half written: a reader finds the whole bytes
 of some write, or nothing. What is written survives a power cut once the call has returned.
@@ -249,7 +249,8 @@ class LocalStore:
         with explained(path):
             for _ in range(TRIES - 1):
                 try:
-                    return write_lasting(path, fill, name)
+                    write_lasting(path, fill, name)
+                    return
                 except FileNotFoundError:  # the folder was empty for a moment, and somebody removed it
                     continue
             write_lasting(path, fill, name)

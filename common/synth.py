@@ -32,6 +32,8 @@ from common.synth_sentences import build_lexicon, make_sentence
 ESPEAK_RATE = 22050  # Hz, of all of espeak-ng's voices
 PEAK = 0.7  # of full scale, of every utterance
 PITCHES = (35, 65)  # of espeak-ng's 0 to 99
+TRACTS = (0.9, 1.12)  # length of the vocal tract against that of the voice
+NOISE_DB = (-28.0, -18.0)  # loudness of the room against the voice's
 SEVERITIES = ("mild", "moderate", "severe")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -92,6 +94,8 @@ class _Speaker:
     pitch: int
     word_gap: int
     strength: float
+    tract: float
+    noise_db: float
     sentences: tuple[tuple[str, str], ...]
 
 
@@ -163,6 +167,8 @@ def _draw_speaker(etiology: str, number: int, speakers: int, utterances: int, se
         pitch=rng.randint(*PITCHES),
         word_gap=stand_in.word_gap,
         strength=_between(stand_in.strength, level),
+        tract=rng.uniform(*TRACTS),
+        noise_db=rng.uniform(*NOISE_DB),
         sentences=tuple((f"{name}-{i:05d}", make_sentence(rng, split, lexicon)) for i in range(utterances)),
     )
 
@@ -202,10 +208,12 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
             rate=speaker.rate,
             pitch=speaker.pitch,
             word_gap=speaker.word_gap,
+            tract=speaker.tract,
             seed=speaker.seed + number,
         )
         if effect is not None:
             samples = effect(samples, rng, speaker.strength)
+        samples = effects.add_room(samples, rng, speaker.noise_db)
         encoded = io.BytesIO()
         soundfile.write(encoded, samples * (PEAK / np.abs(samples).max()), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
         (folder / "audio" / f"{name}.flac").write_bytes(encoded.getbuffer())
@@ -225,7 +233,7 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
     return utterances
 
 
-def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed: int) -> Samples:
+def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed: int, tract: float = 1.0) -> Samples:
     """Say a text with one of espeak-ng's American voices.
 
     Args:
@@ -234,6 +242,7 @@ def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed
         pitch: 0 to 99.
         word_gap: pause between words, in units of about 10 ms.
         seed: of the voice's noise.
+        tract: length of the vocal tract against that of the voice; a longer one has lower formants.
 
     Returns:
         samples (T,) at 16 kHz, in [-1, 1].
@@ -246,7 +255,7 @@ def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed
     known = not variant or (_voice_data() / "voices" / "!v" / variant).is_file()
     if not known or library.espeak_SetVoiceByName(f"en-us+{variant}".rstrip("+").encode()) != 0:
         raise DataError(f"espeak-ng has no voice variant {variant!r}: choose another")
-    for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_PITCH_RANGE, 50), (_WORD_GAP, word_gap)):
+    for parameter, value in ((_RATE, round(rate * tract)), (_PITCH, pitch), (_PITCH_RANGE, 50), (_WORD_GAP, word_gap)):
         library.espeak_SetParameter(parameter, value, 0)
     library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
     blocks.clear()
@@ -255,7 +264,7 @@ def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed
     if not blocks:
         raise DataError(f"espeak-ng says nothing for {text!r}: give it words")
     samples = np.concatenate(blocks).astype(np.float32) / 32768
-    return np.asarray(soxr.resample(samples, ESPEAK_RATE, SAMPLE_RATE), np.float32)
+    return np.asarray(soxr.resample(samples, ESPEAK_RATE / tract, SAMPLE_RATE), np.float32)
 
 
 def _require_espeak() -> ModuleType:

@@ -34,6 +34,16 @@ def add_tremor(samples_T: Samples, rng: np.random.Generator, strength: float) ->
     return (delayed_T * (1 - min(strength, 1) * (0.5 + 0.5 * np.cos(phase_T)))).astype(np.float32)
 
 
+def add_room(samples_T: Samples, rng: np.random.Generator, level_db: float) -> Samples:
+    """The hiss of a room and a cheap microphone: without it, whatever an effect damps could be amplified again.
+
+    Args:
+        level_db: of the noise against the voice.
+    """
+    noise_T = rng.standard_normal(len(samples_T)) * np.sqrt(np.mean(samples_T**2)) * 10 ** (level_db / 20)
+    return (samples_T + noise_T).astype(np.float32)
+
+
 def muffle(samples_T: Samples, rng: np.random.Generator, cutoff: float) -> Samples:
     """Low-pass of fourth order.
 

@@ -181,7 +181,7 @@ def train(
     total = min(total, options.max_steps or total)
     log_every = max(1, total // 2000)
 
-    step = best_step = bad = split = 0
+    step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
     best_value, best = math.inf, copies(trained)
     recent: deque[dict[str, Tensor]] = deque(maxlen=options.average_last)
     saved_at = time.monotonic()
@@ -218,9 +218,10 @@ def train(
         step, tensors, state = found
         if at := state["unjudged"]:  # its scores were still being computed: once more
             put(trained, tensors, "model." if at == step else "unjudged.")
-            pending = look(at, at // steps_per_epoch - 1)
+            pending = look(at, state["evaluated"] - 1)
         restore(trained, optimizer, accelerator, tensors, state)
         best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
+        evaluated = state["evaluated"]
         best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
         for number in range(state["recent"]):
             recent.append({name: tensors[f"recent{number}.{name}"] for name in trained})
@@ -236,6 +237,7 @@ def train(
         for number, weights in enumerate(recent):
             tensors |= {f"recent{number}.{name}": value for name, value in weights.items()}
         state |= {"best_value": best_value, "best_step": best_step, "bad": bad, "recent": len(recent)}
+        state["evaluated"] = evaluated
         state["unjudged"] = pending.step if pending else None
         if pending and pending.step != step:
             tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
@@ -244,8 +246,8 @@ def train(
 
     bar = progress(total, step, label, hidden=options.quiet or rank > 0)
     running = torch.zeros((), device=device)
-    for epoch in range(step // steps_per_epoch, options.epochs):
-        if step >= total or bad >= options.patience:
+    for epoch in range(evaluated, math.ceil(total / steps_per_epoch)):
+        if bad >= options.patience:
             break
         model.train()
         batches = plan_epoch(epoch)
@@ -285,7 +287,7 @@ def train(
             if step % log_every == 0 or step == total:
                 row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
                 mean = accelerator.reduce(running, "sum").item() / log_every
-                row |= {"loss": mean, "grad_norm": float(norm)} | {k: v / float(weight) for k, v in logs.items()}
+                row |= {"loss": mean, "grad_norm": float(norm)} | {k: float(v / weight) for k, v in logs.items()}
                 running.zero_()
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 if metrics:
@@ -303,6 +305,7 @@ def train(
         if bad >= options.patience:
             break
         pending = look(step, epoch)
+        evaluated = epoch + 1
         recent.append(pending.weights)
         if step >= total or not callable(pending.scores):
             improved |= judge()
@@ -320,10 +323,10 @@ def train(
 
 def forward_backward(
     model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
-) -> tuple[Tensor, dict[str, float], bool]:
+) -> tuple[Tensor, dict[str, Tensor], bool]:
     """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
     total = torch.zeros((), device=accelerator.device)
-    logs: dict[str, float] = {}
+    logs: dict[str, Tensor] = {}
     parts = [part for batch in micro for part in halves(batch, split)]
     try:
         for number, part in enumerate(parts):
@@ -331,7 +334,7 @@ def forward_backward(
                 loss, values = model(part)
                 accelerator.backward(loss / weight * accelerator.num_processes)
             total += loss.detach().float() / weight
-            logs = {name: logs.get(name, 0.0) + float(value) for name, value in values.items()}
+            logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
     except torch.OutOfMemoryError:
         if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
             raise RetryableError("out of memory on one of several processes; lower the batch size") from None

@@ -1,4 +1,4 @@
-"""Importing: tables of several shapes become one corpus; faults are named by file and line, and leave nothing behind."""
+"""Importing: tables of several shapes become one corpus; faults are named by file and line and leave nothing behind."""
 
 import csv
 import json

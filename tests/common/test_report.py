@@ -6,14 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import matplotlib
 import pytest
 from rapidfuzz.distance import Levenshtein
 
 from common.errors import DataError
+from common.json_files import read_rows
 from common.page import axis_of_time, clock, interval, lanes, number, percent, points
-from common.plots import read_rows
 from common.report import render_report
 from common.report_rates import align_words, axis_end, difference_interval, etiology_section, scored_rows
 from tests.common.fake_run import rate, write_fake_run, write_object, write_rows
@@ -87,7 +88,7 @@ def test_page_is_navigable_without_sight(page):
     assert set(targets) <= set(ids)
     assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == len(page.all("main")) == 1
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in page.all("svg"))
     assert len(page.all("caption")) == len(page.all("table")) > 0
     assert all("scope" in th for th in page.all("th"))
@@ -145,7 +146,13 @@ def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
            "experts": [], "weights": []}  # fmt: skip
     write_rows(tmp_path / "predictions.jsonl", [row | {"id": i} for i in ("a", "b")])
     write_object(tmp_path / "report.json", {"mixture": "none", "experts": 0, "top_k": 1, "steps": 3})
-    summary = {"wer_before": 1.0, "wer_after": 0.5, "speakers": 2, "utterances": 2, "by_etiology": {"unknown": {}}}
+    summary = {
+        "wer_before": 1.0,
+        "wer_after": 0.5,
+        "speakers": 2,
+        "utterances": 2,
+        "by_etiology": {"unknown": {"wer_before": 1.0, "wer_after": 0.5}},
+    }
     dense = replace(view, cluster=None, gate=None, experts=[], asr=tmp_path, summary=summary)
     words = Page(render_report(dense)).words
     assert "names no speakers" in words and "names no etiology" in words and "50.0%" in words
@@ -188,7 +195,7 @@ def test_etiology_whose_rate_rose_is_named(view):
     groups = {name: dict(row) for name, row in view.summary["by_etiology"].items()}
     groups["croak"]["wer_before"] = groups["croak"]["wer_after"] / 2
     words = Page(render_report(replace(view, summary=view.summary | {"by_etiology": groups}))).words
-    assert "WER rose for croak." in words
+    assert re.search(r"WER rose for [^.]*\bcroak\b", words)
 
 
 def test_collapse_is_said_beside_the_result(view, tmp_path):
@@ -221,14 +228,14 @@ def test_breakdowns_add_up_to_the_whole(view):
 def test_projection_larger_than_the_map_is_sampled_and_said(tmp_path):
     view = write_fake_run(tmp_path, points=5200)
     page = Page(render_report(view))
-    assert "a stratified sample of 5\u202f000 of 5\u202f200" in page.words
+    assert "a stratified sample of 5 000 of 5 200" in page.words
     assert len(page.all("use")) < 2 * 5_000 + 500 and len(page.html) < 1_500_000
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_alignment_is_shortest_and_holds_both_texts(seed):
     rng = random.Random(seed)
-    said, heard = ([rng.choice("ab cd ef gh".split()) for _ in range(rng.randrange(9))] for _ in range(2))
+    said, heard = ([rng.choice(("ab", "cd", "ef", "gh")) for _ in range(rng.randrange(9))] for _ in range(2))
     steps = align_words(" ".join(said), " ".join(heard))
     assert [w for kind, words, _ in steps if kind != "ins" for w in words.split()] == said
     assert [w for kind, _, words in steps if kind != "del" for w in words.split()] == heard

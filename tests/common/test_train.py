@@ -66,7 +66,7 @@ def load(batches):
 
 def evaluate(model, full):
     loss, _ = model(Points(POINTS, TARGETS))
-    return {"loss": float(loss) / 24} | ({"wer": float(loss) / 24} if full else {})
+    return {"loss": loss.item() / 24} | ({"wer": loss.item() / 24} if full else {})
 
 
 OPTIONS = TrainOptions(epochs=4, patience=9, quiet=True, save_every_n_epochs=1)

@@ -1,0 +1,268 @@
+"""A real S3 server on loopback, and a proxy before it that breaks what it is told to break.
+
+The server is versitygw on its posix backend, built once by the Go toolchain and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import http.client
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+VERSION = "v1.8.0"
+MODULE = f"github.com/versity/versitygw/cmd/versitygw@{VERSION}"
+CACHE = Path.home() / ".cache" / "moe-asr" / "bin"
+ACCESS, SECRET = "tester", "tester-secret-key-never-shown"
+BODILESS = {"HEAD"}
+
+
+@functools.cache
+def build_server() -> Path | str:
+    """The server's program, built if need be (minutes, once); a reason in words where that cannot be done."""
+    program = CACHE / f"versitygw-{VERSION}"
+    if program.exists():
+        return program
+    if not shutil.which("go"):
+        return "versitygw is not built and there is no Go toolchain"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            environment = os.environ | {"GOBIN": folder, "GOFLAGS": "-p=2 -buildvcs=false"}
+            built = subprocess.run(["go", "install", MODULE], env=environment, capture_output=True, text=True)
+            if built.returncode:
+                return f"versitygw cannot be built: {built.stderr[-300:]}"
+            (Path(folder) / "versitygw").rename(program)
+    return program
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds the server before the first test that wants it, outside of any test's time limit."""
+    if not session.config.option.collectonly and any("s3_server" in item.fixturenames for item in session.items):
+        build_server()
+
+
+@dataclass
+class Server:
+    """A running server: its address, and the folder in which each bucket is a folder."""
+
+    endpoint: str
+    root: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.endpoint.rpartition(":")[2])
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[Server]:
+    """versitygw with an empty store."""
+    program = build_server()
+    if isinstance(program, str):
+        pytest.skip(program)
+    root = tmp_path_factory.mktemp("s3")
+    port = free_port()
+    environment = {"ROOT_ACCESS_KEY": ACCESS, "ROOT_SECRET_KEY": SECRET, "PATH": os.environ["PATH"]}
+    command = [program, "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "--health", "/health"]
+    command += ["posix", *_metadata(root, tmp_path_factory), root]
+    with (root.parent / "s3.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(port, process)
+        yield Server(f"http://127.0.0.1:{port}", root)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture
+def s3_environment(monkeypatch, tmp_path) -> None:
+    """Credentials of the server in the AWS variables, and nothing else of AWS."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-aws-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-aws-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def bucket(s3_server, s3_environment) -> str:
+    """A new bucket's name."""
+    name = f"bucket-{secrets.token_hex(6)}"
+    from common.s3 import make_client
+
+    make_client(s3_server.endpoint, None, 3).create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def proxy(s3_server) -> Iterator[Proxy]:
+    """A proxy before the server that does no harm until it is told to."""
+    with Proxy(s3_server.port) as running:
+        yield running
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Returns when the port answers."""
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert process.poll() is None, "the server ended"
+            time.sleep(0.05)
+    raise AssertionError("the server does not answer")
+
+
+def _metadata(root: Path, factory) -> list[str | Path]:
+    """Where the file system has no extended attributes, they go to a folder of their own."""
+    try:
+        os.setxattr(root, "user.probe", b"1")
+        os.removexattr(root, "user.probe")
+        return []
+    except OSError:
+        return ["--sidecar", factory.mktemp("s3-metadata")]
+
+
+@dataclass
+class Fault:
+    """What happens to the next requests that match.
+
+    Attributes:
+        kind: `status` answers with `value` and an S3 error `code`; `truncate` breaks the answer's body off after `value`
+            bytes; `lose` passes the request on and drops the answer; `drop` closes before passing on; `flip` inverts a
+            bit of the answer's byte `value`; `delay` waits `value` seconds.
+        times: how many requests.
+        method, path: the request's method, and a part of its path; empty for any.
+    """
+
+    kind: str
+    value: float = 0
+    times: int = 1
+    method: str = ""
+    path: str = ""
+    code: str = "InternalError"
+
+    def matches(self, method: str, path: str) -> bool:
+        return self.times > 0 and self.method in ("", method) and self.path in path
+
+
+@dataclass
+class Proxy:
+    """Passes requests to a server on loopback, one by one, and keeps account of them."""
+
+    target: int
+    faults: list[Fault] = field(default_factory=list)
+    seen: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the answer's body
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def break_next(self, kind: str, value: float = 0, **options) -> Fault:
+        """Adds a fault; its `times` says later how often it was not needed."""
+        fault = Fault(kind, value, **options)
+        self.faults.append(fault)
+        return fault
+
+    def take(self, method: str, path: str) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if fault.matches(method, path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def __enter__(self) -> Proxy:
+        handler = type("Handler", (_Handler,), {"proxy": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def handle_any(self) -> None:
+        fault = self.proxy.take(self.command, self.path)
+        kind = fault.kind if fault else ""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if kind == "drop":
+            self.close_connection = True
+            return
+        if kind == "status":
+            self.refuse(int(fault.value), fault.code)
+            return
+        if kind == "delay":
+            time.sleep(fault.value)
+        status, headers, answer = self.forward(body)
+        self.proxy.seen.append((self.command, self.path, len(answer)))
+        if kind == "lose":
+            self.close_connection = True
+            return
+        if kind == "flip" and answer:
+            at = min(int(fault.value), len(answer) - 1)
+            answer = answer[:at] + bytes([answer[at] ^ 1]) + answer[at + 1 :]
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if kind == "truncate":
+            answer, self.close_connection = answer[: int(fault.value)], True
+        self.wfile.write(answer)
+
+    def forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.target, timeout=60)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "connection"):
+                connection.putheader(name, value)
+        connection.endheaders(body)
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        kept = [(n, v) for n, v in response.getheaders() if n.lower() not in ("transfer-encoding", "connection")]
+        if self.command not in BODILESS and not any(n.lower() == "content-length" for n, _ in kept):
+            kept.append(("Content-Length", str(len(answer))))
+        return response.status, kept, answer
+
+    def refuse(self, status: int, code: str) -> None:
+        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()
+        self.send_response_only(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        if self.command not in BODILESS:
+            self.wfile.write(text)
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any
+
+    def log_message(self, *_) -> None:
+        pass
