@@ -13,7 +13,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from common.artifacts import MANIFEST
 from common.errors import DataError
-from common.files import NotFound, explained, file_hash
-from common.store import Entry, Store, check_key, folder_files
+from common.files import NotFound, explained, file_hash, make_folders
+from common.store import Entry, Store
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -131,22 +131,22 @@ class Checkpointer:
 
     def _write(self, snapshot: _Snapshot) -> None:
         name = f"{snapshot.step:09d}-{time.time_ns() // 1000:016x}{secrets.token_hex(2)}"
-        folder = self.store.local_path(self.prefix + name) or self.scratch / f"checkpoint-{name}"
+        inside = self.store.local_path(self.prefix + name)
+        folder = inside or self.scratch / f"checkpoint-{name}"
         try:
             with explained(folder):
-                folder.mkdir(parents=True)
+                make_folders(folder)
                 _save_tensors(snapshot.tensors, folder / TENSORS)
                 (folder / STATE).write_text(snapshot.state, encoding="utf-8")
-                files = {
-                    file: {"size": (folder / file).stat().st_size, "sha256": file_hash(folder / file)}
-                    for file in folder_files(folder)
-                }
+            files = {file: _describe(folder / file) for file in (TENSORS, STATE)}
             self.store.put_folder(folder, self.prefix + name)
             manifest = {"schema": SCHEMA, "step": snapshot.step, "files": files}
             self.store.write(f"{self.prefix}{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
-        finally:
-            if self.store.local_path("") is None:
-                shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # on a full disk, half a checkpoint is in the way
+            raise
+        if inside is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _load(self, name: str, entries: Mapping[str, Entry]) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         if MANIFEST not in entries:
@@ -155,13 +155,13 @@ class Checkpointer:
         into = self.scratch / f"checkpoint-{name}"
         try:
             paths = {}
-            for file, record in manifest["files"].items():
-                if file not in entries or entries[file].size != record["size"]:
+            for file, (size, sha256) in manifest["files"].items():
+                if file not in entries or entries[file].size != size:
                     raise _TornError(f"{file} is missing or truncated")
                 paths[file] = self.store.local_path(entries[file].key) or into / file
                 if self.store.local_path("") is None:
                     self.store.get(entries[file].key, paths[file])
-                if file_hash(paths[file]) != record["sha256"]:
+                if file_hash(paths[file]) != sha256:
                     raise _TornError(f"{file} is altered")
             return manifest["step"], load_file(paths[TENSORS]), json.loads(paths[STATE].read_text(encoding="utf-8"))
         except (NotFound, KeyError, ValueError, SafetensorError) as error:
@@ -217,20 +217,20 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(28 if "No space" in str(error) else 5, str(error), str(path)) from None
 
 
+def _describe(path: Path) -> dict[str, int | str]:
+    return {"size": path.stat().st_size, "sha256": file_hash(path)}
+
+
 def _read_manifest(data: bytes) -> dict[str, Any]:
+    """Raises DataError where a newer version wrote it."""
     try:
         manifest = json.loads(data)
-        files = manifest["files"]
-        sound = isinstance(manifest["step"], int) and all(
-            isinstance(record["sha256"], str) for record in files.values()
-        )
-        names: Iterable[str] = [check_key(name) for name in files]
         if manifest["schema"] > SCHEMA:
-            raise DataError(
-                f"a checkpoint has format {manifest['schema']}, this moe-asr knows up to {SCHEMA}: upgrade it"
-            )
+            raise DataError(f"a checkpoint has format {manifest['schema']}, this moe-asr knows {SCHEMA}: upgrade it")
+        files = {file: (int(record["size"]), str(record["sha256"])) for file, record in manifest["files"].items()}
+        step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound or not {TENSORS, STATE} <= set(names):
+        raise _TornError("its manifest is damaged") from None
+    if set(files) != {TENSORS, STATE}:
         raise _TornError("its manifest is damaged")
-    return dict(manifest)
+    return {"step": step, "files": files}

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from common.errors import DataError, StoreError, UsageError
 
 INDEX_NAME = "index.jsonl"
-SPLITS = ("train", "dev", "test")
 GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
 
 
@@ -69,7 +68,6 @@ class Corpus:
 
 _INDEX_REMEDY = f"give a folder with {INDEX_NAME}, or make one with `moe-asr corpus import` or `moe-asr corpus synth`"
 _REQUIRED = ("audio_filepath", "duration", "text")
-_TEXT_FIELDS = tuple(f.name for f in fields(Utterance) if f.name not in ("duration", "offset"))
 _NUMBER_FIELDS = ("duration", "offset")
 _FIELD_NAMES = tuple(f.name for f in fields(Utterance))
 _OMITTED = {f.name: f.default for f in fields(Utterance) if f.name not in ("id", "split", *_REQUIRED)}
@@ -141,9 +139,10 @@ def new_corpus_folder(out: Path) -> Iterator[Path]:
         UsageError: `out` exists and is not an empty folder.
         StoreError: it cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} already exists: name another folder for the corpus, or remove it first")
+    out = out.absolute()
     try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UsageError(f"{out} already exists: name another folder for the corpus, or remove it first")
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
@@ -289,18 +288,19 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
 
 
 def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utterance:
+    values = {name: record[name] for name in _FIELD_NAMES if record.get(name) is not None}
     for name in _REQUIRED:
-        if record.get(name) is None:
+        if name not in values:
             raise DataError(f"{where}: field {name!r} is missing: every utterance needs {', '.join(_REQUIRED)}")
-    values: dict[str, Any] = {}
-    for name in _TEXT_FIELDS:
-        value = record.get(name)
-        if value is not None:
-            values[name] = _check_text(value, name, where)
-    for name in _NUMBER_FIELDS:
-        value = record.get(name)
-        if value is not None:
+    for name, value in values.items():
+        if name in _NUMBER_FIELDS:
             values[name] = _check_seconds(value, name, where)
+        elif type(value) is not str:
+            raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)}: put it in quotes")
+        elif name in GROUP_FIELDS:  # a million utterances share a few speakers and etiologies: one string object each
+            values[name] = sys.intern(value)
+    if not values["audio_filepath"]:
+        raise DataError(f"{where}: field 'audio_filepath' is empty: name the audio file")
     values["audio_filepath"] = _relative_to(root, values["audio_filepath"])
     values.setdefault("id", values["audio_filepath"] + (f"@{values['offset']}" if values.get("offset") else ""))
     if not values["id"]:
@@ -308,21 +308,13 @@ def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utteranc
     return Utterance(**values)
 
 
-def _check_text(value: object, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)}: put it in quotes")
-    if name == "audio_filepath" and not value:
-        raise DataError(f"{where}: field 'audio_filepath' is empty: name the audio file")
-    # A million utterances share a few speakers, splits and etiologies: one string object each.
-    return sys.intern(value) if name in GROUP_FIELDS else value
-
-
 def _check_seconds(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) not in (int, float):  # not isinstance: a bool is an int
         raise DataError(f"{where}: field {name!r} must be a number of seconds, not {json.dumps(value)}")
-    if not math.isfinite(value) or value < 0:
+    seconds = float(cast(float, value))
+    if not 0 <= seconds < math.inf:
         raise DataError(f"{where}: field {name!r} must be a finite number of seconds, 0 or more, not {value}")
-    return float(value)
+    return seconds
 
 
 def _relative_to(root: Path, audio_filepath: str) -> str:

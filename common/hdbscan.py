@@ -161,14 +161,16 @@ def _shorten(points_ND: Floats, core_N: Floats, edges: Edges) -> SpanningTree:
     square_N = np.nextafter((dendrogram.gap_N**2).astype(np.float32), np.float32(np.inf))  # rounded up: misses nothing
 
     def shorter(first: int) -> Edges:
-        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+        found: list[Edges] = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
         left_RF = left_NF[first : first + TILE]
         buffer = np.empty(TILE * TILE, np.float32)
-        for column, path_RW in _path_tiles(square_N, first):
-            R, W = path_RW.shape
+        for column, row_RX, column_W in _path_tiles(square_N, first):
+            R, W = len(row_RX), len(column_W)
             tile_RW = np.matmul(left_RF, right_FN[:, column : column + W], out=buffer[: R * W].reshape(R, W))
-            hit_E = np.flatnonzero(tile_RW < path_RW)
-            start_E, stop_E, path_E = hit_E // W + first, hit_E % W + column, path_RW.ravel()[hit_E]
+            hit_E = np.flatnonzero((tile_RW < row_RX) | (tile_RW < column_W))
+            start_E, stop_E = np.divmod(hit_E, W)
+            path_E = np.maximum(np.broadcast_to(row_RX, (R, W))[start_E, stop_E], column_W[stop_E])
+            start_E, stop_E = start_E + first, stop_E + column
             keep_E = np.maximum(sorted_core_N[start_E], sorted_core_N[stop_E]) ** 2 < path_E
             start_E, stop_E, path_E = start_E[keep_E], stop_E[keep_E], path_E[keep_E]
             weight_E = _reach(distances(sorted_ND, start_E, stop_E), sorted_core_N, start_E, stop_E)
@@ -179,21 +181,23 @@ def _shorten(points_ND: Floats, core_N: Floats, edges: Edges) -> SpanningTree:
     return SpanningTree(*_forest(N, _joined(edges, *in_threads(shorter, range(0, N, TILE)))))
 
 
-def _path_tiles(square_N: NDArray[np.float32], first: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The heaviest edge, squared, on the tree's path between the points of a tile: (first column, path_RW).
+def _path_tiles(square_N: NDArray[np.float32], first: int) -> Iterator[tuple[int, Floats, Floats]]:
+    """The heaviest edge, squared, on the tree's path between the points of a tile, the larger of two arrays.
 
     In the order of the dendrogram's leaves this is the largest height between the two: beside the diagonal the larger
-    of one number for each row and one for each column. Below the diagonal it is 0, and so nothing is shorter.
+    of one number for each row and one for each column. On the diagonal it is a table; below that there is nothing.
+
+    Yields:
+        (first column, row_R1 or row_RW, column_W).
     """
     N, stop = len(square_N), min(first + TILE, len(square_N))
     own_R = square_N[first:stop]
-    yield first, np.maximum.accumulate(np.triu(np.broadcast_to(own_R, (len(own_R), len(own_R))), 1), axis=1)
+    above_RR = np.maximum.accumulate(np.triu(np.broadcast_to(own_R, (len(own_R), len(own_R))), 1), axis=1)
+    yield first, np.where(np.tri(len(own_R), dtype=bool), -np.inf, above_RR), np.full(len(own_R), -np.inf, np.float32)
     row_R = np.maximum.accumulate(np.append(own_R[1:], np.float32(0))[::-1])[::-1]
-    buffer = np.empty(len(own_R) * TILE, np.float32)
     for column in range(stop, N, TILE):
         column_W = np.maximum.accumulate(square_N[column : column + TILE])
-        path_RW = buffer[: len(row_R) * len(column_W)].reshape(len(row_R), len(column_W))
-        yield column, np.maximum(row_R[:, None], column_W, out=path_RW)
+        yield column, row_R[:, None], column_W
         row_R = np.maximum(row_R, column_W[-1])
 
 

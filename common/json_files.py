@@ -1,11 +1,13 @@
-"""Reading the small JSON files that stages write, with errors that name file and line."""
+"""Reading the small JSON files that stages write."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from common.corpus import read_jsonl
 from common.errors import DataError
 
+REMEDY = "run the stage that writes it again"
 Row = dict[str, Any]
 
 
@@ -22,7 +24,7 @@ def read_object(path: Path) -> Row:
         error: Exception = ValueError("it holds no JSON object")
     except (OSError, ValueError) as found:
         error = found
-    raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again")
+    raise DataError(f"{path} cannot be read ({error}): {REMEDY}")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -31,12 +33,4 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: a missing file or a line that is no JSON object; the message names file and line.
     """
-    rows: list[Row] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                rows.append(dict(json.loads(line)))
-    except (OSError, TypeError, ValueError) as error:
-        where = f"{path}:{len(rows) + 1}"
-        raise DataError(f"{where} cannot be read ({error}): run the stage that writes it again") from None
-    return rows
+    return [row for _, row in read_jsonl(path, remedy=REMEDY)]

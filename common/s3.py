@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,12 +23,14 @@ from common.s3_errors import broke_off, error_code, explain, is_connection
 from common.store import Entry, check_key, folder_files, is_current, remove_others
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3 import S3Client
     from s3transfer.manager import TransferManager
 
 PART_BYTES = 16 * 2**20
 CONNECTIONS = 10
 ATTEMPTS = 10  # of one request: about a minute of patience with botocore's backoff
+OPENING_SECONDS = 120
 STREAM_PAUSES = (0.3, 1.0, 3.0, 9.0)  # seconds between tries of an answer that broke off
 UPLOAD_MARK = "?upload="  # in keys of unfinished uploads
 
@@ -45,6 +48,7 @@ class S3Store:
         self.endpoint_url, self.region = endpoint_url, region
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._opened: tuple[int, S3Client, TransferManager] | None = None
+        self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(S3Store, self.bucket, self.prefix, endpoint_url=self.endpoint_url, region=self.region), ()
@@ -240,32 +244,40 @@ class S3Store:
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else url
 
     def _open(self) -> tuple[int, S3Client, TransferManager]:
-        if self._opened is None or self._opened[0] != os.getpid():
-            from s3transfer.manager import TransferConfig, TransferManager
-
-            try:
-                client = make_client(self.endpoint_url, self.region, int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS)))
-                self._greet()
-            except Exception as error:
-                raise explain(error, self.url, self._endpoint) from None
-            limits = TransferConfig(
-                multipart_threshold=2 * PART_BYTES,
-                multipart_chunksize=PART_BYTES,
-                max_request_concurrency=CONNECTIONS,
-                max_submission_concurrency=CONNECTIONS,
-            )
-            self._opened = os.getpid(), client, TransferManager(client, limits)
-        return self._opened
-
-    def _greet(self) -> None:
-        """Asks with little patience, so that a typing error is told in seconds; a busy server is left to later."""
+        if self._opened is not None and self._opened[0] == os.getpid():
+            return self._opened
+        got = self._opening.acquire(timeout=OPENING_SECONDS)  # a fork may have copied it locked
         try:
-            client = make_client(self.endpoint_url, self.region, 3)
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = self._connect()
+            return self._opened
+        except Exception as error:
+            raise explain(error, self.url, self._endpoint) from None
+        finally:
+            if got:
+                self._opening.release()
+
+    def _connect(self) -> tuple[int, S3Client, TransferManager]:
+        """Opens connections, and asks a first time with little patience: a typing error is told in seconds."""
+        import boto3
+        from s3transfer.manager import TransferConfig, TransferManager
+
+        session = boto3.session.Session()
+        client = make_client(self.endpoint_url, self.region, attempts=3, session=session)
+        try:
             client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         except Exception as error:
             told = explain(error, self.url, self._endpoint)
-            if not isinstance(told, RetryableError) or is_connection(error):
+            if not isinstance(told, RetryableError) or is_connection(error):  # a busy server is left to later
                 raise told from None
+        client = make_client(self.endpoint_url, self.region, session=session)
+        limits = TransferConfig(
+            multipart_threshold=2 * PART_BYTES,
+            multipart_chunksize=PART_BYTES,
+            max_request_concurrency=CONNECTIONS,
+            max_submission_concurrency=CONNECTIONS,
+        )
+        return os.getpid(), client, TransferManager(client, limits)
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
         try:
@@ -291,12 +303,24 @@ class S3Store:
         )
 
 
-def make_client(endpoint_url: str | None, region: str | None, attempts: int) -> S3Client:
-    """A client with settings that S3-compatible servers understand, where the server is not AWS itself."""
+def make_client(
+    endpoint_url: str | None,
+    region: str | None = None,
+    *,
+    attempts: int | None = None,
+    session: Session | None = None,
+) -> S3Client:
+    """A client with settings that S3-compatible servers understand, where the server is not AWS itself.
+
+    Args:
+        attempts: at each request; by default AWS_MAX_ATTEMPTS, else ten.
+        session: where clients share one, only the first takes long to make.
+    """
     import boto3
     from botocore.config import Config
 
-    session = boto3.session.Session()
+    session = session or boto3.session.Session()
+    attempts = attempts or int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
     options: dict[str, Any] = {
         "retries": {"mode": "standard", "total_max_attempts": attempts},
         "connect_timeout": 10,

@@ -53,20 +53,18 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
         name: full name of the key.
     """
     from botocore import exceptions as boto
-    from s3transfer.exceptions import RetriesExceededError
+    from urllib3.exceptions import NameResolutionError
 
     if isinstance(error, MoeAsrError):
         return error
     where = f"{name} at {endpoint}"
     if isinstance(error, boto.ClientError):
         return _explain_answer(error, where)
-    if isinstance(error, boto.EndpointConnectionError) and "resolve" in str(error).lower():
+    if isinstance(error, boto.EndpointConnectionError) and isinstance(error.kwargs["error"], NameResolutionError):
         return StoreError(f"{where}: this host name is not known; check endpoint_url and AWS_REGION")
     if isinstance(error, boto.SSLError):
         return StoreError(f"{where}: no trusted TLS connection; check https in endpoint_url, and AWS_CA_BUNDLE")
-    if isinstance(
-        error, boto.HTTPClientError | boto.IncompleteReadError | RetriesExceededError | boto.ResponseStreamingError
-    ):
+    if is_connection(error) or broke_off(error):
         return RetryableError(f"{where}: no connection, or it broke off, many times; check endpoint_url, or try later")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return StoreError(f"{where}: no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
@@ -108,6 +106,8 @@ def broke_off(error: Exception) -> bool:
 
 
 def is_connection(error: Exception) -> bool:
+    """Whether no connection came about, or it was lost before an answer."""
+    from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError
 
-    return isinstance(error, HTTPClientError)
+    return isinstance(error, NoConnection | HTTPClientError)

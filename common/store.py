@@ -203,6 +203,7 @@ class LocalStore:
         with explained(path):
             moment()
             path.unlink(missing_ok=True)
+            moment()
         prune(path.parent, self.root)
 
     def size(self, key: str) -> int | None:

@@ -41,7 +41,7 @@ def add_room(samples_T: Samples, rng: np.random.Generator, level_db: float) -> S
         level_db: of the noise against the voice.
     """
     noise_T = rng.standard_normal(len(samples_T)) * np.sqrt(np.mean(samples_T**2)) * 10 ** (level_db / 20)
-    return (samples_T + noise_T).astype(np.float32)
+    return np.asarray(samples_T + noise_T, np.float32)
 
 
 def muffle(samples_T: Samples, rng: np.random.Generator, cutoff: float) -> Samples:

@@ -7,6 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers import (  # noqa: F401 - fixtures and a hook
+    any_store,
+    bucket,
+    proxy,
+    pytest_collection_finish,
+    s3_environment,
+    s3_server,
+)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -52,7 +52,9 @@ def build_server() -> Path | str:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Builds the server before the first test that wants it, outside of any test's time limit."""
-    if not session.config.option.collectonly and any("s3_server" in item.fixturenames for item in session.items):
+    if not session.config.option.collectonly and any(
+        {"s3_server", "any_store"} & set(item.fixturenames) for item in session.items
+    ):
         build_server()
 
 
@@ -107,7 +109,7 @@ def bucket(s3_server, s3_environment) -> str:
     name = f"bucket-{secrets.token_hex(6)}"
     from common.s3 import make_client
 
-    make_client(s3_server.endpoint, None, 3).create_bucket(Bucket=name)
+    make_client(s3_server.endpoint).create_bucket(Bucket=name)
     return name
 
 
@@ -116,6 +118,17 @@ def proxy(s3_server) -> Iterator[Proxy]:
     """A proxy before the server that does no harm until it is told to."""
     with Proxy(s3_server.port) as running:
         yield running
+
+
+@pytest.fixture(params=["folder", "s3"])
+def any_store(request, tmp_path):
+    """An empty store, once a folder and once a bucket on a server."""
+    from common.store import open_store
+
+    if request.param == "folder":
+        return open_store(tmp_path / "store")
+    server = request.getfixturevalue("s3_server")
+    return open_store(f"s3://{request.getfixturevalue('bucket')}/some/prefix", endpoint_url=server.endpoint)
 
 
 def free_port() -> int:
@@ -152,9 +165,9 @@ class Fault:
     """What happens to the next requests that match.
 
     Attributes:
-        kind: `status` answers with `value` and an S3 error `code`; `truncate` breaks the answer's body off after `value`
-            bytes; `lose` passes the request on and drops the answer; `drop` closes before passing on; `flip` inverts a
-            bit of the answer's byte `value`; `delay` waits `value` seconds.
+        kind: `status` answers with `value` and an S3 error `code`; `truncate` breaks the answer's body off after
+            `value` bytes; `lose` passes the request on and drops the answer; `drop` closes before passing on; `flip`
+            inverts a bit of the answer's byte `value`; `delay` waits `value` seconds.
         times: how many requests.
         method, path: the request's method, and a part of its path; empty for any.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import DataError
+from recipes.text_to_sql.settings import Settings
 
 IGNORED = -100  # label of a place that carries no loss
 
@@ -74,16 +75,17 @@ def read_lines(folder: Path, split: str, kind: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def find_database(folder: Path) -> Path:
-    """The one SQLite file beside the pairs.
+def find_database(settings: Settings) -> Path:
+    """The database that is named, or else the one SQLite file beside the pairs.
 
     Raises:
         DataError: there is none, or several.
     """
-    found = sorted(path for ending in ("*.db", "*.sqlite", "*.sqlite3") for path in folder.glob(ending))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder} should hold one database (*.db, *.sqlite), found {names}: name it with --database")
+    kinds = ("*.db", "*.sqlite", "*.sqlite3")
+    found = [settings.database] if settings.database else [one for kind in kinds for one in settings.data.glob(kind)]
+    if len(found) != 1 or not found[0].is_file():
+        names = ", ".join(sorted(map(str, found))) or f"none in {settings.data}"
+        raise DataError(f"one SQLite database is needed, found {names}: name it with --database")
     return found[0]
 
 
@@ -94,7 +96,7 @@ def make_examples(tokenizer: Any, questions: Sequence[str], queries: Sequence[st
     return [Example(tuple(one), tuple(other)) for one, other in zip(inputs, labels, strict=True)]
 
 
-def epoch_batches(examples: Sequence[Example], *, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Batches of example numbers, of similar lengths: the same for the same seed and epoch."""
     chance = random.Random(f"{seed}/{epoch}")
     order = list(range(len(examples)))
@@ -121,6 +123,6 @@ def make_loader(examples: Sequence[Example], device: torch.device) -> Callable[[
             inputs_BI = pad_sequence(inputs, batch_first=True, padding_value=IGNORED)
             labels_BO = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
             mask_BI = inputs_BI != IGNORED
-            yield Batch(*(t.to(device) for t in (inputs_BI.clamp_min(0), mask_BI, labels_BO)))
+            yield Batch(inputs_BI.clamp_min(0).to(device), mask_BI.to(device), labels_BO.to(device))
 
     return load

@@ -58,10 +58,7 @@ def make_pair(chance: random.Random) -> tuple[str, str]:
         slots["end"] = draw(words["slots"]["end"], chance)
     if chance.random() < 0.08:
         pieces = [chance.choice(words["ground"])]
-        select, tables = (
-            "ground_service_1.transport_type , ground_service_1.fare",
-            ["ground_service ground_service_1", "city city_1"],
-        )
+        select, tables = "ground_service_1.fare", ["ground_service ground_service_1", "city city_1"]
     else:
         question = chance.choice(words["questions"])
         pieces = [question, words["route"], *chance.sample(words["wishes"], chance.choice((0, 1, 1, 2, 2, 3)))]
@@ -70,7 +67,8 @@ def make_pair(chance: random.Random) -> tuple[str, str]:
     tables += [table for piece in pieces for table in piece.get("from", ())]
     where = " AND ".join(condition for piece in pieces for condition in piece.get("where", ()))
     query = f"SELECT {select} FROM {' , '.join(tables)} WHERE {where}"
-    return tuple(text.format_map({k: v[i] for k, v in slots.items()}) for i, text in enumerate((spoken, query)))
+    said, written = ({name: pair[i] for name, pair in slots.items()} for i in (0, 1))
+    return spoken.format_map(said), query.format_map(written)
 
 
 def draw(values: dict[str, Any] | list[str], chance: random.Random) -> tuple[str, Any]:

@@ -1,7 +1,7 @@
-"""Runs queries that nobody has vetted: read-only, in threads, each with a deadline of its own and limits on its result.
+"""Runs queries that nobody has vetted: read-only, in threads, each with its own deadline and a limit on its result.
 
-A query is one SELECT. Whatever else it tries (a write, ATTACH, a PRAGMA, two statements) or however long, large or broken
-it is, the outcome is an error of that query and nothing else notices.
+A query is one SELECT. Whatever else it tries (a write, ATTACH, a PRAGMA, two statements), however long, large or
+broken it is: the outcome is an error of that query, and nothing else notices.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -26,6 +28,7 @@ ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, 
 STEPS_PER_CHECK = 50_000  # of SQLite's virtual machine, some milliseconds: how often a deadline is looked at
 CELL_BYTES = 1_000_000  # longest string or blob, also of intermediate results that no deadline can interrupt
 HEAP_BYTES = 2**30  # of all running queries together: sorting a cross join would take all memory (or the disk)
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,12 @@ class Outcome:
     error: str = ""
 
 
-def run_query(database: Path, query: str, limits: Limits) -> Outcome:
+def run_query(database: Path, query: str, limits: Limits, abandoned: threading.Event) -> Outcome:
     """Runs one query on a connection of its own; never raises for what the query does."""
     deadline = time.monotonic() + limits.seconds
     connection = _open(database)
     try:
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, STEPS_PER_CHECK)
+        connection.set_progress_handler(lambda: time.monotonic() > deadline or abandoned.is_set(), STEPS_PER_CHECK)
         cursor = connection.execute(query)
         if cursor.description is None:
             return Outcome(error="not a query")
@@ -62,9 +65,6 @@ def run_query(database: Path, query: str, limits: Limits) -> Outcome:
         return Outcome(error=f"stopped after {limits.seconds:g} s" if late else str(error))
     finally:
         connection.close()
-
-
-OUT_OF_MEMORY = "out of memory"
 
 
 def _collect(cursor: sqlite3.Cursor, limits: Limits) -> Outcome:
@@ -95,12 +95,19 @@ def _open(database: Path) -> sqlite3.Connection:
 
 
 def run_queries(
-    database: Path, queries: Iterable[str], *, threads: int, limits: Limits, known: dict[str, Outcome] | None = None
+    database: Path,
+    queries: Iterable[str],
+    *,
+    threads: int,
+    limits: Limits,
+    known: Mapping[str, Outcome] | None = None,
+    abandoned: threading.Event | None = None,
 ) -> dict[str, Outcome]:
     """Runs each distinct query once, in threads.
 
     Args:
         known: outcomes of an earlier time that are taken over.
+        abandoned: ends all queries at once when it is set; their outcomes are then of no use.
 
     Returns:
         query → outcome; the same whatever the number of threads.
@@ -108,14 +115,19 @@ def run_queries(
     Raises:
         DataError: the database cannot be opened.
     """
-    wanted = list(dict.fromkeys(queries))
+    wanted = dict.fromkeys(queries)
     found = {query: known[query] for query in wanted if known and query in known}
     new = [query for query in wanted if query not in found]
+    abandoned = abandoned or threading.Event()
+    run = partial(run_query, database, limits=limits, abandoned=abandoned)
     with ThreadPoolExecutor(max(1, min(threads, len(new)))) as pool:
-        found |= zip(new, pool.map(lambda query: run_query(database, query, limits), new), strict=True)
+        try:
+            found |= zip(new, pool.map(run, new), strict=True)
+        except BaseException:
+            abandoned.set()
+            raise
     # The heap is shared: one query's greed may have failed another. Alone, each answers for itself.
-    greedy = [query for query in new if found[query].error == OUT_OF_MEMORY]
-    return found | {query: run_query(database, query, limits) for query in greedy}
+    return found | {query: run(query) for query in new if found[query].error == OUT_OF_MEMORY}
 
 
 def gold_outcomes(

@@ -95,7 +95,7 @@ def test_any_name_can_be_a_category(name):
     assert (name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") or "unknown") in svg
 
 
-@pytest.mark.parametrize("experts", [1, 2, 5, 20])
+@pytest.mark.parametrize("experts", [1, 5, 20])
 def test_any_number_of_experts_can_be_drawn(experts, tmp_path):
     rng = random.Random(0)
     curves = [(f"expert {i}", metrics(rng, wer=False)) for i in range(experts)]

@@ -61,6 +61,12 @@ def view(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def bare(view):
+    """The run without the stages before the joint training: quick to render."""
+    return replace(view, cluster=None, gate=None, experts=[])
+
+
+@pytest.fixture(scope="module")
 def page(view):
     return Page(render_report(view))
 
@@ -127,8 +133,8 @@ def test_hostile_text_stays_text(tmp_path):
         ({"summary": {"wer_after": 0.2, "by_etiology": {}}}, "etiologies", "names no etiology"),
     ],
 )
-def test_absent_stage_leaves_its_section_out_and_says_why(view, absent, section, reason):
-    page = Page(render_report(replace(view, **absent)))
+def test_absent_stage_leaves_its_section_out_and_says_why(bare, absent, section, reason):
+    page = Page(render_report(replace(bare, **absent)))
     assert section not in {attrs.get("id") for _, attrs in page.elements}
     assert f"#{section}" not in {attrs["href"] for attrs in page.all("a")}
     assert "Left out of this report" in page.words and reason in page.words
@@ -158,21 +164,22 @@ def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
     assert "names no speakers" in words and "names no etiology" in words and "50.0%" in words
 
 
-def test_numbers_that_are_not_there_are_dashes(view, tmp_path):
+def test_numbers_that_are_not_there_are_dashes(bare, tmp_path):
     write_object(tmp_path / "report.json", {"algorithm": "spectral", "silhouette": None, "noise_share": float("nan")})
-    section = Page(render_report(replace(view, cluster=tmp_path))).words.split("Clusters")[3]
+    section = Page(render_report(replace(bare, cluster=tmp_path))).words.split("Clusters")[3]
     assert "Silhouette –" in section and "nearest –" in section and "No map" in section
 
 
-def test_broken_file_is_named_with_its_line(view, tmp_path):
+def test_broken_file_is_named_with_its_line(bare, tmp_path):
     write_object(tmp_path / "report.json", {"algorithm": "hdbscan"})
     (tmp_path / "projection.jsonl").write_text('{"id": "a", "x": 0, "y": 0, "cluster": 0}\n{"id": \n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"projection\.jsonl:2 .*run the stage"):
-        render_report(replace(view, cluster=tmp_path))
+    with pytest.raises(DataError, match=r"projection\.jsonl:2: not JSON"):
+        render_report(replace(bare, cluster=tmp_path))
 
 
 def _words_of(tmp_path, **options):
-    return Page(render_report(write_fake_run(tmp_path, experts=2, points=10, **options))).words
+    view = write_fake_run(tmp_path, experts=2, points=10, **options)
+    return Page(render_report(replace(view, cluster=None, gate=None, experts=[]))).words
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.6, "WER fell ("), (-0.6, "WER rose ("), (0.0, "not distinguishable")])
@@ -191,16 +198,16 @@ def test_one_speaker_gives_no_interval_and_no_verdict(tmp_path):
     assert "WER fell" not in words and "one speaker" in words
 
 
-def test_etiology_whose_rate_rose_is_named(view):
-    groups = {name: dict(row) for name, row in view.summary["by_etiology"].items()}
+def test_etiology_whose_rate_rose_is_named(bare):
+    groups = {name: dict(row) for name, row in bare.summary["by_etiology"].items()}
     groups["croak"]["wer_before"] = groups["croak"]["wer_after"] / 2
-    words = Page(render_report(replace(view, summary=view.summary | {"by_etiology": groups}))).words
+    words = Page(render_report(replace(bare, summary=bare.summary | {"by_etiology": groups}))).words
     assert re.search(r"WER rose for [^.]*\bcroak\b", words)
 
 
-def test_collapse_is_said_beside_the_result(view, tmp_path):
+def test_collapse_is_said_beside_the_result(bare, tmp_path):
     write_object(tmp_path / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
-    assert Page(render_report(replace(view, asr=tmp_path))).words.count("Experts collapsed") == 2
+    assert Page(render_report(replace(bare, asr=tmp_path))).words.count("Experts collapsed") == 2
 
 
 def test_worst_utterances_are_at_most_25_most_errors_first(view, page):
@@ -272,9 +279,9 @@ def test_bars_on_one_lane_do_not_overlap_and_stay_on_the_axis():
                 assert a["left"] + a["width"] <= b["left"] + 1e-9 or b["left"] + b["width"] <= a["left"] + 1e-9
 
 
-def test_run_that_reused_everything_has_a_timeline(view):
-    reused = [event | {"status": "skipped"} for event in view.timeline]
-    words = Page(render_report(replace(view, timeline=reused))).words
+def test_run_that_reused_everything_has_a_timeline(bare):
+    reused = [event | {"status": "skipped"} for event in bare.timeline]
+    words = Page(render_report(replace(bare, timeline=reused))).words
     assert "Nothing had to be done" in words and "4 reused" in words
 
 

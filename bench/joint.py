@@ -1,0 +1,179 @@
+"""Rows of joint training: the blend and the batched losses against loops over PEFT adapters, and against one LoRA.
+
+Shape letters: B utterances, M mel bands, F mel frames, N table rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bench.inputs import make_batch, short_lengths
+from bench.measure import Row, rounds, row
+from bench.peers import copy_into_peft, features_of, loop_backward, lora_backward, peft_experts
+from bench.setting import TARGETS, Setting, make_whisper
+from common.data import Batch
+from common.moe import Gate, add_mixture
+from common.recogniser import Recogniser, RouterOptions
+
+SHORT_BATCHES = 3  # of different lengths, as the sampler's buckets give them
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """One batch of 30 s and the same base model, gate and experts in each of the ways to train them.
+
+    Attributes:
+        blend, loss: ours; they share all weights.
+        peft: one adapter per expert.
+        lora: one adapter.
+        features_BMF: the batch's spectrograms for the peers.
+    """
+
+    blend: Recogniser
+    loss: Recogniser
+    peft: PeftModel
+    lora: PeftModel
+    gate: Gate
+    batch: Batch
+    features_BMF: Tensor
+
+
+def make_contest(setting: Setting) -> Contest:
+    """Builds them; the peers' experts equal ours."""
+    batch = make_batch(setting.model, [30.0] * setting.batch, setting.device)
+    whisper = make_whisper(setting.model, setting.device)
+    rank, experts = setting.rank, setting.experts
+    slot = add_mixture(whisper, targets=TARGETS, num_experts=experts, rank=rank, alpha=2 * rank)
+    with torch.no_grad(), setting.autocast():
+        embeddings_ND, _ = Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")
+    torch.manual_seed(1)
+    gate = Gate(embeddings_ND.shape[1], 64, experts).to(setting.device)
+    gate.fit_scale(embeddings_ND)
+    ours = {
+        mixture: Recogniser(
+            whisper, slot=slot, gate=gate, embeddings_ND=embeddings_ND, options=RouterOptions(mixture, setting.top_k)
+        ).train()
+        for mixture in ("blend", "loss")
+    }
+    peft = peft_experts(make_whisper(setting.model, setting.device), experts, rank)
+    copy_into_peft(ours["blend"], peft, experts)
+    lora = peft_experts(make_whisper(setting.model, setting.device), 1, rank)
+    return Contest(
+        blend=ours["blend"],
+        loss=ours["loss"],
+        peft=peft.train(),
+        lora=lora.train(),
+        gate=copy.deepcopy(gate),
+        batch=batch,
+        features_BMF=features_of(batch, setting.device),
+    )
+
+
+def ours_backward(recogniser: Recogniser, batch: Batch) -> Tensor:
+    """Our forward and backward as `common.train` does them; returns the loss per token."""
+    loss, _ = recogniser(batch)
+    loss = loss / batch.weight
+    loss.backward()
+    return loss.detach()
+
+
+def whole_step(backward: Callable[[], object], modules: Iterable[nn.Module], setting: Setting) -> Callable[[], None]:
+    """Forward, backward, clipping and AdamW, the same for all."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=setting.on_gpu)
+
+    def step() -> None:
+        with setting.autocast():
+            backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def rows(setting: Setting) -> list[Row]:
+    """Five rows on audio of 30 s and of 3–12 s."""
+    contest = make_contest(setting)
+    steps = make_steps(contest, setting)
+    taken = rounds(steps, setting, cold=() if setting.on_gpu else ("before", "after"))
+    used = len(set(route_of(contest, setting)))
+    size = f"{setting.model}, {setting.batch} × 30 s, {used} of {setting.experts} experts in use, rank {setting.rank}"
+    note = setting.words(size, "forward, backward, clipping, AdamW")
+    target = setting.target
+    joint = f"joint step, {setting.experts} experts, top-{setting.top_k}, 30 s: blend against"
+
+    def result(name: str, ours: str, peer: str, target: float | None) -> Row:
+        return row(name, taken[ours], taken[peer], unit="s/step", target=target, note=note)
+
+    return [
+        result(f"{joint} each expert on the whole batch", "blend", "before", target(6, 7)),
+        result(f"{joint} loop over PEFT adapters and gate pass", "blend", "after", target(2, 2.5)),
+        result("mixture: loss: one batch of B·k rows against the loop", "loss", "after", target(1.3, 1.3)),
+        result("cost of routing: blend against one plain PEFT LoRA", "blend", "lora", target(1 / 1.25, 1 / 1.1)),
+    ]
+
+
+def route_of(contest: Contest, setting: Setting) -> list[int]:
+    """The experts that the batch uses."""
+    logits_BE = contest.blend.gate_logits(contest.batch.row_B)
+    assert logits_BE is not None
+    return [int(e) for e in logits_BE.topk(setting.top_k, 1).indices.reshape(-1)]
+
+
+def make_steps(contest: Contest, setting: Setting) -> dict[str, Callable[[], None]]:
+    """One whole step of each."""
+    c, top_k = contest, setting.top_k
+    peft = (c.peft, c.gate)
+
+    def loop(all_rows: bool) -> Callable[[], object]:
+        return lambda: loop_backward(c.peft, c.gate, c.features_BMF, c.batch, top_k, all_rows=all_rows)
+
+    return {
+        "blend": whole_step(lambda: ours_backward(c.blend, c.batch), [c.blend], setting),
+        "before": whole_step(loop(True), peft, setting),
+        "after": whole_step(loop(False), peft, setting),
+        "loss": whole_step(lambda: ours_backward(c.loss, c.batch), [c.loss], setting),
+        "lora": whole_step(lambda: lora_backward(c.lora, c.features_BMF, c.batch), [c.lora], setting),
+    }
+
+
+def short_rows(setting: Setting) -> list[Row]:
+    """The blend at the batch's own length against the loop at 30 s, on utterances of 3–12 s."""
+    contest = make_contest(setting)
+    lengths = sorted(short_lengths(SHORT_BATCHES * setting.batch))
+    parts = [lengths[i : i + setting.batch] for i in range(0, len(lengths), setting.batch)]
+    ours = [make_batch(setting.model, part, setting.device, context="dynamic") for part in parts]
+    padded = [make_batch(setting.model, part, setting.device) for part in parts]
+    features = [features_of(batch, setting.device) for batch in padded]
+    blend = [whole_step(lambda b=b: ours_backward(contest.blend, b), [contest.blend], setting) for b in ours]
+    loop = [
+        whole_step(
+            lambda b=b, f=f: loop_backward(contest.peft, contest.gate, f, b, setting.top_k, all_rows=False),
+            (contest.peft, contest.gate),
+            setting,
+        )
+        for b, f in zip(padded, features, strict=True)
+    ]
+    steps = {"blend": lambda: [step() for step in blend], "loop": lambda: [step() for step in loop]}
+    taken = rounds(steps, setting, cold=() if setting.on_gpu else ("loop",))
+    note = setting.words(
+        f"{setting.model}, mean of {len(parts)} batches of {setting.batch} × 3–12 s, padded to "
+        f"{'/'.join(str(b.audio_BS.shape[1] // 320) for b in ours)} positions of 20 ms against 1500"
+    )
+    return [
+        row(
+            "joint step, 3–12 s: blend and dynamic context against the loop at 30 s",
+            taken["blend"] / len(parts),
+            taken["loop"] / len(parts),
+            unit="s/step",
+            target=setting.target(5, 6),
+            note=note,
+        )
+    ]

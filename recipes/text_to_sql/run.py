@@ -1,0 +1,204 @@
+"""Training, prediction and evaluation: what holds the parts together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common.checkpoint import Checkpointer
+from common.errors import DataError, UsageError
+from common.metrics import MetricsLog
+from common.stage import heed_signals
+from common.store import open_store
+from common.train import TrainOptions, make_accelerator
+from common.train import train as train_loop
+from recipes.text_to_sql.data import Example, epoch_batches, find_database, make_examples, make_loader, read_lines
+from recipes.text_to_sql.generate import generate
+from recipes.text_to_sql.metrics import score
+from recipes.text_to_sql.model import TextToSql, from_scratch, pretrained, save
+from recipes.text_to_sql.settings import Settings
+from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries, write_records
+
+log = logging.getLogger(__name__)
+Scores = dict[str, float]
+
+
+def train(settings: Settings) -> Scores:
+    """Trains; leaves `model/`, `metrics.jsonl` and `result.json` in the experiment's folder and returns the result.
+
+    An interrupted training goes on from its last checkpoint; a finished one is not repeated.
+
+    Raises:
+        UsageError, DataError: settings or data that cannot be used.
+        Preempted: told to stop; a checkpoint is written.
+    """
+    settings.check()
+    settings.claim()
+    done = settings.folder / "result.json"
+    if done.is_file():
+        log.info("%s is trained already", settings.folder)
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    texts = {name: [read_lines(settings.data, name, kind) for kind in ("nl", "sql")] for name in ("train", "dev")}
+    accelerator = make_accelerator("bf16" if settings.bf16 else "fp16" if settings.fp16 else "auto", settings.device)
+    if accelerator.num_processes > 1:
+        raise UsageError("the recipe trains in one process: start it without torchrun")
+    model, tokenizer = open_model(settings, *texts["train"])
+    examples, dev = (make_examples(tokenizer, *texts[name]) for name in ("train", "dev"))
+    model.t5.generation_config.max_new_tokens = max(len(one.labels) for one in [*examples, *dev]) * 11 // 10 + 1
+    model.to(accelerator.device)
+    if settings.compile:
+        model.compile(dynamic=True)
+    torch.manual_seed(settings.seed)
+    checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
+    abandoned = threading.Event()
+    with heed_signals() as stopping, ThreadPoolExecutor(1) as beside:
+        try:
+            look = make_evaluate(model, tokenizer, dev, texts["dev"][1], accelerator, settings, beside, abandoned)
+            outcome = train_loop(
+                model,
+                accelerator=accelerator,
+                groups=[
+                    {
+                        "params": list(model.parameters()),
+                        "lr": settings.learning_rate,
+                        "weight_decay": settings.weight_decay,
+                    }
+                ],
+                plan_epoch=partial(epoch_batches, examples, settings.batch_size, settings.seed),
+                load=make_loader(examples, accelerator.device),
+                evaluate=look,
+                options=loop_options(settings),
+                checkpointer=checkpointer,
+                metrics=MetricsLog(settings.folder / "metrics.jsonl"),
+                stopping=stopping,
+                label=settings.experiment_name,
+            )
+        finally:
+            abandoned.set()
+    value = {"loss": outcome.value} if settings.skip_record_computation else {"record_f1": 1 - outcome.value}
+    save(model, tokenizer, settings.folder / "model")
+    done.write_text(json.dumps({"steps": outcome.steps, "best_step": outcome.best_step, **value}), encoding="utf-8")
+    checkpointer.clear()
+    return value
+
+
+def open_model(settings: Settings, questions: Sequence[str], queries: Sequence[str]) -> tuple[TextToSql, Any]:
+    """The model that training starts from, with its tokenizer."""
+    if not settings.finetune:
+        texts = [*questions, *queries]
+        return from_scratch(texts, width=settings.width, layers=settings.layers, seed=settings.seed)
+    model, tokenizer = pretrained(settings.model, queries)
+    altered = sum(
+        tokenizer.decode(tokenizer(q)["input_ids"], skip_special_tokens=True).split() != q.split() for q in queries
+    )
+    if altered:
+        log.warning("%d of %d training queries are altered by the model's tokenizer", altered, len(queries))
+    return model, tokenizer
+
+
+def loop_options(settings: Settings) -> TrainOptions:
+    """The loop's numbers."""
+    skip = settings.skip_record_computation
+    return TrainOptions(
+        epochs=settings.max_n_epochs,
+        warmup_ratio=settings.num_warmup_epochs / settings.max_n_epochs,
+        schedule=settings.scheduler_type,
+        patience=settings.patience_epochs,
+        eval_every_n_epochs=1 if skip else settings.eval_every_n_epochs,
+        select_by="loss" if skip else "record_error",
+        save_every_n_epochs=1,
+        save_only_best=settings.save_only_best,
+    )
+
+
+def make_evaluate(
+    model: TextToSql,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    queries: Sequence[str],
+    accelerator: Accelerator,
+    settings: Settings,
+    beside: Executor,
+    abandoned: threading.Event,
+) -> Callable[[nn.Module, bool], Scores | Callable[[], Scores]]:
+    """A function for the loop that looks at dev: at its loss, and when `full` at the records of the queries it gets.
+
+    Args:
+        examples, queries: dev, as tokens and as text.
+        beside: where records are computed while training goes on, if the settings say so.
+        abandoned: ends queries that run when it is set.
+    """
+    batches = epoch_batches(examples, settings.eval_batch_size, 0, 0)
+    load = make_loader(examples, accelerator.device)
+    database, limits, threads = find_database(settings), Limits(settings.sql_timeout), settings.sql_threads
+    gold: dict[str, Outcome] = {}
+    if not settings.skip_record_computation:
+        gold = gold_outcomes(database, queries, threads=threads, limits=limits, cache=settings.output / "gold")
+    known = gold
+
+    def compute(loss: float, texts: list[str]) -> Scores:
+        nonlocal known
+        outcomes = run_queries(
+            database, [*texts, *queries], threads=threads, limits=limits, known=known, abandoned=abandoned
+        )
+        known = outcomes  # the next epoch's queries are mostly the same
+        scores = score(texts, queries, outcomes)
+        log.info("dev: loss %.4f, %s", loss, ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        return {"loss": loss, **scores, "record_error": 1 - scores["record_f1"]}
+
+    def evaluate(wrapped: nn.Module, full: bool) -> Scores | Callable[[], Scores]:
+        with accelerator.autocast():
+            sums = [torch.stack([wrapped(batch)[0].float(), batch.weight.float()]) for batch in load(batches)]
+            total, tokens = torch.stack(sums).sum(0).tolist()
+            if settings.skip_record_computation or not full:
+                return {"loss": total / tokens}
+            texts = generate(model, tokenizer, examples, settings.num_beams, settings.eval_batch_size)
+        if settings.async_eval:
+            return beside.submit(compute, total / tokens, texts).result
+        return compute(total / tokens, texts)
+
+    return evaluate
+
+
+def predict(settings: Settings, split: str) -> list[str]:
+    """Writes the queries and records of a split with the trained model; returns the queries.
+
+    Raises:
+        DataError: nothing is trained, or there are no questions.
+    """
+    if not (settings.folder / "result.json").is_file():
+        raise DataError(f"{settings.folder} holds no finished training: run `train` with this --experiment_name first")
+    model, tokenizer = pretrained(str(settings.folder / "model"), [])
+    device = make_accelerator("fp32", settings.device).device
+    examples = make_examples(tokenizer, read_lines(settings.data, split, "nl"))
+    queries = generate(model.to(device).eval(), tokenizer, examples, settings.num_beams, settings.eval_batch_size)
+    outcomes = run_split(settings, queries)
+    write_records(settings.folder / f"{split}.records.jsonl", [outcomes[query] for query in queries])
+    (settings.folder / f"{split}.sql").write_text("".join(f"{query}\n" for query in queries), encoding="utf-8")
+    return queries
+
+
+def evaluate(settings: Settings, split: str, predicted: Path | None) -> Scores:
+    """Scores of a file of queries, or of those that the trained model gives now."""
+    gold = read_lines(settings.data, split, "sql")
+    queries = predicted.read_text(encoding="utf-8").splitlines() if predicted else predict(settings, split)
+    if len(queries) != len(gold):
+        raise DataError(f"{predicted} has {len(queries)} queries and {split}.sql {len(gold)}: line n belongs to line n")
+    return score(queries, gold, run_split(settings, [*queries, *gold]))
+
+
+def run_split(settings: Settings, queries: Sequence[str]) -> dict[str, Outcome]:
+    """The outcome of each query on the data's database."""
+    return run_queries(
+        find_database(settings), queries, threads=settings.sql_threads, limits=Limits(settings.sql_timeout)
+    )

@@ -1,0 +1,114 @@
+"""The options of a training, once: names, types, help texts and defaults, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import click
+
+from common.errors import UsageError
+
+# What may change when an experiment is started again: the result does not depend on it.
+FREE = {"output", "experiment_name", "eval_batch_size", "async_eval", "save_only_best", "sql_threads", "device"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One training."""
+
+    data: Annotated[Path, "Folder with train, dev and test .nl and .sql beside an SQLite database."]
+    database: Annotated[Path | None, "The database, where it is not the only one in --data."] = None
+    output: Annotated[Path, "Folder of all experiments."] = Path("runs/text_to_sql")
+    experiment_name: Annotated[str, "Folder of this one; started again, it goes on where it ended."] = "t5"
+    model: Annotated[str, "T5 to fine-tune: hub name or folder."] = "google-t5/t5-small"
+    finetune: Annotated[bool, "Fine-tune --model, or train a small new T5."] = True
+    width: Annotated[int, "Of a new T5, a multiple of 32."] = 128
+    layers: Annotated[int, "Of a new T5, on each side."] = 2
+    learning_rate: Annotated[float, "After the warm-up."] = 5e-4
+    weight_decay: Annotated[float, "Of AdamW."] = 0.0
+    batch_size: Annotated[int, "Pairs per step."] = 16
+    eval_batch_size: Annotated[int, "Questions that are answered at once."] = 64
+    max_n_epochs: Annotated[int, "At most so many epochs."] = 20
+    patience_epochs: Annotated[int, "Stop after so many full evaluations without a better one."] = 3
+    num_warmup_epochs: Annotated[int, "Epochs of linear warm-up."] = 0
+    scheduler_type: Annotated[Literal["cosine", "linear", "none"], "Of the rate after the warm-up."] = "cosine"
+    eval_every_n_epochs: Annotated[int, "Compute records so often; the epochs between look at the loss only."] = 1
+    skip_record_computation: Annotated[bool, "Never compute records: select and stop by dev loss."] = False
+    async_eval: Annotated[bool, "Compute records while the next epoch trains; the result is the same."] = False
+    save_only_best: Annotated[bool, "Write a checkpoint only when the model is the best so far."] = False
+    num_beams: Annotated[int, "Beams of the search for a query."] = 5
+    sql_threads: Annotated[int, "Queries that run at once."] = 32
+    sql_timeout: Annotated[float, "Seconds after which a query is stopped."] = 60.0
+    bf16: Annotated[bool, "Train in bf16 (default: by device)."] = False
+    fp16: Annotated[bool, "Train in fp16 with a loss scaler."] = False
+    compile: Annotated[bool, "Compile the model; pays on a GPU."] = False
+    seed: Annotated[int, "Of everything random."] = 0
+    device: Annotated[str, "auto, cpu or cuda."] = "auto"
+
+    @property
+    def folder(self) -> Path:
+        """Where the experiment lies."""
+        return self.output / self.experiment_name
+
+    def check(self) -> None:
+        """Raises UsageError for values that make no sense, or none together."""
+        if self.bf16 and self.fp16:
+            raise UsageError("--bf16 and --fp16 exclude each other: give one")
+        if self.width < 32 or self.width % 32:
+            raise UsageError(f"--width {self.width}: give a multiple of 32")
+        if not 0 <= self.num_warmup_epochs <= self.max_n_epochs:
+            raise UsageError(
+                f"--num_warmup_epochs {self.num_warmup_epochs}: give 0 to {self.max_n_epochs} (--max_n_epochs)"
+            )
+        for name in (
+            "batch_size",
+            "eval_batch_size",
+            "patience_epochs",
+            "eval_every_n_epochs",
+            "num_beams",
+            "sql_threads",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: give 1 or more")
+
+    def claim(self) -> None:
+        """Writes settings.json; raises UsageError where the experiment was begun with other settings that matter."""
+        ours = {name: str(value) for name, value in asdict(self).items() if name not in FREE}
+        path = self.folder / "settings.json"
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
+        for name in ours:
+            if ours[name] != theirs.get(name):
+                raise UsageError(
+                    f"experiment {self.experiment_name} was begun with {name}={theirs.get(name)}, not {ours[name]}: "
+                    "give another --experiment_name"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ours, indent=1), encoding="utf-8")
+
+
+def settings_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds these settings as options of a command, all of them when none is named."""
+    hints = get_type_hints(Settings, include_extras=True)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(fields(Settings)):
+            if names and one.name not in names:
+                continue
+            kind, text = get_args(hints[one.name])
+            flag = "--finetune/--from-scratch" if one.name == "finetune" else f"--{one.name}"
+            default = {"required": True} if one.default is MISSING else {"default": one.default}
+            shape = {"is_flag": True} if kind is bool else {"type": _click_type(kind), "show_default": True}
+            function = click.option(flag, one.name, help=text, **default, **shape)(function)
+        return function
+
+    return decorate
+
+
+def _click_type(kind: Any) -> Any:
+    if kind in (int, float, str):
+        return kind
+    return click.Choice(get_args(kind)) if str in map(type, get_args(kind)) else click.Path(path_type=Path)
