@@ -117,10 +117,8 @@ class Manifest:
             raise Malformed(f"{where} is not JSON") from None
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
-            raise DataError(
-                f"{where} has format {schema}, written by moe-asr {raw.get('version')}; this one knows up to {SCHEMA}: "
-                "upgrade moe-asr, or use another store"
-            )
+            written = f"has format {schema}, written by moe-asr {raw.get('version')}; this one knows up to {SCHEMA}"
+            raise DataError(f"{where} {written}: upgrade moe-asr, or use another store")
         return _validated(data, where)
 
 
@@ -129,7 +127,7 @@ def _validated(data: bytes, where: str) -> Manifest:
 
     try:
         manifest: Manifest = _manifest_type().validate_json(data, strict=True)
-        for name in (manifest.attempt, *manifest.files):
+        for name in (f"{manifest.attempt}/", *manifest.files):
             check_key(name)  # a manifest may come from anywhere: none may point out of its own folder
     except ValidationError as error:
         first = error.errors()[0]
@@ -219,14 +217,14 @@ def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> s
             return f"{name} has {sizes[name]:,} bytes instead of {file.size:,}"
     if deep:
         with ThreadPoolExecutor(PARALLEL if store.local_path("") is None else 2) as pool:
-            names = sorted(manifest.files)
-            hashes = pool.map(lambda name: _stored_hash(store, folder + name, manifest.files[name].size), names)
-            for name, found in zip(names, hashes, strict=True):
-                if found != manifest.files[name].sha256:
-                    return (
-                        f"{name} is altered: its sha256 is {found[:8]}… instead of {manifest.files[name].sha256[:8]}…"
-                    )
+            altered = pool.map(lambda pair: _is_altered(store, folder + pair[0], pair[1]), manifest.files.items())
+            return next((f"{name} is altered" for name, bad in zip(manifest.files, altered, strict=True) if bad), "")
     return ""
+
+
+def _is_altered(store: Store, key: str, expected: FileRecord) -> bool:
+    """Whether a stored file hashes wrong, twice: the first time it may have suffered on its way."""
+    return all(_stored_hash(store, key, expected.size) != expected.sha256 for _ in range(2))
 
 
 def _stored_hash(store: Store, key: str, size: int) -> str:
@@ -272,7 +270,8 @@ def commit(
     Returns:
         The manifest that counts: this one, or that of the writer who won (then this attempt is deleted).
     """
-    files = {name: _record(folder / name) for name in folder_files(folder)}
+    paths = {name: folder / name for name in folder_files(folder)}
+    files = {name: FileRecord(path.stat().st_size, file_hash(path)) for name, path in paths.items()}
     manifest = Manifest(
         schema=SCHEMA,
         stage=key.stage,
@@ -307,10 +306,6 @@ def commit(
     raise RetryableError(f"{store.url}/{key.prefix}{MANIFEST} is taken and cannot be read: run it again")
 
 
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, file_hash(path))
-
-
 def content_digest(files: Mapping[str, FileRecord], volatile: Sequence[str]) -> str:
     """sha256 over sorted names and hashes of the files that match none of the patterns."""
     kept = [[name, file.sha256] for name, file in sorted(files.items()) if not any(fnmatch(name, p) for p in volatile)]
@@ -334,13 +329,14 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
 
     def bring(name: str) -> str:
         """Empty when the file is right."""
-        path = folder / name
-        try:
-            if folder == into and not _is_right(path, manifest.files[name]):
-                store.get(prefix + name, path)
-            return "" if _is_right(path, manifest.files[name]) else f"{name} is altered"
-        except NotFound:
-            return f"{name} is missing"
+        for _ in range(2):  # what is wrong once may have suffered on its way
+            if _is_right(folder / name, manifest.files[name]):
+                return ""
+            if store.size(prefix + name) is None:
+                return f"{name} is missing"
+            if folder == into:
+                store.get(prefix + name, into / name)
+        return "" if _is_right(folder / name, manifest.files[name]) else f"{name} is altered"
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
@@ -384,21 +380,16 @@ def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
 
 
 def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
-    manifest: Manifest | None = None
+    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
     try:
-        manifest = Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix)
+        kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
     except NotFound:
         pass
     except DataError:  # not ours to judge
         return
     for entry in entries:
-        folder, _, _ = entry.key[len(key.prefix) :].rpartition("/")
-        top = folder.partition("/")[0]
-        kept = {""} if manifest is None else {manifest.attempt}
-        kept |= {"checkpoints", "parts"} if manifest is None else set()
-        if entry.key == key.prefix + MANIFEST or (top in kept and top):
-            continue
-        yield entry
+        if entry.key[len(key.prefix) :].partition("/")[0] not in kept:
+            yield entry
 
 
 def verify(store: Store) -> Iterator[tuple[str, State]]:

@@ -125,6 +125,7 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
     """A scatter of a projection by `cluster` or `etiology`; noise that was assigned to a cluster is hollow."""
     figure = _figure(4.4)
     ax = figure.subplots()
+    size = 3.6 if len(rows) < 1_000 else 2.2  # points
     names = _categories([_name(row, field) for row in rows], by_number=field == "cluster")
     for i, (name, members) in enumerate(names.items()):
         colour, marker = PALETTE[i % len(PALETTE)][0], MARKERS[i % len(MARKERS)]
@@ -132,7 +133,7 @@ def draw_map(rows: Sequence[Row], field: str) -> Figure:
         for hollow in (True, False):
             xy = [(row["x"], row["y"]) for row in chosen if bool(row.get("noise")) == hollow]
             face = "none" if hollow else colour
-            ax.plot(*_columns(xy), ls="", marker=marker, ms=3.4, mfc=face, mec=colour, mew=0.7, alpha=0.8)
+            ax.plot(*_columns(xy), ls="", marker=marker, ms=size, mfc=face, mec=colour, mew=0.7, alpha=0.8)
         ax.plot([], [], ls="", marker=marker, ms=5, color=colour, label=_short(name))
         if field == "cluster" and chosen:
             x, y = (sorted(values)[len(values) // 2] for values in _columns([(row["x"], row["y"]) for row in chosen]))
@@ -316,9 +317,10 @@ def _heat(
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=PALETTE[0][0], alpha=tint, lw=0))
             if len(row) <= 12:
                 ax.text(x, y, texts[y][x], ha="center", va="center", fontsize=8.5)
-    every = max(1, math.ceil(max(len(columns), len(rows)) / 24))
+    every = max(1, math.ceil(len(columns) / 12))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     ax.set_xticks(range(0, len(columns), every), [_short(name) for name in columns][::every])
+    every = max(1, math.ceil(len(rows) / 24))
     ax.set_yticks(range(0, len(rows), every), [_short(name) for name in rows][::every])
     ax.grid(False)
     if square:

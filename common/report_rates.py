@@ -48,6 +48,7 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
         "bounds": bounds,
         "relative": (after - before) / before if before else None,
         "caution": _caution(speakers, named),
+        "unclipped_rose": is_number(before) and after <= before and _unclipped_rose(summary),
         "worse": [name for name, row in groups.items() if row["wer_after"] > row.get("wer_before", math.inf)],
     } | {key: summary.get(key) for key in RATES}
 
@@ -136,6 +137,11 @@ def _verdict(before: float | None, after: float, bounds: tuple[float, float] | N
     if bounds[0] <= 0 <= bounds[1]:
         return f"Before and after are not distinguishable: the interval of the difference contains zero ({span})."
     return f"WER {'fell' if after < before else 'rose'} ({span})."
+
+
+def _unclipped_rose(summary: Row) -> bool:
+    before, after = (summary.get(f"wer_{when}_unclipped") for when in ("before", "after"))
+    return is_number(before) and is_number(after) and after > before
 
 
 def _caution(speakers: int | None, named: bool) -> str:

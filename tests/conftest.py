@@ -14,6 +14,7 @@ from tests.servers import (  # noqa: F401 - fixtures and a hook
     pytest_collection_finish,
     s3_environment,
     s3_server,
+    small_disk,
 )
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

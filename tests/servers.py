@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -70,18 +71,17 @@ class Server:
         return int(self.endpoint.rpartition(":")[2])
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory) -> Iterator[Server]:
-    """versitygw with an empty store."""
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """versitygw with an empty store below `folder`; skips the test where it cannot be had."""
     program = build_server()
     if isinstance(program, str):
         pytest.skip(program)
-    root = tmp_path_factory.mktemp("s3")
-    port = free_port()
+    root, port = folder / "root", free_port()
+    root.mkdir()
     environment = {"ROOT_ACCESS_KEY": ACCESS, "ROOT_SECRET_KEY": SECRET, "PATH": os.environ["PATH"]}
-    command = [program, "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "--health", "/health"]
-    command += ["posix", *_metadata(root, tmp_path_factory), root]
-    with (root.parent / "s3.log").open("w") as log:
+    command = [program, "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", "posix", *_metadata(root), root]
+    with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         wait_for(port, process)
@@ -89,6 +89,13 @@ def s3_server(tmp_path_factory) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory) -> Iterator[Server]:
+    """A server for all tests of the session."""
+    with running_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -131,6 +138,18 @@ def any_store(request, tmp_path):
     return open_store(f"s3://{request.getfixturevalue('bucket')}/some/prefix", endpoint_url=server.endpoint)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB; yields its folder and a function that mounts it read-only."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", folder]).returncode:
+        pytest.skip("mounting needs root")
+    yield folder, lambda: subprocess.run([mount, "-o", "remount,ro", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -150,14 +169,16 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the server does not answer")
 
 
-def _metadata(root: Path, factory) -> list[str | Path]:
+def _metadata(root: Path) -> list[str | Path]:
     """Where the file system has no extended attributes, they go to a folder of their own."""
     try:
         os.setxattr(root, "user.probe", b"1")
         os.removexattr(root, "user.probe")
         return []
     except OSError:
-        return ["--sidecar", factory.mktemp("s3-metadata")]
+        beside = root.with_name("metadata")
+        beside.mkdir()
+        return ["--sidecar", beside]
 
 
 @dataclass

@@ -30,6 +30,8 @@ CONTRACT = Contract(
     reads=(
         "seed",
         "precision",
+        "model.language",
+        "model.task",
         "audio",
         "subsets",
         "extract.layer",

@@ -102,7 +102,7 @@ def _summary(rows):
     for name in sorted({row["etiology"] for row in rows}):
         part = [row for row in rows if row["etiology"] == name]
         before, after = rate(part, "errors_before"), rate(part, "errors")
-        by_etiology[name] = {
+        by_etiology[name or "unknown"] = {
             "wer_before": before, "wer_after": after, "cer_before": before / 2, "cer_after": after / 2,
             "wer_interval_after": [0.85 * after, 1.15 * after], "utterances": len(part),
         }  # fmt: skip

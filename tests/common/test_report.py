@@ -205,6 +205,14 @@ def test_etiology_whose_rate_rose_is_named(bare):
     assert re.search(r"WER rose for [^.]*\bcroak\b", words)
 
 
+def test_gain_that_clipping_hides_is_qualified(bare):
+    summary = bare.summary | {"wer_before": 0.3, "wer_after": 0.2}
+    loops = summary | {"wer_before_unclipped": 0.31, "wer_after_unclipped": 0.5}
+    assert "Without clipping, WER rose from 31.0% to 50.0%" in Page(render_report(replace(bare, summary=loops))).words
+    clean = summary | {"wer_before_unclipped": 0.31, "wer_after_unclipped": 0.21}
+    assert "Without clipping, WER rose" not in Page(render_report(replace(bare, summary=clean))).words
+
+
 def test_collapse_is_said_beside_the_result(bare, tmp_path):
     write_object(tmp_path / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
     assert Page(render_report(replace(bare, asr=tmp_path))).words.count("Experts collapsed") == 2

@@ -1,0 +1,163 @@
+"""`python -m bench.run`: every row, one table, one plot, one JSON file.
+
+    python -m bench.run                       this machine's CPU, or its GPU where there is one
+    python -m bench.run --only joint dense    some groups of rows
+    python -m bench.run --quick               micro sizes: does everything run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from bench import decoding, dense, encoding, joint
+from bench.measure import Row, device_name, versions
+from bench.setting import Setting, cpu_setting, gpu_setting, quick_setting
+
+RESULTS = Path(__file__).parent / "results"
+THREADS = 2
+
+
+def _clustering(_: Setting) -> list[Row]:
+    from bench import clustering
+
+    return clustering.rows()
+
+
+def _between_epochs(_: Setting) -> list[Row]:
+    from bench import between_epochs
+
+    return between_epochs.rows()
+
+
+# Names for --only, in the table's order.
+GROUPS: Mapping[str, Callable[[Setting], list[Row]]] = {
+    "joint": joint.rows,
+    "short": joint.short_rows,
+    "dense": dense.rows,
+    "extract": encoding.rows,
+    "log-mel": encoding.mel_rows,
+    "generate": decoding.rows,
+    "clustering": _clustering,
+    "between-epochs": _between_epochs,
+}
+CPU_ONLY = ("clustering",)
+FULL_SIZE_ONLY = ("clustering", "between-epochs")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(prog="bench.run", description="Measures moe-asr against peers, side by side.")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROW", help=", ".join(GROUPS))
+    parser.add_argument("--quick", action="store_true", help="micro sizes: figures mean nothing, but every row runs")
+    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it  [bench/results/<device>.json]")
+    options = parser.parse_args(arguments)
+    quieten()
+    setting = choose(options.device, quick=options.quick)
+    found = measure(setting, options.only)
+    report = {"device": device_name(setting), "versions": versions(), "rows": found}
+    print(table(found))
+    if options.out or not options.quick:
+        path = options.out or RESULTS / f"{slug(setting)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        plot(found, str(report["device"]), path.with_suffix(".png"))
+        print(f"\n{path} and {path.with_suffix('.png')} are written")
+
+
+def quieten() -> None:
+    """Warnings and logs of the peers would bury the table."""
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def choose(device: str, *, quick: bool) -> Setting:
+    """The sizes for this machine; on a CPU always on the same number of threads."""
+    if quick:
+        torch.set_num_threads(1)
+        return quick_setting()
+    if device == "gpu" or (device == "auto" and torch.cuda.is_available()):
+        return gpu_setting()
+    torch.set_num_threads(THREADS)
+    return cpu_setting()
+
+
+def measure(setting: Setting, groups: Sequence[str]) -> list[Row]:
+    """The rows of the groups; one that fails is named and left out."""
+    found: list[Row] = []
+    for name in groups:
+        if (setting.on_gpu and name in CPU_ONLY) or (setting.name == "quick" and name in FULL_SIZE_ONLY):
+            continue
+        started = time.monotonic()
+        print(f"{name} …", end=" ", file=sys.stderr, flush=True)
+        try:
+            found += GROUPS[name](setting)
+        except (RuntimeError, OSError, ValueError, ImportError) as error:
+            print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", end=" ", file=sys.stderr)
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+        print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+    return found
+
+
+def slug(setting: Setting) -> str:
+    """The results' file name: `cpu`, or the GPU's name in lower case."""
+    if not setting.on_gpu:
+        return setting.name
+    return re.sub(r"[^a-z0-9]+", "-", device_name(setting).lower()).strip("-")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: ours, peer, ratio, target, and what was measured."""
+    lines = ["| row | ours | peer | unit | ratio | target | measured |", "|---|---|---|---|---|---|---|"]
+    for one in rows:
+        target = one["target"]
+        wanted = "" if target is None else f"≥ {target:.2g}× {'✓' if one['ratio'] >= target else '✗'}"
+        cells = [one["row"], figure(one["ours"]), figure(one["peer"]), one["unit"]]
+        cells += [f"{figure(one['ratio'])}×", wanted, one.get("note", "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(rows: Sequence[Row], device: str, path: Path) -> None:
+    """A bar for each ratio on a logarithmic axis, a mark at its target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = list(reversed(rows))
+    figure_, axes = plt.subplots(figsize=(10, 0.45 * len(shown) + 1.4), layout="constrained")
+    good = [one["target"] is None or one["ratio"] >= one["target"] for one in shown]
+    axes.barh(range(len(shown)), [one["ratio"] for one in shown], color=["#2a7f62" if g else "#c2703d" for g in good])
+    for place, one in enumerate(shown):
+        axes.text(one["ratio"] * 1.05, place, f"{figure(one['ratio'])}×", va="center", fontsize=8)
+        if one["target"] is not None:
+            axes.plot([one["target"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+    axes.axvline(1.0, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(shown)), [one["row"] for one in shown], fontsize=8)
+    axes.set_xlabel("times better than the peer; the black mark is the target")
+    axes.set_title(device, fontsize=10)
+    figure_.savefig(path, dpi=130)
+    plt.close(figure_)
+
+
+if __name__ == "__main__":
+    main()
