@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,14 @@ def measured(settings: Settings) -> tuple[float, float]:
 
         return timed
 
-    @contextmanager
-    def heed_signals() -> Iterator[Any]:
-        yield lambda: bool(steps[-1].append(time.perf_counter()))
+    def step_is_done() -> bool:
+        steps[-1].append(time.perf_counter())
+        return False
 
-    with patch.object(run, "make_loader", make_timed_loader), patch.object(run, "heed_signals", heed_signals):
+    with (
+        patch.object(run, "make_loader", make_timed_loader),
+        patch.object(run, "heed_signals", lambda: nullcontext(step_is_done)),
+    ):
         run.train(settings)
     epochs = [one for one in steps if len(one) > 1]  # dev is loaded too, without steps
     gaps = [after[0] - before[-1] for before, after in itertools.pairwise(epochs)]

@@ -64,15 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quieten()
     setting = choose(options.device, quick=options.quick)
-    found = measure(setting, options.only)
-    report = {"device": device_name(setting), "versions": versions(), "rows": found}
+    path = options.out or (None if options.quick else RESULTS / f"{slug(setting)}.json")
+    found: list[Row] = []
+    for name in options.only:
+        found += measure(name, setting)
+        if path is not None:  # after each group: what is cut off leaves what it had
+            write(found, setting, path)
     print(table(found))
-    if options.out or not options.quick:
-        path = options.out or RESULTS / f"{slug(setting)}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        plot(found, str(report["device"]), path.with_suffix(".png"))
+    if path is not None:
         print(f"\n{path} and {path.with_suffix('.png')} are written")
+
+
+def write(rows: Sequence[Row], setting: Setting, path: Path) -> None:
+    """The JSON file, and the plot beside it."""
+    report = {"device": device_name(setting), "versions": versions(), "rows": list(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    plot(rows, str(report["device"]), path.with_suffix(".png"))
 
 
 def quieten() -> None:
@@ -93,22 +101,20 @@ def choose(device: str, *, quick: bool) -> Setting:
     return cpu_setting()
 
 
-def measure(setting: Setting, groups: Sequence[str]) -> list[Row]:
-    """The rows of the groups; one that fails is named and left out."""
-    found: list[Row] = []
-    for name in groups:
-        if (setting.on_gpu and name in CPU_ONLY) or (setting.name == "quick" and name in FULL_SIZE_ONLY):
-            continue
-        started = time.monotonic()
-        print(f"{name} …", end=" ", file=sys.stderr, flush=True)
-        try:
-            found += GROUPS[name](setting)
-        except (RuntimeError, OSError, ValueError, ImportError) as error:
-            print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", end=" ", file=sys.stderr)
-        if setting.on_gpu:
-            torch.cuda.empty_cache()
-        print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
-    return found
+def measure(name: str, setting: Setting) -> list[Row]:
+    """The rows of a group; one that fails is named and left out."""
+    if (setting.on_gpu and name in CPU_ONLY) or (setting.name == "quick" and name in FULL_SIZE_ONLY):
+        return []
+    started, rows = time.monotonic(), []
+    print(f"{name} …", end=" ", file=sys.stderr, flush=True)
+    try:
+        rows = GROUPS[name](setting)
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", end=" ", file=sys.stderr)
+    if setting.on_gpu:
+        torch.cuda.empty_cache()
+    print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
+    return rows
 
 
 def slug(setting: Setting) -> str:

@@ -1,0 +1,128 @@
+"""`python -m bench.kernels`: the three computations of the mixture's delta, by shape; and is `pick_kernel`'s choice right?
+
+Forward and backward of one layer, in milliseconds. A choice counts as right when it costs at most a tenth more than the
+fastest. Numbers in a row: utterances × positions, width in and out, experts, rank, experts per utterance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from common.moe import Routing, mixture_delta, pick_kernel
+
+Computed = Literal["masked", "gathered", "grouped"]
+TOLERANCE = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of one layer's work: rows B of T positions, I features in, O out, E experts of rank R, K of them per row."""
+
+    B: int
+    T: int
+    I: int  # noqa: E741
+    O: int  # noqa: E741
+    E: int
+    R: int
+    K: int = 2
+
+    def __str__(self) -> str:
+        return f"{self.B}×{self.T}, {self.I}→{self.O}, E {self.E}, R {self.R}, K {min(self.K, self.E)}"
+
+
+def shapes(device: torch.device, *, quick: bool) -> Iterator[Shape]:
+    """E 2…16, R 8…64, long audio, short audio and decoder text."""
+    if quick:
+        yield Shape(2, 16, 8, 8, 2, 4)
+        return
+    rows, width = (8, 1280) if device.type == "cuda" else (4, 384)
+    for positions in (1500, 448, 24):
+        for experts, rank in ((2, 16), (4, 16), (8, 8), (8, 16), (8, 64), (16, 16), (16, 32)):
+            yield Shape(rows, positions, width, width, experts, rank)
+    yield Shape(rows, 1500, width, 4 * width, 8, 16)
+    yield Shape(rows, 1500, 4 * width, width, 8, 16)
+    yield Shape(4 * rows, 448, width, width, 8, 16)
+    yield Shape(rows, 1500, width, width, 1, 16, 1)
+
+
+def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, repeat: int) -> dict[Computed, float]:
+    """Milliseconds of each computation that this device can do, in turn, medians."""
+    x_BTI, a_ERI, b_EOR, routing = make_inputs(shape, dtype, device)
+    taken: dict[Computed, list[float]] = {kernel: [] for kernel in get_args(Computed) if able(kernel, dtype, device)}
+    for number in range(repeat + 1):
+        for kernel in taken:
+            _synchronize(device)
+            started = time.perf_counter()
+            for leaf in (x_BTI, a_ERI, b_EOR):
+                leaf.grad = None
+            delta_BTO = mixture_delta(x_BTI, a_ERI, b_EOR, routing, 2.0, kernel)
+            delta_BTO.backward(torch.ones_like(delta_BTO))
+            _synchronize(device)
+            if number:  # the first round warms up
+                taken[kernel].append(1000 * (time.perf_counter() - started))
+    return {kernel: statistics.median(times) for kernel, times in taken.items()}
+
+
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing]:
+    """Random inputs, experts and routing."""
+    torch.manual_seed(0)
+    x, a, b = (
+        torch.randn(*size, dtype=dtype, device=device).requires_grad_()
+        for size in (
+            (shape.B, shape.T, shape.I),
+            (shape.E, shape.R, shape.I),
+            (shape.E, shape.O, shape.R),
+        )
+    )
+    topk = min(shape.K, shape.E)
+    ids_BK = torch.stack([torch.randperm(shape.E)[:topk] for _ in range(shape.B)]).to(device)
+    return x, a, b, Routing(ids_BK, torch.full((shape.B, topk), 1 / topk, device=device))
+
+
+def able(kernel: Computed, dtype: torch.dtype, device: torch.device) -> bool:
+    """Grouped products are made for bf16 on compute capability 9; elsewhere they loop over groups."""
+    if kernel != "grouped":
+        return True
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Prints one line per shape and the number of right choices."""
+    parser = argparse.ArgumentParser(prog="bench.kernels", description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(2)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    right = total = 0
+    print(f"| shape ({str(dtype).removeprefix('torch.')}) | masked ms | gathered ms | grouped ms | fastest | chosen |")
+    print("|---|---|---|---|---|---|")
+    for shape in shapes(device, quick=options.quick):
+        taken = measure(shape, dtype, device, repeat=2 if options.quick else 20 if device.type == "cuda" else 7)
+        x_BTI, a_ERI, _, routing = make_inputs(shape, dtype, device)
+        chosen, fastest = pick_kernel(x_BTI, a_ERI, routing), min(taken, key=lambda kernel: taken[kernel])
+        good = taken[chosen] <= TOLERANCE * taken[fastest]
+        right, total = right + good, total + 1
+        cells = [f"{taken[kernel]:.2f}" if kernel in taken else "" for kernel in get_args(Computed)]
+        print(f"| {shape} | {' | '.join(cells)} | {fastest} | {chosen} {'✓' if good else '✗'} |", flush=True)
+    print(f"\n{right} of {total} choices are right: at most a tenth slower than the fastest")
+
+
+if __name__ == "__main__":
+    main()
