@@ -6,7 +6,7 @@ SOURCES := common stages cli
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev lint format types test quickstart bench lock clean
+.PHONY: help install dev lint format types test quickstart text-to-sql-demo bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,14 @@ models/whisper-tiny.en/config.json: | install
 
 data/demo/index.jsonl: | install
 	$(BIN)/moe-asr corpus synth data/demo
+
+text-to-sql-demo: install data/flights/flights.db ## text to SQL: a small T5 from scratch, trained and tested in minutes
+	$(BIN)/python -m recipes.text_to_sql train --data data/flights --from-scratch --experiment_name demo --batch_size 32 \
+	  --learning_rate 2e-3 --num_warmup_epochs 1 --max_n_epochs 16 --eval_every_n_epochs 4 --async_eval
+	$(BIN)/python -m recipes.text_to_sql evaluate --data data/flights --experiment_name demo --split test
+
+data/flights/flights.db: | install
+	$(BIN)/python -m recipes.text_to_sql demo data/flights
 
 bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run

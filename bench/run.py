@@ -1,8 +1,8 @@
 """`python -m bench.run`: every row, one table, one plot, one JSON file.
 
-    python -m bench.run                       this machine's CPU, or its GPU where there is one
-    python -m bench.run --only joint dense    some groups of rows
-    python -m bench.run --quick               micro sizes: does everything run?
+python -m bench.run                       this machine's CPU, or its GPU where there is one
+python -m bench.run --only joint dense    some groups of rows
+python -m bench.run --quick               micro sizes: does everything run?
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ FULL_SIZE_ONLY = ("clustering", "between-epochs")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(prog="bench.run", description="Measures moe-asr against peers, side by side.")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROW", help=", ".join(GROUPS))
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="ROW", help=", ".join(GROUPS)
+    )
     parser.add_argument("--quick", action="store_true", help="micro sizes: figures mean nothing, but every row runs")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it  [bench/results/<device>.json]")

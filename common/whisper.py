@@ -143,9 +143,8 @@ def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: in
     x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
     for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
         x_BTD = checkpoint(_run_block, block, x_BTD, use_reentrant=False) if remat else _run_block(block, x_BTD)
-    if layer == -1:
-        x_BTD = encoder.layer_norm(x_BTD)
-    return x_BTD
+    normed_BTD: Tensor = encoder.layer_norm(x_BTD) if layer == -1 else x_BTD
+    return normed_BTD
 
 
 def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common.store import open_store
 
 from common import __version__
 from common.config import Config, validate
@@ -17,6 +16,7 @@ from common.errors import DataError, UsageError
 from common.options import click_option, config_from, config_options
 from common.plan import Task
 from common.stage import execute, heed_signals
+from common.store import open_store
 from stages import STAGES, run_function
 from stages.pipeline import Run, read_record
 

@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.artifacts import Manifest
-from common.store import Store, open_store
-
 from common import __version__
+from common.artifacts import Manifest
 from common.config import Config, flatten, to_yaml
 from common.corpus import Corpus
 from common.errors import ConfigError, MoeAsrError, RetryableError
+from common.files import explained
 from common.plan import Plan, Planned, Task, make_plan
 from common.report import RunView, render_report
 from common.sources import load_corpus, model_digest
 from common.stage import execute, heed_signals
+from common.store import Store, open_store
 from stages import STAGES, run_function
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,8 @@ def log_to_run(run: Run) -> Iterator[None]:
     """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
     folder = run.store.local_path(f"{run.config.run}/logs")
     path = (folder or run.cache / run.config.run) / "run.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from common.cluster import cluster, cluster_report, project, reduce_dimensions
 
+from common.cluster import cluster, cluster_report, project, reduce_dimensions
 from common.config import Config
 from common.corpus import Utterance, read_corpus
 from common.embeddings import read_tables

@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from common.checkpoint import Checkpointer
-from common.store import open_store
 from torch import nn
 
+from common.checkpoint import Checkpointer
 from common.errors import DataError, Preempted, RetryableError
 from common.metrics import MetricsLog
+from common.store import open_store
 from common.train import TrainOptions, averaged, learning_rate_factor, make_accelerator, train
 
 POINTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))

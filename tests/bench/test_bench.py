@@ -1,0 +1,143 @@
+"""The benchmark runs, and compares like with like: peers compute the same losses as ours where they should."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bench import encoding, joint, kernels, run
+from bench.dense import make_dense, trained_loss
+from bench.inputs import make_batch, short_lengths, write_clips
+from bench.measure import row
+from bench.peers import (
+    collate_padded,
+    embed_padded,
+    features_of,
+    loop_backward,
+    lora_backward,
+    make_trainer,
+    trainer_dataset,
+)
+from bench.setting import quick_setting
+from common.adapters import expert_tensors
+from common.data import BatchLoader
+from common.features import log_mel
+from common.recogniser import Recogniser
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the peers' own
+]
+KEYS = {"row", "ours", "peer", "unit", "ratio", "target", "note"}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return quick_setting()
+
+
+@pytest.fixture(scope="module")
+def contest(setting):
+    found = joint.make_contest(setting)
+    for parameter in found.blend.parameters():
+        if parameter.requires_grad and parameter.ndim == 3:  # LoRA's B starts at zero, and all experts would be equal
+            torch.nn.init.normal_(parameter, std=0.05)
+    joint.copy_into_peft(found.blend, found.peft, setting.experts)
+    return found
+
+
+@pytest.mark.parametrize("group", [name for name in run.GROUPS if name not in run.FULL_SIZE_ONLY])
+def test_every_group_of_rows_runs_and_gives_the_format(group, tmp_path):
+    path = tmp_path / "out.json"
+    run.main(["--quick", "--only", group, "--out", str(path)])
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert {"device", "versions", "rows"} == set(report)
+    assert report["rows"]
+    for one in report["rows"]:
+        assert set(one) >= KEYS
+        assert min(one["ours"], one["peer"], one["ratio"]) > 0
+    assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_ratio_above_one_is_better_for_times_and_for_rates():
+    shared = {"unit": "", "target": None, "note": ""}
+    assert row("time", 1.0, 3.0, **shared)["ratio"] == 3.0
+    assert row("rate", 6.0, 3.0, better="more", **shared)["ratio"] == 2.0
+
+
+def test_batched_loss_mixture_equals_both_loops_over_peft_adapters(contest, setting):
+    ours = joint.ours_backward(contest.loss, contest.batch)
+    for all_rows in (False, True):
+        theirs = loop_backward(
+            contest.peft, contest.gate, contest.features_BMF, contest.batch, setting.top_k, all_rows=all_rows
+        )
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_loop_equal_ours(contest, setting):
+    for module in (contest.loss, contest.peft, contest.gate):
+        module.zero_grad()
+    joint.ours_backward(contest.loss, contest.batch)
+    loop_backward(contest.peft, contest.gate, contest.features_BMF, contest.batch, setting.top_k, all_rows=False)
+    ours, theirs = dict(contest.loss.gate.named_parameters()), dict(contest.gate.named_parameters())
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-2, atol=1e-5)
+    name = "model.encoder.layers.0.fc1"
+    layer = contest.loss.whisper.get_submodule(name)
+    peft = contest.peft.get_base_model().get_submodule(name)
+    for expert in range(setting.experts):
+        theirs_grad = peft.lora_A[str(expert)].weight.grad
+        expected = torch.zeros_like(layer.lora_A[expert]) if theirs_grad is None else theirs_grad
+        torch.testing.assert_close(layer.lora_A.grad[expert], expected, rtol=1e-2, atol=1e-5)
+
+
+def test_blend_of_one_expert_equals_one_plain_peft_lora(setting):
+    one = joint.make_contest(dataclasses.replace(setting, experts=1, top_k=1))
+    ours = joint.ours_backward(one.blend, one.batch)
+    theirs = lora_backward(one.lora, one.features_BMF, one.batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapt", ["LoRA", "full"])
+def test_the_trainers_loss_equals_ours_on_the_same_batch(adapt, setting, tmp_path):
+    examples = write_clips(tmp_path, setting.dense_model, short_lengths(2), context="30s")
+    recogniser = make_dense(adapt, setting).eval()
+    trainer, _ = make_trainer(recogniser.whisper, trainer_dataset(examples), setting, tmp_path / "trainer")
+    batch = next(iter(BatchLoader(examples, num_workers=0, device=setting.device)([[0, 1]])))
+    inputs = collate_padded(trainer_dataset(examples), end=recogniser.whisper.config.eos_token_id)
+    if recogniser.slot is not None:
+        recogniser.set_routing(None, len(batch))
+    with torch.no_grad():
+        theirs = trainer.compute_loss(recogniser.whisper, inputs)
+        ours = trained_loss(recogniser, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_equal_the_padded_encoders_where_nothing_is_padded(setting, tmp_path):
+    examples = write_clips(tmp_path, setting.model, [30.0, 30.0], context="30s")
+    recogniser = Recogniser(joint.make_whisper(setting.model, setting.device)).eval()
+    loader = BatchLoader(examples, num_workers=0, device=setting.device)
+    ours, _ = encoding.embed(recogniser, examples, loader, setting)
+    theirs = torch.from_numpy(embed_padded(recogniser.whisper, examples, setting))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_peers_spectrograms_equal_ours(setting):
+    batch = make_batch(setting.model, [30.0, 4.0], setting.device)
+    torch.testing.assert_close(
+        log_mel(batch.audio_BS, 80), features_of(batch, setting.device), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_adapters_copied_into_peft_are_ours(contest):
+    name, ours = next(iter(expert_tensors(contest.blend.whisper, 1).items()))
+    theirs = contest.peft.state_dict()[name.replace(".weight", ".1.weight")]
+    assert torch.equal(ours, theirs)
+
+
+def test_kernels_are_timed_and_a_choice_is_judged(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.kernels", "--quick", "--cpu"])
+    kernels.main()
+    assert "of 1 choices are right" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+"""The command line: what a user types, what is refused and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.stages.test_pipeline import micro_config
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def moe_asr(*words, cwd, module="cli.main"):
+    """Runs the command as a process; returns it finished."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "--skip-pretraining"], 64, "num_experts must be specified"),
+        (["run", "--mode", "fast"], 64, "fast"),
+        (["run", "--set", "asr.epohcs=3"], 78, "asr.epohcs: no such setting; did you mean asr.epochs?"),
+        (["run", "--set", "asr.epochs=-1"], 78, "asr.epochs: Input should be greater than 0; got -1"),
+        (["run", "--set", "nonsense"], 64, "section.key=value"),
+        (["run", "--data-percent", "0"], 64, "--data-percent 0.0"),
+        (["run", "--config", "missing.yaml"], 78, "missing.yaml does not exist"),
+        (["run", "--corpus", "nowhere"], 65, "nowhere"),
+        (["status", "nothing"], 65, "no run 'nothing'"),
+        (["run", "--frobnicate"], 64, "No such option"),
+        (["model", "import-ct2", "nowhere", "out"], 65, "nowhere"),
+    ],
+)
+def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, words, code, message):
+    done = moe_asr(*words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.plan", "common.contract"])
+def test_help_and_contracts_load_without_torch(module, tmp_path):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_documented_option_exists_with_its_default():
+    from click.testing import CliRunner
+
+    from cli.main import cli
+    from common.config import resolve
+
+    text = CliRunner().invoke(cli, ["run", "--help"]).output
+    for flag in (
+        "--mode --seed --num-experts --resume --no-plot --gating-batch-size --expert-batch-size --asr-batch-size "
+        "--num-workers --fp16 --bf16 --gradient-accumulation-steps --eval-every-n-epochs --save-every-n-epochs "
+        "--clustering-algorithm --reduce --reduce-dim --plot-method --min-cluster-size --no-reduce-experts "
+        "--data-percent --log-file --skip-pretraining --gpu"
+    ).split():
+        assert flag in text, flag
+    config = resolve("full")
+    assert (config.seed, config.num_experts, config.model.name) == (42, 8, "openai/whisper-large-v2")
+    assert (config.gating.batch_size, config.experts.batch_size, config.asr.batch_size) == (256, 4, 4)
+    assert (config.runtime.num_workers, config.asr.gradient_accumulation_steps) == (4, 1)
+    assert (config.asr.eval_every_n_epochs, config.runtime.save_every_n_epochs) == (1, 5)
+    cluster = config.cluster
+    assert (cluster.algorithm, cluster.reduce, cluster.reduce_dim) == ("hdbscan", "pca", 50)
+    assert (cluster.plot, cluster.min_cluster_size) == ("umap", 5)
+    subsets = config.subsets
+    assert (subsets.embeddings_percent, subsets.experts_percent, subsets.asr_percent) == (10, 15, 100)
+    quick = resolve("quick").subsets
+    assert (quick.embeddings_samples, quick.experts_samples, quick.asr_samples) == (10, 5, 5)
+
+
+def test_a_run_its_plan_its_status_and_one_stage_alone(tmp_path, micro_model, tones):
+    config = micro_config(tmp_path / "runs", micro_model, tones, asr__epochs=1)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    run = moe_asr("run", "--config", "c.yaml", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["run"] == "micro"
+
+    plan = moe_asr("run", "--config", "c.yaml", "--dry-run", "--json", cwd=tmp_path)
+    assert {row["status"] for row in json.loads(plan.stdout)} == {"done"}
+
+    for words in (["status", "micro"], ["runs", "list"], ["verify", "micro"], ["logs", "micro", "asr"], ["gc"]):
+        done = moe_asr(*words, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.strip(), (words, done.stderr)
+
+    plots = moe_asr("plot", "asr", "runs/micro", "--out", "plots", cwd=tmp_path)
+    assert plots.returncode == 0 and list((tmp_path / "plots").glob("*.png")), plots.stderr
+
+    alone = moe_asr("cluster", "--algorithm", "spectral", "--pooling", "mean", "--reduce", "pca", "--reduce-dim", "20",
+                    "--plot", "pca", cwd=tmp_path, module="stages")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    assert "cluster: " in alone.stdout
+
+    early = moe_asr("asr", "--seed", "9", cwd=tmp_path, module="stages")
+    assert early.returncode == 65
+    assert "moe-asr plan" in early.stderr
+
+
+def test_no_write_permission_is_one_line(tmp_path, micro_model, tones):
+    (tmp_path / "file").write_text("in the way")
+    config = micro_config(tmp_path / "file" / "store", micro_model, tones)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    done = moe_asr("run", "--config", "c.yaml", cwd=tmp_path)
+    assert done.returncode == 74, done.stderr
+    assert "Traceback" not in done.stderr
