@@ -19,7 +19,7 @@ from common.artifacts import Manifest
 from common.config import Config, flatten, to_yaml
 from common.corpus import Corpus
 from common.errors import ConfigError, MoeAsrError, RetryableError
-from common.files import explained
+from common.files import explained, make_folders
 from common.plan import Plan, Planned, Task, make_plan
 from common.report import RunView, render_report
 from common.sources import load_corpus, model_digest
@@ -261,8 +261,8 @@ def log_to_run(run: Run) -> Iterator[None]:
     """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
     folder = run.store.local_path(f"{run.config.run}/logs")
     path = (folder or run.cache / run.config.run) / "run.log"
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path.parent):
+        make_folders(path.parent)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)

@@ -43,9 +43,9 @@ def train(settings: Settings) -> Scores:
         Preempted: told to stop; a checkpoint is written.
     """
     settings.check()
-    settings.claim()
     done = settings.folder / "result.json"
     if done.is_file():
+        settings.claim()
         log.info("%s is trained already", settings.folder)
         return dict(json.loads(done.read_text(encoding="utf-8")))
     texts = {name: [read_lines(settings.data, name, kind) for kind in ("nl", "sql")] for name in ("train", "dev")}
@@ -58,6 +58,7 @@ def train(settings: Settings) -> Scores:
     model.to(accelerator.device)
     if settings.compile:
         model.compile(dynamic=True)
+    settings.claim()
     torch.manual_seed(settings.seed)
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()

@@ -36,8 +36,8 @@ class Limits:
     """What one query may take: seconds from its start, rows and bytes of its result."""
 
     seconds: float = 60.0
-    rows: int = 100_000
-    bytes: int = 50_000_000
+    rows: int = 50_000
+    bytes: int = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)

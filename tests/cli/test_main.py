@@ -4,12 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.stages.test_pipeline import micro_config
 
+OPTIONS = """
+--mode --seed --num-experts --resume --no-plot --gating-batch-size --expert-batch-size
+--asr-batch-size --num-workers --fp16 --bf16 --gradient-accumulation-steps --eval-every-n-epochs
+--save-every-n-epochs --clustering-algorithm --reduce --reduce-dim --plot-method --min-cluster-size
+--no-reduce-experts --data-percent --log-file --skip-pretraining --gpu
+"""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -17,7 +24,7 @@ def moe_asr(*words, cwd, module="cli.main"):
     """Runs the command as a process; returns it finished."""
     command = [sys.executable, "-m", module, *map(str, words)]
     return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True
+        command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True
     )
 
 
@@ -59,12 +66,7 @@ def test_every_documented_option_exists_with_its_default():
     from common.config import resolve
 
     text = CliRunner().invoke(cli, ["run", "--help"]).output
-    for flag in (
-        "--mode --seed --num-experts --resume --no-plot --gating-batch-size --expert-batch-size --asr-batch-size "
-        "--num-workers --fp16 --bf16 --gradient-accumulation-steps --eval-every-n-epochs --save-every-n-epochs "
-        "--clustering-algorithm --reduce --reduce-dim --plot-method --min-cluster-size --no-reduce-experts "
-        "--data-percent --log-file --skip-pretraining --gpu"
-    ).split():
+    for flag in OPTIONS.split():
         assert flag in text, flag
     config = resolve("full")
     assert (config.seed, config.num_experts, config.model.name) == (42, 8, "openai/whisper-large-v2")

@@ -1,0 +1,36 @@
+"""The real Whisper tiny.en on espeak-ng's speech: training lowers the word error rate of a speaker it never heard."""
+
+import pytest
+
+from common.ct2 import bundled_tiny_en, import_ct2
+from common.synth import synthesize
+from stages.pipeline import run_pipeline
+from tests.stages.test_pipeline import micro_config
+
+
+@pytest.fixture(scope="module")
+def tiny_en(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "tiny.en"
+    import_ct2(bundled_tiny_en(), folder)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_one_expert_lowers_the_error_rate_of_an_unheard_speaker(tmp_path, tiny_en):
+    corpus = tmp_path / "corpus"
+    synthesize(corpus, speakers_per_etiology=5, utterances_per_speaker=8, seed=1, etiologies=["rushed"])
+    config = micro_config(
+        tmp_path / "store",
+        tiny_en,
+        corpus,
+        num_experts=1,
+        asr__epochs=3,
+        asr__batch_size=4,
+        asr__learning_rate=1e-3,
+        asr__select_by="loss",
+        lora={"rank": 8, "alpha": 16},
+        decode__max_new_tokens=60,
+    )
+    summary = run_pipeline(config)
+    assert 0.2 < summary["wer_before"] <= 1
+    assert summary["wer_after"] < 0.67 * summary["wer_before"]
