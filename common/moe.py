@@ -1,7 +1,7 @@
 """The mixture: LoRA experts stacked in one module per linear layer, a gate, and the routing between them.
 
 Shape letters: B utterances (rows) of a batch, T positions, I/O input/output features of a layer, E experts, K experts
-per utterance, R rank, D width of an embedding.
+per utterance, R rank, D width of an embedding; G groups of rows (1 or B) that share C columns of experts.
 
 LoRA: Hu et al. 2021 (arXiv:2106.09685). Load-balance loss: Fedus et al. 2021 (arXiv:2101.03961), eq. 4.
 """
@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
 
 Kernel = Literal["auto", "masked", "gathered", "grouped"]
 
@@ -92,15 +94,20 @@ class MixtureLinear(nn.Module):
             nn.init.kaiming_uniform_(expert_RI, a=math.sqrt(5))
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        y_BTO: Tensor = self.base(x_BTI)
-        if self.slot.routing is None:
-            return y_BTO
-        routing = with_shared_expert(self.slot.routing, self.num_experts) if self.shared else self.slot.routing
-        dtype = y_BTO.dtype
-        delta_BTO = mixture_delta(
-            self.dropout(x_BTI), self.lora_A.to(dtype), self.lora_B.to(dtype), routing, self.scaling, self.kernel
-        )
-        return y_BTO + delta_BTO
+        routing = self.slot.routing
+        if routing is None:
+            plain_BTO: Tensor = self.base(x_BTI)
+            return plain_BTO
+        if self.shared:
+            routing = with_shared_expert(routing, self.num_experts)
+        dtype = compute_dtype(x_BTI)
+        x_BTI, a_ERI, b_EOR = x_BTI.to(dtype), self.lora_A.to(dtype), self.lora_B.to(dtype)
+        kernel = pick_kernel(x_BTI, a_ERI, routing) if self.kernel == "auto" else self.kernel
+        if kernel == "grouped" or (self.training and isinstance(self.dropout, nn.Dropout)):
+            y_BTO: Tensor = self.base(x_BTI)
+            return y_BTO + mixture_delta(self.dropout(x_BTI), a_ERI, b_EOR, routing, self.scaling, kernel)
+        columns = mixture_columns(a_ERI, b_EOR, routing, self.scaling, kernel)
+        return low_rank_linear(x_BTI, self.base.weight, self.base.bias, columns)
 
     def delta_weight(self, expert: int) -> Tensor:
         """The dense weight (O, I) that expert `expert` adds to the base layer's."""
@@ -136,11 +143,9 @@ def mixture_delta(
     """
     if kernel == "auto":
         kernel = pick_kernel(x_BTI, a_ERI, routing)
-    if kernel == "masked":
-        return _masked_delta(x_BTI, a_ERI, b_EOR, routing, scaling)
-    if kernel == "gathered":
-        return _gathered_delta(x_BTI, a_ERI, b_EOR, routing, scaling)
-    return _grouped_delta(x_BTI, a_ERI, b_EOR, routing, scaling)
+    if kernel == "grouped":
+        return _grouped_delta(x_BTI, a_ERI, b_EOR, routing, scaling)
+    return low_rank_delta(x_BTI, mixture_columns(a_ERI, b_EOR, routing, scaling, kernel))
 
 
 def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["masked", "gathered"]:
@@ -154,23 +159,26 @@ def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["mask
     return "masked" if experts * rank <= cheap_columns else "gathered"
 
 
-def _masked_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
-    experts, rank, features = a_ERI.shape
-    weights_BE = x_BTI.new_zeros(x_BTI.shape[0], experts)
-    weights_BE = weights_BE.scatter_add(1, routing.topk_ids_BK, (routing.topk_weights_BK * scaling).to(x_BTI.dtype))
-    hidden_BTC = x_BTI @ a_ERI.reshape(experts * rank, features).t()
-    hidden_BTC = hidden_BTC * weights_BE.repeat_interleave(rank, dim=1).unsqueeze(1)
-    return hidden_BTC @ b_EOR.transpose(1, 2).reshape(experts * rank, -1)
+def mixture_columns(
+    a_ERI: Tensor, b_EOR: Tensor, routing: Routing, scaling: float, kernel: Literal["masked", "gathered"]
+) -> Columns:
+    """The experts side by side as one low-rank pair: delta = ((x aᵀ) · scale) b, with C columns between.
 
-
-def _gathered_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:
-    rows, topk = routing.topk_ids_BK.shape
-    _, rank, features = a_ERI.shape
-    a_BCI = a_ERI[routing.topk_ids_BK].reshape(rows, topk * rank, features)
-    b_BCO = b_EOR[routing.topk_ids_BK].transpose(2, 3).reshape(rows, topk * rank, -1)
-    weights_BC = (routing.topk_weights_BK * scaling).to(x_BTI.dtype).repeat_interleave(rank, dim=1)
-    # The weights scale the small gathered matrix (C·O values), not the activations (T·C).
-    return torch.bmm(torch.bmm(x_BTI, a_BCI.transpose(1, 2)), b_BCO * weights_BC.unsqueeze(2))
+    Returns:
+        (a_GCI, b_GCO, scale_B1C): G is 1 where all rows share the columns and `scale` zeroes those not chosen
+        (`masked`, C = E·R), and B where each row has its own, already weighted in `b` (`gathered`, C = K·R, no scale).
+    """
+    ids_BK, weights_BK = routing.topk_ids_BK, (routing.topk_weights_BK * scaling).to(a_ERI.dtype)
+    (experts, rank, features), outputs, (rows, topk) = a_ERI.shape, b_EOR.shape[1], ids_BK.shape
+    if kernel == "masked":
+        weights_BE = weights_BK.new_zeros(rows, experts).scatter_add(1, ids_BK, weights_BK)
+        b_GCO = b_EOR.transpose(1, 2).reshape(1, experts * rank, outputs)
+        return a_ERI.reshape(1, experts * rank, features), b_GCO, weights_BE.repeat_interleave(rank, 1).unsqueeze(1)
+    # Chosen by products with one-hot rows: their gradient is one more product, where an index's is a sort on a GPU.
+    chosen_BKE = (ids_BK.unsqueeze(2) == torch.arange(experts, device=ids_BK.device)).to(a_ERI.dtype)
+    a_BCI = (chosen_BKE @ a_ERI.reshape(experts, -1)).reshape(rows, topk * rank, features)
+    b_BKOR = ((chosen_BKE * weights_BK.unsqueeze(2)) @ b_EOR.reshape(experts, -1)).reshape(rows, topk, outputs, rank)
+    return a_BCI, b_BKOR.transpose(2, 3).reshape(rows, topk * rank, outputs), None
 
 
 def _grouped_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, scaling: float) -> Tensor:

@@ -1,0 +1,93 @@
+"""A frozen linear layer plus a low-rank delta, as one node of the graph.
+
+Shape letters: B rows of a batch, T positions, I/O input/output features; G groups of rows (1 or B), N positions of a
+group, C columns between the two low-rank matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Columns = tuple[Tensor, Tensor, Tensor | None]  # a_GCI, b_GCO, scale_B1C: delta = ((x aᵀ) · scale) b
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes `x` in: autocast's dtype inside of it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def low_rank_delta(x_BTI: Tensor, columns: Columns) -> Tensor:
+    """delta_BTO = ((x aᵀ) · scale) b, by autograd's own operations."""
+    a_GCI, b_GCO, scale_B1C = columns
+    hidden_BTC = x_BTI @ a_GCI.transpose(1, 2)
+    return (hidden_BTC if scale_B1C is None else hidden_BTC * scale_B1C) @ b_GCO
+
+
+def low_rank_linear(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, columns: Columns) -> Tensor:
+    """y_BTO = x Wᵀ + bias + ((x aᵀ) · scale) b, with W and bias frozen: they get no gradient.
+
+    Args:
+        x_BTI: in the dtype to compute in (`compute_dtype`), as are the columns.
+        weight_OI, bias_O: in any dtype.
+    """
+    bias_O = None if bias_O is None else bias_O.to(x_BTI.dtype)
+    y_BTO: Tensor = _LowRankLinear.apply(x_BTI, weight_OI.to(x_BTI.dtype), bias_O, *columns)
+    return y_BTO
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The delta is added inside the product that makes it, and both ways' gradients of x meet in one buffer.
+
+    Autograd's own way writes and reads several more tensors of the size of x and y.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_GCI: Tensor,
+        b_GCO: Tensor,
+        scale_B1C: Tensor | None,
+    ) -> Tensor:
+        x_GNI = _grouped(x_BTI, len(a_GCI))
+        hidden_GNC = x_GNI @ a_GCI.transpose(1, 2)
+        y_GNO = F.linear(x_GNI, weight_OI, bias_O)
+        y_GNO.baddbmm_(_scaled(hidden_GNC, scale_B1C), b_GCO)
+        ctx.save_for_backward(x_BTI, weight_OI, a_GCI, b_GCO, scale_B1C, hidden_GNC)
+        return y_GNO.view(*x_BTI.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTI, weight_OI, a_GCI, b_GCO, scale_B1C, hidden_GNC = ctx.saved_tensors
+        x_GNI, grad_GNO = _grouped(x_BTI, len(a_GCI)), _grouped(grad_BTO, len(a_GCI))
+        grad_GNC = grad_GNO @ b_GCO.transpose(1, 2)
+        grad_b_GCO = _scaled(hidden_GNC, scale_B1C).transpose(1, 2) @ grad_GNO
+        grad_scale_B1C = None
+        if scale_B1C is not None:
+            grad_scale_B1C = (grad_GNC * hidden_GNC).view(len(x_BTI), -1, a_GCI.shape[1]).sum(1, keepdim=True)
+            grad_GNC = _scaled(grad_GNC, scale_B1C)
+        grad_a_GCI = grad_GNC.transpose(1, 2) @ x_GNI
+        grad_x_BTI = None
+        if ctx.needs_input_grad[0]:
+            grad_x_GNI = grad_GNO @ weight_OI
+            grad_x_BTI = grad_x_GNI.baddbmm_(grad_GNC, a_GCI).view(x_BTI.shape)
+        return grad_x_BTI, None, None, grad_a_GCI, grad_b_GCO, grad_scale_B1C
+
+
+def _grouped(tensor_BTI: Tensor, groups: int) -> Tensor:
+    return tensor_BTI.reshape(groups, -1, tensor_BTI.shape[-1])
+
+
+def _scaled(hidden_GNC: Tensor, scale_B1C: Tensor | None) -> Tensor:
+    if scale_B1C is None:
+        return hidden_GNC
+    return (hidden_GNC.view(len(scale_B1C), -1, hidden_GNC.shape[-1]) * scale_B1C).view(hidden_GNC.shape)
