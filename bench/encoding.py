@@ -150,6 +150,6 @@ def _assignment_row(
         unit="utterances/s",
         better="more",
         target=100,
-        note=f"{setting.model}, {len(ids)} utterances; ours reads the table and asks the gate; encoding again is our own "
-        "extraction above",
+        note=f"{setting.model}, {len(ids)} utterances; ours reads the table and asks the gate; encoding again is our "
+        "own extraction above",
     )

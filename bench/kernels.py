@@ -1,6 +1,6 @@
-"""`python -m bench.kernels`: the three computations of the mixture's delta, by shape; and is `pick_kernel`'s choice right?
+"""`python -m bench.kernels`: the three computations of the mixture's delta, by shape; is `pick_kernel`'s choice right?
 
-Forward and backward of one layer, in milliseconds. A choice counts as right when it costs at most a tenth more than the
+Forward and backward of one layer with its base, in milliseconds. A choice counts as right when it costs at most a tenth more than the
 fastest. Numbers in a row: utterances × positions, width in and out, experts, rank, experts per utterance.
 """
 
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
-from common.moe import Routing, mixture_delta, pick_kernel
+from common.moe import MixtureLinear, Routing, RoutingSlot, pick_kernel
 
 Computed = Literal["masked", "gathered", "grouped"]
 TOLERANCE = 1.1
@@ -53,39 +54,33 @@ def shapes(device: torch.device, *, quick: bool) -> Iterator[Shape]:
 
 
 def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, repeat: int) -> dict[Computed, float]:
-    """Milliseconds of each computation that this device can do, in turn, medians."""
-    x_BTI, a_ERI, b_EOR, routing = make_inputs(shape, dtype, device)
+    """Milliseconds of the layer by each computation that this device can do, in turn, medians."""
+    layer, x_BTI = make_layer(shape, dtype, device)
     taken: dict[Computed, list[float]] = {kernel: [] for kernel in get_args(Computed) if able(kernel, dtype, device)}
-    for number in range(repeat + 1):
-        for kernel in taken:
-            _synchronize(device)
-            started = time.perf_counter()
-            for leaf in (x_BTI, a_ERI, b_EOR):
-                leaf.grad = None
-            delta_BTO = mixture_delta(x_BTI, a_ERI, b_EOR, routing, 2.0, kernel)
-            delta_BTO.backward(torch.ones_like(delta_BTO))
-            _synchronize(device)
-            if number:  # the first round warms up
-                taken[kernel].append(1000 * (time.perf_counter() - started))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for number in range(repeat + 1):
+            for kernel in taken:
+                layer.kernel = kernel
+                _synchronize(device)
+                started = time.perf_counter()
+                x_BTI.grad = layer.lora_A.grad = layer.lora_B.grad = None
+                y_BTO = layer(x_BTI)
+                torch.autograd.backward(y_BTO, torch.ones_like(y_BTO))
+                _synchronize(device)
+                if number:  # the first round warms up
+                    taken[kernel].append(1000 * (time.perf_counter() - started))
     return {kernel: statistics.median(times) for kernel, times in taken.items()}
 
 
-def make_inputs(
-    shape: Shape, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Routing]:
-    """Random inputs, experts and routing."""
+def make_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[MixtureLinear, torch.Tensor]:
+    """A layer with its routing set, and an input that wants its gradient."""
     torch.manual_seed(0)
-    x, a, b = (
-        torch.randn(*size, dtype=dtype, device=device).requires_grad_()
-        for size in (
-            (shape.B, shape.T, shape.I),
-            (shape.E, shape.R, shape.I),
-            (shape.E, shape.O, shape.R),
-        )
-    )
+    slot, base = RoutingSlot(), nn.Linear(shape.I, shape.O, device=device)
+    layer = MixtureLinear(base, slot, num_experts=shape.E, rank=shape.R, alpha=2 * shape.R)
     topk = min(shape.K, shape.E)
     ids_BK = torch.stack([torch.randperm(shape.E)[:topk] for _ in range(shape.B)]).to(device)
-    return x, a, b, Routing(ids_BK, torch.full((shape.B, topk), 1 / topk, device=device))
+    slot.routing = Routing(ids_BK, torch.full((shape.B, topk), 1 / topk, device=device).requires_grad_())
+    return layer, torch.randn(shape.B, shape.T, shape.I, dtype=dtype, device=device, requires_grad=True)
 
 
 def able(kernel: Computed, dtype: torch.dtype, device: torch.device) -> bool:
@@ -115,8 +110,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for shape in shapes(device, quick=options.quick):
         taken = measure(shape, dtype, device, repeat=2 if options.quick else 20 if device.type == "cuda" else 7)
-        x_BTI, a_ERI, _, routing = make_inputs(shape, dtype, device)
-        chosen, fastest = pick_kernel(x_BTI, a_ERI, routing), min(taken, key=lambda kernel: taken[kernel])
+        layer, x_BTI = make_layer(shape, dtype, device)
+        assert layer.slot.routing is not None
+        chosen = pick_kernel(x_BTI, layer.lora_A, layer.slot.routing)
+        fastest = min(taken, key=lambda kernel: taken[kernel])
         good = taken[chosen] <= TOLERANCE * taken[fastest]
         right, total = right + good, total + 1
         cells = [f"{taken[kernel]:.2f}" if kernel in taken else "" for kernel in get_args(Computed)]

@@ -40,7 +40,9 @@ from common.whisper import IGNORED
 
 def features_of(batch: Batch, device: torch.device) -> Tensor:
     """Hugging Face's spectrograms of a batch's audio, padded to 30 s: features_BMF."""
-    clips = [audio_S[: 320 * int(valid)].cpu().numpy() for audio_S, valid in zip(batch.audio_BS, batch.valid_B)]
+    clips = [
+        audio_S[: 320 * int(valid)].cpu().numpy() for audio_S, valid in zip(batch.audio_BS, batch.valid_B, strict=True)
+    ]
     extractor = WhisperFeatureExtractor()
     features: Tensor = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
     return features.to(device)

@@ -1,4 +1,4 @@
-"""What is measured on: sizes of models and batches for a CPU, for a GPU, and for a test that only looks whether it runs."""
+"""What is measured on: sizes of models and batches for a CPU, for a GPU, and for a test that it all runs."""
 
 from __future__ import annotations
 

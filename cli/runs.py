@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common.store import Store, open_store
 
 from cli.table import text_table
 from common.config import Config, validate
 from common.errors import DataError, StoreError
 from common.options import config_from, config_options
+from common.store import Store, open_store
 from stages.pipeline import Run, read_record
 
 store_options = (
@@ -212,7 +212,6 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str) -> list[Path
         DataError: it is not done.
     """
     from common.artifacts import Key, fetch, inspect
-
     from stages.pipeline import cache_folder
 
     folders = []

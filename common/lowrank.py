@@ -65,7 +65,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y_GNO.view(*x_BTI.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_BTO: Tensor) -> tuple[Tensor | None, ...]:
         x_BTI, weight_OI, a_GCI, b_GCO, scale_B1C, hidden_GNC = ctx.saved_tensors
         x_GNI, grad_GNO = _grouped(x_BTI, len(a_GCI)), _grouped(grad_BTO, len(a_GCI))

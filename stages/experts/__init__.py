@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.artifacts import Manifest
-
 from common.config import Config
 from common.contract import Contract
 from common.corpus import Corpus

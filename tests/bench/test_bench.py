@@ -126,9 +126,7 @@ def test_embeddings_equal_the_padded_encoders_where_nothing_is_padded(setting, t
 
 def test_peers_spectrograms_equal_ours(setting):
     batch = make_batch(setting.model, [30.0, 4.0], setting.device)
-    torch.testing.assert_close(
-        log_mel(batch.audio_BS, 80), features_of(batch, setting.device), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(log_mel(batch.audio_BS, 80), features_of(batch, setting.device), rtol=1e-3, atol=1e-3)
 
 
 def test_adapters_copied_into_peft_are_ours(contest):
