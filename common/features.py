@@ -72,7 +72,7 @@ def log_mel(audio_BS: Tensor, mel_bands: int) -> Tensor:
         mel_BMF with F = S / 160. Each utterance is clipped at 8 (80 dB) below its own maximum.
     """
     if audio_BS.device.type == "cpu" and len(audio_BS) > 1:  # one at a time stays in the cache: twice as fast
-        return torch.cat([log_mel(audio_1S, mel_bands) for audio_1S in audio_BS.split(1)])
+        return torch.cat([log_mel(audio_BS[i : i + 1], mel_bands) for i in range(len(audio_BS))])
     filters_MQ, window = _filters(mel_bands, audio_BS.device)
     with torch.autocast(audio_BS.device.type, enabled=False):
         spectrum_BQF = torch.stft(audio_BS.float(), N_FFT, HOP_LENGTH, window=window, return_complex=True)

@@ -148,7 +148,7 @@ def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: in
 
 
 def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:
-    out = block(x_BTD, None)
+    out: Tensor | tuple[Tensor, ...] = block(x_BTD, None)
     return out[0] if isinstance(out, tuple) else out
 
 
