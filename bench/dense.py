@@ -43,7 +43,9 @@ def _contest(
     base = make_whisper(setting.dense_model, setting.device)
     model = peft_experts(base, 1, setting.rank) if adapt == "LoRA" else base
     trainer, clock = make_trainer(model, dataset, setting, folder / f"trainer-{adapt}")
-    ours, theirs, throughput = [], [], {}
+    ours: list[float] = []
+    theirs: list[float] = []
+    throughput: dict[str, float] = {}
     for _ in range(min(MAX_ROUNDS, setting.repetitions)):
         rate, throughput = our_rate(recogniser, examples, loader, setting)
         ours.append(rate)
@@ -110,5 +112,6 @@ def our_rate(
 
 def trained_loss(recogniser: Recogniser, batch: Any) -> torch.Tensor:
     """Loss per token of a batch, as the loop computes it."""
-    loss, _ = recogniser(batch)
-    return loss.detach() / batch.weight
+    summed, _ = recogniser(batch)
+    loss: torch.Tensor = summed.detach() / batch.weight
+    return loss

@@ -5,6 +5,7 @@ Shape letters: N utterances, D embedding width.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Sequence
@@ -84,10 +85,8 @@ def rows(setting: Setting) -> list[Row]:
             waits.append(wait)
             return vectors_ND
 
-        steps: dict[str, Any] = {
-            "ours": ours,
-            "theirs": lambda: embed_padded(recogniser.whisper, examples, setting),
-        }
+        peer = copy.deepcopy(recogniser.whisper).to(setting.dtype)
+        steps: dict[str, Any] = {"ours": ours, "theirs": lambda: embed_padded(peer, examples, setting)}
         taken = rounds(steps, setting)
         vectors_ND = ours().cpu().numpy()
         wait = 100 * sorted(waits)[len(waits) // 2]

@@ -1,7 +1,8 @@
 """`python -m bench.kernels`: the three computations of the mixture's delta, by shape; is `pick_kernel`'s choice right?
 
-Forward and backward of one layer with its base, in milliseconds. A choice counts as right when it costs at most a tenth more than the
-fastest. Numbers in a row: utterances × positions, width in and out, experts, rank, experts per utterance.
+Forward and backward of one layer with its base, in milliseconds. A choice counts as right when it costs at most a
+tenth more than the fastest. Numbers in a row: utterances × positions, width in and out, experts, rank, experts per
+utterance.
 """
 
 from __future__ import annotations

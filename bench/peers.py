@@ -96,10 +96,9 @@ def loop_backward(
             model.set_adapter(str(expert))
             loss_N = utterance_losses(model, features_BMF[rows_N], batch.inputs_BU[rows_N], batch.labels_BU[rows_N])
             loss = (loss_N * leaf_BE[rows_N, expert]).sum() / batch.weight
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
-    assert leaf_BE.grad is not None
-    weights_BE.backward(leaf_BE.grad)
+    torch.autograd.backward(weights_BE, leaf_BE.grad)
     return total
 
 
@@ -115,7 +114,7 @@ def lora_backward(model: PeftModel, features_BMF: Tensor, batch: Batch) -> Tenso
     """One plain LoRA adapter: no gate, no routing. Leaves gradients, returns the loss per token."""
     loss_B = utterance_losses(model, features_BMF, batch.inputs_BU, batch.labels_BU)
     loss = loss_B.sum() / batch.weight
-    loss.backward()
+    torch.autograd.backward(loss)
     return loss.detach()
 
 
@@ -201,14 +200,18 @@ def make_trainer(
 def embed_padded(
     model: WhisperForConditionalGeneration, examples: Sequence[Example], setting: Setting
 ) -> npt.NDArray[np.float32]:
-    """Feature extractor, encoder at 30 s, mean over all positions, batch by batch: embeddings_ND."""
+    """Feature extractor, encoder at 30 s, mean over all positions, batch by batch: embeddings_ND.
+
+    Args:
+        model: in `setting.dtype`.
+    """
     extractor = WhisperFeatureExtractor()
     means = []
     for start in range(0, len(examples), setting.encode_batch):
         clips = [read_audio(example.path) for example in examples[start : start + setting.encode_batch]]
         features = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
-        with torch.inference_mode(), setting.autocast():
-            hidden_BTD = model.model.encoder(features.to(setting.device)).last_hidden_state
+        with torch.inference_mode():
+            hidden_BTD = model.model.encoder(features.to(setting.device, setting.dtype)).last_hidden_state
         means.append(hidden_BTD.float().mean(1).cpu().numpy())
     return np.concatenate(means)
 
@@ -219,7 +222,7 @@ def make_pipeline(
     """(clips, generation options) → texts, by the `automatic-speech-recognition` pipeline in batches."""
     recognise = pipeline(
         "automatic-speech-recognition",
-        model=copy.deepcopy(model),
+        model=copy.deepcopy(model).to(setting.dtype),
         tokenizer=tokenizer,
         feature_extractor=WhisperFeatureExtractor(),
         device=setting.device,
@@ -228,7 +231,6 @@ def make_pipeline(
 
     def run(clips: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
         inputs = [{"raw": clip, "sampling_rate": 16_000} for clip in clips]
-        with setting.autocast():
-            return [str(out["text"]).strip() for out in recognise(inputs, generate_kwargs=dict(options))]
+        return [str(out["text"]).strip() for out in recognise(inputs, generate_kwargs=dict(options))]
 
     return run

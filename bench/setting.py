@@ -64,6 +64,11 @@ class Setting:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the peers' weights where nothing is trained: their documentation loads them in the precision of use."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def target(self, cpu: float | None, gpu: float | None) -> float | None:
         """The ratio to reach on this device."""
         return gpu if self.on_gpu else cpu

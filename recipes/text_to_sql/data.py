@@ -56,23 +56,33 @@ class Batch:
         return len(self.inputs_BI)
 
 
-def read_lines(folder: Path, split: str, kind: str) -> list[str]:
-    """The lines of `<split>.nl` or `<split>.sql`.
+def file_lines(path: Path) -> list[str]:
+    """The lines of a text file.
 
     Raises:
-        DataError: there is no such file, or it is empty or no UTF-8, or the two files of a split differ in length.
+        DataError: there is no such file, or it is no UTF-8.
     """
-    path, other = (folder / f"{split}.{suffix}" for suffix in (kind, "sql" if kind == "nl" else "nl"))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        count = len(other.read_text(encoding="utf-8").splitlines()) if other.is_file() else len(lines)
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path} is not there: --data names a folder with train, dev and test .nl and .sql") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
-    if not lines or len(lines) != count:
-        raise DataError(f"{path} has {len(lines)} lines and {other.name} {count}: line n of both belongs together")
     return [line.strip() for line in lines]
+
+
+def read_lines(folder: Path, split: str, kind: str) -> list[str]:
+    """The lines of `<split>.nl` or `<split>.sql`.
+
+    Raises:
+        DataError: the two files of a split differ in length, or one cannot be read.
+    """
+    path, other = (folder / f"{split}.{suffix}" for suffix in (kind, "sql" if kind == "nl" else "nl"))
+    lines = file_lines(path)
+    count = len(file_lines(other)) if other.is_file() else len(lines)
+    if len(lines) != count:
+        raise DataError(f"{path} has {len(lines)} lines and {other.name} {count}: line n of both belongs together")
+    return lines
 
 
 def find_database(settings: Settings) -> Path:

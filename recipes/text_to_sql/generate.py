@@ -30,4 +30,4 @@ def generate(
                 do_sample=False,
             )
         texts |= zip(numbers, tokenizer.batch_decode(ids_BO, skip_special_tokens=True), strict=True)
-    return [texts[number].strip() for number in range(len(examples))]
+    return [texts[number].replace("\n", " ").strip() for number in range(len(examples))]

@@ -22,7 +22,15 @@ from common.stage import heed_signals
 from common.store import open_store
 from common.train import TrainOptions, make_accelerator
 from common.train import train as train_loop
-from recipes.text_to_sql.data import Example, epoch_batches, find_database, make_examples, make_loader, read_lines
+from recipes.text_to_sql.data import (
+    Example,
+    epoch_batches,
+    file_lines,
+    find_database,
+    make_examples,
+    make_loader,
+    read_lines,
+)
 from recipes.text_to_sql.generate import generate
 from recipes.text_to_sql.metrics import score
 from recipes.text_to_sql.model import TextToSql, from_scratch, pretrained, save
@@ -59,6 +67,7 @@ def train(settings: Settings) -> Scores:
     if settings.compile:
         model.compile(dynamic=True)
     settings.claim()
+    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     torch.manual_seed(settings.seed)
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()
@@ -68,13 +77,7 @@ def train(settings: Settings) -> Scores:
             outcome = train_loop(
                 model,
                 accelerator=accelerator,
-                groups=[
-                    {
-                        "params": list(model.parameters()),
-                        "lr": settings.learning_rate,
-                        "weight_decay": settings.weight_decay,
-                    }
-                ],
+                groups=[{"params": list(model.parameters()), **rates}],
                 plan_epoch=partial(epoch_batches, examples, settings.batch_size, settings.seed),
                 load=make_loader(examples, accelerator.device),
                 evaluate=look,
@@ -87,10 +90,11 @@ def train(settings: Settings) -> Scores:
         finally:
             abandoned.set()
     value = {"loss": outcome.value} if settings.skip_record_computation else {"record_f1": 1 - outcome.value}
+    result: Scores = {"steps": outcome.steps, "best_step": outcome.best_step, **value}
     save(model, tokenizer, settings.folder / "model")
-    done.write_text(json.dumps({"steps": outcome.steps, "best_step": outcome.best_step, **value}), encoding="utf-8")
+    done.write_text(json.dumps(result), encoding="utf-8")
     checkpointer.clear()
-    return value
+    return result
 
 
 def open_model(settings: Settings, questions: Sequence[str], queries: Sequence[str]) -> tuple[TextToSql, Any]:
@@ -145,6 +149,8 @@ def make_evaluate(
     gold: dict[str, Outcome] = {}
     if not settings.skip_record_computation:
         gold = gold_outcomes(database, queries, threads=threads, limits=limits, cache=settings.output / "gold")
+    if failed := sum(bool(one.error) for one in gold.values()):
+        log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
     known = gold
 
     def compute(loss: float, texts: list[str]) -> Scores:
@@ -192,7 +198,7 @@ def predict(settings: Settings, split: str) -> list[str]:
 def evaluate(settings: Settings, split: str, predicted: Path | None) -> Scores:
     """Scores of a file of queries, or of those that the trained model gives now."""
     gold = read_lines(settings.data, split, "sql")
-    queries = predicted.read_text(encoding="utf-8").splitlines() if predicted else predict(settings, split)
+    queries = file_lines(predicted) if predicted else predict(settings, split)
     if len(queries) != len(gold):
         raise DataError(f"{predicted} has {len(queries)} queries and {split}.sql {len(gold)}: line n belongs to line n")
     return score(queries, gold, run_split(settings, [*queries, *gold]))

@@ -135,7 +135,8 @@ def gold_outcomes(
 ) -> dict[str, Outcome]:
     """Outcomes of gold queries, computed once for a database and kept in the folder `cache` by digest."""
     wanted = list(dict.fromkeys(queries))
-    digest = hashlib.sha256(database.read_bytes())
+    with database.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
     digest.update(json.dumps([asdict(limits), wanted]).encode())
     path = cache / f"{digest.hexdigest()}.jsonl"
     if path.is_file():

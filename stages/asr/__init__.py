@@ -21,6 +21,8 @@ CONTRACT = Contract(
         "lora",
         "asr",
         "decode",
+        "extract.layer",
+        "extract.pooling",
         "gating.hidden",
         "gating.dropout",
     ),

@@ -1,0 +1,39 @@
+"""The same run on an S3 server: the same keys, weights and scores as on a folder, corpus and model in buckets too."""
+
+import json
+
+from common.artifacts import Key, inspect
+from common.store import open_store
+from stages.pipeline import Run, run_pipeline
+from tests.stages.test_pipeline import digests, micro_config
+
+
+def stored_digests(store):
+    """label → key and content digest of every task of a store's run, re-hashed."""
+    tasks = json.loads(store.read("micro/run.json"))["tasks"]
+    return {
+        label: inspect(store, Key(task["stage"], task["key"]), deep=True).manifest.digest
+        for label, task in tasks.items()
+    }
+
+
+def test_a_run_in_a_bucket_equals_one_in_a_folder_and_a_second_one_does_nothing(
+    tmp_path, s3_server, bucket, micro_model, tones
+):
+    place = {"endpoint_url": s3_server.endpoint}
+    for name, folder in (("corpus", tones), ("model", micro_model)):
+        open_store(f"s3://{bucket}/{name}", **place).put_folder(folder, "")
+    config = micro_config(
+        f"s3://{bucket}/runs", f"s3://{bucket}/model", f"s3://{bucket}/corpus", asr__epochs=1, **place
+    )
+    remote = run_pipeline(config)
+    local = run_pipeline(micro_config(tmp_path / "local", micro_model, tones, asr__epochs=1))
+    store = open_store(f"s3://{bucket}/runs", **place)
+    assert stored_digests(store) == digests(tmp_path / "local")
+    assert remote["wer_after"] == local["wer_after"]
+    assert store.size("micro/report.html") and store.size("micro/logs/run.log")
+
+    before = [(entry.key, entry.modified) for entry in store.list("artifacts/")]
+    assert Run(config).plan(deep=True).finished
+    run_pipeline(config)
+    assert [(entry.key, entry.modified) for entry in store.list("artifacts/")] == before
