@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,15 +20,14 @@ from urllib.parse import urlsplit
 
 from common.errors import DataError, RetryableError
 from common.files import NotFound, explained, moment, new_file
-from common.s3_errors import broke_off, error_code, explain, is_connection
+from common.s3_errors import broke_off, error_code, explain, is_connection, malformed
+from common.s3_parts import all_or_none, download, upload
 from common.store import Entry, check_key, folder_files, is_current, remove_others
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from mypy_boto3_s3 import S3Client
-    from s3transfer.manager import TransferManager
 
-PART_BYTES = 16 * 2**20
 CONNECTIONS = 10
 ATTEMPTS = 10  # of one request: about a minute of patience with botocore's backoff
 OPENING_SECONDS = 120
@@ -47,7 +47,7 @@ class S3Store:
         self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
         self.endpoint_url, self.region = endpoint_url, region
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._opened: tuple[int, S3Client, TransferManager] | None = None
+        self._opened: tuple[int, S3Client, ThreadPoolExecutor] | None = None
         self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -68,14 +68,16 @@ class S3Store:
 
     def get(self, key: str, path: Path) -> None:
         """See Store."""
+        full = self._full(key)
         with explained(path), new_file(path) as temporary:
-            self._stream(key, lambda: self._manager.download(self.bucket, self._full(key), str(temporary)).result())
+            self._ask(key, lambda: download(self._client, self._pool, self._stream(key), self.bucket, full, temporary))
 
     def put(self, key: str, path: Path) -> None:
         """See Store."""
         if not path.is_file():
             raise NotFound(f"{path} is not there")
-        self._ask(key, lambda: self._manager.upload(str(path), self.bucket, self._full(key)).result())
+        with explained(path):
+            self._ask(key, lambda: upload(self._client, self._pool, self.bucket, self._full(key), path))
 
     def write(self, key: str, data: bytes) -> None:
         """See Store."""
@@ -194,33 +196,19 @@ class S3Store:
         entries = list(self.list(prefix))
         paths = {entry: into / check_key(entry.key[len(prefix) :]) for entry in entries}
         stale = [entry for entry in entries if not is_current(entry, paths[entry])]
-        self.get_files({entry.key: paths[entry] for entry in stale})
+        with ThreadPoolExecutor(CONNECTIONS) as files:
+            all_or_none(files, lambda i: self.get(stale[i].key, paths[stale[i]]), range(len(stale)))
         for entry in stale:
             os.utime(paths[entry], (entry.modified, entry.modified))
         if exact:
             remove_others(into, {entry.key[len(prefix) :] for entry in entries})
 
-    def get_files(self, wanted: dict[str, Path]) -> None:
-        """Copies many files at once, each wholly or not at all."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            list(pool.map(self.get, wanted.keys(), wanted.values()))
-
     def put_folder(self, folder: Path, prefix: str) -> None:
         """See Store."""
         prefix = prefix.rstrip("/") + "/" if prefix else ""
-        manager = self._manager
-        uploads = [
-            (name, manager.upload(str(folder / name), self.bucket, self._full(prefix + name)))
-            for name in folder_files(folder)
-        ]
-        try:
-            for name, upload in uploads:
-                self._ask(prefix + name, upload.result)
-        finally:
-            for _, upload in uploads:
-                upload.cancel()  # does nothing to those that are done
+        names = folder_files(folder)
+        with ThreadPoolExecutor(CONNECTIONS) as files:
+            all_or_none(files, lambda i: self.put(prefix + names[i], folder / names[i]), range(len(names)))
 
     def _full(self, key: str) -> str:
         return self.prefix + check_key(key)
@@ -233,7 +221,8 @@ class S3Store:
         return self._open()[1]
 
     @property
-    def _manager(self) -> TransferManager:
+    def _pool(self) -> ThreadPoolExecutor:
+        """For the parts of large files; whole files have pools of their own, so that none waits for itself."""
         return self._open()[2]
 
     @property
@@ -243,7 +232,7 @@ class S3Store:
         parts = urlsplit(url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else url
 
-    def _open(self) -> tuple[int, S3Client, TransferManager]:
+    def _open(self) -> tuple[int, S3Client, ThreadPoolExecutor]:
         if self._opened is not None and self._opened[0] == os.getpid():
             return self._opened
         got = self._opening.acquire(timeout=OPENING_SECONDS)  # a fork may have copied it locked
@@ -251,16 +240,17 @@ class S3Store:
             if self._opened is None or self._opened[0] != os.getpid():
                 self._opened = self._connect()
             return self._opened
+        except ValueError:
+            raise malformed(f"{self.url} at {self._endpoint}") from None
         except Exception as error:
             raise explain(error, self.url, self._endpoint) from None
         finally:
             if got:
                 self._opening.release()
 
-    def _connect(self) -> tuple[int, S3Client, TransferManager]:
+    def _connect(self) -> tuple[int, S3Client, ThreadPoolExecutor]:
         """Opens connections, and asks a first time with little patience: a typing error is told in seconds."""
         import boto3
-        from s3transfer.manager import TransferConfig, TransferManager
 
         session = boto3.session.Session()
         client = make_client(self.endpoint_url, self.region, attempts=3, session=session)
@@ -271,13 +261,7 @@ class S3Store:
             if not isinstance(told, RetryableError) or is_connection(error):  # a busy server is left to later
                 raise told from None
         client = make_client(self.endpoint_url, self.region, session=session)
-        limits = TransferConfig(
-            multipart_threshold=2 * PART_BYTES,
-            multipart_chunksize=PART_BYTES,
-            max_request_concurrency=CONNECTIONS,
-            max_submission_concurrency=CONNECTIONS,
-        )
-        return os.getpid(), client, TransferManager(client, limits)
+        return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
         try:
@@ -285,22 +269,25 @@ class S3Store:
         except Exception as error:
             raise explain(error, self._name(key), self._endpoint) from None
 
-    def _stream(self, key: str, request: Callable[[], T]) -> T:
+    def _stream(self, key: str) -> Callable[[Callable[[], T]], T]:
         """The same for requests whose answer may break off after it began: these botocore does not repeat."""
-        for pause in (*STREAM_PAUSES, None):
-            try:
-                return request()
-            except Exception as error:
-                if pause is None or not broke_off(error):
-                    raise explain(error, self._name(key), self._endpoint) from None
-            time.sleep(pause * random.uniform(0.5, 1))
-        raise AssertionError("unreachable")
+
+        def patiently(request: Callable[[], T]) -> T:
+            for pause in (*STREAM_PAUSES, None):
+                try:
+                    return request()
+                except Exception as error:
+                    if pause is None or not broke_off(error):
+                        raise explain(error, self._name(key), self._endpoint) from None
+                time.sleep(pause * random.uniform(0.5, 1))
+            raise AssertionError("unreachable")
+
+        return patiently
 
     def _read(self, key: str, **options: Any) -> bytes:
         full = self._full(key)
-        return self._stream(
-            key, lambda: self._client.get_object(Bucket=self.bucket, Key=full, **options)["Body"].read()
-        )
+        ask = self._stream(key)
+        return ask(lambda: self._client.get_object(Bucket=self.bucket, Key=full, **options)["Body"].read())
 
 
 def make_client(

@@ -28,15 +28,13 @@ MESSAGES = {
     "the store is full; free some space": ("QuotaExceeded", "StorageFull", "XMinioStorageFull", "507"),
 }
 BY_CODE = {code: message for message, codes in MESSAGES.items() for code in codes}
-BUSY: tuple[str, ...] = (
+BUSY = (
     "SlowDown",
     "Throttling",
     "ThrottlingException",
     "RequestLimitExceeded",
     "TooManyRequests",
     "429",
-)
-BUSY += (
     "RequestTimeout",
     "RequestTimeTooFast",
     "BandwidthLimitExceeded",
@@ -49,7 +47,7 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
     """One line that says what is wrong with which key at which server, and what to do.
 
     Args:
-        error: of botocore or s3transfer.
+        error: of botocore.
         name: full name of the key.
     """
     from botocore import exceptions as boto
@@ -70,13 +68,18 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
         return StoreError(f"{where}: no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ProfileNotFound):
         return ConfigError(f"{where}: AWS_PROFILE names a profile that is not in the AWS configuration files")
-    if isinstance(error, ValueError | boto.ParamValidationError | boto.InvalidRegionError):
-        return ConfigError(f"{where}: endpoint_url, AWS_REGION or the bucket's name is malformed")
+    if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError):
+        return malformed(where)
     if isinstance(error, boto.BotoCoreError):
         return StoreError(
             f"{where}: this does not answer like an S3 server ({type(error).__name__}); check endpoint_url"
         )
     raise error
+
+
+def malformed(where: str) -> ConfigError:
+    """What no request can be made of."""
+    return ConfigError(f"{where}: endpoint_url, AWS_REGION or the bucket's name is malformed")
 
 
 def _explain_answer(error: Any, where: str) -> MoeAsrError:
@@ -87,21 +90,23 @@ def _explain_answer(error: Any, where: str) -> MoeAsrError:
         return NotFound(f"{where} is not there")
     if code in ("InvalidRange", "416"):
         return DataError(f"{where} is shorter than expected: it is truncated")
+    if code in ("PreconditionFailed", "412"):
+        return RetryableError(f"{where} was changed by another process meanwhile; run it again")
     if code in BUSY or (status >= 500 and status not in (501, 507)):
         return RetryableError(f"{where}: the server is busy or out of order ({code}); try later")
     return StoreError(f"{where}: the server refuses with {code} (HTTP {status}); `moe-asr store doctor` says more")
 
 
 def error_code(error: Any) -> str:
+    """The server's own word for an error, or the HTTP status where it gave none."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
 def broke_off(error: Exception) -> bool:
     """Whether an answer began and did not end, or ended with other bytes than the server sent."""
     from botocore import exceptions as boto
-    from s3transfer.exceptions import RetriesExceededError
 
-    broken = (boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError, RetriesExceededError)
+    broken = (boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError)
     return isinstance(error, (*broken, boto.FlexibleChecksumError))
 
 

@@ -10,6 +10,7 @@ utterances give the same gradient however they are split over accumulation, proc
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -423,7 +424,8 @@ def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:
     """A bar on a terminal; without one, a line now and then."""
-    return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=0.5, dynamic_ncols=True)
+    every = 0.5 if sys.stderr.isatty() else 60
+    return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=every, dynamic_ncols=True)
 
 
 class Throughput:

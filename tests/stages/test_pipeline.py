@@ -14,6 +14,8 @@ from common.store import open_store
 from stages import STAGES
 from stages.pipeline import Run, run_pipeline
 
+RUNTIME = {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False}
+
 
 def micro_config(store, model, corpus, **changes):
     """A configuration that runs in seconds; `changes` are `section__key` values."""
@@ -30,12 +32,12 @@ def micro_config(store, model, corpus, **changes):
         "experts": {"epochs": 1, "batch_size": 8},
         "asr": {"epochs": 2, "batch_size": 8, "select_samples": 4},
         "decode": {"max_new_tokens": 6},
-        "runtime": {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False},
+        "runtime": RUNTIME,
     }
     for path, value in changes.items():
         section, _, key = path.partition("__")
         if key:
-            tree.setdefault(section, {})[key] = value
+            tree[section] = {**tree.get(section, {}), key: value}
         else:
             tree[section] = value
     return validate(tree)
@@ -192,6 +194,32 @@ def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stage
     summary = run_pipeline(micro_config(store, micro_model, tones, run="other", asr__epochs=1, **changes))
     assert set(summary["seconds"]) == stages
     assert (store / "other" / "report.html").is_file()
+
+
+def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finished, micro_model, tones):
+    store, _ = again
+    for manifest in (store / "artifacts" / "experts").glob("*/manifest.json"):
+        manifest.unlink()
+    run_pipeline(micro_config(store, micro_model, tones, runtime=RUNTIME | {"parallel_experts": 2}))
+    assert digests(store) == digests(finished[0])
+
+
+def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):
+    from common.stage import execute
+    from stages import run_function
+
+    run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
+    task = run.plan().planned[0].task
+    made = execute(task, run_function("extract"), run.config, run.store, scratch=tmp_path / "scratch")
+    folder = tmp_path / task.key.prefix / made.attempt
+    rows = [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
+    ids = json.loads((folder / "ids.json").read_text())
+    pooled = dict(zip(ids, np.load(folder / "embeddings.npy"), strict=True))
+    assert {row["id"] for row in rows} == set(ids)
+    for row in rows:
+        frames = np.load(folder / row["file"], mmap_mode="r")[row["start"] : row["start"] + row["frames"]]
+        assert frames.dtype == np.float16
+        np.testing.assert_allclose(frames.astype(np.float32).mean(0), pooled[row["id"]], atol=5e-3)
 
 
 def stop_after(count):
