@@ -151,7 +151,6 @@ class AsrConfig(TrainConfig):
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     entropy_weight: float = Field(0.0, ge=0, description="weight of the router's entropy (positive: sharper)")
     gradient_checkpointing: bool = False
-    compile: bool = False
     select_samples: int = Field(200, gt=0, description="dev utterances that are decoded for selection")
 
 
@@ -167,9 +166,7 @@ class RuntimeConfig(Section):
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     num_workers: int = Field(4, ge=0, description="loader processes")
-    threads: int | None = Field(None, gt=0, description="CPU threads of one process")
     log_file: str | None = None
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="serve Prometheus metrics there")
     save_every_n_epochs: int = Field(5, gt=0, description="checkpoint at least this often")
     checkpoint_minutes: float = Field(10, gt=0, description="and at least this often in time")
     save_only_best: bool = Field(False, description="keep no checkpoint but the best and the newest")

@@ -51,7 +51,6 @@ RUN_OPTIONS = (
     Option("--adapt", "asr.adapt", "LoRA experts or all weights"),
     Option("--audio-context", "audio.context", "encoder length"),
     Option("--save-every-n-epochs", "runtime.save_every_n_epochs", "checkpoint at least this often"),
-    Option("--metrics-port", "runtime.metrics_port", "serve Prometheus metrics"),
     Option("--log-file", "runtime.log_file", "also log to this file"),
     Option("--no-reduce-experts", "cluster.reduce_experts", "fail when fewer clusters than experts are found", False),
     Option("--shared-expert", "asr.shared_expert", "one more expert that every utterance uses", True),

@@ -18,8 +18,9 @@ from common.config import Config
 from common.embeddings import read_tables
 from common.gate_report import gate_report
 from common.moe import Gate
+from common.speech_training import train_options
 from common.stage import Context
-from common.train import TrainOptions, make_accelerator, train
+from common.train import make_accelerator, train
 
 HELD_OUT = 0.1  # of each cluster
 
@@ -97,17 +98,7 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
         plan_epoch=plan_epoch,
         load=load,
         evaluate=evaluate,
-        options=TrainOptions(
-            epochs=options.epochs,
-            accumulate=1,
-            max_steps=options.max_steps,
-            warmup_ratio=options.warmup_ratio,
-            max_grad_norm=options.max_grad_norm,
-            patience=options.patience,
-            save_every_n_epochs=config.runtime.save_every_n_epochs,
-            checkpoint_minutes=config.runtime.checkpoint_minutes,
-            quiet=config.runtime.quiet,
-        ),
+        options=train_options(options, config),
         checkpointer=context.checkpointer(),
         metrics=context.metrics,
         stopping=context.stopping,
