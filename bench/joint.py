@@ -88,7 +88,7 @@ def ours_backward(recogniser: Recogniser, batch: Batch) -> Tensor:
 def whole_step(backward: Callable[[], object], modules: Iterable[nn.Module], setting: Setting) -> Callable[[], None]:
     """Forward, backward, clipping and AdamW, the same for all."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=setting.on_gpu)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
 
     def step() -> None:
         with setting.autocast():

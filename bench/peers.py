@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -166,7 +167,7 @@ def make_trainer(
         num_train_epochs=1,
         learning_rate=1e-5,
         warmup_steps=0,
-        optim="adamw_torch_fused" if setting.on_gpu else "adamw_torch",
+        optim="adamw_torch_fused",
         bf16=setting.precision == "bf16",
         tf32=True if setting.on_gpu else None,
         gradient_checkpointing=False,
@@ -191,6 +192,7 @@ def make_trainer(
         data_collator=lambda batch: collate_padded(batch, end=end),
         callbacks=[clock],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints among our lines
     return trainer, clock
 
 

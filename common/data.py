@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.audio import read_audio
+from common.clips import Clip
 from common.corpus import Corpus, Utterance
-from common.errors import DataError
+from common.errors import DataError, MoeAsrError
 from common.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
 from common.limits import MAX_SECONDS, MAX_TOKENS
 from common.whisper import IGNORED, TextCodec
+
+REQUESTS = 8  # of a process at once, to the store that holds the audio
+TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class Example:
 
     Attributes:
         path: its audio; `offset` and `duration` in seconds choose a part.
+        clip: where the audio lies if not at `path`.
         positions: encoder length of its bucket.
         inputs, labels: decoder tokens (`TextCodec.pair`).
         row: its row in tables that run beside the examples (embeddings).
@@ -43,6 +50,7 @@ class Example:
     inputs: tuple[int, ...]
     labels: tuple[int, ...]
     row: int
+    clip: Clip | None = None
 
 
 TENSORS = ("audio_BS", "valid_B", "inputs_BU", "labels_BU", "row_B")
@@ -101,8 +109,12 @@ def make_examples(
     context: str,
     margin: int,
     long_audio: str = "error",
+    stretch: float = 1.0,
 ) -> list[Example]:
     """Tokenises and buckets utterances.
+
+    Args:
+        stretch: leave room for utterances that augmentation makes longer by this factor.
 
     Raises:
         DataError: an utterance is over 30 s and `long_audio` is `error`, or its text over 448 tokens, or empty.
@@ -126,10 +138,11 @@ def make_examples(
                 path=corpus.path(utterance),
                 offset=utterance.offset,
                 duration=utterance.duration,
-                positions=context_positions(utterance.duration, context=context, margin=margin),
+                positions=context_positions(utterance.duration * stretch, context=context, margin=margin),
                 inputs=tuple(inputs),
                 labels=tuple(labels),
                 row=len(examples),
+                clip=corpus.clip(utterance),
             )
         )
     return examples
@@ -140,6 +153,7 @@ def epoch_batches(
     *,
     batch_size: int,
     batch_seconds: float | None = None,
+    batch_tokens: int | None = None,
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
@@ -148,27 +162,36 @@ def epoch_batches(
 
     Args:
         batch_size: utterances per batch, unless `batch_seconds` is given.
-        batch_seconds: padded seconds of audio per batch; at least one utterance.
+        batch_seconds: padded seconds of audio per batch; at least one utterance. Buckets then have two dimensions:
+            utterances share a batch that also have texts of similar length.
+        batch_tokens: with `batch_seconds`, padded text tokens per batch at most, since long texts take memory too.
         shuffle: else longest bucket first, so that a batch too large for the memory fails at once.
     """
     order = list(range(len(examples)))
     generator = random.Random(f"{seed}/{epoch}")
     if shuffle:
         generator.shuffle(order)
-    # Inside a bucket similar text lengths meet: the decoder's padding is the second dimension of the bucket.
-    buckets: dict[int, list[int]] = defaultdict(list)
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in order:
-        buckets[examples[number].positions].append(number)
+        # Batches of a given size are few in a small corpus: two dimensions would leave many of them half empty.
+        text = 0 if batch_seconds is None else text_bucket(len(examples[number].inputs))
+        buckets[examples[number].positions, text].append(number)
     batches: list[list[int]] = []
-    for positions, numbers in sorted(buckets.items(), reverse=True):
+    for (positions, text), numbers in sorted(buckets.items(), reverse=True):
         size = batch_size
         if batch_seconds is not None:
             size = max(1, int(batch_seconds * POSITIONS_PER_SECOND / positions))
+            size = min(size, max(1, (batch_tokens or MAX_TOKENS * size) // text))
         numbers = _sort_in_windows(numbers, examples, 8 * size) if shuffle else numbers
         batches += [numbers[i : i + size] for i in range(0, len(numbers), size)]
     if shuffle:
         generator.shuffle(batches)
     return batches
+
+
+def text_bucket(tokens: int) -> int:
+    """The length that a text of `tokens` is counted as."""
+    return next((bucket for bucket in TEXT_BUCKETS if bucket >= tokens), MAX_TOKENS)
 
 
 def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: int) -> list[int]:
@@ -178,29 +201,50 @@ def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: in
 
 
 class AudioDataset(Dataset["Loaded"]):
-    """Reads one example's audio at a time; picklable, so that loader processes can hold it."""
+    """Reads the examples' audio, from a store several at a time; picklable, so that loader processes can hold it."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
+        self.remote = any(one.clip is not None and one.clip.remote is not None for one in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, number: int) -> Loaded:
         example = self.examples[number]
+        clip = example.clip
         try:
-            return example, read_audio(example.path, offset=example.offset, duration=example.duration)
-        except DataError as error:  # a loader process would bury the message in its traceback
-            return example, str(error)
+            source, name = (clip.read(), clip.label) if clip else (example.path, None)
+            return example, read_audio(source, offset=example.offset, duration=example.duration, name=name)
+        except MoeAsrError as error:  # a loader process would bury the message in its traceback
+            return example, error
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Loaded]:
+        if not self.remote:
+            return [self[number] for number in numbers]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(self.__getitem__, numbers))
+
+    def bring(self, numbers: Sequence[int]) -> None:
+        """Puts audio into the cache; what goes wrong will go wrong again when it is read."""
+
+        def one(number: int) -> None:
+            clip = self.examples[number].clip
+            if clip is not None and clip.remote is not None and clip.remote.cache.limit:
+                with suppress(MoeAsrError):
+                    clip.read()
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(one, numbers))
 
 
-Loaded = tuple[Example, np.ndarray | str]
+Loaded = tuple[Example, np.ndarray | MoeAsrError]
 
 
-def collate(items: Sequence[Loaded]) -> Batch | str:
-    """Pads examples of one bucket to the bucket's length and the longest text; or the first error's text."""
+def collate(items: Sequence[Loaded]) -> Batch | MoeAsrError:
+    """Pads examples of one bucket to the bucket's length and the longest text; or the first error."""
     for _, audio in items:
-        if isinstance(audio, str):
+        if isinstance(audio, MoeAsrError):
             return audio
     examples = [example for example, _ in items]
     samples = examples[0].positions * SAMPLES_PER_POSITION
@@ -209,7 +253,7 @@ def collate(items: Sequence[Loaded]) -> Batch | str:
     inputs_BU = torch.full((len(items), longest), examples[0].labels[-1])
     labels_BU = torch.full((len(items), longest), IGNORED)
     for i, (example, audio) in enumerate(items):
-        assert not isinstance(audio, str)
+        assert not isinstance(audio, MoeAsrError)
         audio = audio[:samples]  # durations are rounded in the index: a few samples may overhang the 30 s
         audio_BS[i, : len(audio)] = torch.from_numpy(audio)
         inputs_BU[i, : len(example.inputs)] = torch.tensor(example.inputs)
@@ -237,8 +281,9 @@ class BatchLoader:
     def __init__(self, examples: Sequence[Example], *, num_workers: int, device: torch.device) -> None:
         self.device = device
         self._batches: list[list[int]] = []
+        self._dataset = AudioDataset(examples)
         self._loader: DataLoader[Loaded] = DataLoader(
-            AudioDataset(examples),
+            self._dataset,
             batch_sampler=_Replaceable(self._batches),
             collate_fn=collate,
             num_workers=num_workers,
@@ -255,12 +300,25 @@ class BatchLoader:
 
         Raises:
             DataError: an audio file cannot be read; the message is the reader's own.
+            StoreError, RetryableError: the store that holds it does not give it.
         """
         self._batches[:] = batches
-        for batch in self._loader:
-            if isinstance(batch, str):
-                raise DataError(batch)
+        alone = bool(batches) and self._dataset.remote and self._loader.num_workers == 0
+        for batch in self._with_next_brought(batches) if alone else self._loader:
+            if isinstance(batch, MoeAsrError):
+                raise batch
             yield batch.to(self.device)
+
+    def _with_next_brought(self, batches: Sequence[list[int]]) -> Iterator[Batch | MoeAsrError]:
+        """Without loader processes: brings a batch's audio from the store while the one before is in use."""
+        loaded = iter(self._loader)
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self._dataset.bring, batches[0])
+            for following in [*batches[1:], []]:
+                coming.result()
+                batch = next(loaded)
+                coming = pool.submit(self._dataset.bring, following)
+                yield batch
 
 
 class _Replaceable(Sampler[list[int]]):

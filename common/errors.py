@@ -45,6 +45,14 @@ class ConfigError(MoeAsrError):
     exit_code = 78
 
 
+class StageFailed(MoeAsrError):  # noqa: N818 - as the user reads it
+    """A stage in a process of its own that failed; its exit code becomes ours."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Preempted(MoeAsrError):  # noqa: N818 - what happened, not what is wrong
     """The process was told to end (SIGTERM) and has written a checkpoint."""
 

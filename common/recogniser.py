@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
+from common.augment import Augmentation
 from common.data import Batch
 from common.features import log_mel
 from common.moe import Gate, Routing, RoutingSlot, balance_loss, route, route_hard, router_entropy
@@ -40,6 +41,7 @@ class Recogniser(nn.Module):
         embeddings_ND: pooled embeddings of the frozen encoder for `Batch.row_B`; never trained.
         options: of the router.
         remat: recompute encoder blocks in the backward pass.
+        augmentation: of the audio, while training.
     """
 
     embeddings_ND: Tensor | None
@@ -53,10 +55,12 @@ class Recogniser(nn.Module):
         embeddings_ND: Tensor | None = None,
         options: RouterOptions | None = None,
         remat: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         self.whisper, self.slot, self.gate, self.remat = whisper, slot, gate, remat
         self.options = options or RouterOptions()
+        self.augmentation = augmentation or Augmentation()
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
 
     @property
@@ -70,7 +74,7 @@ class Recogniser(nn.Module):
         Returns:
             (loss, {"ce": …, "balance": …, "entropy": …}), all summed over tokens.
         """
-        mel_BMF = log_mel(batch.audio_BS, self.mel_bands)
+        mel_BMF = self._spectrogram(batch)
         logits_BE = self.gate_logits(batch.row_B)
         if logits_BE is None:
             self.set_routing(None, len(batch))
@@ -91,6 +95,18 @@ class Recogniser(nn.Module):
             "balance": balance.detach() * tokens,
             "entropy": entropy.detach() * tokens,
         }
+
+    def _spectrogram(self, batch: Batch) -> Tensor:
+        """mel_BMF of a batch, augmented while training."""
+        if not self.training:
+            return log_mel(batch.audio_BS, self.mel_bands)
+        audio_BS = self.augmentation.audio(batch.audio_BS, batch.valid_B)
+        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * batch.valid_B)
+
+    def compile_blocks(self) -> None:
+        """Compiles each block of encoder and decoder; equal blocks share their compiled code."""
+        for block in (*self.whisper.model.encoder.layers, *self.whisper.model.decoder.layers):
+            block.compile(dynamic=True)
 
     def _losses(self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor) -> tuple[Tensor, Tensor]:
         hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training)

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common.augment import Augmentation
 from common.config import Config, TrainConfig
 from common.corpus import Corpus, Utterance
 from common.data import BatchLoader, Example, epoch_batches, make_examples
@@ -38,8 +39,15 @@ def train_options(section: TrainConfig, config: Config) -> TrainOptions:
     )
 
 
-def speech_examples(config: Config, corpus: Corpus, utterances: Sequence[Utterance], codec: TextCodec) -> list[Example]:
-    """Examples by the configuration's audio section."""
+def augmentation(config: Config) -> Augmentation:
+    """What the configuration wants done to training audio."""
+    return Augmentation(**config.augment.model_dump())
+
+
+def speech_examples(
+    config: Config, corpus: Corpus, utterances: Sequence[Utterance], codec: TextCodec, *, training: bool = False
+) -> list[Example]:
+    """Examples by the configuration's audio section; for training with room for what augmentation makes longer."""
     return make_examples(
         corpus,
         utterances,
@@ -47,6 +55,7 @@ def speech_examples(config: Config, corpus: Corpus, utterances: Sequence[Utteran
         context=config.audio.context,
         margin=config.audio.margin,
         long_audio=config.audio.long_audio,
+        stretch=augmentation(config).stretch if training else 1.0,
     )
 
 
@@ -56,6 +65,7 @@ def epoch_planner(examples: Sequence[Example], section: TrainConfig, seed: int) 
         examples,
         batch_size=section.batch_size,
         batch_seconds=section.batch_seconds,
+        batch_tokens=section.batch_tokens,
         seed=seed,
         epoch=epoch,
     )
