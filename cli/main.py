@@ -10,6 +10,7 @@ import click
 from cli.corpus import corpus
 from cli.model import model
 from cli.runs import gc, logs, plan, plot, runs, status, store, verify
+from cli.submit import submit
 from cli.table import summary_table
 from common import __version__
 from common.config import to_yaml
@@ -26,6 +27,7 @@ def cli() -> None:
     moe-asr corpus synth data/demo         make a small spoken corpus
     moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
     moe-asr run --mode demo --dry-run      what is done, what is not, and why
+    moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
     """
 
 
@@ -61,7 +63,7 @@ def config_show(**options: Any) -> None:
     click.echo(to_yaml(config_from(options)), nl=False)
 
 
-for command in (corpus, model, plan, status, runs, verify, logs, gc, store, plot):
+for command in (corpus, model, plan, submit, status, runs, verify, logs, gc, store, plot):
     cli.add_command(command)
 
 

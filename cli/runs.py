@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config, validate
 from common.errors import DataError, StoreError
@@ -74,12 +75,22 @@ def run_names(store: Store) -> list[str]:
     return sorted({key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith("/run.json")})
 
 
+cluster_option = click.option("--cluster", is_flag=True, help="Ask the cluster: RUN is a run's or a workflow's name.")
+
+
 @click.command()
 @click.argument("run")
 @with_store
+@cluster_option
+@namespace_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status(run: str, store_url: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Shows how far a run is."""
+def status(
+    run: str, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None, as_json: bool
+) -> None:
+    """Shows how far a run is, on this machine or on a cluster."""
+    if cluster or namespace:
+        show_workflow(run, namespace, as_json=as_json)
+        return
     store = open_store(store_url, endpoint_url=endpoint_url)
     record = run_record(store, run)
     if as_json:
@@ -137,8 +148,15 @@ def verify(run: str, store_url: str, endpoint_url: str | None) -> None:
 @click.argument("run")
 @click.argument("stage", required=False)
 @with_store
-def logs(run: str, stage: str | None, store_url: str, endpoint_url: str | None) -> None:
+@cluster_option
+@namespace_option
+def logs(
+    run: str, stage: str | None, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None
+) -> None:
     """Prints the log of a run, or the lines of one stage."""
+    if cluster or namespace:
+        show_workflow_logs(run, stage, namespace)
+        return
     store = open_store(store_url, endpoint_url=endpoint_url)
     run_record(store, run)
     key = f"{Path(run).name}/logs/run.log"

@@ -27,6 +27,7 @@ from common.artifacts import MANIFEST
 from common.errors import DataError
 from common.files import NotFound, explained, file_hash, make_folders
 from common.store import Entry, Store
+from common.telemetry import StageTelemetry, Telemetry
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -44,14 +45,18 @@ class _Snapshot:
 class Checkpointer:
     """Saves and finds checkpoints below a prefix of a store. One thread writes; the newest waiting snapshot wins."""
 
-    def __init__(self, store: Store, prefix: str, *, keep: int = 2, scratch: Path) -> None:
+    def __init__(
+        self, store: Store, prefix: str, *, keep: int = 2, scratch: Path, live: StageTelemetry | None = None
+    ) -> None:
         """
         Args:
             prefix: ends with `/`.
             keep: how many of the newest are kept.
             scratch: a folder for files on their way to and from a remote store.
+            live: counts checkpoints, their seconds and errors.
         """
         assert keep >= 1
+        self.live = live or Telemetry().stage("")
         self.store, self.prefix, self.keep, self.scratch = store, prefix, keep, scratch
         self._lock = threading.Lock()
         self._waiting: _Snapshot | None = None
@@ -124,7 +129,8 @@ class Checkpointer:
                     self._thread = None
                     return
             try:
-                self._write(snapshot)
+                with self.live.checkpoint():
+                    self._write(snapshot)
                 self._prune()
             except BaseException as error:
                 self._error = error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from common.errors import ConfigError, UsageError
 
@@ -30,7 +30,7 @@ class Section(BaseModel):
 class CorpusConfig(Section):
     """What to train on."""
 
-    path: str = Field("data/corpus", description="folder (or store URI) that holds index.jsonl")
+    path: str = Field("data/corpus", description="folder or s3://bucket/prefix that holds index.jsonl")
 
 
 class ModelConfig(Section):
@@ -50,6 +50,23 @@ class AudioConfig(Section):
     )
     margin: int = Field(64, ge=64, description="encoder positions (20 ms each) of silence after the last sample")
     long_audio: Literal["error", "drop"] = Field("error", description="what to do with utterances over 30 s")
+
+
+class AugmentConfig(Section):
+    """What is done to training audio, on the device; evaluation hears it as it is."""
+
+    speeds: tuple[float, ...] = Field((), description="speed factors to draw from, as [0.9, 1.0, 1.1]")
+    time_masks: int = Field(0, ge=0, description="SpecAugment: stripes of time per utterance")
+    time_width: float = Field(0.05, gt=0, le=1, description="the longest, as a share of the utterance")
+    mel_masks: int = Field(0, ge=0, description="SpecAugment: stripes of mel bands per utterance")
+    mel_width: int = Field(27, gt=0, description="the widest, in bands")
+
+    @field_validator("speeds")
+    @classmethod
+    def _plausible(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.5 <= speed <= 2 for speed in speeds):
+            raise ValueError("speed factors lie between 0.5 and 2")
+        return speeds
 
 
 class SubsetsConfig(Section):
@@ -106,7 +123,8 @@ class TrainConfig(Section):
     epochs: int = Field(10, gt=0)
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimiser steps")
     batch_size: int = Field(4, gt=0, description="utterances per batch")
-    batch_seconds: float | None = Field(None, gt=0, description="seconds of audio per batch instead")
+    batch_seconds: float | None = Field(None, gt=0, description="padded seconds of audio per batch instead")
+    batch_tokens: int | None = Field(None, gt=0, description="with batch_seconds: padded text tokens per batch at most")
     gradient_accumulation_steps: int = Field(1, gt=0)
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -116,6 +134,7 @@ class TrainConfig(Section):
     eval_every_n_epochs: int = Field(1, gt=0, description="full evaluation; the epochs between look at the loss only")
     select_by: Literal["wer", "loss"] = "loss"
     average_last: int = Field(1, gt=0, description="average the weights of the last n evaluations")
+    compile: bool = Field(False, description="compile the blocks of the model (torch.compile; needs a C++ compiler)")
 
 
 class GatingConfig(TrainConfig):
@@ -170,10 +189,16 @@ class RuntimeConfig(Section):
     save_every_n_epochs: int = Field(5, gt=0, description="checkpoint at least this often")
     checkpoint_minutes: float = Field(10, gt=0, description="and at least this often in time")
     save_only_best: bool = Field(False, description="keep no checkpoint but the best and the newest")
+    audio_cache_bytes: int = Field(
+        20_000_000_000, ge=0, description="of audio from a corpus in a store that are kept on this machine"
+    )
     extract_batch_seconds: float = Field(240, gt=0, description="padded audio per batch of the frozen encoder")
     parallel_experts: int | None = Field(None, gt=0, description="experts trained at once; one per GPU when unset")
     plots: bool = Field(True, description="draw plots beside the stages' results")
     quiet: bool = Field(False, description="no progress bars")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="serve Prometheus metrics; 0: any free port")
+    metrics_host: str | None = Field(None, description="interface for them: by default loopback, in Kubernetes all")
+    metrics_linger_seconds: float = Field(20, ge=0, description="wait for a last scrape where there were any")
 
 
 class Config(Section):
@@ -188,6 +213,7 @@ class Config(Section):
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     audio: AudioConfig = AudioConfig()
+    augment: AugmentConfig = AugmentConfig()
     subsets: SubsetsConfig = SubsetsConfig()
     extract: ExtractConfig = ExtractConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -249,6 +275,7 @@ def resolve(
     base: Config | None = None,
     gpu: str | None = None,
     file: Path | None = None,
+    tree: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     data_percent: float | None = None,
 ) -> Config:
@@ -259,26 +286,28 @@ def resolve(
         base: a whole configuration to start from.
         gpu: a preset's name (GPUS), already resolved from `auto`.
         file: the user's own YAML, laid over the mode's.
+        tree: the same, already read.
         options: `section.key` → value, from the command line.
         data_percent: scales the subsets; with `asr.pretrained: false` the ASR subset alone.
 
     Raises:
         ConfigError: a value or name that does not validate.
     """
-    tree: dict[str, Any] = base.model_dump(mode="json") if base else {}
+    merged: dict[str, Any] = base.model_dump(mode="json") if base else {}
     if mode is not None:
         if mode not in MODES:
             raise UsageError(f"--mode {mode}: no such mode; choose one of {', '.join(MODES)}")
-        merge(tree, read_yaml(shipped(f"{mode}.yaml")))
+        merge(merged, read_yaml(shipped(f"{mode}.yaml")))
     if file is not None:
-        merge(tree, read_yaml(file))
+        merge(merged, read_yaml(file))
+    merge(merged, tree or {})
     if gpu is not None:
         if gpu not in GPUS:
             raise UsageError(f"--gpu {gpu}: no such preset; choose one of auto, {', '.join(GPUS)}")
-        merge(tree, read_yaml(shipped("gpu", f"{gpu}.yaml")))
+        merge(merged, read_yaml(shipped("gpu", f"{gpu}.yaml")))
     for path, value in (options or {}).items():
-        merge(tree, nest(path, value))
-    config = validate(tree)
+        merge(merged, nest(path, value))
+    config = validate(merged)
     return scale_subsets(config, data_percent) if data_percent is not None else config
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -62,7 +64,15 @@ def run_command(command: click.Command) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    _tell_cluster(message)
     logging.getLogger("moe-asr").error("error: %s", message) if logging.getLogger().handlers else click.echo(
         f"error: {message}", err=True
     )
     sys.exit(code)
+
+
+def _tell_cluster(message: str) -> None:
+    """In a pod, leaves the reason where Kubernetes and Argo show it beside the failed container."""
+    path = Path(os.environ.get("MOE_ASR_TERMINATION_LOG") or os.devnull)
+    with contextlib.suppress(OSError):
+        path.write_bytes(message.encode()[:4000])

@@ -1,11 +1,25 @@
-"""Metrics of a stage: rows of metrics.jsonl, and the same values for Prometheus when it is asked for."""
+"""Metrics of a stage: rows of metrics.jsonl, and the same values live for Prometheus."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from common import telemetry
+from common.telemetry import Metric, StageTelemetry, Telemetry
+
+# Columns of a row that are shown live; those of an evaluation too where they have a split.
+LIVE: dict[str, Metric] = {
+    "loss": telemetry.LOSS,
+    "lr": telemetry.LEARNING_RATE,
+    "grad_norm": telemetry.GRADIENT_NORM,
+    "entropy": telemetry.ENTROPY,
+    "balance": telemetry.BALANCE,
+}
 
 
 class MetricsLog:
@@ -13,26 +27,46 @@ class MetricsLog:
 
     Args:
         path: the file; none keeps the rows in memory only.
+        live: where the values go besides; by default nobody sees them.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, live: StageTelemetry | None = None) -> None:
         self.path = path
+        self.live = live or Telemetry().stage("")
         self.rows: list[dict[str, Any]] = []
         self.events: Counter[str] = Counter()
 
     def log(self, row: dict[str, Any], rates: dict[str, float]) -> None:
         """Adds one row; `rates` (throughput) go to the live metrics only, since they differ between equal runs."""
         self.rows.append(row)
+        self._show(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def progress(self, done: int, total: int) -> None:
+        """Says how many units are done of how many; in a workflow's pod also to Argo, which sums up its pods."""
+        self.live.progress(done, total)
+        if (path := os.environ.get("ARGO_PROGRESS_FILE")) and 0 <= done <= total > 0:
+            with contextlib.suppress(OSError):  # a display is no reason to fail
+                Path(path).write_text(f"{done}/{total}\n", encoding="utf-8")
+
     def event(self, name: str) -> None:
         """Counts something that should be rare."""
         self.events[name] += 1
+        if name == "nonfinite_steps":
+            self.live.add(telemetry.NONFINITE)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Starts from the rows of an interrupted run."""
         self.rows = list(rows)
         if self.path is not None:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def _show(self, row: dict[str, Any]) -> None:
+        for column, metric in LIVE.items():
+            if column in row:
+                labels = {"split": str(row["split"])} if "split" in metric.labels else {}
+                self.live.set(metric, row[column], **labels)
+        if row.get("split") == "dev" and "wer" in row:
+            self.live.set(telemetry.WER, row["wer"], split="dev", etiology="all", model="after")

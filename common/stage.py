@@ -1,12 +1,15 @@
 """The harness around a stage: brings its inputs, offers checkpoints and metrics, commits its output, heeds signals.
 
-A stage's `run` knows neither stores nor workflows: it is a function over folders.
+A stage's `run` knows neither stores nor workflows: it is a function over folders and a corpus.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
+import os
 import platform
 import shutil
 import signal
@@ -24,11 +27,14 @@ from common import __version__
 from common.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, set_aside
 from common.config import Config
 from common.contract import VOLATILE
+from common.corpus import Corpus
 from common.errors import DataError, MoeAsrError, Preempted, RetryableError
+from common.measured_store import MeasuredStore
 from common.metrics import MetricsLog
 from common.plan import Task
 from common.sources import load_corpus, locate_model
 from common.store import Store
+from common.telemetry import TASKS, StageTelemetry, Telemetry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,12 +144,16 @@ def execute(
     *,
     scratch: Path,
     stopping: Callable[[], bool] = lambda: False,
+    notes: Mapping[str, Any] | None = None,
+    telemetry: Telemetry | None = None,
 ) -> Manifest:
     """Runs one task if its output is not there yet, and commits it.
 
     Args:
         run: the stage's function: (config, context, *, corpus, model, <inputs>, output).
         scratch: where inputs from a remote store and unfinished work go.
+        notes: further values for the manifest's metrics.
+        telemetry: the process's live metrics; their last values go into the manifest too.
 
     Returns:
         The manifest, of this run or of the one that was faster.
@@ -152,25 +162,46 @@ def execute(
         RetryableError: an input turned out damaged and has been set aside.
         MoeAsrError: as the stage raises.
     """
-    state = inspect(store, task.key)
+    live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
+    measured = MeasuredStore(store, live)
+    state = inspect(measured, task.key)
     if state.status == "done" and state.manifest:
-        return state.manifest
-    if state.status == "damaged":
-        log.warning("%s: %s; it is made again", task.label, state.reason)
-        set_aside(store, task.key, state)
+        live.add(TASKS, result="skipped")
+        manifest = state.manifest
+    else:
+        with live.running():
+            if state.status == "damaged":
+                log.warning("%s: %s; it is made again", task.label, state.reason)
+                set_aside(measured, task.key, state)
+            manifest = _make(task, run, config, measured, scratch, stopping, notes or {}, live)
+        _clear_unfinished(task.key, store)
+    return manifest
+
+
+def _make(
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    scratch: Path,
+    stopping: Callable[[], bool],
+    notes: Mapping[str, Any],
+    live: StageTelemetry,
+) -> Manifest:
+    """Runs the stage's function and commits what it wrote."""
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
         work = Path(temporary)
         folders, used = _bring_inputs(task, config, store, scratch)
         output = new_attempt(store, task.key, work)
-        context = _context(task, config, store, work, output, stopping)
+        context = _context(task, store, work, output, stopping, live)
         started = time.time()
         try:
             run(config, context, **folders, output=output)
         except BaseException:
             shutil.rmtree(output, ignore_errors=True)  # unfinished output is of no use to anyone
             raise
-        manifest = commit(
+        return commit(
             store,
             task.key,
             output,
@@ -181,27 +212,52 @@ def execute(
             host=platform.node(),
             started=started,
             seconds=time.time() - started,
-            metrics=context.summary,
+            metrics={**context.summary, "live": last_values(live), **notes},
         )
-    _clear_unfinished(task.key, store)
-    return manifest
+
+
+def follow(
+    task: Task, run: Callable[..., None], config: Config, store: Store, scratch: Path, stopping: Callable[[], bool]
+) -> None:
+    """Runs a task beside the process that `execute`s it: the same inputs, but what it writes is thrown away."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
+        work = Path(temporary)
+        folders, _ = _bring_inputs(task, config, store, scratch)
+        output = work / "output"
+        output.mkdir()
+        live = Telemetry().stage(task.contract.name, task.shard)
+        run(config, _context(task, store, work, output, stopping, live), **folders, output=output)
+
+
+def last_values(live: StageTelemetry) -> dict[str, float | None]:
+    """The stage's metrics for its manifest, None for what is not finite, which JSON cannot say."""
+    values = {name: value for name, value in live.values().items() if not name.startswith("moe_asr_stage_")}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def hand_out(manifest: Manifest) -> None:
+    """Writes a task's last values as JSON into $MOE_ASR_METRICS_FILE, where a workflow engine picks them up."""
+    if path := os.environ.get("MOE_ASR_METRICS_FILE"):
+        values = {"stage": manifest.stage, "seconds": manifest.seconds, **manifest.metrics}
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _context(
-    task: Task, config: Config, store: Store, work: Path, output: Path, stopping: Callable[[], bool]
+    task: Task, store: Store, work: Path, output: Path, stopping: Callable[[], bool], live: StageTelemetry
 ) -> Context:
     prefix = task.key.prefix
 
     def checkpointer() -> Checkpointer:
         from common.checkpoint import Checkpointer
 
-        return Checkpointer(store, f"{prefix}checkpoints/", scratch=work)
+        return Checkpointer(store, f"{prefix}checkpoints/", scratch=work, live=live)
 
     return Context(
         shard=task.shard,
         parts=Parts(store, f"{prefix}parts/", work),
         checkpointer=checkpointer,
-        metrics=MetricsLog(output / "metrics.jsonl"),
+        metrics=MetricsLog(output / "metrics.jsonl", live),
         stopping=stopping,
         scratch=work,
     )
@@ -209,11 +265,11 @@ def _context(
 
 def _bring_inputs(
     task: Task, config: Config, store: Store, scratch: Path
-) -> tuple[dict[str, Path | list[Path]], dict[str, list[dict[str, str]]]]:
-    """Folders of all inputs by argument name, and what the manifest records of them."""
-    folders: dict[str, Path | list[Path]] = {}
+) -> tuple[dict[str, Corpus | Path | list[Path]], dict[str, list[dict[str, str]]]]:
+    """Corpus and folders of all inputs by argument name, and what the manifest records of them."""
+    folders: dict[str, Corpus | Path | list[Path]] = {}
     if "corpus" in task.contract.sources:
-        folders["corpus"] = load_corpus(config, scratch).root
+        folders["corpus"] = load_corpus(config, scratch)
     if "model" in task.contract.sources:
         folders["model"] = locate_model(config, scratch)
     used: dict[str, list[dict[str, str]]] = {}

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common.checkpoint import Checkpointer
 from common.errors import DataError, Preempted, RetryableError
 from common.metrics import MetricsLog
+from common.throughput import Throughput
 
 MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
 
@@ -186,7 +187,7 @@ def train(
     best_value, best = math.inf, copies(trained)
     recent: deque[dict[str, Tensor]] = deque(maxlen=options.average_last)
     saved_at = time.monotonic()
-    meter = Throughput(device)
+    meter = Throughput(device, metrics.live if metrics else None)
 
     pending: Evaluation | None = None
 
@@ -255,16 +256,19 @@ def train(
         assert math.ceil(len(batches) / per_step) == steps_per_epoch
         done = step - epoch * steps_per_epoch
         mine = [batches[i] for i in range(done * per_step + rank, len(batches), world)]
-        loaded = load(mine)
+        # All processes exchange gradients: one that the last step leaves without a batch gets one that counts nothing.
+        filler = (steps_per_epoch - 1) * per_step + rank >= len(batches)
+        loaded = load([*mine, batches[0]] if filler else mine)
         while step < min(total, (epoch + 1) * steps_per_epoch):
             with meter.waiting():
                 micro = [b for b in (next(loaded, None) for _ in range(options.accumulate)) if b is not None]
-            weight = sum((b.weight for b in micro), torch.zeros((), device=device)).float()
+            counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
+            weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
             weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
             while True:
-                loss, logs, fits = forward_backward(wrapped, micro, weight, accelerator, 2**split)
+                loss, logs, fits = forward_backward(wrapped, micro, weight, accelerator, 2**split, counts)
                 if fits:
                     break
                 optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
@@ -283,8 +287,10 @@ def train(
             optimizer.zero_grad()
             step += 1
             running += loss
-            meter.add(micro)
+            meter.add(micro if counts else [])
             bar.update()
+            if metrics:
+                metrics.progress(step, total)
             if step % log_every == 0 or step == total:
                 row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
                 mean = accelerator.reduce(running, "sum").item() / log_every
@@ -323,9 +329,17 @@ def train(
 
 
 def forward_backward(
-    model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
+    model: nn.Module,
+    micro: Sequence[TrainBatch],
+    weight: Tensor,
+    accelerator: Accelerator,
+    split: int,
+    counts: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
+    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted).
+
+    Batches that do not count have gradients of zero.
+    """
     total = torch.zeros((), device=accelerator.device)
     logs: dict[str, Tensor] = {}
     parts = [part for batch in micro for part in halves(batch, split)]
@@ -333,6 +347,7 @@ def forward_backward(
         for number, part in enumerate(parts):
             with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
                 loss, values = model(part)
+                loss, values = loss * counts, {name: value * counts for name, value in values.items()}
                 accelerator.backward(loss / weight * accelerator.num_processes)
             total += loss.detach().float() / weight
             logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
@@ -426,55 +441,3 @@ def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:
     """A bar on a terminal; without one, a line now and then."""
     every = 0.5 if sys.stderr.isatty() else 60
     return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=every, dynamic_ncols=True)
-
-
-class Throughput:
-    """Counts what passed through the loop and how long the device waited for data."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.samples = 0
-        self.audio = self.slots = self.waited = self.paused = 0.0
-        self.started = self._since = time.monotonic()
-
-    def waiting(self) -> _Stopwatch:
-        """A context whose time counts as waiting for data."""
-        return _Stopwatch(self)
-
-    def add(self, batches: Sequence[TrainBatch]) -> None:
-        """Counts the batches of one step."""
-        self.samples += sum(len(batch) for batch in batches)
-        self.audio += sum(batch.seconds for batch in batches)
-        self.slots += sum(batch.seconds / max(1e-9, 1 - batch.padding) for batch in batches)
-
-    def pause(self) -> None:
-        """Stops the clock (evaluation)."""
-        self._since = time.monotonic()
-
-    def resume(self) -> None:
-        """Starts it again."""
-        self.paused += time.monotonic() - self._since
-
-    def rates(self) -> dict[str, float]:
-        """The figures so far, per second of training."""
-        seconds = max(1e-9, time.monotonic() - self.started - self.paused)
-        return {
-            "samples_per_second": self.samples / seconds,
-            "audio_seconds_per_second": self.audio / seconds,
-            "padding_percent": 100 * (1 - self.audio / self.slots) if self.slots else 0.0,
-            "data_wait_percent": 100 * self.waited / seconds,
-            "peak_memory_bytes": float(
-                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-            ),
-        }
-
-
-class _Stopwatch:
-    def __init__(self, meter: Throughput) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.waited += time.monotonic() - self.since

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ from common.console import run_command, set_up_logging
 from common.contract import Contract
 from common.errors import DataError, UsageError
 from common.options import click_option, config_from, config_options
-from common.plan import Task
-from common.stage import execute, heed_signals
+from common.plan import Planned
+from common.stage import hand_out, heed_signals
 from common.store import open_store
-from stages import STAGES, run_function
-from stages.pipeline import Run, read_record
+from stages import STAGES, pod
+from stages.launch import launch
+from stages.pipeline import Run, follow_one, read_record, run_one
 
+RANK = os.environ.get("RANK")  # of this process in one training; set by torchrun
 # A stage's own section gives its options; these come from an earlier stage's that decides its input.
 BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.layer"}}
 
@@ -29,7 +34,8 @@ BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.laye
 def stages() -> None:
     """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
 
-    Without --mode and --config, the configuration of the newest run in ./runs is used.
+    Without --mode and --config, the configuration of the newest run in ./runs is used. Where $MOE_ASR_STORE is set,
+    as in a workflow's pods, all of it comes from MOE_ASR_* variables instead (docs/cluster.md).
     """
 
 
@@ -38,10 +44,12 @@ def stage_command(contract: Contract) -> click.Command:
     own = own_options(contract)
 
     @click.option("--shard", type=int, help="Which piece of a stage that fans out; all pieces when left out.")
+    @click.option("--processes", type=click.IntRange(1), help="Train with so many processes together, one per GPU.")
     @config_options
-    def command(shard: int | None, **options: Any) -> None:
+    def command(shard: int | None, processes: int | None, **options: Any) -> None:
         given = {path: options.pop(_name(flag)) for flag, path in own.items()}
-        run_stage(contract, shard, options, {path: value for path, value in given.items() if value is not None})
+        given = {path: value for path, value in given.items() if value is not None}
+        run_stage(contract, shard, options, given, processes or int(pod.variable("GPUS", "1")))
 
     for flag, path in own.items():
         command = click_option(flag, path, "")(command)
@@ -61,13 +69,15 @@ def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any]) -> None:
-    """Runs the pieces of a stage that are not done."""
-    config = stage_config(options, own)
+def run_stage(
+    contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any], processes: int = 1
+) -> None:
+    """Runs the pieces of a stage that are not done, each by `processes` processes together."""
+    config = pod.config_from_variables() if pod.in_pod() else stage_config(options, own)
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
-    run = Run(config)
+    run = Run(config, pod.variable("MODEL") or None)
     plan = run.plan()
-    mine = [p.task for p in plan.planned if p.task.contract.name == contract.name]
+    mine = [p for p in plan.planned if p.task.contract.name == contract.name]
     if any(one.name == contract.name for one in plan.open_ended) or not mine:
         reason = "this configuration does not need it" if not contract.active(config) else "an earlier stage is missing"
         raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
@@ -75,18 +85,28 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
         if not 0 <= shard < len(mine):
             raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(mine) - 1}")
         mine = [mine[shard]]
-    with heed_signals() as stopping:
-        for task in mine:
-            _run_task(task, run, stopping)
+    if processes > 1 and RANK is None and any(one.status != "done" for one in mine):
+        launch(sys.argv[1:], processes)
+        return
+    with run.serving(), heed_signals() as stopping:
+        for planned in mine:
+            if int(RANK or 0):
+                follow_one(run, planned, stopping)
+            else:
+                _run_piece(planned, run, stopping)
 
 
-def _run_task(task: Task, run: Run, stopping: Callable[[], bool]) -> None:
-    manifest = execute(
-        task, run_function(task.contract.name), run.config, run.store, scratch=run.cache, stopping=stopping
-    )
+def _run_piece(planned: Planned, run: Run, stopping: Callable[[], bool]) -> None:
+    memo = pod.variable("MEMO")
+    done = planned.manifest if planned.status == "done" else None
+    manifest = done or run_one(run, planned, stopping, {"memo": memo} if memo else None)
+    hand_out(manifest)
+    task = planned.task
     prefix = f"{task.key.prefix}{manifest.attempt}"
     where = run.store.local_path(prefix) or f"{run.store.url.rstrip('/')}/{prefix}"
     click.echo(f"{task.label}: {where}")
+    if pod.in_pod():
+        pod.write_output("result", {"digest": manifest.digest, "seconds": round(manifest.seconds, 1)})
 
 
 def stage_config(options: dict[str, Any], own: dict[str, Any]) -> Config:
@@ -107,6 +127,30 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
     names = {entry.key.split("/")[0] for entry in store.list("") if entry.key.endswith("/run.json")}
     records = [record for name in names if (record := read_record(store, name))]
     return max(records, key=lambda record: record["updated"], default=None)
+
+
+@stages.command("plan")
+@click.option("--stage", default="", help="Only this one's pieces; without it, the first plan of a workflow.")
+def plan_command(stage: str) -> None:
+    """A workflow's plan: which pieces its stages have and under which keys (configured by variables)."""
+    set_up_logging()
+    pod.plan_stage(stage)
+
+
+@stages.command("report")
+def report_command() -> None:
+    """A workflow's summary and report, once its stages are done (configured by variables)."""
+    set_up_logging()
+    click.echo(json.dumps(pod.write_report(), indent=1))
+
+
+@stages.command("outcome")
+@click.argument("status")
+@click.argument("failures", default="[]")
+def outcome_command(status: str, failures: str) -> None:
+    """Notes in the store how a workflow ended and why (configured by variables)."""
+    set_up_logging()
+    click.echo(json.dumps(pod.write_outcome(status, failures), indent=1))
 
 
 for _contract in STAGES:

@@ -10,21 +10,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from common import __version__
-from common.artifacts import Manifest
+from common.artifacts import Manifest, inspect, set_aside
 from common.config import Config, flatten, to_yaml
 from common.corpus import Corpus
-from common.errors import ConfigError, MoeAsrError, RetryableError
+from common.errors import ConfigError, RetryableError, StageFailed
 from common.files import explained, make_folders
 from common.plan import Plan, Planned, Task, make_plan
 from common.report import RunView, render_report
 from common.sources import load_corpus, model_digest
-from common.stage import execute, heed_signals
+from common.stage import execute, follow, heed_signals
 from common.store import Store, open_store
+from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
 
 log = logging.getLogger(__name__)
@@ -38,20 +39,33 @@ def cache_folder() -> Path:
 
 
 class Run:
-    """One run of the pipeline: its configuration, sources, store and record."""
+    """One run of the pipeline: its configuration, sources, store, record and live metrics.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        model: digest of the base model where it is known already, which spares bringing a remote one.
+    """
+
+    def __init__(self, config: Config, model: str | None = None) -> None:
         self.config = config
         self.store: Store = open_store(config.store, endpoint_url=config.endpoint_url)
         self.cache = cache_folder()
         self.corpus: Corpus = load_corpus(config, self.cache)
-        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model_digest(config, self.cache)}
+        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model or model_digest(config, self.cache)}
         self.record = read_record(self.store, config.run) or {}
+        self.telemetry = Telemetry()
+
+    def serving(self) -> AbstractContextManager[int | None]:
+        """Serves the live metrics while a block runs, if the configuration says so."""
+        runtime = self.config.runtime
+        return serving(self.telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds)
 
     def plan(self, *, deep: bool = False) -> Plan:
         """What is done and what is not, with reasons."""
         before = self.record.get("keys")
-        return make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
+        plan = make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
+        for status in ("done", "todo", "again"):
+            self.telemetry.set(PLAN_TASKS, sum(p.status == status for p in plan.planned), status=status)
+        return plan
 
     def check_same(self, resume: bool) -> None:
         """Refuses a run that holds another configuration, unless `--resume` says to go on in it.
@@ -122,7 +136,7 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """
     run = Run(config)
     run.check_same(resume)
-    with heed_signals() as stopping, log_to_run(run):
+    with run.serving(), heed_signals() as stopping, log_to_run(run):
         try:
             plan = _run_stages(run, stopping)
         except BaseException as error:
@@ -138,6 +152,8 @@ def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
         for one in plan.planned:
             if one.status == "again":
                 log.info("%s is made again: %s", one.task.label, one.reason)
+            if one.status == "done":
+                run.telemetry.stage(one.task.contract.name, one.task.shard).add(TASKS, result="skipped")
         try:
             while not plan.finished:
                 _run_next(run, plan, stopping)
@@ -161,20 +177,38 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
         return
     for one in mine:
         log.info("%s: started", one.task.label)
-        manifest = _run_one(run, one, stopping)
+        manifest = run_one(run, one, stopping)
         run.note(one.task, manifest, ran=True)
         log.info("%s: done in %.0f s", one.task.label, manifest.seconds)
 
 
-def _run_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> Manifest:
-    from common.artifacts import inspect, set_aside
+def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None) -> Manifest:
+    """Runs one planned task; what is whole but was made of other inputs makes room first.
 
-    if one.status == "again" and one.manifest is not None:  # whole, but of other inputs: make room for the new one
+    Args:
+        notes: further values for the manifest's metrics.
+    """
+    if one.status == "again" and one.manifest is not None:
         state = inspect(run.store, one.task.key)
-        if state.status == "done":
+        if state.status == "done" and state.manifest == one.manifest:
             set_aside(run.store, one.task.key, state)
-    task = one.task
-    return execute(task, run_function(task.contract.name), run.config, run.store, scratch=run.cache, stopping=stopping)
+    task, function = one.task, run_function(one.task.contract.name)
+    return execute(
+        task,
+        function,
+        run.config,
+        run.store,
+        scratch=run.cache,
+        stopping=stopping,
+        notes=notes,
+        telemetry=run.telemetry,
+    )
+
+
+def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
+    """The part of a process that trains a task together with the one that commits it (torchrun's rank 0)."""
+    if one.status != "done":
+        follow(one.task, run_function(one.task.contract.name), run.config, run.store, run.cache, stopping)
 
 
 def parallel_slots(config: Config) -> list[str]:
@@ -192,28 +226,31 @@ def run_in_processes(run: Run, planned: Sequence[Planned], slots: Sequence[str])
     Raises:
         MoeAsrError: the first shard that failed; the others are finished first.
     """
-    free = list(slots)
+    free = list(enumerate(slots))
+    port = run.config.runtime.metrics_port
     file = run.cache / f"{run.config.run}-{os.getpid()}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(run.config), encoding="utf-8")
 
     def one(planned: Planned) -> int:
-        slot = free.pop()
+        number, device = free.pop()
         try:
             command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
             command += ["--shard", str(planned.task.shard)]
-            return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": slot}, check=False).returncode
+            if port:  # this process keeps the first; each slot has one of its own
+                command += ["--metrics-port", str(port + 1 + number)]
+            return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, check=False).returncode
         finally:
-            free.append(slot)
+            free.append((number, device))
 
-    with ThreadPoolExecutor(len(slots)) as pool:
+    stage = run.telemetry.stage(planned[0].task.contract.name)
+    with ThreadPoolExecutor(len(slots)) as pool, stage.marked(RUNNING):
         codes = list(pool.map(one, planned))
     file.unlink(missing_ok=True)
     for planned_one, code in zip(planned, codes, strict=True):
         if code:
-            error = MoeAsrError(f"{planned_one.task.label} ended with exit code {code}; its own message is above")
-            error.exit_code = code
-            raise error
+            label = planned_one.task.label
+            raise StageFailed(f"{label} ended with exit code {code}; its own message is above", code)
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
@@ -244,7 +281,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         experts=folders.get("experts", []),
         asr=folders["model"][0],
         timeline=run.record["timeline"],
-        audio_root=str(run.corpus.root),
+        audio_root=run.corpus.url,
     )
     run.store.write(f"{name}/summary.json", _json(summary))
     run.store.write(f"{name}/report.html", render_report(view).encode())
@@ -263,7 +300,7 @@ def log_to_run(run: Run) -> Iterator[None]:
     path = (folder or run.cache / run.config.run) / "run.log"
     with explained(path.parent):
         make_folders(path.parent)
-    handler = logging.FileHandler(path, encoding="utf-8")
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

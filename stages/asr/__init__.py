@@ -17,6 +17,7 @@ CONTRACT = Contract(
         "model.language",
         "model.task",
         "audio",
+        "augment",
         "subsets",
         "lora",
         "asr",

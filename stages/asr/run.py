@@ -13,21 +13,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common import telemetry
 from common.adapters import copy_experts
 from common.bundle import BundleInfo, load_gate, save_recogniser
 from common.config import Config
-from common.corpus import Corpus, Utterance, read_corpus, stratified_subset
+from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import BatchLoader, Example
 from common.embeddings import EmbeddingTable, read_tables
 from common.evaluate import Decoding, decode_set, prediction_rows, score_set, summarise
 from common.moe import Gate, add_mixture, route, routing_report
 from common.recogniser import Recogniser, RouterOptions
 from common.sources import model_digest
-from common.speech_training import epoch_planner, lora_scope, mean_loss, speech_examples, train_options
+from common.speech_training import augmentation, epoch_planner, lora_scope, mean_loss, speech_examples, train_options
 from common.stage import Context
 from common.subsets import evaluation_subset, training_subset
 from common.train import TrainResult, make_accelerator, train
-from common.wer import wer
+from common.wer import cer, wer
 from common.whisper import TextCodec, load_codec, load_whisper
 
 
@@ -48,7 +49,7 @@ def run(
     config: Config,
     context: Context,
     *,
-    corpus: Path,
+    corpus: Corpus,
     model: Path,
     output: Path,
     embeddings: Sequence[Path] = (),
@@ -58,27 +59,35 @@ def run(
 ) -> None:
     """Writes the model, metrics.jsonl, predictions.jsonl, summary.json, report.json and plots."""
     accelerator = make_accelerator(config.precision, config.runtime.device, unused_parameters=bool(embeddings))
-    data = read_corpus(corpus)
     codec = load_codec(model, language=config.model.language, task=config.model.task)
     table = read_tables(embeddings) if embeddings else None
     sets = {
-        "train": _speech_set(config, data, training_subset(config, data, "asr"), codec, accelerator),
-        "dev": _speech_set(config, data, evaluation_subset(config, data, "dev"), codec, accelerator),
-        "test": _speech_set(config, data, evaluation_subset(config, data, "test"), codec, accelerator),
+        "train": _speech_set(config, corpus, training_subset(config, corpus, "asr"), codec, accelerator, training=True),
+        "dev": _speech_set(config, corpus, evaluation_subset(config, corpus, "dev"), codec, accelerator),
+        "test": _speech_set(config, corpus, evaluation_subset(config, corpus, "test"), codec, accelerator),
     }
     recogniser = build(config, model, table, gate, experts).to(accelerator.device)
+    if config.asr.compile:
+        recogniser.compile_blocks()
     result = _train(config, context, recogniser, sets, table, codec, accelerator)
     if accelerator.is_main_process:
         info = describe(config, recogniser, model_digest(config, context.scratch))
         save_recogniser(recogniser, info, output)
     base = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
-    _evaluate(config, context, recogniser, base, sets["test"], table, codec, accelerator, result, output)
+    with context.metrics.live.marked(telemetry.EVALUATING):
+        _evaluate(config, context, recogniser, base, sets["test"], table, codec, accelerator, result, output)
 
 
 def _speech_set(
-    config: Config, data: Corpus, utterances: list[Utterance], codec: TextCodec, accelerator: Accelerator
+    config: Config,
+    data: Corpus,
+    utterances: list[Utterance],
+    codec: TextCodec,
+    accelerator: Accelerator,
+    *,
+    training: bool = False,
 ) -> SpeechSet:
-    examples = speech_examples(config, data, utterances, codec)
+    examples = speech_examples(config, data, utterances, codec, training=training)
     loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
     return SpeechSet(utterances, examples, loader)
 
@@ -91,7 +100,7 @@ def build(
     torch.manual_seed(config.seed)
     whisper = load_whisper(model)
     if options.adapt == "full":
-        return Recogniser(whisper, remat=options.gradient_checkpointing)
+        return Recogniser(whisper, remat=options.gradient_checkpointing, augmentation=augmentation(config))
     count = len(experts) or (config.num_experts or 1)
     slot = add_mixture(
         whisper,
@@ -111,6 +120,7 @@ def build(
         gate=_gate(config, table, gate, count),
         options=router,
         remat=options.gradient_checkpointing,
+        augmentation=augmentation(config),
     )
 
 
@@ -165,10 +175,16 @@ def _train(
 
     def evaluate(module: nn.Module, full: bool) -> dict[str, float]:
         look_at(dev)
+        _show_routing(recogniser, config, context)
         scores = {"loss": mean_loss(module, dev.examples, dev.loader, accelerator, seconds)}
         if full and config.asr.select_by == "wer":
             texts = decode_set(recogniser, subset, subset_loader, codec, decoding, accelerator)
             scores["wer"] = wer(score_set(decoded, texts, config.model.language))
+            for name in {u.etiology for u in decoded}:
+                group = score_set([u for u in decoded if u.etiology == name], texts, config.model.language)
+                labels = {"split": "dev", "etiology": name or "unknown", "model": "after"}
+                context.metrics.live.set(telemetry.WER, wer(group), **labels)
+                context.metrics.live.set(telemetry.CER, cer(group), **labels)
         look_at(sets["train"])
         return scores
 
@@ -186,6 +202,14 @@ def _train(
         stopping=context.stopping,
         label="asr",
     )
+
+
+def _show_routing(recogniser: Recogniser, config: Config, context: Context) -> None:
+    """Puts the experts' load on the utterances whose embeddings are looked at into the live metrics."""
+    if recogniser.gate is not None and recogniser.embeddings_ND is not None:
+        top_k = config.asr.top_k if config.asr.mixture == "blend" else 1
+        found = routing_report(recogniser.gate(recogniser.embeddings_ND), top_k)
+        context.metrics.live.routing(found.load, found.entropy)
 
 
 def describe(config: Config, recogniser: Recogniser, base_digest: str) -> BundleInfo:
@@ -241,6 +265,7 @@ def _evaluate(
         "steps": result.steps,
         "best_step": result.best_step,
     }
+    context.metrics.live.error_rates(summary, split="test")
     _write_json(output / "summary.json", summary)
     _write_json(output / "report.json", report)
     _write_json(output / "throughput.json", result.throughput)

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.cluster import cluster, cluster_report, project, reduce_dimensions
 from common.config import Config
-from common.corpus import Utterance, read_corpus
+from common.corpus import Corpus, Utterance
 from common.embeddings import read_tables
 from common.errors import DataError
 from common.stage import Context
@@ -20,10 +20,11 @@ from common.subsets import training_subset
 PLOTTED = 5000  # points of the map at most
 
 
-def run(config: Config, context: Context, *, corpus: Path, embeddings: list[Path], output: Path) -> None:
+def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Path], output: Path) -> None:
     """Writes assignments.jsonl, centroids.npy (K, D), report.json, projection.jsonl and the map."""
-    utterances = training_subset(config, read_corpus(corpus), "embeddings")
+    utterances = training_subset(config, corpus, "embeddings")
     points_ND = read_tables(embeddings).rows([u.id for u in utterances])
+    context.metrics.progress(0, len(utterances))
     wanted = config.num_experts or 1
     if len(utterances) < wanted:
         raise DataError(
@@ -56,6 +57,7 @@ def run(config: Config, context: Context, *, corpus: Path, embeddings: list[Path
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot != "none":
         _draw(options.plot, reduced_NP, utterances, rows, config.seed, output)
+    context.metrics.progress(len(utterances), len(utterances))
     context.summary |= {"clusters": len(found.centroids_KD), "noise_share": report["noise_share"]}
 
 

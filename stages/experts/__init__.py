@@ -29,6 +29,7 @@ CONTRACT = Contract(
         "model.language",
         "model.task",
         "audio",
+        "augment",
         "subsets.experts_percent",
         "subsets.experts_samples",
         "subsets.dev_samples",

@@ -13,12 +13,13 @@ from torch import nn
 from common.adapters import save_expert
 from common.bundle import load_gate
 from common.config import Config
-from common.corpus import Utterance, read_corpus
+from common.corpus import Corpus, Utterance
 from common.data import BatchLoader
 from common.embeddings import EmbeddingTable, read_tables
 from common.moe import Gate, add_mixture
 from common.recogniser import Recogniser
 from common.speech_training import (
+    augmentation,
     epoch_planner,
     lora_scope,
     mean_loss,
@@ -36,7 +37,7 @@ def run(
     config: Config,
     context: Context,
     *,
-    corpus: Path,
+    corpus: Corpus,
     model: Path,
     embeddings: list[Path],
     clusters: list[Path],
@@ -45,13 +46,13 @@ def run(
 ) -> None:
     """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`."""
     expert = context.shard or 0
-    data, options = read_corpus(corpus), config.experts
+    options = config.experts
     table, router = read_tables(embeddings), load_gate(gate[0]).eval()
-    mine = assigned(training_subset(config, data, "experts"), table, router, expert)
+    mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
     if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
         cluster_of = read_jsonl_column(clusters[0] / "assignments.jsonl", "cluster")
-        mine = [u for u in data.split("train") if cluster_of.get(u.id) == expert]
-    dev = evaluation_subset(config, data, "dev")
+        mine = [u for u in corpus.split("train") if cluster_of.get(u.id) == expert]
+    dev = evaluation_subset(config, corpus, "dev")
     dev = assigned(dev, table, router, expert) or dev
 
     accelerator = make_accelerator(config.precision, config.runtime.device)
@@ -66,10 +67,12 @@ def run(
         dropout=config.lora.dropout,
         within=lora_scope(config.lora.modules),
     )
-    recogniser = Recogniser(whisper, slot=slot).to(accelerator.device)
+    recogniser = Recogniser(whisper, slot=slot, augmentation=augmentation(config)).to(accelerator.device)
+    if options.compile:
+        recogniser.compile_blocks()
     codec = load_codec(model, language=config.model.language, task=config.model.task)
-    train_set = speech_examples(config, data, mine, codec)
-    dev_set = speech_examples(config, data, dev, codec)
+    train_set = speech_examples(config, corpus, mine, codec, training=True)
+    dev_set = speech_examples(config, corpus, dev, codec)
     workers = config.runtime.num_workers
     dev_loader = BatchLoader(dev_set, num_workers=min(workers, 1), device=accelerator.device)
 

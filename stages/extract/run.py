@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import telemetry
 from common.config import Config
-from common.corpus import read_corpus
+from common.corpus import Corpus
 from common.data import BatchLoader, Example, epoch_batches, make_examples
 from common.embeddings import write_table
 from common.recogniser import Recogniser
@@ -21,14 +22,13 @@ from common.train import make_accelerator
 from common.whisper import load_codec, load_whisper
 
 
-def run(config: Config, context: Context, *, corpus: Path, model: Path, output: Path) -> None:
+def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output: Path) -> None:
     """Writes embeddings.npy and ids.json for one shard; with `extract.keep_frames` also every valid frame in fp16."""
     accelerator = make_accelerator(config.precision, config.runtime.device)
-    data = read_corpus(corpus)
     size, first = config.extract.shard_size, (context.shard or 0) * config.extract.shard_size
-    utterances = embedded_utterances(config, data)[first : first + size]
+    utterances = embedded_utterances(config, corpus)[first : first + size]
     codec = load_codec(model, language=config.model.language, task=config.model.task)
-    examples = make_examples(data, utterances, codec, context=config.audio.context, margin=config.audio.margin)
+    examples = make_examples(corpus, utterances, codec, context=config.audio.context, margin=config.audio.margin)
     # Parts hold neighbours in length, so that the batches inside a part are full.
     examples.sort(key=lambda example: (example.positions, example.id))
     every = config.extract.checkpoint_every
@@ -47,7 +47,10 @@ def run(config: Config, context: Context, *, corpus: Path, model: Path, output: 
             context.parts.save(name, done[name])
             if config.extract.clear_cache and accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
+            context.metrics.live.add(telemetry.SAMPLES, len(part))
+            context.metrics.live.add(telemetry.AUDIO, sum(example.duration for example in part))
         bar.update(len(part))
+        context.metrics.progress(number * every + len(part), len(examples))
     bar.close()
     _write(output, parts, [done[f"part-{number:06d}"] for number in range(len(parts))])
     context.summary["utterances"] = len(examples)

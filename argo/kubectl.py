@@ -1,0 +1,64 @@
+"""The cluster of the current context, through kubectl: no token of ours, no second way to configure access."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import DataError, MoeAsrError, RetryableError, UsageError
+
+
+def kubectl(*arguments: str, text: str | None = None) -> str:
+    """Runs kubectl and returns what it prints.
+
+    Args:
+        text: for its standard input.
+
+    Raises:
+        UsageError: there is no kubectl.
+        DataError: the cluster has no such thing.
+        RetryableError: the cluster does not answer.
+        MoeAsrError: it refuses.
+    """
+    program = shutil.which("kubectl")
+    if program is None:
+        raise UsageError("kubectl is not on PATH: install it, or submit with the argo command line (docs/cluster.md)")
+    done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return done.stdout
+    told = " ".join(done.stderr.split())
+    if "NotFound" in told or "not found" in told:
+        raise DataError(told)
+    if any(word in told for word in ("refused", "timeout", "no such host", "unreachable", "Unable to connect")):
+        raise RetryableError(f"the cluster of the current kubectl context does not answer: {told}")
+    raise MoeAsrError(f"kubectl {arguments[0]}: {told}")
+
+
+def get(kind: str, namespace: str | None, *arguments: str) -> Any:
+    """An object, or a list of them, as JSON."""
+    place = ["-n", namespace] if namespace else []
+    return json.loads(kubectl("get", kind, *arguments, *place, "-o", "json"))
+
+
+def create(thing: Mapping[str, Any], namespace: str | None) -> dict[str, Any]:
+    """Creates an object and returns it as the cluster has it."""
+    place = ["-n", namespace] if namespace else []
+    return dict(json.loads(kubectl("create", "-f", "-", *place, "-o", "json", text=json.dumps(thing))))
+
+
+def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
+    """A workflow by its own name, or the newest one of a run.
+
+    Raises:
+        DataError: there is neither.
+    """
+    listed = get("workflows.argoproj.io", namespace, "-l", f"moe-asr/run={name}")["items"]
+    if listed:
+        return dict(max(listed, key=lambda one: one["metadata"]["creationTimestamp"]))
+    try:
+        return dict(get("workflows.argoproj.io", namespace, name))
+    except DataError:
+        raise DataError(f"no workflow {name!r}, and none of a run of that name, in this namespace") from None

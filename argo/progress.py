@@ -1,0 +1,189 @@
+"""What a Workflow object tells of a run: its pieces, their tries, cache hits and why something waits.
+
+Read by `moe-asr status`, by the picture of the DAG and by the tests; works on plain JSON, as kubectl prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from stages import STAGES
+
+Object = Mapping[str, Any]
+FAN_OUTS = frozenset(contract.name for contract in STAGES if contract.fan_out)
+WRAPPED = frozenset(contract.name for contract in STAGES)  # templates that memoize around a pod
+STEPS = ("plan", "report", "publish", "outcome")
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One pod.
+
+    Attributes:
+        started, finished: seconds since 1970; None while that has not happened.
+    """
+
+    pod: str
+    phase: str
+    message: str
+    host: str
+    started: float | None
+    finished: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A step of the workflow, or one piece of a stage.
+
+    Attributes:
+        label: `plan-asr`, `cluster`, `experts[1]`, …
+        task: of the main DAG.
+        template: stage or step that it runs.
+        hit: its result came from the cache, without a pod.
+    """
+
+    label: str
+    task: str
+    template: str
+    phase: str
+    message: str
+    hit: bool
+    started: float | None
+    finished: float | None
+    tries: tuple[Try, ...]
+
+
+def pieces(workflow: Object) -> list[Piece]:
+    """All steps and pieces that the workflow has begun or waits to begin, in the order of their start."""
+    nodes: Sequence[Object] = list(workflow.get("status", {}).get("nodes", {}).values())
+    found = [_piece(node, nodes) for node in nodes if _is_piece(node)]
+    return sorted(found, key=lambda one: (one.started is None, one.started or 0.0, one.label))
+
+
+def _is_piece(node: Object) -> bool:
+    template, kind = node.get("templateName"), node["type"]
+    if template in WRAPPED:
+        return kind not in ("TaskGroup", "Skipped", "Omitted")
+    return template in STEPS and kind in ("Retry", "Pod") and not _is_try(node)
+
+
+def _is_try(node: Object) -> bool:
+    return node["type"] == "Pod" and bool((node.get("nodeFlag") or {}).get("retried"))
+
+
+def _piece(node: Object, nodes: Sequence[Object]) -> Piece:
+    task = "outcome" if node["templateName"] == "outcome" else node["name"].split(".", 1)[-1].partition("(")[0]
+    inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
+    shard = f"[{inputs.get('shard', '?')}]" if node["templateName"] in FAN_OUTS else ""
+    tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
+    told = next((t.message for t in reversed(tries) if t.message), "") or node.get("message", "")
+    ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))
+    waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
+    lock = (node.get("synchronizationStatus") or {}).get("waiting")
+    return Piece(
+        label=f"{task}{shard}",
+        task=task,
+        template=node["templateName"],
+        phase=ordered[-1].phase if waiting else node["phase"],
+        message=f"waits for {lock.rpartition('/')[2]}, which another workflow or piece holds" if lock else told,
+        hit=bool((node.get("memoizationStatus") or {}).get("hit")),
+        started=seconds(node.get("startedAt")),
+        finished=seconds(node.get("finishedAt")),
+        tries=ordered,
+    )
+
+
+def _below(name: str, parent: str) -> bool:
+    return name == parent or name.startswith((f"{parent}.", f"{parent}("))
+
+
+def _try(node: Object) -> Try:
+    return Try(
+        pod=node["id"],
+        phase=node["phase"],
+        message=node.get("message", ""),
+        host=node.get("hostNodeName", ""),
+        started=seconds(node.get("startedAt")),
+        finished=seconds(node.get("finishedAt")),
+    )
+
+
+def seconds(text: str | None) -> float | None:
+    """Kubernetes' time as seconds since 1970."""
+    return datetime.fromisoformat(text).timestamp() if text else None
+
+
+def phase(workflow: Object) -> str:
+    """Of the whole: Pending, Running, Succeeded, Failed or Error."""
+    return str(workflow.get("status", {}).get("phase") or "Pending")
+
+
+def parameters(workflow: Object) -> dict[str, str]:
+    """The values that the workflow was submitted with."""
+    given = (workflow["spec"].get("arguments") or {}).get("parameters", [])
+    return {one["name"]: str(one.get("value", "")) for one in given}
+
+
+def explain(pod: Object, nodes: Sequence[Object]) -> str:
+    """Why a pod does not run yet, in words for who submitted it; empty where nothing is known.
+
+    Args:
+        pod: as kubectl gives it.
+        nodes: all of the cluster's.
+    """
+    for container in pod.get("status", {}).get("containerStatuses", []):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
+            return f"image {container['image']} cannot be pulled: check parameters registry and tag, and pull secrets"
+        if waiting.get("message"):
+            return f"{waiting['reason']}: {waiting['message']}"
+    for condition in pod.get("status", {}).get("conditions", []):
+        if condition.get("reason") == "Unschedulable":
+            return _unschedulable(pod, nodes, str(condition.get("message", "")))
+    return ""
+
+
+def _unschedulable(pod: Object, nodes: Sequence[Object], message: str) -> str:
+    wanted = wanted_products(pod)
+    there = gpu_products(nodes)
+    if wanted and not set(wanted) & set(there):
+        have = ", ".join(f"{product} ({count})" for product, count in there.items()) or "none"
+        return (
+            f"no node has a GPU of product {' or '.join(wanted)}; this cluster's are: {have}. "
+            "Submit with another --gpu, or with -p gpu-products=NAME,NAME"
+        )
+    for resource, remedy in (
+        ("nvidia.com/gpu", "all GPUs of the right nodes are taken, or a pod asks for more than one node has"),
+        ("memory", "lower gpu-stage-memory or cpu-stage-memory, or wait"),
+        ("cpu", "lower gpu-stage-cpu or cpu-stage-cpu, or wait"),
+    ):
+        if f"Insufficient {resource}" in message:
+            return f"no node has enough {resource} free: {remedy} ({message})"
+    return message
+
+
+def wanted_products(pod: Object) -> list[str]:
+    """Values of the GPU label that a pod's node affinity allows, each once."""
+    affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
+    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms", [])
+    wanted = [
+        value
+        for term in terms
+        for one in term.get("matchExpressions", [])
+        if one["key"] == "nvidia.com/gpu.product" and one["operator"] == "In"
+        for value in one.get("values", [])
+    ]
+    return list(dict.fromkeys(wanted))
+
+
+def gpu_products(nodes: Sequence[Object]) -> dict[str, int]:
+    """Product → number of GPUs in the cluster."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        product = node["metadata"].get("labels", {}).get("nvidia.com/gpu.product")
+        if product:
+            found[product] = found.get(product, 0) + int(node["status"]["allocatable"].get("nvidia.com/gpu", 0))
+    return found

@@ -1,0 +1,97 @@
+"""From a configuration to a submitted workflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from argo.parameters import FILE, PARAMETERS, PRODUCTS
+from common.config import Config, flatten, resolve
+from common.errors import UsageError
+from common.sources import is_hub_name
+
+# Parameters of their own, so not among the settings.
+PLACES = ("store", "endpoint_url", "run")
+
+
+def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str | None) -> dict[str, str]:
+    """The workflow parameters by which its pods come to the same configuration.
+
+    Args:
+        config: what mode, file, preset and all other options came to.
+        mode, file, gpu: as they were given.
+
+    Raises:
+        UsageError: something that the pods could not see.
+    """
+    if gpu not in PRODUCTS:
+        raise UsageError(f"--gpu {gpu or ''}: name the GPUs of the nodes: {', '.join(PRODUCTS)}")
+    check_reachable(config)
+    base = resolve(mode or (None if file else "full"), file=file, gpu=gpu)
+    before = dict(flatten(base.model_dump(mode="json")))
+    changed = {k: v for k, v in flatten(config.model_dump(mode="json")) if before[k] != v and k not in PLACES}
+    values = {
+        "mode": mode or ("" if file else "full"),
+        "config": file.read_text(encoding="utf-8") if file else "",
+        "gpu": gpu,
+        "settings": "\n".join(f"{path}={json.dumps(value)}" for path, value in changed.items()),
+        "run": config.run,
+        "store": config.store,
+        "endpoint-url": config.endpoint_url or "",
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def check_reachable(config: Config) -> None:
+    """Refuses places that only this machine has.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    for path, value in (
+        ("store", config.store),
+        ("corpus.path", config.corpus.path),
+        ("model.name", config.model.name),
+    ):
+        if path == "model.name" and is_hub_name(value):
+            continue
+        if "://" not in value and not Path(value).is_absolute():
+            raise UsageError(
+                f"{path} {value!r} is a place on this machine: give s3://bucket/prefix, or the path of a folder that "
+                "is mounted into the pods"
+            )
+
+
+def chosen_parameters(given: Mapping[str, str]) -> dict[str, str]:
+    """Checks the names of `-p name=value`.
+
+    Raises:
+        UsageError: the template has no such parameter.
+    """
+    for name in given:
+        if name not in PARAMETERS:
+            raise UsageError(f"-p {name}: the workflow has no such parameter; it has {', '.join(PARAMETERS)}")
+    return dict(given)
+
+
+def make_workflow(template: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+    """The object to be created: a reference to the template and the parameters that differ from its defaults."""
+    from hera.workflows import Parameter, Workflow
+    from hera.workflows import models as m
+
+    workflow = Workflow(
+        generate_name=f"moe-asr-{parameters['run'].lower().replace('_', '-').replace('.', '-')}-",
+        workflow_template_ref=m.WorkflowTemplateRef(name=template),
+        arguments=[Parameter(name=name, value=value) for name, value in parameters.items()],
+    )
+    made: dict[str, Any] = workflow.to_dict()
+    return made
+
+
+def default_template() -> str:
+    """Name of the generated template, version and all."""
+    import yaml
+
+    return str(yaml.safe_load(FILE.read_text(encoding="utf-8"))["metadata"]["name"])

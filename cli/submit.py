@@ -1,0 +1,117 @@
+"""Runs on a cluster: submitted, looked at, their logs read."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import click
+
+from cli.table import text_table
+from common.errors import DataError, UsageError
+from common.options import config_from, config_options
+
+namespace_option = click.option("--namespace", "-n", help="Of the workflow; the kubectl context's by default.")
+
+
+@click.command()
+@config_options
+@namespace_option
+@click.option("--template", help="WorkflowTemplate; moe-asr-<version> by default.")
+@click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE", help="Any other workflow parameter.")
+@click.option("--resume", is_flag=True, help="Go on in a run that holds another configuration.")
+@click.option("--dry-run", is_flag=True, help="Print the workflow instead of submitting it.")
+def submit(
+    namespace: str | None, template: str | None, given: tuple[str, ...], resume: bool, dry_run: bool, **options: Any
+) -> None:
+    """Runs the pipeline on the cluster of the current kubectl context, as an Argo workflow.
+
+    \b
+    moe-asr submit --config my.yaml --gpu h100-80 --store s3://bucket/runs
+    moe-asr submit --mode full --gpu a100-80 --store s3://bucket/runs -p parallelism=8 -p gpus=4
+    """
+    from argo.kubectl import create
+    from argo.submit import chosen_parameters, default_template, make_workflow, submission
+
+    config = config_from(options)
+    parameters = submission(config, mode=options["mode"], file=options["config_file"], gpu=options["gpu"])
+    parameters |= {"resume": "true"} if resume else {}
+    parameters |= chosen_parameters(dict(_pair(text) for text in given))
+    workflow = make_workflow(template or default_template(), parameters)
+    if dry_run:
+        click.echo(json.dumps(workflow, indent=1))
+        return
+    made = create(workflow, namespace)
+    name, place = made["metadata"]["name"], made["metadata"]["namespace"]
+    click.echo(f"submitted {name} in namespace {place}; to follow it:")
+    click.echo(f"  moe-asr status --cluster -n {place} {name}")
+    click.echo(f"  moe-asr logs --cluster -n {place} {name}")
+    click.echo(f"  argo watch -n {place} {name}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"-p {text}: write it as name=value")
+    return name, value
+
+
+def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
+    """Prints the steps of a workflow, and why those that wait do so."""
+    from argo.kubectl import find_workflow
+    from argo.progress import phase, pieces
+
+    workflow = find_workflow(name, namespace)
+    found = pieces(workflow)
+    if as_json:
+        click.echo(json.dumps(workflow, indent=1))
+        return
+    status = workflow.get("status", {})
+    click.echo(f"workflow {workflow['metadata']['name']}: {phase(workflow)} {status.get('progress', '')}".rstrip())
+    waiting = _waiting(workflow)
+    rows = []
+    for one in found:
+        told = next((waiting[t.pod] for t in one.tries if t.pod in waiting), one.message)
+        state = "from cache" if one.hit else one.phase
+        rows.append((one.label, state, _duration(one.started, one.finished), str(len(one.tries)), told))
+    click.echo(text_table(("task", "state", "took", "pods", "message"), rows))
+    if status.get("message") and phase(workflow) != "Succeeded":
+        click.echo(status["message"])
+
+
+def _duration(started: float | None, finished: float | None) -> str:
+    return f"{(finished or time.time()) - started:.0f} s" if started else ""
+
+
+def _waiting(workflow: dict[str, Any]) -> dict[str, str]:
+    """Node id → why its pod does not run yet."""
+    from argo.kubectl import get
+    from argo.progress import explain
+
+    metadata = workflow["metadata"]
+    label = f"workflows.argoproj.io/workflow={metadata['name']}"
+    pods = get("pods", metadata["namespace"], "-l", label, "--field-selector", "status.phase=Pending")["items"]
+    nodes = get("nodes", None)["items"] if pods else []
+    return {pod["metadata"]["annotations"]["workflows.argoproj.io/node-id"]: explain(pod, nodes) for pod in pods}
+
+
+def show_workflow_logs(name: str, stage: str | None, namespace: str | None) -> None:
+    """Prints what the pods of a workflow, or of one stage of it, have said.
+
+    Raises:
+        DataError: none of its pods is left.
+    """
+    from argo.kubectl import find_workflow, get, kubectl
+
+    metadata = find_workflow(name, namespace)["metadata"]
+    label = f"workflows.argoproj.io/workflow={metadata['name']}"
+    label += f",app.kubernetes.io/component={stage}" if stage else ""
+    pods = get("pods", metadata["namespace"], "-l", label)["items"]
+    if not pods:
+        raise DataError(f"no pod of {name} {stage or ''} is left: finished ones go after a while (podGC)")
+    for pod in sorted(pods, key=lambda one: one["metadata"]["creationTimestamp"]):
+        if pod["status"]["phase"] != "Pending":
+            said = kubectl("logs", "-n", metadata["namespace"], pod["metadata"]["name"], "-c", "main")
+            for line in said.splitlines():
+                click.echo(f"{pod['metadata']['labels']['app.kubernetes.io/component']}: {line}")

@@ -1,0 +1,73 @@
+"""One stage on several GPUs of a machine: a process for each, by torch's elastic launcher, with our exit codes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from common.errors import MoeAsrError, Preempted, RetryableError, StageFailed
+
+GRACE_SECONDS = 28  # for the processes to checkpoint after SIGTERM; Kubernetes kills after 30
+
+
+def launch(arguments: Sequence[str], processes: int) -> None:
+    """Runs `python -m stages <arguments>` in several processes that train together.
+
+    It is what `torchrun --standalone --nproc-per-node N -m stages …` does, but for the exit code: torchrun ends with
+    1 whatever happened, and a workflow could not tell a lost process from a user's mistake.
+
+    Args:
+        arguments: the stage and its options.
+        processes: one per GPU; on a CPU as many as are wished.
+
+    Raises:
+        RetryableError: a process was killed or lost its peers; checkpoints are kept.
+        Preempted: told to stop, with a checkpoint.
+        StageFailed: with the exit code of the process that failed first; its message is above.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # a run goes on from its checkpoint when it is run again
+        monitor_interval=0.2,
+        shutdown_timeout=GRACE_SECONDS,
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its tables of tracebacks bury the message that matters
+    try:
+        elastic_launch(settings, sys.executable)("-m", "stages", *arguments)
+    except ChildFailedError as failed:
+        raise _explain({rank: failure.exitcode for rank, failure in failed.failures.items()}) from None
+    except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise Preempted("told to stop; the processes had time for a checkpoint") from None
+
+
+def _explain(codes: Mapping[int, int]) -> MoeAsrError:
+    """What the exit codes of the processes mean together.
+
+    A process that dies takes its peers with it, and which of them is seen first is chance: a signal tells most, then a
+    user's error, which all processes meet alike.
+    """
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+    if killed:
+        rank, number = min(killed.items())
+        return RetryableError(
+            f"process {rank} was killed by {signal.Signals(number).name}: run again, and it goes on from its checkpoint"
+        )
+    known = [code for code in codes.values() if code in (64, 65, 74, 78)]
+    if not known and 143 in codes.values():
+        return Preempted("told to stop; the processes had time for a checkpoint")
+    code = min(known, default=max(codes.values()))
+    return StageFailed(f"a process ended with exit code {code}; its own message is above", code)

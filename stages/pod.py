@@ -1,0 +1,239 @@
+"""What a stage's process does in a pod of the workflow: its configuration from variables, lists for the fan-outs,
+small files that become output parameters.
+
+Everything here also runs outside of a cluster: `MOE_ASR_STORE=s3://… python -m stages plan`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import Config, resolve
+from common.errors import ConfigError, MoeAsrError, UsageError
+from common.options import parse_setting
+from common.plan import Plan, Planned
+from common.store import open_store
+from stages import STAGES
+from stages.pipeline import Run, finish, read_record
+
+log = logging.getLogger(__name__)
+PREFIX = "MOE_ASR_"
+# Variables that give a configuration, as the workflow's parameters of the same names do.
+VARIABLES = ("MODE", "CONFIG", "GPU", "SETTINGS", "STORE", "ENDPOINT_URL", "RUN")
+
+
+def variable(name: str, default: str = "") -> str:
+    """The value of `MOE_ASR_<name>`, stripped; the default where it is empty or unset."""
+    return os.environ.get(PREFIX + name, "").strip() or default
+
+
+def in_pod() -> bool:
+    """Whether variables say what to do: a store is named by one."""
+    return bool(variable("STORE"))
+
+
+def config_from_variables() -> Config:
+    """The configuration that the workflow's parameters describe, merged as `moe-asr run` merges its options.
+
+    Raises:
+        ConfigError: CONFIG is not a YAML mapping, or a value does not validate.
+        UsageError: a store that only this pod could see.
+    """
+    store = variable("STORE")
+    if "://" not in store and not Path(store).is_absolute():
+        raise UsageError(f"store {store!r} would vanish with its pod: give s3://bucket/prefix, or a mounted folder")
+    chosen: dict[str, Any] = dict(parse_setting(line) for line in variable("SETTINGS").splitlines() if line.strip())
+    places = {"store": store, "endpoint_url": variable("ENDPOINT_URL"), "run": variable("RUN")}
+    chosen |= {path: value for path, value in places.items() if value}
+    tree = config_text(variable("CONFIG"))
+    mode = variable("MODE") or (None if tree else "full")
+    return resolve(mode, tree=tree, gpu=variable("GPU") or None, options=chosen)
+
+
+def config_text(text: str) -> dict[str, Any]:
+    """The mapping in a configuration's text; empty for an empty one.
+
+    Raises:
+        ConfigError: it is not YAML, or no mapping.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"parameter config is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"parameter config holds no mapping of sections (found {type(tree).__name__})")
+    return tree
+
+
+def memo_key(planned: Planned, nonce: str) -> str:
+    """Name of a task in the workflow engine's cache, which never looks whether an artifact is still there.
+
+    What is done keeps the name under which it was made; what is not gets one that no cache has seen, so that a lost
+    or damaged artifact cannot hide behind an old entry.
+
+    Args:
+        nonce: differs from one workflow to the next, and not between the tries of one.
+    """
+    key = planned.task.key.digest
+    if planned.status == "done" and planned.manifest is not None:
+        return str(planned.manifest.metrics.get("memo") or _digest(key, planned.manifest.attempt))
+    return _digest(key, nonce)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+
+
+def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[str, list[dict[str, str]]]:
+    """Stage → one small item per piece, for the workflow's fan-outs; empty for stages that are not needed or not
+    known yet.
+
+    An item's `lock` is the same for all workflows that would make the same piece in the same store, its `lane` one of
+    as many as there may be pieces at once.
+
+    Args:
+        lanes: pieces of one stage that may run at once.
+    """
+    lists: dict[str, list[dict[str, str]]] = {contract.name: [] for contract in STAGES}
+    for planned in plan.planned:
+        task = planned.task
+        number = task.shard or 0
+        item = {"shard": str(number), "key": task.key.digest, "memo": memo_key(planned, nonce)}
+        item |= {"lock": _digest(store_url, task.key.digest), "lane": str(number % lanes)}
+        lists[task.contract.name].append(item)
+    return lists
+
+
+def plan_stage(stage: str) -> None:
+    """Looks at the store and writes the fan-out list of one stage, or of all that are known where none is named.
+
+    The first plan of a workflow also opens the run's record.
+    """
+    config = config_from_variables()
+    first = not stage
+    run = Run(config, None if first else variable("MODEL"))
+    if first:
+        run.check_same(variable("RESUME") == "true")
+    plan = run.plan(deep=first and variable("VERIFY") == "true")
+    _say(plan, stage)
+    if first:
+        run.record["workflow"] = variable("WORKFLOW")
+        run.save("running", plan)
+    lanes = max(1, int(variable("PARALLELISM", "1")))
+    lists = fan_out_lists(plan, run.store.url, variable("NONCE", str(time.time())), lanes)
+    for name, items in lists.items():
+        if first or name == stage:
+            write_output(name, items)
+    if first:
+        write_output("model", run.sources["model"])
+
+
+def _say(plan: Plan, stage: str) -> None:
+    for one in plan.planned:
+        if not stage or one.task.contract.name == stage:
+            log.info("%s: %s, %s", one.task.label, one.status, one.reason)
+    if not stage:
+        for contract in plan.open_ended:
+            log.info("%s: its pieces are known once the stage before it is done", contract.name)
+
+
+def write_output(name: str, value: Any) -> None:
+    """Writes a JSON file that becomes an output parameter of the pod; prints it where no folder is given."""
+    folder = variable("OUTPUTS")
+    if not folder:
+        print(json.dumps({name: value}))
+        return
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value, separators=(",", ":")), encoding="utf-8")
+
+
+def write_report() -> dict[str, Any]:
+    """Writes summary and report of a run whose stages are done, and the rates as output parameters.
+
+    Raises:
+        MoeAsrError: a stage is not done after all.
+    """
+    run = Run(config_from_variables(), variable("MODEL"))
+    plan = run.plan()
+    missing = [p for p in plan.planned if p.status != "done"]
+    if missing or plan.open_ended:
+        told = "; ".join(f"{p.task.label}: {p.reason}" for p in missing[:3]) or plan.open_ended[0].name
+        raise MoeAsrError(f"the run is not complete ({told}): submit it again")
+    started = float(variable("STARTED", "0"))
+    for one in plan.planned:
+        if one.manifest is not None:
+            run.note(one.task, one.manifest, ran=one.manifest.started >= started)
+    summary = finish(run, plan)
+    for name in ("wer_before", "wer_after"):
+        write_output(name.replace("_", "-"), summary.get(name))
+    folder = variable("OUTPUTS")
+    if folder:
+        for name in ("report.html", "summary.json"):
+            run.store.get(f"{run.config.run}/{name}", Path(folder) / name)
+    return summary
+
+
+def write_outcome(status: str, failures: str) -> dict[str, Any]:
+    """Notes in the store how a workflow ended and why, and tells it a webhook where one is given.
+
+    Args:
+        status: Argo's word for it.
+        failures: Argo's JSON list of failed nodes.
+    """
+    outcome: dict[str, Any] = {
+        "workflow": variable("WORKFLOW"),
+        "status": status,
+        "finished": time.time(),
+        "failures": failed_nodes(failures),
+    }
+    try:
+        config = config_from_variables()
+        outcome["run"] = config.run
+        _store_outcome(config, outcome)
+    except MoeAsrError as error:  # what made the run fail may keep this from being stored, not from being told
+        log.warning("the outcome is not in the store: %s", error)
+    _post(variable("WEBHOOK"), outcome)
+    return outcome
+
+
+def _store_outcome(config: Config, outcome: Mapping[str, Any]) -> None:
+    store = open_store(config.store, endpoint_url=config.endpoint_url)
+    store.write(f"{config.run}/outcome.json", json.dumps(outcome, indent=1, ensure_ascii=False).encode())
+    record = read_record(store, config.run)
+    if record and outcome["status"] != "Succeeded" and record.get("workflow") == outcome["workflow"]:
+        record |= {"status": "failed", "updated": time.time()}
+        store.write(f"{config.run}/run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def failed_nodes(text: str) -> list[dict[str, str]]:
+    """The failed pods and their messages from Argo's `workflow.failures`; a node that only passes on is left out."""
+    try:
+        nodes: Sequence[Mapping[str, Any]] = json.loads(json.loads(text) if text.startswith('"') else text or "[]")
+    except ValueError:
+        return [{"task": "?", "message": text[:500]}]
+    told = [n for n in nodes or [] if n.get("message") and not str(n["message"]).startswith("child '")]
+    return [{"task": str(n.get("displayName", "")), "message": str(n["message"])} for n in told]
+
+
+def _post(url: str, outcome: Mapping[str, Any]) -> None:
+    if not url:
+        return
+    body = json.dumps(outcome).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except (OSError, ValueError) as error:
+        log.warning("webhook %s: %s", url, error)
