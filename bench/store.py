@@ -4,7 +4,9 @@
     python -m bench.store --bucket B --endpoint-url URL          a server of yours
     python -m bench.store --folder /mnt/disk --mib 1024          another disk, a larger file
 
+With `awscrt` installed there is one more column, boto3 with its native transfer threads.
 Both sides take turns and medians are printed. The disk's own speed is a write and fsync, or a read, of the same bytes.
+Processor seconds are this process's: with a server on the same machine, they tell more of the client than rates do.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from common.store import Store, open_store
 
 BLOCK = 16 * 2**20
 SMALL_FILES, SMALL_BYTES = 300, 32 * 1024
-ROUNDS = 3
+ROUNDS = 5
 
 Step = Callable[[], object]
+Times = dict[str, tuple[float, float]]  # side → seconds, processor seconds
 
 
 def main() -> None:
@@ -65,8 +68,8 @@ def boto3_client(endpoint: str | None) -> Any:
     return boto3.client("s3", endpoint_url=endpoint, region_name=os.environ.get("AWS_REGION", "us-east-1"))
 
 
-def measure(folder: Path, bucket: str, endpoint: str | None, mib: int) -> list[tuple[str, str, dict[str, float]]]:
-    """Rows: what was done, unit, and rates by side."""
+def measure(folder: Path, bucket: str, endpoint: str | None, mib: int) -> list[list[str]]:
+    """Rows of the table."""
     large, small = folder / "large", folder / "small"
     large.write_bytes(os.urandom(2**20) * mib)
     small.mkdir()
@@ -79,12 +82,11 @@ def measure(folder: Path, bucket: str, endpoint: str | None, mib: int) -> list[t
     finally:
         for entry in list(remote.list("")):
             remote.delete(entry.key)
-    megabytes = {"large": mib * 2**20 / 1e6, "small": SMALL_FILES}
-    units = {"large": "MB/s", "small": "files/s"}
-    return [(name, units[kind], {side: megabytes[kind] / s for side, s in times.items()}) for name, kind, times in rows]
+    amount = {"large": mib * 2**20 / 1e6, "small": SMALL_FILES}
+    return [cells(name, {"large": "MB/s", "small": "files/s"}[kind], amount[kind], times) for name, kind, times in rows]
 
 
-def folder_rows(folder: Path, large: Path, small: Path) -> list[tuple[str, str, dict[str, float]]]:
+def folder_rows(folder: Path, large: Path, small: Path) -> list[tuple[str, str, Times]]:
     """A folder store against plain writes, each followed by an fsync, and plain reads."""
     store = open_store(folder / "store")
     out = folder / "out"
@@ -109,7 +111,7 @@ def folder_rows(folder: Path, large: Path, small: Path) -> list[tuple[str, str, 
 
 def s3_rows(
     folder: Path, store: Store, peer: Any, bucket: str, large: Path, small: Path
-) -> list[tuple[str, str, dict[str, float]]]:
+) -> list[tuple[str, str, Times]]:
     """A server against boto3 in its default settings; one file after the other, as its documentation shows."""
     prefix = f"{store.url.rpartition('/')[2]}/peer"
     out, names = folder / "out", sorted(path.name for path in small.iterdir())
@@ -132,29 +134,37 @@ def s3_rows(
             while file.read(BLOCK):
                 pass
 
+    puts: dict[str, Step] = {
+        "ours": lambda: store.put("large", large),
+        "boto3": lambda: peer.upload_file(str(large), bucket, f"{prefix}/large"),
+        "disk": lambda: lasting_copy(large, out),
+    }
+    gets: dict[str, Step] = {
+        "ours": lambda: store.get("large", out),
+        "boto3": lambda: peer.download_file(bucket, f"{prefix}/large", str(out)),
+        "disk": read_disk,
+    }
+    if (native := native_transfer()) is not None:
+        puts["native"] = lambda: peer.upload_file(str(large), bucket, f"{prefix}/large", Config=native)
+        gets["native"] = lambda: peer.download_file(bucket, f"{prefix}/large", str(out), Config=native)
     steps: list[tuple[str, str, Mapping[str, Step]]] = [
-        (
-            "S3: put a large file",
-            "large",
-            {
-                "ours": lambda: store.put("large", large),
-                "boto3": lambda: peer.upload_file(str(large), bucket, f"{prefix}/large"),
-                "disk": lambda: lasting_copy(large, out),
-            },
-        ),
-        (
-            "S3: get it",
-            "large",
-            {
-                "ours": lambda: store.get("large", out),
-                "boto3": lambda: peer.download_file(bucket, f"{prefix}/large", str(out)),
-                "disk": read_disk,
-            },
-        ),
+        ("S3: put a large file", "large", puts),
+        ("S3: get it", "large", gets),
         ("S3: put small files", "small", {"ours": lambda: store.put_folder(small, "s"), "boto3": put_each}),
         ("S3: get small files", "small", {"ours": get_ours, "boto3": get_each}),
     ]
     return [(name, kind, rounds(sides)) for name, kind, sides in steps]
+
+
+def native_transfer() -> Any:
+    """boto3's setting for its native transfer threads; None where they are not installed."""
+    from boto3.s3.transfer import TransferConfig
+
+    try:
+        import awscrt  # type: ignore[import-not-found] # noqa: F401
+    except ImportError:
+        return None
+    return TransferConfig(preferred_transfer_client="crt")
 
 
 def lasting_copy(source: Path, target: Path) -> None:
@@ -173,26 +183,34 @@ def copy_all(source: Path, target: Path) -> None:
         lasting_copy(path, target / path.name)
 
 
-def rounds(sides: Mapping[str, Step]) -> dict[str, float]:
-    """Median seconds of each side, in turns after one round to warm up."""
-    taken: dict[str, list[float]] = {side: [] for side in sides}
+def rounds(sides: Mapping[str, Step]) -> Times:
+    """Medians of each side, in turns after one round to warm up."""
+    taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(ROUNDS + 1):
         for side, step in sides.items():
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             step()
             if number:
-                taken[side].append(time.perf_counter() - started)
-    return {side: statistics.median(seconds) for side, seconds in taken.items()}
+                taken[side].append((time.perf_counter() - started, time.process_time() - processor))
+    medians = {
+        side: [statistics.median(column) for column in zip(*found, strict=True)] for side, found in taken.items()
+    }
+    return {side: (wall, processor) for side, (wall, processor) in medians.items()}
 
 
-def table(rows: list[tuple[str, str, dict[str, float]]]) -> str:
+def cells(name: str, unit: str, amount: float, times: Times) -> list[str]:
+    """One row: rates, ratio to boto3, processor seconds."""
+    rates = {side: amount / wall for side, (wall, _) in times.items()}
+    shown = [f"{rates[side]:,.0f}" if side in rates else "" for side in ("ours", "boto3", "native", "disk")]
+    ratio = f"{rates['ours'] / rates['boto3']:.2f}×" if "boto3" in rates else ""
+    processor = " / ".join(f"{times[side][1]:.2f}" for side in ("ours", "boto3") if side in times)
+    return [name, *shown, unit, ratio, processor]
+
+
+def table(rows: list[list[str]]) -> str:
     """Markdown."""
-    lines = ["| | ours | boto3 | disk | unit | ours/boto3 |", "|---|---|---|---|---|---|"]
-    for name, unit, rates in rows:
-        cells = [f"{rates[side]:,.0f}" if side in rates else "" for side in ("ours", "boto3", "disk")]
-        ratio = f"{rates['ours'] / rates['boto3']:.2f}×" if "boto3" in rates else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {unit} | {ratio} |")
-    return "\n".join(lines)
+    head = ["", "ours", "boto3", "boto3, native", "disk", "unit", "ours/boto3", "processor s, ours / boto3"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 if __name__ == "__main__":

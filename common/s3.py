@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CONNECTIONS = 10
 ATTEMPTS = 10  # of one request: about a minute of patience with botocore's backoff
 OPENING_SECONDS = 120
+READ_SECONDS = 60.0  # between two packets of an answer
 STREAM_PAUSES = (0.3, 1.0, 3.0, 9.0)  # seconds between tries of an answer that broke off
 UPLOAD_MARK = "?upload="  # in keys of unfinished uploads
 
@@ -311,7 +312,7 @@ def make_client(
     options: dict[str, Any] = {
         "retries": {"mode": "standard", "total_max_attempts": attempts},
         "connect_timeout": 10,
-        "read_timeout": 60,
+        "read_timeout": READ_SECONDS,
         "max_pool_connections": 2 * CONNECTIONS,
         "tcp_keepalive": True,
     }
