@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common stages cli
+SOURCES := common stages cli dashboards monitor
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev lint format types test quickstart text-to-sql-demo bench lock clean
+.PHONY: help install dev lint format types test quickstart text-to-sql-demo images test-images chart package dashboards monitor bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,10 +33,11 @@ $(VENV)/.dev: requirements-dev.txt requirements-uv.txt pyproject.toml
 	$(call install_from,requirements-dev.txt)
 	touch $@ $(VENV)/.installed
 
-lint: dev ## ruff, formatting, types
+lint: dev ## ruff, formatting, types, Dockerfiles
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
+	$(BIN)/hadolint docker/*/Dockerfile stages/*/Dockerfile
 
 format: dev ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
@@ -56,11 +57,33 @@ data/demo/index.jsonl: | install
 
 text-to-sql-demo: install data/flights/flights.db ## text to SQL: a small T5 from scratch, trained and tested in minutes
 	$(BIN)/python -m recipes.text_to_sql train --data data/flights --from-scratch --experiment_name demo --batch_size 32 \
-	  --learning_rate 2e-3 --num_warmup_epochs 1 --max_n_epochs 16 --eval_every_n_epochs 4 --async_eval
+	  --learning_rate 2e-3 --num_warmup_epochs 1 --max_n_epochs 8 --eval_every_n_epochs 4 --async_eval
 	$(BIN)/python -m recipes.text_to_sql evaluate --data data/flights --experiment_name demo --split test
 
 data/flights/flights.db: | install
 	$(BIN)/python -m recipes.text_to_sql demo data/flights
+
+ENGINE ?= docker
+PREFIX ?= moe-asr
+BASE_IMAGE ?= python:3.11-slim-bookworm
+images: dev ## base and five stage images: ENGINE=docker|podman|buildah PREFIX=registry/folder BASE_IMAGE=… FLAGS=…
+	$(BIN)/python docker/build.py --engine $(ENGINE) --prefix $(PREFIX) --base-image $(BASE_IMAGE) --sbom dist/sbom -- $(FLAGS)
+
+test-images: dev ## build all images without a daemon and run them confined (root on Debian; minutes and 20 GB)
+	$(BIN)/python -m pytest -q -rs tests/images
+
+chart: dev ## generated parts of the Helm chart: workflow, schema of the configuration, table of values
+	$(BIN)/python -m helm.chart
+
+HELM ?= helm
+package: chart ## the Helm chart as a file in dist/
+	$(HELM) package helm/moe-asr --destination dist
+
+dashboards: install ## write the chart's dashboards and Prometheus rules
+	$(BIN)/python -m dashboards
+
+monitor: install ## a Prometheus beside local runs (`moe-asr run --metrics-port 9470`)
+	$(BIN)/python -m monitor
 
 bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run
@@ -70,6 +93,8 @@ lock: ## resolve pyproject.toml into the requirements files, with hashes
 	  --generate-hashes --no-emit-index-url --no-header -o requirements.txt
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev -c requirements.txt --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -o requirements-dev.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra audio-formats --extra argo -c requirements.txt --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o docker/requirements.txt
 	grep -A100 -E '^uv==' requirements-dev.txt | awk 'NR>1 && /^[a-z]/ {exit} {print}' | grep -v '^ *#' > requirements-uv.txt
 
 clean: ## remove what the targets made, except the virtual environment

@@ -1,0 +1,240 @@
+"""The dashboard "Pipeline": how far the runs are, what failed, what was spared."""
+
+from __future__ import annotations
+
+from dashboards.panels import Dashboard, Panel, Query, Row
+from dashboards.promql import RATE, by_workflow, controller, gauge, rate, selected
+
+UNITS = selected("moe_asr_progress_units")
+LEFT = f"({selected('moe_asr_progress_expected_units')} - {UNITS})"
+PHASES = by_workflow('kube_pod_status_phase{namespace=~"$namespace"}')
+FAILED = by_workflow('kube_pod_status_phase{namespace=~"$namespace",phase="Failed"}')
+RESTARTS = by_workflow('increase(kube_pod_container_status_restarts_total{namespace=~"$namespace"}[$__range])')
+ENDED = 'phase=~"Succeeded|Failed|Error"'
+TASKS = f"sum by (stage, result) (max_over_time({selected('moe_asr_tasks_total')}[$__range]))"
+FIRING = 'sum by (alertname, severity) (ALERTS{alertname=~"MoeAsr.+",alertstate="firing"})'
+
+RUNS = Row(
+    "Runs",
+    (
+        Panel(
+            "Workflows by phase",
+            "Workflows that the cluster holds now, as Argo's controller counts them.",
+            "short",
+            (Query("sum by (phase) (argo_workflows_gauge)", "{{phase}}"),),
+            kind="stat",
+            height=5,
+        ),
+        Panel(
+            "Workflows that ended",
+            "Workflows that succeeded or failed in the chosen time, by Argo's counter.",
+            "short",
+            (
+                Query(
+                    f"sum by (phase) ({controller('argo_workflows_total_count', ENDED, window='$__range')})",
+                    "{{phase}}",
+                ),
+            ),
+            kind="stat",
+            width=6,
+            height=5,
+        ),
+        Panel(
+            "Alerts firing",
+            "Alerts of this project that fire now; none is a single 0.",
+            "short",
+            (Query(f'{FIRING} or label_replace(vector(0), "alertname", "none", "", "")', "{{alertname}}"),),
+            kind="stat",
+            width=6,
+            height=5,
+        ),
+    ),
+)
+
+STAGES = Row(
+    "Stages",
+    (
+        Panel(
+            "Stages running",
+            "Stages and shards at work now, by workflow.",
+            "short",
+            (Query(f"sum by (workflow, stage) ({gauge('moe_asr_stage_running')})", "{{workflow}} {{stage}}"),),
+            width=8,
+            extra={"min": 0, "decimals": 0},
+        ),
+        Panel(
+            "Progress",
+            "Share of the stage's units (optimiser steps; utterances of extract) that is done.",
+            "percentunit",
+            (Query(by_workflow(selected("moe_asr:progress:ratio")), "{{workflow}} {{stage}} {{shard}}"),),
+            width=8,
+            extra={"min": 0, "max": 1},
+        ),
+        Panel(
+            "Time left",
+            "What is left of the stage at the pace of the last ten minutes.",
+            "s",
+            (
+                Query(
+                    by_workflow(f"({LEFT} / (deriv({UNITS}[10m]) > 0))"),
+                    "{{workflow}} {{stage}} {{shard}}",
+                ),
+            ),
+            width=8,
+            extra={"min": 0},
+        ),
+        Panel(
+            "Time so far",
+            "How long each running stage has been at it.",
+            "s",
+            (
+                Query(
+                    by_workflow(
+                        f"(time() - {selected('moe_asr_stage_start_time_seconds')}"
+                        f" and {selected('moe_asr_stage_running')} == 1)"
+                    ),
+                    "{{workflow}} {{stage}} {{shard}}",
+                ),
+            ),
+            width=8,
+        ),
+        Panel(
+            "Plan",
+            "Tasks of the newest plan: done ones are skipped, `again` are made again since an input or file changed.",
+            "short",
+            (Query(by_workflow('moe_asr_plan_tasks{namespace=~"$namespace"}'), "{{workflow}} {{status}}"),),
+            width=8,
+            extra={"min": 0, "decimals": 0},
+        ),
+        Panel(
+            "Tasks by result",
+            "How tasks ended in the chosen time. `skipped` found their artifact in the store: the cache's hits.",
+            "short",
+            (Query(TASKS, "{{stage}} {{result}}"),),
+            kind="bargauge",
+            width=8,
+        ),
+    ),
+)
+
+PODS = Row(
+    "Pods",
+    (
+        Panel(
+            "Pods by phase",
+            "Pods of the workflows, by phase.",
+            "short",
+            (Query(f"sum by (workflow, phase) ({PHASES}) > 0", "{{workflow}} {{phase}}"),),
+            width=8,
+        ),
+        Panel(
+            "Failed pods",
+            "Pods that failed and are still there; each but the last of a task was retried.",
+            "short",
+            (Query(f"sum by (workflow) ({FAILED})", "{{workflow}}"),),
+            width=8,
+            extra={"min": 0, "decimals": 0},
+        ),
+        Panel(
+            "Restarts and retries",
+            "Container restarts, and pods that Argo started again after their node went away.",
+            "short",
+            (
+                Query(f"sum by (workflow) ({RESTARTS})", "{{workflow}} restarts"),
+                Query(
+                    f"sum by (reason) ({controller('argo_workflows_pod_restarts_total', window='$__range')})",
+                    "started again: {{reason}}",
+                ),
+            ),
+            width=8,
+            extra={"min": 0},
+        ),
+        Panel(
+            "Pods waiting, by reason",
+            "Pods that began to wait for a node, an image or a volume, in the chosen time.",
+            "short",
+            (
+                Query(
+                    f"sum by (reason) ({controller('argo_workflows_pod_pending_count', window='$__range')})",
+                    "{{reason}}",
+                ),
+            ),
+            width=8,
+        ),
+        Panel(
+            "Controller",
+            "Depth of the controller's queues, and its errors: a queue that grows means workflows that stand still.",
+            "short",
+            (
+                Query("sum by (queue_name) (argo_workflows_queue_depth_gauge)", "{{queue_name}}"),
+                Query(f"sum by (cause) (increase(argo_workflows_error_count[{RATE}]))", "error: {{cause}}"),
+            ),
+            width=8,
+        ),
+        Panel(
+            "Versions",
+            "What runs where: version of this project, Python and torch.",
+            "short",
+            (Query(by_workflow('moe_asr_build_info{namespace=~"$namespace"}')),),
+            kind="table",
+            width=8,
+        ),
+    ),
+)
+
+STORE = Row(
+    "Store and checkpoints",
+    (
+        Panel(
+            "Store, busy",
+            "Seconds per second that stages spend in the store, by operation.",
+            "s",
+            (Query(f"sum by (operation) ({rate('moe_asr_store_seconds_total')})", "{{operation}}"),),
+            width=8,
+        ),
+        Panel(
+            "Store, throughput",
+            "Bytes per second to and from the store, by operation.",
+            "Bps",
+            (Query(f"sum by (operation) ({rate('moe_asr_store_bytes_total')})", "{{operation}}"),),
+            width=8,
+        ),
+        Panel(
+            "Store and checkpoint errors",
+            "Calls of the store and checkpoints that failed, in the chosen time.",
+            "short",
+            (
+                Query(
+                    f"sum by (operation) (max_over_time({selected('moe_asr_store_errors_total')}[$__range]))",
+                    "{{operation}}",
+                ),
+                Query(
+                    f"sum by (stage) (max_over_time({selected('moe_asr_checkpoint_errors_total')}[$__range]))",
+                    "checkpoint of {{stage}}",
+                ),
+            ),
+            width=8,
+            extra={"min": 0, "decimals": 0},
+        ),
+        Panel(
+            "Time to write a checkpoint",
+            "Mean seconds per checkpoint; training goes on meanwhile.",
+            "s",
+            (
+                Query(
+                    f"{gauge('moe_asr_checkpoint_seconds_total')} / on (namespace, pod, stage, shard)"
+                    f" ({selected('moe_asr_checkpoints_total')} > 0)",
+                    "{{stage}} {{shard}}",
+                ),
+            ),
+            width=8,
+        ),
+    ),
+)
+
+PIPELINE = Dashboard(
+    "moe-asr-pipeline",
+    "moe-asr / Pipeline",
+    "Runs, stages, progress, time left, failures, retries and cache hits.",
+    (RUNS, STAGES, PODS, STORE),
+)

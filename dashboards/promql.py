@@ -1,0 +1,58 @@
+"""Pieces of PromQL that the dashboards share, and what stands for Grafana's variables outside of Grafana."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+OWN = 'namespace=~"$namespace",stage=~"$stage"'
+WORKFLOWS = 'moe_asr:pod_workflow:info{namespace=~"$namespace",workflow=~"$workflow"}'
+CHOSEN = 'namespace=~"$namespace",workflow=~"$workflow",stage=~"$stage"'  # of series that carry the workflow already
+RATE = "$__rate_interval"
+
+EVERYTHING = {
+    "namespace": ".*",
+    "workflow": ".*",
+    "stage": ".*",
+    "datasource": "prometheus",
+    "gpu_hour_price": "2.5",
+    "__range": "10m",
+    "__rate_interval": "1m",
+    "__interval": "15s",
+}
+
+
+def selected(metric: str, labels: str = "") -> str:
+    """A metric of ours in the chosen namespaces and stages."""
+    return f"{metric}{{{OWN}{',' if labels else ''}{labels}}}"
+
+
+def by_workflow(expr: str) -> str:
+    """A vector with pod labels, kept to the chosen workflows and labelled with theirs."""
+    return f"{expr} * on (namespace, pod) group_left (workflow) {WORKFLOWS}"
+
+
+def gauge(metric: str, labels: str = "") -> str:
+    """A gauge of ours by workflow."""
+    return by_workflow(selected(metric, labels))
+
+
+def rate(metric: str, labels: str = "") -> str:
+    """A counter of ours per second, by workflow."""
+    return by_workflow(f"rate({selected(metric, labels)}[{RATE}])")
+
+
+def controller(metric: str, labels: str = "", *, window: str = "") -> str:
+    """A metric of Argo's controller in the chosen namespaces.
+
+    The workflow's namespace is in `namespace`, or in `exported_namespace` where the scrape has a label of that name.
+    """
+    more = f",{labels}" if labels else ""
+    parts = (f'{metric}{{{name}=~"$namespace"{more}}}' for name in ("exported_namespace", "namespace"))
+    return " or ".join(f"increase({part}[{window}])" if window else part for part in parts)
+
+
+def expand(expr: str, values: Mapping[str, str] = EVERYTHING) -> str:
+    """The query with Grafana's variables replaced."""
+    for name in sorted(values, key=len, reverse=True):
+        expr = expr.replace(f"${{{name}}}", values[name]).replace(f"${name}", values[name])
+    return expr

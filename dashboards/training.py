@@ -1,0 +1,180 @@
+"""The dashboard "Training quality": losses, error rates by etiology, experts, pace."""
+
+from __future__ import annotations
+
+from dashboards.panels import Dashboard, Panel, Query, Row
+from dashboards.promql import RATE, by_workflow, gauge, rate, selected
+
+SERIES = "{{workflow}} {{stage}} {{shard}}"
+STEP_BUCKETS = by_workflow(f"rate({selected('moe_asr_step_seconds_bucket')}[{RATE}])")
+BY_STAGE = "workflow, stage, shard"
+
+
+def quantile(share: float) -> Query:
+    """A quantile of the step time."""
+    return Query(
+        f"histogram_quantile({share}, sum by (le, {BY_STAGE}) ({STEP_BUCKETS}))", f"{SERIES} p{round(100 * share)}"
+    )
+
+
+def error_rates(metric: str, split: str) -> tuple[Query, ...]:
+    """Error rates by etiology and model on one split."""
+    return (Query(gauge(metric, f'split="{split}"'), "{{workflow}} {{etiology}} {{model}}"),)
+
+
+LOSSES = Row(
+    "Losses",
+    (
+        Panel(
+            "Loss",
+            "Loss per token, in training and on dev; dev alone tells whether it learns something general.",
+            "short",
+            (Query(gauge("moe_asr_loss"), f"{SERIES} {{{{split}}}}"),),
+        ),
+        Panel(
+            "Gradient norm",
+            "Norm of the gradient before clipping.",
+            "short",
+            (Query(gauge("moe_asr_gradient_norm"), SERIES),),
+            width=6,
+        ),
+        Panel(
+            "Learning rate",
+            "Of the first parameter group: warm-up, then decay.",
+            "sci",
+            (Query(gauge("moe_asr_learning_rate"), SERIES),),
+            width=6,
+        ),
+    ),
+)
+
+ERRORS = Row(
+    "Error rates",
+    (
+        Panel(
+            "WER by etiology, dev",
+            "Word error rate on the dev subset that selects checkpoints, after each full evaluation.",
+            "percentunit",
+            error_rates("moe_asr_word_error_ratio", "dev"),
+            width=8,
+            extra={"min": 0},
+        ),
+        Panel(
+            "WER by etiology, test",
+            "Word error rate of the base model (before) and of the trained one (after) on test.",
+            "percentunit",
+            error_rates("moe_asr_word_error_ratio", "test"),
+            kind="bargauge",
+            width=8,
+            extra={"min": 0, "max": 1},
+        ),
+        Panel(
+            "CER by etiology, test",
+            "Character error rate of the base model (before) and of the trained one (after) on test.",
+            "percentunit",
+            error_rates("moe_asr_character_error_ratio", "test"),
+            kind="bargauge",
+            width=8,
+            extra={"min": 0, "max": 1},
+        ),
+    ),
+)
+
+EXPERTS = Row(
+    "Experts",
+    (
+        Panel(
+            "Expert load",
+            "Share of the routing weight on dev that each expert gets; one line near 1 is collapse.",
+            "percentunit",
+            (Query(gauge("moe_asr_expert_load_ratio"), "{{workflow}} expert {{expert}}"),),
+            extra={"min": 0, "max": 1},
+        ),
+        Panel(
+            "Router entropy",
+            "How undecided the router is, in nats: 0 certain, the logarithm of the number of experts undecided.",
+            "short",
+            (Query(gauge("moe_asr_router_entropy_nats"), "{{workflow}} {{split}}"),),
+            width=6,
+            extra={"min": 0},
+        ),
+        Panel(
+            "Load balance",
+            "The balance loss: 1 is balanced, the number of experts is collapsed.",
+            "short",
+            (Query(gauge("moe_asr_router_balance"), SERIES),),
+            width=6,
+        ),
+    ),
+)
+
+PACE = Row(
+    "Pace",
+    (
+        Panel(
+            "Speech per second",
+            "Seconds of speech that went through the model per second.",
+            "short",
+            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_audio_seconds_total')})", SERIES),),
+            width=8,
+        ),
+        Panel(
+            "Utterances per second",
+            "Utterances that went through the model per second.",
+            "short",
+            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_samples_total')})", SERIES),),
+            width=8,
+        ),
+        Panel(
+            "Tokens per second",
+            "Target tokens that carried loss, per second.",
+            "short",
+            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_tokens_total')})", SERIES),),
+            width=8,
+        ),
+        Panel(
+            "Step time",
+            "Median and 95th percentile of an optimiser step, waiting for data included.",
+            "s",
+            (quantile(0.5), quantile(0.95)),
+            width=8,
+        ),
+        Panel(
+            "Padding",
+            "Share of the encoder's work that is padding: larger length buckets cost this much.",
+            "percentunit",
+            (
+                Query(
+                    f"1 - sum by ({BY_STAGE}) ({rate('moe_asr_audio_seconds_total')})"
+                    f" / (sum by ({BY_STAGE}) ({rate('moe_asr_padded_audio_seconds_total')}) > 0)",
+                    SERIES,
+                ),
+            ),
+            width=8,
+            extra={"min": 0, "max": 1},
+        ),
+        Panel(
+            "Waiting for data",
+            "Share of the step time in which the loop waited for the loader.",
+            "percentunit",
+            (Query(by_workflow(selected("moe_asr:data_wait:ratio5m")), SERIES),),
+            width=8,
+            extra={"min": 0, "max": 1},
+        ),
+        Panel(
+            "Skipped steps",
+            "Steps whose gradient was not finite; the weights were not touched.",
+            "short",
+            (Query(gauge("moe_asr_nonfinite_steps_total"), SERIES),),
+            width=8,
+            extra={"min": 0, "decimals": 0},
+        ),
+    ),
+)
+
+TRAINING = Dashboard(
+    "moe-asr-training",
+    "moe-asr / Training quality",
+    "Losses, error rates by etiology, expert load, router entropy, and the pace of training.",
+    (LOSSES, ERRORS, EXPERTS, PACE),
+)

@@ -1,0 +1,1 @@
+"""A Prometheus on this machine for local runs: `make monitor`."""

@@ -1,0 +1,92 @@
+"""A real Prometheus on loopback, and a server of texts in the exporters' form."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dashboards.client import ask
+from monitor.program import find_program
+from tests.servers import free_port
+
+RULES = Path(__file__).resolve().parents[2] / "helm" / "moe-asr" / "rules"
+
+
+def program(name: str) -> Path:
+    """`prometheus` or `promtool`; skips the test where it cannot be had."""
+    found = find_program(name)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@contextmanager
+def exporters(texts: Mapping[str, str]) -> Iterator[int]:
+    """Serves texts by path (`/dcgm` …); yields the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = texts[self.path].encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def job(name: str, port: int, path: str = "/metrics", *, honor_labels: bool = False, **labels: str) -> dict:
+    """A scrape job of one target with these target labels."""
+    target = {"targets": [f"127.0.0.1:{port}"], "labels": labels}
+    return {"job_name": name, "metrics_path": path, "honor_labels": honor_labels, "static_configs": [target]}
+
+
+@contextmanager
+def prometheus(folder: Path, jobs: list[dict]) -> Iterator[str]:
+    """A Prometheus with this project's rules that scrapes twice a second; yields its URL."""
+    binary, port = program("prometheus"), free_port()
+    quick = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    config = {"global": quick, "rule_files": [str(RULES / "*.yaml")], "scrape_configs": jobs}
+    (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen) -> None:
+    """Returns once it answers; fails when it ended or a minute has passed."""
+    until = time.monotonic() + 60
+    while True:
+        assert process.poll() is None, "Prometheus ended; see its log"
+        try:
+            ask(url, "query", query="1")
+            return
+        except OSError:
+            assert time.monotonic() < until, "Prometheus does not answer"
+            time.sleep(0.1)
