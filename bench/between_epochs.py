@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 
 from bench.measure import Row, row
+from common.errors import Preempted
 from recipes.text_to_sql import run
 from recipes.text_to_sql.data import Batch, make_examples, make_loader, read_lines
 from recipes.text_to_sql.flights import write_demo
@@ -30,6 +31,7 @@ from recipes.text_to_sql.model import TextToSql, pretrained
 from recipes.text_to_sql.settings import Settings
 
 DEV, EPOCHS = 466, 20
+GAPS = 2  # measured, of the 19
 SECONDS = 10.0  # after which either side gives up a query
 SETTINGS: tuple[tuple[str, dict[str, Any], float], ...] = (
     ("full monitoring", {}, 5.0),
@@ -40,7 +42,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any], float], ...] = (
 )
 
 
-def rows(*, pairs: int = 2000, width: int = 64, warm: int = 4) -> list[Row]:
+def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Row]:
     """Measures each setting's gap, and from it and the epoch's steps the time of 20 epochs.
 
     Args:
@@ -58,7 +60,7 @@ def rows(*, pairs: int = 2000, width: int = 64, warm: int = 4) -> list[Row]:
         model = str(begun.folder / "model")
         peer = usual_gap(model, data)
         for number, (name, options, target) in enumerate(SETTINGS):
-            chosen = replace(begun, experiment_name=str(number), finetune=True, model=model, max_n_epochs=3)
+            chosen = replace(begun, experiment_name=str(number), finetune=True, model=model, max_n_epochs=EPOCHS)
             epoch, gap = measured(replace(chosen, learning_rate=1e-3, **options))
             note = (
                 f"{DEV} dev examples, {pairs} training pairs, T5 of width {width}; an epoch's steps take {epoch:.1f} s"
@@ -72,7 +74,7 @@ def rows(*, pairs: int = 2000, width: int = 64, warm: int = 4) -> list[Row]:
 
 
 def measured(settings: Settings) -> tuple[float, float]:
-    """Trains; returns the mean seconds of an epoch's steps and of a gap between two epochs."""
+    """Trains until the third epoch begins; returns the mean seconds of an epoch's steps and of a gap."""
     steps: list[list[float]] = []  # times of an epoch's first batch and of each step's end
 
     def make_timed_loader(*arguments: Any) -> Any:
@@ -88,16 +90,17 @@ def measured(settings: Settings) -> tuple[float, float]:
 
     def step_is_done() -> bool:
         steps[-1].append(time.perf_counter())
-        return False
+        return sum(len(one) > 1 for one in steps) > GAPS
 
     with (
         patch.object(run, "make_loader", make_timed_loader),
         patch.object(run, "heed_signals", lambda: nullcontext(step_is_done)),
+        suppress(Preempted),
     ):
         run.train(settings)
     epochs = [one for one in steps if len(one) > 1]  # dev is loaded too, without steps
     gaps = [after[0] - before[-1] for before, after in itertools.pairwise(epochs)]
-    lengths = [one[-1] - one[0] for one in epochs]
+    lengths = [one[-1] - one[0] for one in epochs[:GAPS]]
     return sum(lengths) / len(lengths), sum(gaps) / len(gaps)
 
 

@@ -33,7 +33,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--train", default=4000, show_default=True, help="Pairs to train on.")
+@click.option("--train", default=6000, show_default=True, help="Pairs to train on.")
 @click.option("--dev", default=466, show_default=True, help="Pairs to select by.")
 @click.option("--test", default=448, show_default=True, help="Pairs to report on.")
 @click.option("--flights", default=6000, show_default=True, help="Flights in the database.")

@@ -56,8 +56,8 @@ class Batch:
         return len(self.inputs_BI)
 
 
-def file_lines(path: Path) -> list[str]:
-    """The lines of a text file.
+def file_lines(path: Path, hint: str) -> list[str]:
+    """The lines of a text file; the hint ends the message where there is none.
 
     Raises:
         DataError: there is no such file, or it is no UTF-8.
@@ -65,7 +65,7 @@ def file_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} is not there: --data names a folder with train, dev and test .nl and .sql") from None
+        raise DataError(f"{path} is not there: {hint}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
     return [line.strip() for line in lines]
@@ -78,8 +78,9 @@ def read_lines(folder: Path, split: str, kind: str) -> list[str]:
         DataError: the two files of a split differ in length, or one cannot be read.
     """
     path, other = (folder / f"{split}.{suffix}" for suffix in (kind, "sql" if kind == "nl" else "nl"))
-    lines = file_lines(path)
-    count = len(file_lines(other)) if other.is_file() else len(lines)
+    hint = "--data names a folder with train, dev and test .nl and .sql"
+    lines = file_lines(path, hint)
+    count = len(file_lines(other, hint)) if other.is_file() else len(lines)
     if len(lines) != count:
         raise DataError(f"{path} has {len(lines)} lines and {other.name} {count}: line n of both belongs together")
     return lines

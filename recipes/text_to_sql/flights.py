@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from recipes.text_to_sql.sql import write_lines
+
 
 @cache
 def grammar() -> dict[str, Any]:
@@ -93,4 +95,4 @@ def write_demo(folder: Path, *, train: int, dev: int, test: int, flights: int, s
     pairs = make_pairs(train + dev + test, seed=seed)
     for name, part in {"train": pairs[:train], "dev": pairs[train : train + dev], "test": pairs[train + dev :]}.items():
         for kind, lines in zip(("nl", "sql"), zip(*part, strict=True), strict=True):
-            (folder / f"{name}.{kind}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_lines(folder / f"{name}.{kind}", lines)

@@ -53,7 +53,7 @@ def pretrained(name: str, queries: Sequence[str]) -> tuple[TextToSql, Any]:
         t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise DataError(f"--model {name} is no T5 that can be loaded ({first}): give a hub name or a folder") from None
+        raise DataError(f"--model {name} is no T5 that can be loaded ({first}): give a folder, or a hub name") from None
     add_missing(tokenizer, queries)
     if len(tokenizer) > t5.config.vocab_size:
         t5.resize_token_embeddings(len(tokenizer))

@@ -35,7 +35,7 @@ from recipes.text_to_sql.generate import generate
 from recipes.text_to_sql.metrics import score
 from recipes.text_to_sql.model import TextToSql, from_scratch, pretrained, save
 from recipes.text_to_sql.settings import Settings
-from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries, write_records
+from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries, write_lines, write_records
 
 log = logging.getLogger(__name__)
 Scores = dict[str, float]
@@ -57,6 +57,7 @@ def train(settings: Settings) -> Scores:
         log.info("%s is trained already", settings.folder)
         return dict(json.loads(done.read_text(encoding="utf-8")))
     texts = {name: [read_lines(settings.data, name, kind) for kind in ("nl", "sql")] for name in ("train", "dev")}
+    database = None if settings.skip_record_computation else find_database(settings)
     accelerator = make_accelerator("bf16" if settings.bf16 else "fp16" if settings.fp16 else "auto", settings.device)
     if accelerator.num_processes > 1:
         raise UsageError("the recipe trains in one process: start it without torchrun")
@@ -73,7 +74,8 @@ def train(settings: Settings) -> Scores:
     abandoned = threading.Event()
     with heed_signals() as stopping, ThreadPoolExecutor(1) as beside:
         try:
-            look = make_evaluate(model, tokenizer, dev, texts["dev"][1], accelerator, settings, beside, abandoned)
+            judge = make_judge(settings, database, texts["dev"][1], abandoned) if database else None
+            look = make_evaluate(model, tokenizer, dev, judge, accelerator, settings, beside)
             outcome = train_loop(
                 model,
                 accelerator=accelerator,
@@ -92,7 +94,7 @@ def train(settings: Settings) -> Scores:
     value = {"loss": outcome.value} if settings.skip_record_computation else {"record_f1": 1 - outcome.value}
     result: Scores = {"steps": outcome.steps, "best_step": outcome.best_step, **value}
     save(model, tokenizer, settings.folder / "model")
-    done.write_text(json.dumps(result), encoding="utf-8")
+    write_lines(done, [json.dumps(result)])
     checkpointer.clear()
     return result
 
@@ -126,40 +128,50 @@ def loop_options(settings: Settings) -> TrainOptions:
     )
 
 
+def make_judge(
+    settings: Settings, database: Path, gold: Sequence[str], abandoned: threading.Event
+) -> Callable[[Sequence[str]], Scores]:
+    """A function that scores queries by their records.
+
+    Args:
+        gold: the right queries, in order.
+        abandoned: ends queries that run when it is set.
+    """
+    limits, threads = Limits(settings.sql_timeout), settings.sql_threads
+    known = gold_outcomes(database, gold, threads=threads, limits=limits, cache=settings.output / "gold")
+    if failed := sum(bool(one.error) for one in known.values()):
+        log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
+
+    def judge(texts: Sequence[str]) -> Scores:
+        nonlocal known  # the next epoch's queries are mostly the same
+        known = run_queries(database, [*texts, *gold], threads=threads, limits=limits, known=known, abandoned=abandoned)
+        return score(texts, gold, known)
+
+    return judge
+
+
 def make_evaluate(
     model: TextToSql,
     tokenizer: Any,
     examples: Sequence[Example],
-    queries: Sequence[str],
+    judge: Callable[[Sequence[str]], Scores] | None,
     accelerator: Accelerator,
     settings: Settings,
     beside: Executor,
-    abandoned: threading.Event,
 ) -> Callable[[nn.Module, bool], Scores | Callable[[], Scores]]:
     """A function for the loop that looks at dev: at its loss, and when `full` at the records of the queries it gets.
 
     Args:
-        examples, queries: dev, as tokens and as text.
+        examples: dev.
+        judge: scores queries; none where only the loss counts.
         beside: where records are computed while training goes on, if the settings say so.
-        abandoned: ends queries that run when it is set.
     """
     batches = epoch_batches(examples, settings.eval_batch_size, 0, 0)
     load = make_loader(examples, accelerator.device)
-    database, limits, threads = find_database(settings), Limits(settings.sql_timeout), settings.sql_threads
-    gold: dict[str, Outcome] = {}
-    if not settings.skip_record_computation:
-        gold = gold_outcomes(database, queries, threads=threads, limits=limits, cache=settings.output / "gold")
-    if failed := sum(bool(one.error) for one in gold.values()):
-        log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
-    known = gold
 
-    def compute(loss: float, texts: list[str]) -> Scores:
-        nonlocal known
-        outcomes = run_queries(
-            database, [*texts, *queries], threads=threads, limits=limits, known=known, abandoned=abandoned
-        )
-        known = outcomes  # the next epoch's queries are mostly the same
-        scores = score(texts, queries, outcomes)
+    def scored(loss: float, texts: list[str]) -> Scores:
+        assert judge
+        scores = judge(texts)
         log.info("dev: loss %.4f, %s", loss, ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return {"loss": loss, **scores, "record_error": 1 - scores["record_f1"]}
 
@@ -167,12 +179,12 @@ def make_evaluate(
         with accelerator.autocast():
             sums = [torch.stack([wrapped(batch)[0].float(), batch.weight.float()]) for batch in load(batches)]
             total, tokens = torch.stack(sums).sum(0).tolist()
-            if settings.skip_record_computation or not full:
+            if judge is None or not full:
                 return {"loss": total / tokens}
             texts = generate(model, tokenizer, examples, settings.num_beams, settings.eval_batch_size)
         if settings.async_eval:
-            return beside.submit(compute, total / tokens, texts).result
-        return compute(total / tokens, texts)
+            return beside.submit(scored, total / tokens, texts).result
+        return scored(total / tokens, texts)
 
     return evaluate
 
@@ -183,6 +195,7 @@ def predict(settings: Settings, split: str) -> list[str]:
     Raises:
         DataError: nothing is trained, or there are no questions.
     """
+    settings.check()
     if not (settings.folder / "result.json").is_file():
         raise DataError(f"{settings.folder} holds no finished training: run `train` with this --experiment_name first")
     model, tokenizer = pretrained(str(settings.folder / "model"), [])
@@ -191,14 +204,16 @@ def predict(settings: Settings, split: str) -> list[str]:
     queries = generate(model.to(device).eval(), tokenizer, examples, settings.num_beams, settings.eval_batch_size)
     outcomes = run_split(settings, queries)
     write_records(settings.folder / f"{split}.records.jsonl", [outcomes[query] for query in queries])
-    (settings.folder / f"{split}.sql").write_text("".join(f"{query}\n" for query in queries), encoding="utf-8")
+    write_lines(settings.folder / f"{split}.sql", queries)
+    log.info("%s: %d queries in %s.sql, their records beside it", split, len(queries), settings.folder / split)
     return queries
 
 
 def evaluate(settings: Settings, split: str, predicted: Path | None) -> Scores:
     """Scores of a file of queries, or of those that the trained model gives now."""
+    settings.check()
     gold = read_lines(settings.data, split, "sql")
-    queries = file_lines(predicted) if predicted else predict(settings, split)
+    queries = file_lines(predicted, "--predicted names a file of queries") if predicted else predict(settings, split)
     if len(queries) != len(gold):
         raise DataError(f"{predicted} has {len(queries)} queries and {split}.sql {len(gold)}: line n belongs to line n")
     return score(queries, gold, run_split(settings, [*queries, *gold]))

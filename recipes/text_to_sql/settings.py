@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import click
 
 from common.errors import UsageError
+from recipes.text_to_sql.sql import write_lines
 
+MAY_BE_ZERO = {"weight_decay", "num_warmup_epochs", "seed"}
 # What may change when an experiment is started again: the result does not depend on it.
 FREE = {"output", "experiment_name", "eval_batch_size", "async_eval", "save_only_best", "sql_threads", "device"}
 
@@ -39,7 +41,7 @@ class Settings:
     eval_every_n_epochs: Annotated[int, "Compute records so often; the epochs between look at the loss only."] = 1
     skip_record_computation: Annotated[bool, "Never compute records: select and stop by dev loss."] = False
     async_eval: Annotated[bool, "Compute records while the next epoch trains; the result is the same."] = False
-    save_only_best: Annotated[bool, "Write a checkpoint only when the model is the best so far."] = False
+    save_only_best: Annotated[bool, "Write a checkpoint only after an epoch that is the best so far."] = False
     num_beams: Annotated[int, "Beams of the search for a query."] = 5
     sql_threads: Annotated[int, "Queries that run at once."] = 32
     sql_timeout: Annotated[float, "Seconds after which a query is stopped."] = 60.0
@@ -56,6 +58,10 @@ class Settings:
 
     def check(self) -> None:
         """Raises UsageError for values that make no sense, or none together."""
+        for name, value in asdict(self).items():
+            least = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-9
+            if type(value) in (int, float) and not value >= least:
+                raise UsageError(f"--{name} {value}: give {'more than 0' if least == 1e-9 else f'{least} or more'}")
         if self.bf16 and self.fp16:
             raise UsageError("--bf16 and --fp16 exclude each other: give one")
         if self.width < 32 or self.width % 32:
@@ -64,16 +70,6 @@ class Settings:
             raise UsageError(
                 f"--num_warmup_epochs {self.num_warmup_epochs}: give 0 to {self.max_n_epochs} (--max_n_epochs)"
             )
-        for name in (
-            "batch_size",
-            "eval_batch_size",
-            "patience_epochs",
-            "eval_every_n_epochs",
-            "num_beams",
-            "sql_threads",
-        ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: give 1 or more")
 
     def claim(self) -> None:
         """Writes settings.json; raises UsageError where the experiment was begun with other settings that matter."""
@@ -86,8 +82,7 @@ class Settings:
                     f"experiment {self.experiment_name} was begun with {name}={theirs.get(name)}, not {ours[name]}: "
                     "give another --experiment_name"
                 )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ours, indent=1), encoding="utf-8")
+        write_lines(path, [json.dumps(ours, indent=1)])
 
 
 def settings_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from common.errors import DataError
+from common.files import new_file
 
 Cell = str | int | float | None
 Row = tuple[Cell, ...]
@@ -152,8 +152,12 @@ def gold_outcomes(
 
 def write_records(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Writes one line for each query: its rows as JSON, or {"error": …}."""
-    lines = (json.dumps({"error": one.error} if one.error else one.rows, ensure_ascii=False) for one in outcomes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
+    write_lines(
+        path, (json.dumps({"error": one.error} if one.error else one.rows, ensure_ascii=False) for one in outcomes)
+    )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, whole or not at all."""
+    with new_file(path) as unfinished:
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

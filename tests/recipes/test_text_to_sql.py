@@ -1,6 +1,7 @@
 """The recipe: hostile queries harm nobody, metrics are what one computes by hand, resumed equals uninterrupted."""
 
 import hashlib
+import json
 import sqlite3
 import subprocess
 import sys
@@ -368,7 +369,7 @@ def whole(pairs, tmp_path_factory):
 
 def test_training_lowers_the_loss_and_leaves_a_model_and_no_checkpoints(whole):
     settings, result = whole
-    losses = [eval(row)["loss"] for row in rows_of(settings) if '"train"' in row]
+    losses = [json.loads(row)["loss"] for row in rows_of(settings) if '"train"' in row]
     assert losses[-1] < 0.7 * losses[0] and 0 <= result["record_f1"] <= 1
     assert {path.name for path in settings.folder.iterdir()} >= {
         "model",
@@ -420,7 +421,17 @@ def test_without_records_dev_loss_selects_and_no_query_is_generated(settings, mo
     monkeypatch.setattr(run, "run_queries", None)
     chosen = replace(settings, skip_record_computation=True, eval_every_n_epochs=3)
     result = run.train(chosen)
-    assert result["loss"] == min(eval(row)["loss"] for row in rows_of(chosen) if '"dev"' in row)
+    assert result["loss"] == min(json.loads(row)["loss"] for row in rows_of(chosen) if '"dev"' in row)
+
+
+def test_without_records_no_database_is_needed_and_with_them_a_missing_one_leaves_nothing_behind(settings, tmp_path):
+    for path in settings.data.glob("*.*l"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    chosen = replace(settings, data=tmp_path, max_n_epochs=1)
+    with pytest.raises(DataError, match="database"):
+        run.train(chosen)
+    assert not settings.folder.exists()
+    assert run.train(replace(chosen, skip_record_computation=True))["loss"] > 0
 
 
 def test_between_full_evaluations_only_the_loss_is_looked_at(settings):
@@ -438,7 +449,15 @@ def test_a_finished_training_is_not_repeated_and_other_settings_are_refused(whol
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"bf16": True, "fp16": True}, {"width": 40}, {"num_warmup_epochs": 9}, {"batch_size": 0}]
+    "wrong",
+    [
+        {"bf16": True, "fp16": True},
+        {"width": 40},
+        {"num_warmup_epochs": 9},
+        {"batch_size": 0},
+        {"sql_timeout": 0.0},
+        {"learning_rate": -1.0},
+    ],
 )
 def test_settings_without_sense_are_refused_before_anything_is_written(settings, wrong):
     with pytest.raises(UsageError):
@@ -471,6 +490,24 @@ def test_predict_and_evaluate_write_and_print(whole, tmp_path):
     )
     with pytest.raises(DataError, match="no finished training"):
         invoke(cli, [*map(str, ["predict", *common, "--experiment_name", "x"])], catch_exceptions=False)
+
+
+def test_each_hostile_query_counts_as_one_error_and_the_others_keep_their_scores(pairs, tmp_path):
+    hostile = (
+        "SELECT COUNT(*) FROM flight a, flight b, flight c, flight d",
+        "SELEC flight_id FROM flight",
+        "DELETE FROM flight",
+        "ATTACH 'other.db' AS other",
+        "PRAGMA query_only = 0",
+        "SELECT randomblob(1000000000)",
+    )
+    gold = ["SELECT flight_id FROM flight WHERE stops = 0"] * len(hostile) + ["SELECT COUNT(*) FROM flight"] * 2
+    predicted = [*hostile, "SELECT COUNT(*) FROM flight", "SELECT 1 + COUNT(*) FROM flight"]
+    for name, lines in {"x.nl": ["?"] * len(gold), "x.sql": gold, "predicted.sql": predicted}.items():
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    settings = Settings(tmp_path, database=pairs / "flights.db", sql_timeout=1.0)
+    scores = run.evaluate(settings, "x", tmp_path / "predicted.sql")
+    assert scores == {"record_f1": 1 / 8, "record_em": 1 / 8, "sql_em": 1 / 8, "error_rate": 6 / 8}
 
 
 def test_the_command_line_has_the_names_its_users_know_and_loads_without_torch():
