@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cli.corpus import corpus
+from cli.estimate import estimate, fit_batch
 from cli.model import model
 from cli.runs import gc, logs, plan, plot, runs, status, store, verify
 from cli.submit import submit
@@ -63,7 +64,7 @@ def config_show(**options: Any) -> None:
     click.echo(to_yaml(config_from(options)), nl=False)
 
 
-for command in (corpus, model, plan, submit, status, runs, verify, logs, gc, store, plot):
+for command in (corpus, model, estimate, fit_batch, plan, submit, status, runs, verify, logs, gc, store, plot):
     cli.add_command(command)
 
 

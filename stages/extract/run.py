@@ -53,7 +53,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
         context.metrics.progress(number * every + len(part), len(examples))
     bar.close()
     _write(output, parts, [done[f"part-{number:06d}"] for number in range(len(parts))])
-    context.summary["utterances"] = len(examples)
+    context.summary |= {"utterances": len(examples), "audio_seconds": sum(example.duration for example in examples)}
 
 
 def _encode_part(

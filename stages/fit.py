@@ -1,0 +1,71 @@
+"""The batch that fits: tries steps of joint training with this configuration's model on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.batch_search import memory_limit, training_rows
+from common.config import Config
+from common.data import Batch
+from common.embeddings import EmbeddingTable
+from common.errors import DataError
+from common.limits import MAX_SECONDS
+from common.sources import locate_model
+from common.train import make_accelerator
+from common.whisper import load_whisper
+
+MOST_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What fits: utterances of 30 s per batch, the same as seconds, and the bytes that were allowed."""
+
+    rows: int
+    batch_seconds: float
+    memory: int
+    device: str
+
+
+def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = None) -> Fit:
+    """Searches the largest batch of joint training, in its worst case: all utterances of 30 s with long texts.
+
+    Args:
+        cache: where a model from elsewhere is kept.
+        tokens: text tokens of each utterance.
+        memory: bytes that may be held; by default nine tenths of what there is.
+
+    Raises:
+        DataError: not even one utterance fits.
+    """
+    from stages.asr.run import build, parameter_groups
+
+    accelerator = make_accelerator(config.precision, config.runtime.device)
+    device = accelerator.device
+    folder = locate_model(config, cache)
+    width = load_whisper(folder).config.d_model
+    table = EmbeddingTable(("0",), np.random.default_rng(0).standard_normal((1, width)).astype(np.float32))
+    recogniser = build(config, folder, table, [], []).to(device).train()
+    if recogniser.gate is not None:
+        recogniser.embeddings_ND = torch.from_numpy(table.vectors_ND).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(recogniser, config))
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            loss, _ = recogniser(batch)
+        loss.backward()
+        optimizer.step()
+
+    allowed = memory or memory_limit(device)
+    rows = training_rows(step, device, tokens=tokens, memory=allowed, limit=MOST_ROWS)
+    if not rows:
+        raise DataError(
+            f"not even one utterance of {MAX_SECONDS:.0f} s fits into {allowed / 2**30:.1f} GiB on {device}: use "
+            "--gradient-checkpointing, a smaller base model or another GPU"
+        )
+    return Fit(rows, rows * MAX_SECONDS, allowed, str(device))
