@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common stages cli dashboards monitor
+SOURCES := common stages argo cli dashboards monitor
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev lint format types test quickstart text-to-sql-demo images test-images chart package dashboards monitor bench lock clean
+.PHONY: help install dev lint format types test quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,14 @@ images: dev ## base and five stage images: ENGINE=docker|podman|buildah PREFIX=r
 
 test-images: dev ## build all images without a daemon and run them confined (root on Debian; minutes and 20 GB)
 	$(BIN)/python -m pytest -q -rs tests/images
+
+argo: dev ## the workflow template, from the stages' contracts, and the table of its parameters
+	$(BIN)/python -m argo
+
+KUBELAB ?= ../shared/kubelab/kubelab
+test-cluster: dev ## the workflow and the chart on a real Kubernetes: that of $$KUBECONFIG, or one that $$KUBELAB brings up
+	KUBELAB=$(abspath $(KUBELAB)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=20 -o timeout=1800 \
+	  -o timeout_func_only=true tests/cluster
 
 chart: dev ## generated parts of the Helm chart: workflow, schema of the configuration, table of values
 	$(BIN)/python -m helm.chart
