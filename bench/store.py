@@ -4,7 +4,7 @@
     python -m bench.store --bucket B --endpoint-url URL          a server of yours
     python -m bench.store --folder /mnt/disk --mib 1024          another disk, a larger file
 
-With `awscrt` installed there is one more column, boto3 with its native transfer threads.
+On AWS with `awscrt` installed there is one more column, boto3 with its native transfer threads.
 Both sides take turns and medians are printed. The disk's own speed is a write and fsync, or a read, of the same bytes.
 Processor seconds are this process's: with a server on the same machine, they tell more of the client than rates do.
 """
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from common.store import Store, open_store
 
@@ -144,7 +145,7 @@ def s3_rows(
         "boto3": lambda: peer.download_file(bucket, f"{prefix}/large", str(out)),
         "disk": read_disk,
     }
-    if (native := native_transfer()) is not None:
+    if (native := native_transfer(peer)) is not None:
         puts["native"] = lambda: peer.upload_file(str(large), bucket, f"{prefix}/large", Config=native)
         gets["native"] = lambda: peer.download_file(bucket, f"{prefix}/large", str(out), Config=native)
     steps: list[tuple[str, str, Mapping[str, Step]]] = [
@@ -156,10 +157,12 @@ def s3_rows(
     return [(name, kind, rounds(sides)) for name, kind, sides in steps]
 
 
-def native_transfer() -> Any:
-    """boto3's setting for its native transfer threads; None where they are not installed."""
+def native_transfer(peer: Any) -> Any:
+    """boto3's setting for its native transfer threads; None where they are not installed or do not reach the server."""
     from boto3.s3.transfer import TransferConfig
 
+    if not (urlsplit(peer.meta.endpoint_url).hostname or "").endswith(".amazonaws.com"):
+        return None  # boto3 makes them without the endpoint: they would send to AWS
     try:
         import awscrt  # type: ignore[import-not-found] # noqa: F401
     except ImportError:

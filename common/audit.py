@@ -15,6 +15,7 @@ from common.audio import SAMPLE_RATE, decode
 from common.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.shards import check_shard
 
 DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
@@ -44,10 +45,11 @@ def audit(
     Returns:
         Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty or
         damaged), `not-finite`, `silent-audio` (a text without audio), `empty-text`, `too-long` (over 30 s),
-        `too-many-tokens`, `duplicate-id`, `duplicate-across-splits`, `shared-speaker`. Kinds of warning: `resampled`,
-        `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`.
+        `too-many-tokens`, `duplicate-id`, `duplicate-across-splits`, `shared-speaker`, `bad-shard`. Kinds of
+        warning: `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`.
     """
     findings = [*_text_findings(corpus.utterances, token_count), *_shared_speakers(corpus.utterances)]
+    findings += _bad_shards(corpus)
     by_file: dict[str, list[Utterance]] = defaultdict(list)
     for u in corpus.utterances:
         by_file[u.audio_filepath].append(u)
@@ -92,13 +94,25 @@ def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
             yield Finding("shared-speaker", splits[min(splits)], detail, "error")
 
 
+def _bad_shards(corpus: Corpus) -> Iterator[Finding]:
+    """Tar shards on this machine that are not what the index says; of remote ones the audio alone is looked at."""
+    by_shard: dict[str, list[Utterance]] = defaultdict(list)
+    for u in corpus.utterances if corpus.remote is None else ():
+        if place := corpus.places.get(u.audio_filepath):
+            by_shard[place.shard].append(u)
+    for shard, group in by_shard.items():
+        try:
+            check_shard(corpus.root / shard, [corpus.places[u.audio_filepath] for u in group])
+        except DataError as error:
+            yield Finding("bad-shard", group[0].id, str(error), "error")
+
+
 def _inspect_file(corpus: Corpus, utterances: list[Utterance]) -> tuple[str, list[Finding]]:
     """The sha256 of one audio file (empty when it cannot be read), and what is wrong with its utterances."""
-    path = corpus.path(utterances[0])
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return "", [Finding("unreadable-audio", u.id, f"{path}: {error.strerror}", "error") for u in utterances]
+        content = corpus.audio(utterances[0])
+    except DataError as error:
+        return "", [Finding("unreadable-audio", u.id, str(error), "error") for u in utterances]
     found = [finding for u in utterances for finding in _inspect_stretch(content, u, whole=len(utterances) == 1)]
     return hashlib.sha256(content).hexdigest(), found
 

@@ -1,4 +1,8 @@
-"""A corpus: audio files beside `index.jsonl`, one utterance a line, in NeMo's names where NeMo has one."""
+"""A corpus: audio files beside `index.jsonl`, one utterance a line, in NeMo's names where NeMo has one.
+
+The audio may lie packed in tar shards instead (`common.shards`): then each line also says in which and where. These
+fields are not part of the digest, so a corpus has the same keys packed and unpacked.
+"""
 
 import hashlib
 import json
@@ -8,15 +12,17 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from common.clips import Clip, Place, Remote
 from common.errors import DataError, StoreError, UsageError
+from common.files import explained
 
 INDEX_NAME = "index.jsonl"
 GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
@@ -51,19 +57,51 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Utterances sorted by id, the folder their paths start from, and the digest that stands for them in keys."""
+    """Utterances sorted by id, the folder their paths start from, and the digest that stands for them in keys.
+
+    Attributes:
+        places: audio path → where it lies in a shard.
+        remote: the store with the audio, where it is not in the folder.
+    """
 
     root: Path
     utterances: tuple[Utterance, ...]
     digest: str
+    places: Mapping[str, Place] = field(default_factory=dict)
+    remote: Remote | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the corpus lies, for people."""
+        return self.remote.url if self.remote else str(self.root)
 
     def split(self, name: str) -> list[Utterance]:
         """The utterances of one split, sorted by id; empty when the corpus has no such split."""
         return [u for u in self.utterances if u.split == name]
 
     def path(self, utterance: Utterance) -> Path:
-        """Where the utterance's audio lies."""
+        """Where the utterance's audio lies, or would lie were it a file of its own."""
         return self.root / utterance.audio_filepath
+
+    def clip(self, utterance: Utterance) -> Clip | None:
+        """Where its audio lies in a shard or a store; None for a plain file."""
+        name = utterance.audio_filepath
+        place = self.places.get(name)
+        if place is None and (self.remote is None or name.startswith("/")):
+            return None
+        return Clip(self.root, name, place, self.remote)
+
+    def audio(self, utterance: Utterance) -> bytes:
+        """The bytes of the utterance's audio file.
+
+        Raises:
+            DataError: it is not there or damaged.
+        """
+        clip, path = self.clip(utterance), self.path(utterance)
+        if clip is not None:
+            return clip.read()
+        with explained(path):
+            return path.read_bytes()
 
 
 _INDEX_REMEDY = f"give a folder with {INDEX_NAME}, or make one with `moe-asr corpus import` or `moe-asr corpus synth`"
@@ -88,6 +126,7 @@ def read_corpus(path: str | Path) -> Corpus:
     root = index.parent.resolve()
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
+    places: dict[str, Place] = {}
     for number, record in read_jsonl(index, remedy=_INDEX_REMEDY):
         utterance = _parse_utterance(record, f"{index}:{number}", root)
         if utterance.id in line_of_id:
@@ -96,10 +135,13 @@ def read_corpus(path: str | Path) -> Corpus:
             )
         line_of_id[utterance.id] = number
         utterances.append(utterance)
+        place = Place.from_record(record, f"{index}:{number}")
+        if place is not None and places.setdefault(utterance.audio_filepath, place) != place:
+            raise DataError(f"{index}:{number}: {utterance.audio_filepath} lies in two places: pack the corpus again")
     if not utterances:
         raise DataError(f"{index} holds no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
     utterances.sort(key=lambda u: u.id)
-    return Corpus(root, tuple(utterances), index_digest(utterances))
+    return Corpus(root, tuple(utterances), index_digest(utterances), places)
 
 
 def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
@@ -117,7 +159,7 @@ def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
         ) as file:
             temporary = Path(file.name)
             try:
-                file.writelines(_encode(_to_record(u)) + "\n" for u in ordered)
+                file.writelines(index_lines(ordered, {}))
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.chmod(0o644)
@@ -129,6 +171,13 @@ def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
         raise StoreError(
             f"cannot write {folder / INDEX_NAME}: {error.strerror}: free space or change rights"
         ) from error
+
+
+def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) -> Iterator[str]:
+    """Lines of an index; fields at their defaults are left out."""
+    for u in utterances:
+        place = places.get(u.audio_filepath)
+        yield _encode(_to_record(u) | (asdict(place) if place else {})) + "\n"
 
 
 @contextmanager
@@ -240,8 +289,9 @@ def available_fields(utterances: Iterable[Utterance]) -> list[str]:
 def corpus_stats(corpus: Corpus) -> dict[str, Any]:
     """Counts and hours of speech, over all and by split, etiology, severity and speaker (where the corpus has them)."""
     stats: dict[str, Any] = {"digest": corpus.digest, **_totals(corpus.utterances)}
-    for field in available_fields(corpus.utterances):
-        stats[f"by_{field}"] = {name: _totals(group) for name, group in group_by(corpus.utterances, field).items()}
+    for name in available_fields(corpus.utterances):
+        groups = group_by(corpus.utterances, name)
+        stats[f"by_{name}"] = {value: _totals(group) for value, group in groups.items()}
     return stats
 
 

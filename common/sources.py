@@ -1,34 +1,65 @@
-"""The two things a run starts from, corpus and base model: found, digested, and brought to a local folder."""
+"""The two things a run starts from, corpus and base model: found and digested.
+
+A model from a store is brought to a local folder. Of a corpus in a store only the index is; audio comes when it is
+needed (`common.clips`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from common.clips import AudioCache, Remote
 from common.config import Config
-from common.corpus import Corpus, read_corpus
+from common.corpus import INDEX_NAME, Corpus, read_corpus
 from common.errors import DataError, RetryableError
-from common.store import open_store
+from common.store import is_current, open_store
 
 MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def load_corpus(config: Config, cache: Path) -> Corpus:
-    """The configured corpus; one in a store is first copied below `cache`.
+    """The configured corpus (see `open_corpus`)."""
+    limit = config.runtime.audio_cache_bytes
+    return open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)
+
+
+def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cache_bytes: int = 0) -> Corpus:
+    """A corpus in a folder, or in a store, from which its index alone is brought.
+
+    Args:
+        path: a folder, an index file, or the `s3://` address of either.
+        cache: where the index and audio of a remote corpus are kept, the latter for all corpora together.
+        cache_bytes: of audio at most.
 
     Raises:
         DataError: it cannot be found or read.
     """
-    path = config.corpus.path
-    if path.startswith("s3://"):
-        folder = cache / "corpus" / hashlib.sha256(path.encode()).hexdigest()[:16]
-        open_store(path, endpoint_url=config.endpoint_url).get_folder("", folder)
-        return read_corpus(folder)
-    return read_corpus(path)
+    if not path.startswith("s3://"):
+        return read_corpus(path)
+    base, name = path.rstrip("/"), INDEX_NAME
+    if base.endswith((".json", ".jsonl")):
+        base, _, name = base.rpartition("/")
+    store = open_store(base, endpoint_url=endpoint_url)
+    index = cache / "corpus" / hashlib.sha256(f"{endpoint_url}\0{base}".encode()).hexdigest()[:16] / name
+    entry = next((entry for entry in store.list(name) if entry.key == name), None)
+    if entry is None:
+        raise DataError(f"{base}/{name} is not there: give the address of a folder with {INDEX_NAME}")
+    if not is_current(entry, index):
+        store.get(name, index)
+        os.utime(index, (entry.modified, entry.modified))
+    try:
+        corpus = read_corpus(index)
+    except DataError as error:
+        raise DataError(str(error).replace(str(index), f"{base}/{name}")) from None
+    remote = Remote(store.url, endpoint_url, AudioCache(cache / "audio", cache_bytes), corpus.digest)
+    return replace(corpus, remote=remote)
 
 
 def locate_model(config: Config, cache: Path) -> Path:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from common.errors import ConfigError, DataError
 from common.files import NotFound as NotFound
@@ -95,7 +96,7 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         endpoint_url: of an S3-compatible server; AWS and the AWS variables and profiles where it is not given.
 
     Raises:
-        ConfigError: another scheme, or no bucket.
+        ConfigError: another scheme, no bucket, or credentials in an address.
     """
     text = str(url)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
@@ -108,6 +109,8 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         raise ConfigError(f"store {scheme[1]}://…: only folders and s3://bucket/prefix are known (with endpoint_url)")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise ConfigError("store s3://…: what follows s3:// must be a bucket's name, without credentials or port")
+    if endpoint_url and "@" in urlsplit(endpoint_url).netloc:  # it would be in the record of every run
+        raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     from common.s3 import S3Store
 
     return S3Store(bucket, prefix, endpoint_url=endpoint_url)
@@ -141,8 +144,10 @@ class LocalStore:
         """See Store."""
         path = self.local_path(key)
         with explained(path), path.open("rb") as file:
+            # Before asking for memory: a length may lie.
+            whole = os.fstat(file.fileno()).st_size >= start + length
             file.seek(start)
-            data = file.read(length)
+            data = file.read(length) if whole else b""
         if len(data) < length:
             raise DataError(f"{path} ends before byte {start + length:,}: it is truncated")
         return data

@@ -57,7 +57,7 @@ def _usable(config: Config, corpus: Corpus, split: str) -> list[Utterance]:
         found = [u for u in found if u.duration <= MAX_SECONDS]
     if not found:
         raise DataError(
-            f"corpus {corpus.root} has no utterances in split {split!r}: give it speakers in index.jsonl "
+            f"corpus {corpus.url} has no utterances in split {split!r}: give it speakers in index.jsonl "
             "(`moe-asr corpus stats` lists the splits)"
         )
     return found

@@ -126,6 +126,10 @@ class Telemetry:
         assert isinstance(instrument, Histogram)
         (instrument.labels(**labels) if labels else instrument).observe(value)
 
+    def begin(self, metric: Metric, **labels: str) -> None:
+        """Lets a series appear before it has any value."""
+        self._instruments[metric.name].labels(**labels)
+
     def values(self, **labels: str) -> dict[str, float]:
         """`name{label="value"}` → value, of all series that carry these labels, without them and without buckets."""
         found = {}
@@ -176,6 +180,7 @@ class StageTelemetry:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Marks the stage as running, and counts how it ended."""
+        self.telemetry.begin(STEP, **self._labels(STEP))
         for metric in METRICS:
             if metric.kind == "counter" and metric.labels == STAGE:
                 self.add(metric, 0)  # a rate needs to have seen the zero

@@ -23,6 +23,7 @@ class Throughput:
         self.samples = 0
         self.audio = self.slots = self.waited = self.paused = 0.0
         self.started = self._since = self._stepped = time.monotonic()
+        self._waited = 0.0  # within this step: shown when it ends, so that waiting is never more than the steps
         self._tokens = torch.zeros((), device=device)  # read with the rates, since that waits for the device
 
     def waiting(self) -> _Stopwatch:
@@ -42,14 +43,15 @@ class Throughput:
         now = time.monotonic()
         self.live.observe(telemetry.STEP, now - self._stepped)
         self._stepped = now
+        self.live.add(telemetry.DATA_WAIT, self._waited)
+        self._waited = 0.0
         for metric, amount in ((telemetry.SAMPLES, samples), (telemetry.AUDIO, audio), (telemetry.PADDED, slots)):
             self.live.add(metric, amount)
 
     def wait(self, seconds: float) -> None:
         """Counts time in which the loop waited for data."""
         self.waited += seconds
-        if self.live is not None:
-            self.live.add(telemetry.DATA_WAIT, seconds)
+        self._waited += seconds
 
     def pause(self) -> None:
         """Stops the clock (evaluation)."""

@@ -29,6 +29,7 @@ from common.errors import DataError, Preempted, RetryableError
 from common.metrics import MetricsLog
 from common.throughput import Throughput
 
+LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
 MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
 
 
@@ -181,7 +182,8 @@ def train(
     steps_per_epoch = math.ceil(len(batches) / per_step)
     total = options.epochs * steps_per_epoch
     total = min(total, options.max_steps or total)
-    log_every = max(1, total // 2000)
+    log_every = max(1, total // LOGGED)
+    running = torch.zeros((), device=device)  # loss since the last row
 
     step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
     best_value, best = math.inf, copies(trained)
@@ -224,6 +226,7 @@ def train(
         restore(trained, optimizer, accelerator, tensors, state)
         best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
         evaluated = state["evaluated"]
+        running += state["running"]
         best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
         for number in range(state["recent"]):
             recent.append({name: tensors[f"recent{number}.{name}"] for name in trained})
@@ -239,7 +242,7 @@ def train(
         for number, weights in enumerate(recent):
             tensors |= {f"recent{number}.{name}": value for name, value in weights.items()}
         state |= {"best_value": best_value, "best_step": best_step, "bad": bad, "recent": len(recent)}
-        state["evaluated"] = evaluated
+        state |= {"evaluated": evaluated, "running": running.item()}
         state["unjudged"] = pending.step if pending else None
         if pending and pending.step != step:
             tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
@@ -247,7 +250,6 @@ def train(
         checkpointer.save(step, tensors, state, wait=wait)
 
     bar = progress(total, step, label, hidden=options.quiet or rank > 0)
-    running = torch.zeros((), device=device)
     for epoch in range(evaluated, math.ceil(total / steps_per_epoch)):
         if bad >= options.patience:
             break

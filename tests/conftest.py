@@ -10,6 +10,7 @@ import pytest
 from tests.servers import (  # noqa: F401 - fixtures and a hook
     any_store,
     bucket,
+    impatient,
     proxy,
     pytest_collection_finish,
     s3_environment,

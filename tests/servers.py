@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +71,25 @@ class Server:
     def port(self) -> int:
         return int(self.endpoint.rpartition(":")[2])
 
+    def places(self, name: str) -> list[Path]:
+        """The folders that hold a bucket: its objects and, where the file system needs that, their metadata."""
+        return [base / name for base in (self.root, self.root.with_name("metadata")) if base.is_dir()]
+
+    def copy(self, name: str, to: Path) -> None:
+        """Copies a bucket as it is on the disk to a folder, extended attributes included."""
+        for place in self.places(name):
+            while True:
+                try:
+                    shutil.copytree(place, to / place.parent.name, symlinks=True)
+                    break
+                except (shutil.Error, FileNotFoundError):  # something was deleted meanwhile
+                    shutil.rmtree(to / place.parent.name, ignore_errors=True)
+
+    def restore(self, state: Path, name: str) -> None:
+        """Puts such a copy in the place of a bucket."""
+        for place in self.places(name):
+            shutil.copytree(state / place.parent.name, place, symlinks=True, dirs_exist_ok=True)
+
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
@@ -101,6 +121,11 @@ def s3_server(tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture
 def s3_environment(monkeypatch, tmp_path) -> None:
     """Credentials of the server in the AWS variables, and nothing else of AWS."""
+    set_environment(monkeypatch, tmp_path)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same for longer than a test."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
@@ -113,10 +138,15 @@ def s3_environment(monkeypatch, tmp_path) -> None:
 @pytest.fixture
 def bucket(s3_server, s3_environment) -> str:
     """A new bucket's name."""
+    return new_bucket(s3_server)
+
+
+def new_bucket(server: Server) -> str:
+    """Makes a bucket; returns its name."""
     name = f"bucket-{secrets.token_hex(6)}"
     from common.s3 import make_client
 
-    make_client(s3_server.endpoint).create_bucket(Bucket=name)
+    make_client(server.endpoint).create_bucket(Bucket=name)
     return name
 
 
@@ -125,6 +155,12 @@ def proxy(s3_server) -> Iterator[Proxy]:
     """A proxy before the server that does no harm until it is told to."""
     with Proxy(s3_server.port) as running:
         yield running
+
+
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Backoff without waiting."""
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -140,13 +176,13 @@ def any_store(request, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB; yields its folder and a function that mounts it read-only."""
+    """A file system of 1 MiB; yields its folder and a function that mounts it otherwise (read-only by default)."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = shutil.which("mount")
     if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", folder]).returncode:
         pytest.skip("mounting needs root")
-    yield folder, lambda: subprocess.run([mount, "-o", "remount,ro", folder], check=True)
+    yield folder, lambda options="ro": subprocess.run([mount, "-o", f"remount,{options}", folder], check=True)
     subprocess.run(["umount", folder], check=True)
 
 
@@ -190,6 +226,7 @@ class Fault:
             `value` bytes; `lose` passes the request on and drops the answer; `drop` closes before passing on; `flip`
             inverts a bit of the answer's byte `value`; `delay` waits `value` seconds.
         times: how many requests.
+        every: of those that match, only each n-th.
         method, path: the request's method, and a part of its path; empty for any.
     """
 
@@ -199,9 +236,14 @@ class Fault:
     method: str = ""
     path: str = ""
     code: str = "InternalError"
+    every: int = 1
+    asked: int = 0
 
     def matches(self, method: str, path: str) -> bool:
-        return self.times > 0 and self.method in ("", method) and self.path in path
+        if self.times <= 0 or self.method not in ("", method) or self.path not in path:
+            return False
+        self.asked += 1
+        return self.asked % self.every == 0
 
 
 @dataclass

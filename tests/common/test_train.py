@@ -102,8 +102,10 @@ def test_the_loss_falls_and_the_best_weights_are_left_in_the_model():
     assert result.value == min(dev) == evaluate(model, True)["loss"]
 
 
+@pytest.mark.parametrize("rows_logged", [2000, 8])  # of 24 steps: each, and means over three
 @pytest.mark.parametrize("stop_at", [1, 5, 6, 7, 13, 23])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, stop_at):
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, stop_at, rows_logged, monkeypatch):
+    monkeypatch.setattr("common.train.LOGGED", rows_logged)
     whole = Line()
     _, expected = fit(whole)
     with pytest.raises(Preempted):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+import urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from common.errors import ConfigError, DataError, Preempted
 from common.store import open_store
 from stages import STAGES
 from stages.pipeline import Run, run_pipeline
+from tests.servers import free_port
 
 RUNTIME = {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False}
 
@@ -67,6 +71,26 @@ def digests(store):
         state = inspect(open_store(store), Key(task["stage"], task["key"]), deep=True)
         found[label] = state.manifest.digest if state.status == "done" else state.status
     return found
+
+
+@contextmanager
+def watched(*ports):
+    """Reads the metrics at these ports as often as it can while the block runs; the last text of each."""
+    texts, stop = {}, threading.Event()
+
+    def look():
+        while not stop.wait(0.1):
+            for port in ports:
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                    texts[port] = answer.read().decode()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield texts
+    finally:
+        stop.set()
+        thread.join()
 
 
 def statuses(config):
@@ -200,8 +224,15 @@ def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finishe
     store, _ = again
     for manifest in (store / "artifacts" / "experts").glob("*/manifest.json"):
         manifest.unlink()
-    run_pipeline(micro_config(store, micro_model, tones, runtime=RUNTIME | {"parallel_experts": 2}))
+    port = free_port()
+    runtime = RUNTIME | {"parallel_experts": 2, "metrics_port": port, "metrics_linger_seconds": 5}
+    with watched(port + 1, port + 2) as served:
+        run_pipeline(micro_config(store, micro_model, tones, runtime=runtime))
     assert digests(store) == digests(finished[0])
+    assert [{name for name in ("0", "1") if f'shard="{name}"' in text} for text in served.values()] in (
+        [{"0"}, {"1"}],
+        [{"1"}, {"0"}],
+    )
 
 
 def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):
