@@ -139,6 +139,12 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
     with run.serving(), heed_signals() as stopping, log_to_run(run):
         try:
             plan = _run_stages(run, stopping)
+            for _ in range(ROUNDS - 1):
+                try:
+                    return finish(run, plan)
+                except RetryableError as error:  # a result of an earlier run turned out damaged when it was fetched
+                    log.warning("%s", error)
+                    plan = _run_stages(run, stopping)
         except BaseException as error:
             run.save("stopped" if not isinstance(error, Exception) else "failed", run.plan())
             raise

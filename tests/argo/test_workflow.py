@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from argo.__main__ import DOCS, with_table
 from argo.parameters import FILE, PARAMETERS, PRODUCTS
 from argo.submit import submission
 from argo.workflow import to_text
@@ -23,6 +24,11 @@ LEAVES = [f"{contract.name}-pod" for contract in STAGES]
 
 def test_the_committed_file_is_what_the_contracts_give():
     assert FILE.read_text() == to_text(), "run `make argo`"
+
+
+def test_the_documented_parameters_are_those_of_the_workflow():
+    page = DOCS.read_text()
+    assert page == with_table(page), "run `make argo`"
 
 
 def test_nothing_here_imports_torch():

@@ -21,7 +21,7 @@ def lab(tmp_path_factory, micro_model, tones) -> Iterator[Lab]:
         upload(endpoint, micro_model, tones)
         make_secret()
         registry, tag = images(tmp_path_factory.mktemp("image"))
-        yield Lab(endpoint, registry, tag, install_template(), micro_model.parent)
+        yield Lab(endpoint, registry, tag, install_template(), tmp_path_factory.mktemp("kept"))
 
 
 def upload(endpoint: str, model: Path, corpus: Path) -> None:

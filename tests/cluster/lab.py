@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,14 +104,14 @@ class Lab:
         endpoint: the S3 server, for this machine and for pods.
         registry, tag: of the stages' images.
         template: name of the installed WorkflowTemplate.
-        local: folders with the corpus and the model.
+        kept: folder for what is worth a look afterwards.
     """
 
     endpoint: str
     registry: str
     tag: str
     template: str
-    local: Path
+    kept: Path
     extra: dict[str, str] = field(default_factory=dict)
 
     def store(self, name: str) -> Store:
@@ -161,6 +162,17 @@ class Lab:
             },
         }
         return kubectl("create", "-f", "-", "-o", "jsonpath={.metadata.name}", text=json.dumps(workflow))
+
+    def submit_by_command(self, name: str, folder: Path) -> str:
+        """The same with `moe-asr submit`."""
+        file = folder / "my.yaml"
+        file.write_text(yaml.safe_dump(self.tree()), encoding="utf-8")
+        words = ["submit", "--config", file, "--gpu", "h100-80", "--store", f"s3://{BUCKET}/{name}"]
+        words += ["--endpoint-url", self.endpoint, "--namespace", NAMESPACE, "--template", self.template]
+        words += [w for line in small_settings(self.tree()).splitlines() for w in ("--set", line)]
+        given = {"registry": self.registry, "tag": self.tag} | SMALL | self.extra
+        words += [w for n, v in given.items() for w in ("-p", f"{n}={v}")]
+        return command(sys.executable, "-m", "cli.main", *words).split()[1]
 
 
 def small_settings(tree: Mapping[str, Any]) -> str:

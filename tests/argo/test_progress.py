@@ -1,0 +1,90 @@
+"""What a Workflow object tells: read from one that a real cluster left (`finished.json`, without its templates)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from argo.picture import draw
+from argo.progress import explain, gpu_products, phase, pieces, wanted_products
+
+FINISHED = json.loads(Path(__file__).with_name("finished.json").read_text())
+LABELS = ["extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"]
+
+
+def node(product, gpus=8):
+    labels = {"nvidia.com/gpu.product": product} if product else {}
+    return {"metadata": {"labels": labels}, "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}}}
+
+
+def waiting_pod(*products, message="0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."):
+    match = {"key": "nvidia.com/gpu.product", "operator": "In", "values": [*products, products[0]]}
+    required = {"nodeSelectorTerms": [{"matchExpressions": [match]}]}
+    return {
+        "spec": {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}},
+        "status": {"conditions": [{"reason": "Unschedulable", "message": message}]},
+    }
+
+
+def test_every_piece_is_found_once_with_its_tries():
+    found = {piece.label: piece for piece in pieces(FINISHED)}
+    assert phase(FINISHED) == "Succeeded"
+    assert [label for label in found if label in LABELS] == LABELS
+    assert {"plan", "plan-asr", "report", "outcome"} <= set(found)
+    assert all(piece.tries and piece.tries[-1].phase == "Succeeded" for piece in found.values())
+    pods = [one.pod for piece in found.values() for one in piece.tries]
+    nodes = FINISHED["status"]["nodes"].values()
+    assert sorted(pods) == sorted(n["id"] for n in nodes if n["type"] == "Pod")
+
+
+def test_a_hit_has_no_pod():
+    changed = json.loads(json.dumps(FINISHED))
+    nodes = changed["status"]["nodes"]
+    (asr,) = [n for n in nodes.values() if n.get("templateName") == "asr" and n["type"] == "DAG"]
+    asr["memoizationStatus"] = {"hit": True}
+    below = [key for key, n in nodes.items() if n["name"].startswith(asr["name"] + ".")]
+    for key in below:
+        del nodes[key]
+    (piece,) = [p for p in pieces(changed) if p.label == "asr"]
+    assert below and piece.hit and piece.tries == ()
+
+
+def test_a_piece_that_waits_for_a_lock_says_so():
+    changed = json.loads(json.dumps(FINISHED))
+    (asr,) = [n for n in changed["status"]["nodes"].values() if n.get("templateName") == "asr" and n["type"] == "DAG"]
+    asr["synchronizationStatus"] = {"waiting": "argo/Mutex/moe-asr-0123"}
+    (piece,) = [p for p in pieces(changed) if p.label == "asr"]
+    assert "waits for moe-asr-0123" in piece.message
+
+
+def test_a_gpu_that_no_node_has_is_explained_with_those_that_there_are():
+    pod = waiting_pod("NVIDIA-H200", "NVIDIA-GH200")
+    assert wanted_products(pod) == ["NVIDIA-H200", "NVIDIA-GH200"]
+    told = explain(pod, [node("NVIDIA-H100-PCIe", 4), node("NVIDIA-H100-PCIe", 4), node(None, 0)])
+    assert "product NVIDIA-H200 or NVIDIA-GH200" in told and "NVIDIA-H100-PCIe (8)" in told
+    assert gpu_products([node(None, 0)]) == {}
+    assert "none" in explain(pod, [node(None, 0)])
+
+
+@pytest.mark.parametrize("resource", ["nvidia.com/gpu", "memory", "cpu"])
+def test_a_full_node_is_explained_by_what_it_lacks(resource):
+    pod = waiting_pod("NVIDIA-H200", message=f"0/1 nodes are available: 1 Insufficient {resource}.")
+    assert f"enough {resource} free" in explain(pod, [node("NVIDIA-H200")])
+
+
+def test_an_image_that_cannot_be_pulled_is_named():
+    waiting = {"image": "here/asr:9", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off"}}}
+    assert "here/asr:9 cannot be pulled" in explain({"spec": {}, "status": {"containerStatuses": [waiting]}}, [])
+
+
+def test_a_pod_that_runs_has_nothing_to_explain():
+    assert explain({"spec": {}, "status": {"conditions": [{"type": "Ready"}]}}, []) == ""
+
+
+def test_the_picture_is_drawn_from_the_object_alone(tmp_path):
+    draw(FINISHED, tmp_path / "workflow.svg")
+    text = (tmp_path / "workflow.svg").read_text()
+    for label in LABELS:
+        assert label.partition("[")[0] in text
+    with pytest.raises(ValueError, match="no step that has begun"):
+        draw(FINISHED | {"status": {}}, tmp_path / "empty.svg")

@@ -1,0 +1,63 @@
+"""`moe-asr submit`: what it would create, and what it refuses."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from argo.parameters import FILE
+from cli.main import cli
+from common.errors import ConfigError, UsageError
+
+PLACES = ("--store", "s3://bucket/runs", "--corpus", "s3://bucket/corpus", "--gpu", "h100-80")
+
+
+def dry_run(*words):
+    done = CliRunner().invoke(cli, ["submit", "--dry-run", *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.output)
+
+
+def parameters(workflow):
+    return {one["name"]: one["value"] for one in workflow["spec"]["arguments"]["parameters"]}
+
+
+def test_a_submission_names_the_template_and_only_what_was_chosen():
+    made = dry_run("--mode", "full", *PLACES, "--seed", "7")
+    assert made["spec"]["workflowTemplateRef"] == {"name": yaml.safe_load(FILE.read_text())["metadata"]["name"]}
+    assert parameters(made) == {
+        "mode": "full",
+        "gpu": "h100-80",
+        "settings": 'seed=7\ncorpus.path="s3://bucket/corpus"',
+        "run": "full",
+        "store": "s3://bucket/runs",
+    }
+
+
+def test_a_file_goes_along_as_it_is(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("# mine\nrun: Mine_1.2\nmodel: {name: openai/whisper-tiny}\n")
+    made = dry_run("--config", str(file), *PLACES)
+    assert parameters(made)["config"] == file.read_text()
+    assert made["metadata"]["generateName"] == "moe-asr-mine-1-2-"
+
+
+def test_workflow_parameters_pass_through():
+    made = dry_run(*PLACES, "-p", "parallelism=8", "-p", "webhook=http://host/path?a=b", "--resume")
+    assert {"parallelism": "8", "webhook": "http://host/path?a=b", "resume": "true"}.items() <= parameters(made).items()
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "told"),
+    [
+        (("--gpu", "auto"), UsageError, "name the GPUs of the nodes"),
+        (("-p", "paralelism=8"), UsageError, "no such parameter"),
+        (("-p", "parallelism"), UsageError, "name=value"),
+        (("--store", "runs"), UsageError, "place on this machine"),
+        (("--set", "asr.epoch=3"), ConfigError, "did you mean asr.epochs"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_submitted(words, error, told):
+    done = CliRunner().invoke(cli, ["submit", *PLACES, *words])
+    assert isinstance(done.exception, error) and told in str(done.exception)

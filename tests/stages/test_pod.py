@@ -1,0 +1,172 @@
+"""What a stage's process does in a workflow's pod: names in the cache, lists, outcome."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from common.artifacts import commit, inspect, make_key, new_attempt, shard_key
+from common.errors import ConfigError
+from common.plan import Plan, Planned, Task
+from common.store import open_store
+from stages import STAGES
+from stages.pod import config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
+
+GROUP = make_key("experts", 1, {"seed": 1}, {})
+EXPERTS = next(contract for contract in STAGES if contract.name == "experts")
+
+
+def planned(store, number=0, status="done"):
+    """A piece of the experts as the plan sees it."""
+    task = Task(EXPERTS, number, shard_key(GROUP, number), {})
+    return Planned(task, status, "", inspect(store, task.key).manifest)
+
+
+def make(store, tmp_path, number=0, **metrics):
+    """Commits a piece."""
+    key = shard_key(GROUP, number)
+    folder = new_attempt(store, key, tmp_path)
+    (folder / "weights").write_bytes(b"w")
+    return commit(
+        store,
+        key,
+        folder,
+        shard=number,
+        volatile=(),
+        inputs={},
+        version="1",
+        host="here",
+        started=0.0,
+        seconds=1.0,
+        metrics=metrics,
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(tmp_path / "store")
+
+
+def test_what_is_done_keeps_the_name_under_which_it_was_made(store, tmp_path):
+    first = memo_key(planned(store, status="todo"), "workflow-1")
+    make(store, tmp_path, memo=first)
+    assert memo_key(planned(store), "workflow-2") == memo_key(planned(store), "workflow-3") == first
+
+
+@pytest.mark.parametrize("status", ["todo", "again"])
+def test_what_is_lost_or_damaged_gets_a_name_that_no_cache_has_seen(store, tmp_path, status):
+    made = memo_key(planned(store, status="todo"), "workflow-1")
+    make(store, tmp_path, memo=made)
+    assert memo_key(planned(store, status=status), "workflow-2") != made
+
+
+def test_tries_of_one_plan_agree_and_pieces_do_not_share_a_name(store):
+    names = [memo_key(planned(store, number, "todo"), "workflow-1") for number in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+
+
+def test_work_of_a_local_run_has_a_name_that_changes_when_it_is_made_again(store, tmp_path):
+    make(store, tmp_path)
+    before = memo_key(planned(store), "workflow-1")
+    assert before == memo_key(planned(store), "workflow-2")
+    store.delete(planned(store).task.key.prefix + "manifest.json")
+    make(store, tmp_path)
+    assert memo_key(planned(store), "workflow-3") != before
+
+
+def test_names_in_the_cache_are_as_argo_wants_them(store):
+    assert memo_key(planned(store, status="todo"), "any/thing").isalnum()
+
+
+def lists(store, count, lanes, url="s3://here"):
+    plan = Plan(tuple(planned(store, number, "todo") for number in range(count)), ())
+    return fan_out_lists(plan, url, "workflow-1", lanes)
+
+
+def test_a_list_has_one_item_per_piece_and_stages_without_pieces_are_empty(store):
+    made = lists(store, 3, 2)
+    assert [item["shard"] for item in made["experts"]] == ["0", "1", "2"]
+    assert {name for name, items in made.items() if not items} == {c.name for c in STAGES} - {"experts"}
+
+
+def test_no_more_lanes_than_may_run_at_once(store):
+    assert {item["lane"] for item in lists(store, 7, 3)["experts"]} == {"0", "1", "2"}
+
+
+def test_two_workflows_lock_the_same_piece_only_in_the_same_store(store):
+    locks = [lists(store, 1, 1, url)["experts"][0]["lock"] for url in ("s3://here", "s3://here", "s3://there")]
+    assert locks[0] == locks[1] != locks[2]
+
+
+@pytest.mark.parametrize(("text", "told"), [("a: [", "not valid YAML"), ("- a", "no mapping")])
+def test_a_configuration_that_is_none_is_refused(text, told):
+    with pytest.raises(ConfigError, match=told):
+        config_text(text)
+
+
+FAILURES = json.dumps(
+    [
+        {"displayName": "plan(0)", "message": "main: Error (exit code 78): asr.epoch: no such setting"},
+        {"displayName": "main", "message": "child 'x' failed"},
+        {"displayName": "asr", "message": ""},
+    ]
+)
+
+
+@pytest.mark.parametrize("text", [FAILURES, json.dumps(FAILURES)], ids=["list", "quoted"])
+def test_failures_are_the_nodes_that_say_why(text):
+    (one,) = failed_nodes(text)
+    assert one == {"task": "plan(0)", "message": "main: Error (exit code 78): asr.epoch: no such setting"}
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", '"null"'])
+def test_no_failures_are_none(text):
+    assert failed_nodes(text) == []
+
+
+@pytest.fixture
+def webhook():
+    """An HTTP server; yields its address and the list of bodies that it got."""
+    got = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/hook", got
+        server.shutdown()
+        thread.join()
+
+
+def test_the_outcome_is_in_the_store_and_told_to_the_webhook(store, monkeypatch, tmp_path, webhook):
+    url, got = webhook
+    store.write("mine/run.json", json.dumps({"workflow": "ns/w1", "status": "running"}).encode())
+    for name, value in {"STORE": tmp_path / "store", "RUN": "mine", "WORKFLOW": "ns/w1", "WEBHOOK": url}.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+    write_outcome("Failed", FAILURES)
+    outcome = json.loads(store.read("mine/outcome.json"))
+    assert got == [outcome] and outcome["status"] == "Failed" and outcome["failures"][0]["task"] == "plan(0)"
+    assert json.loads(store.read("mine/run.json"))["status"] == "failed"
+
+
+def test_a_configuration_that_fails_is_still_told_to_the_webhook(store, monkeypatch, tmp_path, webhook):
+    url, got = webhook
+    for name, value in {"STORE": tmp_path / "store", "CONFIG": "asr: {epoch: 3}", "WEBHOOK": url}.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+    write_outcome("Failed", FAILURES)
+    assert got[0]["failures"] == failed_nodes(FAILURES)
+
+
+def test_a_webhook_that_does_not_answer_is_no_failure(store, monkeypatch, tmp_path):
+    for name, value in {"STORE": tmp_path / "store", "WEBHOOK": "http://127.0.0.1:9/none"}.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+    assert write_outcome("Succeeded", "[]")["status"] == "Succeeded"
