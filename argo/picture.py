@@ -39,7 +39,7 @@ def draw(workflow: Mapping[str, Any], out: Path) -> None:
     columns = by_column(found)
     tall = max(len(column) for column in columns)
     rows = sum(max(1, len(piece.tries)) for piece in found)
-    figure = Figure(figsize=(1.45 * len(columns) + 0.6, 0.95 * tall + 0.24 * rows + 1.6), layout="constrained")
+    figure = Figure(figsize=(1.15 * len(columns) + 0.6, 0.95 * tall + 0.24 * rows + 1.6), layout="constrained")
     top, below = figure.subplots(2, 1, height_ratios=[0.95 * tall + 0.3, 0.24 * rows + 0.8])
     start = min(piece.started or 0.0 for piece in found)
     took = max(piece.finished or piece.started or start for piece in found) - start
@@ -77,7 +77,7 @@ def draw_boxes(axes: Axes, columns: Sequence[Sequence[Piece]]) -> None:
             )
             for after, _ in places(columns[x + 1]) if x + 1 < len(columns) else []:
                 arrow = {"arrowstyle": "-|>", "color": "#888888", "shrinkA": 0, "shrinkB": 0}
-                axes.annotate("", xy=(x + 0.58, after), xytext=(x + 0.42, y), arrowprops=arrow)
+                axes.annotate("", xy=(x + 0.57, after), xytext=(x + 0.43, y), arrowprops=arrow)
 
 
 def places(column: Sequence[Piece]) -> list[tuple[float, Piece]]:

@@ -114,4 +114,6 @@ def show_workflow_logs(name: str, stage: str | None, namespace: str | None) -> N
         if pod["status"]["phase"] != "Pending":
             said = kubectl("logs", "-n", metadata["namespace"], pod["metadata"]["name"], "-c", "main")
             for line in said.splitlines():
+                if "argo=true" in line:  # Argo's own, of its wrapper around the stage
+                    continue
                 click.echo(f"{pod['metadata']['labels']['app.kubernetes.io/component']}: {line}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,19 @@ SCALE = {
     "short": (1, ""),
 }
 LEGENDS = 6  # lines of a legend at most
+PAGE = 19.0  # inches
 
 
-def ask_panel(url: str, panel: Panel, start: float, end: float) -> list[tuple[str, Series]]:
-    """(legend, series) of all of a panel's queries."""
+def ask_panel(url: str, panel: Panel, start: float, end: float, workflow: str) -> list[tuple[str, Series]]:
+    """(legend, series) of all of a panel's queries, the largest first."""
     seconds = max(60, round(end - start))
-    values = EVERYTHING | {"__range": f"{seconds}s", "__rate_interval": f"{max(20, seconds // 30)}s"}
+    values = EVERYTHING | {"workflow": workflow, "__range": f"{seconds}s"}
+    values["__rate_interval"] = f"{max(20, seconds // 20)}s"
     found = []
     for query in panel.queries:
         for series in query_range(url, expand(query.expr, values), start, end, max(1.0, seconds / 240)):
             found.append((legend(query.legend, series[0]), series))
-    return found
+    return sorted(found, key=lambda one: -max(value for _, value in one[1][1] if math.isfinite(value)))
 
 
 def legend(template: str, labels: dict[str, str]) -> str:
@@ -48,18 +52,31 @@ def legend(template: str, labels: dict[str, str]) -> str:
     return " ".join(text.split())[:44]
 
 
-def draw(url: str, dashboard: Dashboard, start: float, end: float, *, note: str = "") -> Figure:
-    """The whole dashboard as one figure, laid out as in Grafana."""
+def draw(url: str, dashboard: Dashboard, start: float, end: float, *, workflow: str = ".*", note: str = "") -> Figure:
+    """The whole dashboard as one figure, laid out as in Grafana.
+
+    Args:
+        url: of Prometheus.
+        start, end: seconds since 1970.
+        workflow: for `$workflow`.
+        note: further words for the heading.
+    """
     lines = _lines(dashboard)
-    figure = Figure(figsize=(19, 3.1 * len(lines) + 1), layout="constrained")
-    figure.suptitle(f"{dashboard.title}\n{NOTE} {note}".rstrip(), fontsize=13)
-    grid = figure.add_gridspec(len(lines), WIDTH)
-    for number, line in enumerate(lines):
-        column = 0
+    heights = [1.1 if all(panel.kind == "stat" for panel in line) else 2.4 for line in lines]
+    above, between = 1.35, 0.75  # inches
+    total = above + sum(heights) + between * len(lines)
+    figure = Figure(figsize=(PAGE, total))
+    figure.text(0.02, 1 - 0.15 / total, f"{dashboard.title}\n{NOTE}\n{note}".rstrip(), fontsize=12, va="top")
+    top = total - above
+    for line, height in zip(lines, heights, strict=True):
+        column, top = 0, top - height
         for panel in line:
-            axes = figure.add_subplot(grid[number, column : column + panel.width])
-            _draw_panel(axes, panel, ask_panel(url, panel, start, end), start)
+            wide = 0.16 if panel.kind == "bargauge" else 0.045  # of the page, for the labels on the left
+            left, right = column / WIDTH + wide, (column + panel.width) / WIDTH - 0.01
+            axes = figure.add_axes((left, top / total, right - left, height / total))
+            _draw_panel(axes, panel, ask_panel(url, panel, start, end, workflow), start)
             column += panel.width
+        top -= between
     return figure
 
 
@@ -82,18 +99,34 @@ def _draw_panel(axes: Any, panel: Panel, found: list[tuple[str, Series]], start:
         axes.text(0.5, 0.5, "no data", ha="center", va="center", color="grey", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    if panel.kind == "timeseries":
-        for name, (_, points) in found:
-            axes.plot([at - start for at, _ in points], [value / factor for _, value in points], label=name, lw=1.3)
-        axes.set_ylabel(unit)
-        axes.set_xlabel("s", loc="right", labelpad=-2)
-        axes.grid(alpha=0.3)
-        handles, names = axes.get_legend_handles_labels()
-        more = [f"… {len(names) - LEGENDS} more"] if len(names) > LEGENDS else []
-        extra = [handles[0]] * len(more)
-        axes.legend(handles[:LEGENDS] + extra, names[:LEGENDS] + more, fontsize=7, loc="best", framealpha=0.6)
+    if panel.kind != "timeseries":
+        _draw_values(axes, panel, found, factor, unit)
         return
-    _draw_values(axes, panel, found, factor, unit)
+    for name, (_, points) in found:
+        points = with_gaps(points)
+        axes.plot([at - start for at, _ in points], [value / factor for _, value in points], label=name, lw=1.3)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("seconds", loc="right", fontsize=8, labelpad=0)
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.1)
+    if "max" in panel.extra:
+        axes.set_ylim(panel.extra["min"] / factor, 1.03 * panel.extra["max"] / factor)
+    elif "min" in panel.extra:
+        axes.set_ylim(bottom=panel.extra["min"])
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > LEGENDS:
+        names[LEGENDS - 1] = f"… {len(names) - LEGENDS + 1} more"
+    axes.legend(handles[:LEGENDS], names[:LEGENDS], fontsize=7, loc="upper right", framealpha=0.7)
+
+
+def with_gaps(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points with a break wherever none was seen for over a minute."""
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(points)]
+    found = points[:1]
+    for step, point in zip(steps, points[1:], strict=True):
+        found += [(point[0], math.nan)] if step > max(60, 1.5 * min(steps)) else []
+        found.append(point)
+    return found
 
 
 def _draw_values(axes: Any, panel: Panel, found: list[tuple[str, Series]], factor: float, unit: str) -> None:
@@ -117,15 +150,17 @@ def _draw_values(axes: Any, panel: Panel, found: list[tuple[str, Series]], facto
 @click.argument("url")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--minutes", type=float, default=15, show_default=True, help="How far to look back.")
+@click.option("--workflow", default=".*", help="Only this one's series.")
 @click.option("--note", default="", help="Further words for the heading.")
-def main(url: str, folder: Path, minutes: float, note: str) -> None:
+def main(url: str, folder: Path, minutes: float, workflow: str, note: str) -> None:
     """Plots every dashboard's queries, asked of the Prometheus at URL, into FOLDER."""
     matplotlib.use("Agg")
     end = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     for name, dashboard in DASHBOARDS.items():
         path = folder / f"dashboard-{Path(name).stem}.png"
-        draw(url.rstrip("/"), dashboard, end - 60 * minutes, end, note=note).savefig(path, dpi=75)
+        figure = draw(url.rstrip("/"), dashboard, end - 60 * minutes, end, workflow=workflow, note=note)
+        figure.savefig(path, dpi=75)
         click.echo(path)
 
 

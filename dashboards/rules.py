@@ -35,11 +35,13 @@ def record(name: str, expr: str) -> Rule:
 def pods() -> list[Rule]:
     """Which workflow, and which of our stages, runs in a pod."""
     label = "label_workflows_argoproj_io_workflow"
-    known = f'label_replace(kube_pod_labels{{{label}!=""}}, "workflow", "$1", "{label}", "(.+)")'
+    # What was known minutes ago stays: a scrape that fails must not move a pod out of its workflow or stage.
+    known = f'label_replace(last_over_time(kube_pod_labels{{{label}!=""}}[5m]), "workflow", "$1", "{label}", "(.+)")'
     own = 'label_replace(moe_asr_build_info, "workflow", "none", "workflow", "")'
-    running = "topk by (namespace, pod) (1, max by (namespace, pod, stage, shard) (moe_asr_stage_running == 1))"
+    at_work = "(last_over_time(moe_asr_stage_running[2m]) == 1)"
+    running = f"topk by (namespace, pod) (1, max by (namespace, pod, stage, shard) {at_work})"
     staged = f"moe_asr:pod_workflow:info * on (namespace, pod) group_left (stage, shard) {running}"
-    other = "moe_asr:pod_workflow:info unless on (namespace, pod) (moe_asr_stage_running == 1)"
+    other = f"moe_asr:pod_workflow:info unless on (namespace, pod) {at_work}"
     return [
         record(
             "moe_asr:pod_workflow:info",

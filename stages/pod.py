@@ -28,8 +28,6 @@ from stages.pipeline import Run, finish, read_record
 
 log = logging.getLogger(__name__)
 PREFIX = "MOE_ASR_"
-# Variables that give a configuration, as the workflow's parameters of the same names do.
-VARIABLES = ("MODE", "CONFIG", "GPU", "SETTINGS", "STORE", "ENDPOINT_URL", "RUN")
 
 
 def variable(name: str, default: str = "") -> str:
@@ -38,26 +36,30 @@ def variable(name: str, default: str = "") -> str:
 
 
 def in_pod() -> bool:
-    """Whether variables say what to do: a store is named by one."""
-    return bool(variable("STORE"))
+    """Whether variables say what to do: one names a store, or the workflow."""
+    return bool(variable("STORE") or variable("WORKFLOW"))
 
 
 def config_from_variables() -> Config:
     """The configuration that the workflow's parameters describe, merged as `moe-asr run` merges its options.
 
+    The variables are MODE, CONFIG (YAML text), GPU, SETTINGS (`section.key=value` lines), STORE, ENDPOINT_URL and RUN.
+
     Raises:
         ConfigError: CONFIG is not a YAML mapping, or a value does not validate.
         UsageError: a store that only this pod could see.
     """
-    store = variable("STORE")
-    if "://" not in store and not Path(store).is_absolute():
-        raise UsageError(f"store {store!r} would vanish with its pod: give s3://bucket/prefix, or a mounted folder")
     chosen: dict[str, Any] = dict(parse_setting(line) for line in variable("SETTINGS").splitlines() if line.strip())
-    places = {"store": store, "endpoint_url": variable("ENDPOINT_URL"), "run": variable("RUN")}
+    places = {"store": variable("STORE"), "endpoint_url": variable("ENDPOINT_URL"), "run": variable("RUN")}
     chosen |= {path: value for path, value in places.items() if value}
     tree = config_text(variable("CONFIG"))
     mode = variable("MODE") or (None if tree else "full")
-    return resolve(mode, tree=tree, gpu=variable("GPU") or None, options=chosen)
+    config = resolve(mode, tree=tree, gpu=variable("GPU") or None, options=chosen)
+    if "://" not in config.store and not Path(config.store).is_absolute():
+        raise UsageError(
+            f"store {config.store!r} would vanish with its pod: give s3://bucket/prefix, or a mounted folder"
+        )
+    return config
 
 
 def config_text(text: str) -> dict[str, Any]:

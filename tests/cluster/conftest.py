@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from common import __version__
 from common.store import open_store
 from tests.cluster import image
-from tests.cluster.lab import BUCKET, NAMESPACE, STAGES, TOOL, Lab, command, install_template, kubectl, running_cluster
+from tests.cluster.lab import (
+    BUCKET,
+    NAMESPACE,
+    STAGES,
+    TOOL,
+    Lab,
+    NoClusterError,
+    command,
+    install_template,
+    kubectl,
+    running_cluster,
+)
+from tests.images.build import PREFIX, TAG
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +61,20 @@ def make_secret() -> None:
 
 
 def images(folder: Path) -> tuple[str, str]:
-    """Registry and tag of the stages' images: those that are named, or one image of this environment, loaded here."""
+    """Registry and tag of the stages' images.
+
+    Those that $MOE_ASR_TEST_REGISTRY and $MOE_ASR_TEST_TAG name; or those in the archive $MOE_ASR_TEST_ARCHIVE, made by
+    `tests.images.build`; or one stand-in for all of them, made of this environment.
+    """
     if registry := os.environ.get("MOE_ASR_TEST_REGISTRY"):
-        return registry, os.environ.get("MOE_ASR_TEST_TAG", "test")
-    archive = folder / "image.tar"
-    image.main(str(archive), *(f"moe-asr.local/{stage}:test" for stage in STAGES))
-    command(TOOL, "load-image", archive)
-    archive.unlink()
+        return registry, os.environ.get("MOE_ASR_TEST_TAG", __version__)
+    if not Path(TOOL).is_file():
+        raise NoClusterError("no images for this cluster: set MOE_ASR_TEST_REGISTRY and MOE_ASR_TEST_TAG")
+    if archive := os.environ.get("MOE_ASR_TEST_ARCHIVE"):
+        command(TOOL, "load-image", archive, timeout=1800)
+        return PREFIX, TAG
+    made = folder / "image.tar"
+    image.main(str(made), *(f"moe-asr.local/{stage}:test" for stage in STAGES))
+    command(TOOL, "load-image", made, timeout=1800)
+    made.unlink()
     return "moe-asr.local", "test"

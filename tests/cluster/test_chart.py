@@ -19,6 +19,7 @@ from argo import progress
 from tests.cluster.lab import BUCKET, NAMESPACE, Lab, kubectl, small_settings
 from tests.helm.tools import CHART, helm_program
 
+pytestmark = pytest.mark.timeout(1200)
 SPACE, RELEASE = "speech-chart", "speech"
 TEMPLATE, CACHE = f"{RELEASE}-moe-asr-0.1.0", f"{SPACE}-{RELEASE}-moe-asr-cache"
 # Everything that a release could leave behind.
@@ -96,9 +97,10 @@ def small_values(lab: Lab) -> dict[str, Any]:
 
 
 def everything() -> set[str]:
-    """`kind/namespace/name` of all objects of KINDS in the cluster."""
+    """`kind/namespace/name` of all objects of KINDS in the test's namespace and in none, and of the cache's."""
     line = r"{range .items[*]}{.kind}/{.metadata.namespace}/{.metadata.name}{'\n'}{end}"
-    return set(kubectl("get", KINDS, "--all-namespaces", "-o", f"jsonpath={line}").split())
+    found = kubectl("get", KINDS, "--all-namespaces", "-o", f"jsonpath={line}").split()
+    return {name for name in found if f"/{SPACE}/" in name or "//" in name or CACHE in name}
 
 
 def until(true: Any, seconds: float = 120) -> None:
@@ -200,4 +202,7 @@ def test_upgrade_and_rollback_change_the_template_and_keep_the_cache(release):
 def test_uninstall_leaves_nothing_behind(release):
     helm("uninstall", RELEASE, "--wait")
     kubectl("delete", "workflows", "--all", "-n", SPACE, "--cascade=foreground")
-    until(lambda: everything() <= release.before, 60)
+    end = time.monotonic() + 60
+    while (left := everything() - release.before) and time.monotonic() < end:
+        time.sleep(1)
+    assert left == set()

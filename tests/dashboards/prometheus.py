@@ -62,10 +62,10 @@ def job(name: str, port: int, path: str = "/metrics", *, honor_labels: bool = Fa
 
 
 @contextmanager
-def prometheus(folder: Path, jobs: list[dict]) -> Iterator[str]:
-    """A Prometheus with this project's rules that scrapes twice a second; yields its URL."""
+def prometheus(folder: Path, jobs: list[dict], *, every: str = "500ms") -> Iterator[str]:
+    """A Prometheus with this project's rules that scrapes and evaluates so often; yields its URL."""
     binary, port = program("prometheus"), free_port()
-    quick = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
+    quick = {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every}
     config = {"global": quick, "rule_files": [str(RULES / "*.yaml")], "scrape_configs": jobs}
     (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     command = [binary, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tarfile
 
 import pytest
@@ -10,7 +12,7 @@ import yaml
 
 from helm import chart
 from tests.helm.pods import pods_of
-from tests.helm.tools import CHART, KUBERNETES
+from tests.helm.tools import CHART, KUBERNETES, ROOT
 
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))
 VERSION = ("--kube-version", KUBERNETES.removeprefix("v"))
@@ -144,6 +146,18 @@ def test_schema_and_values_know_the_same_names():
                 compare(node["properties"][name], value, f"{path}/{name}")
 
     compare(schema, values, "")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/chart.md", "helm/moe-asr/README.md"])
+def test_commands_of_a_page_install_the_template_that_it_submits(helm, tmp_path, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (install,) = re.findall(r"^ +helm (install .+)$", text, re.MULTILINE)
+    values = tmp_path / "my-values.yaml"
+    values.write_text("".join(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[:1]), encoding="utf-8")
+    places = {"install": "template", "helm/moe-asr": str(CHART), "my-values.yaml": str(values)}
+    done = helm(*(places.get(word, word) for word in shlex.split(install)), *VERSION)
+    (made,) = [o for o in yaml.safe_load_all(done.stdout) if o and o["kind"] == "WorkflowTemplate"]
+    assert set(re.findall(r"workflowtemplate/(\S+)", text)) == {made["metadata"]["name"]}
 
 
 def test_the_chart_can_be_a_part_of_another(helm, tmp_path):

@@ -70,7 +70,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- mergeOverwrite $made.spec.securityContext .Values.workflow.podSecurityContext | toYaml -}}
 {{- end -}}
 
-{{/* Peers of a network policy: the addresses, or any but the cloud's metadata server. */}}
+{{/* Peers of a network policy: the addresses, or any but those of a cloud's metadata server. */}}
 {{- define "moe-asr.peers" -}}
 {{- if . -}}
 {{- range . }}
@@ -78,7 +78,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- else -}}
 - ipBlock: {cidr: 0.0.0.0/0, except: [169.254.169.254/32]}
-- ipBlock: {cidr: "::/0"}
+- ipBlock: {cidr: "::/0", except: ["fd00:ec2::254/128"]}
 {{- end -}}
 {{- end -}}
 
