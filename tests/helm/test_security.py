@@ -190,7 +190,7 @@ def test_tests_look_where_a_run_would(plain, render):
     (store,) = pods["atypical-test-store"]["spec"]["containers"]
     assert store["command"][:3] == ["python", "-m", "cli.main"]
     assert store["command"][-3:] == ["s3://moe-asr/runs", "--endpoint-url", "http://store.storage.svc:9000"]
-    assert {"secretRef": {"name": "moe-asr-store"}} in store["envFrom"]
+    assert {"secretRef": {"name": "moe-asr-store", "optional": True}} in store["envFrom"]
     (gpus,) = pods["atypical-test-gpus"]["spec"]["containers"]
     assert gpus["command"][-4:] == ["gpus", "nvidia.com/mig-3g.71gb", "NVIDIA-H200-MIG-3g.71gb", "NVIDIA-H200"]
     executor = pods_of(plain)["speech-moe-asr-test-executor"]["spec"]

@@ -74,9 +74,8 @@ def test_no_tag_of_argo_is_lost_or_changed(plain, rich, original):
 
 def test_defaults_of_the_chart_are_those_of_the_workflow(plain, original):
     ours, theirs = parameters_of(workflow_of(plain)), parameters_of(original)
-    decided_by_the_release = {"service-account", "store-secret"}
     assert json.loads(ours.pop("gpu-table")) == json.loads(theirs.pop("gpu-table"))
-    assert {k: v for k, v in ours.items() if v != theirs[k]}.keys() <= decided_by_the_release
+    assert {k for k, v in ours.items() if v != theirs[k]} == {"service-account"}
 
 
 def test_values_are_the_defaults_of_parameters(rich, original):
