@@ -79,7 +79,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> Piece:
     inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
     shard = f"[{inputs.get('shard', '?')}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
-    told = next((t.message for t in reversed(tries) if t.message), "") or node.get("message", "")
+    told = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
     ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))
     waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
@@ -104,11 +104,18 @@ def _try(node: Object) -> Try:
     return Try(
         pod=node["id"],
         phase=node["phase"],
-        message=node.get("message", ""),
+        message=tidy(node.get("message", "")),
         host=node.get("hostNodeName", ""),
         started=seconds(node.get("startedAt")),
         finished=seconds(node.get("finishedAt")),
     )
+
+
+def tidy(message: str) -> str:
+    """One line; without those that Argo's wrapper around a stage logs, which a message may end with."""
+    head, _, tail = message.partition("time=")
+    kept = [line for line in f"time={tail}".splitlines() if "argo=true" not in line] if tail else []
+    return " ".join([head.strip(), *kept]).strip()
 
 
 def seconds(text: str | None) -> float | None:
@@ -132,7 +139,7 @@ def explain(pod: Object, nodes: Sequence[Object]) -> str:
 
     Args:
         pod: as kubectl gives it.
-        nodes: all of the cluster's.
+        nodes: all of the cluster's; empty where they are not known.
     """
     for container in pod.get("status", {}).get("containerStatuses", []):
         waiting = (container.get("state") or {}).get("waiting") or {}
@@ -149,7 +156,7 @@ def explain(pod: Object, nodes: Sequence[Object]) -> str:
 def _unschedulable(pod: Object, nodes: Sequence[Object], message: str) -> str:
     wanted = wanted_products(pod)
     there = gpu_products(nodes)
-    if wanted and not set(wanted) & set(there):
+    if nodes and wanted and not set(wanted) & set(there):
         have = ", ".join(f"{product} ({count})" for product, count in there.items()) or "none"
         return (
             f"no node has a GPU of product {' or '.join(wanted)}; this cluster's are: {have}. "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from cli.table import text_table
-from common.errors import DataError, UsageError
+from common.errors import DataError, MoeAsrError, UsageError
 from common.options import config_from, config_options
 
 namespace_option = click.option("--namespace", "-n", help="Of the workflow; the kubectl context's by default.")
@@ -92,7 +93,9 @@ def _waiting(workflow: dict[str, Any]) -> dict[str, str]:
     metadata = workflow["metadata"]
     label = f"workflows.argoproj.io/workflow={metadata['name']}"
     pods = get("pods", metadata["namespace"], "-l", label, "--field-selector", "status.phase=Pending")["items"]
-    nodes = get("nodes", None)["items"] if pods else []
+    nodes: list[Any] = []
+    with suppress(MoeAsrError):  # many users may not look at nodes: then Kubernetes' own message has to do
+        nodes = get("nodes", None)["items"] if pods else []
     return {pod["metadata"]["annotations"]["workflows.argoproj.io/node-id"]: explain(pod, nodes) for pod in pods}
 
 

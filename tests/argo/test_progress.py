@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from argo.picture import draw
-from argo.progress import explain, gpu_products, phase, pieces, wanted_products
+from argo.progress import explain, gpu_products, phase, pieces, tidy, wanted_products
 
 FINISHED = json.loads(Path(__file__).with_name("finished.json").read_text())
 LABELS = ["extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"]
@@ -64,6 +64,7 @@ def test_a_gpu_that_no_node_has_is_explained_with_those_that_there_are():
     assert "product NVIDIA-H200 or NVIDIA-GH200" in told and "NVIDIA-H100-PCIe (8)" in told
     assert gpu_products([node(None, 0)]) == {}
     assert "none" in explain(pod, [node(None, 0)])
+    assert explain(pod, []).startswith("0/1 nodes are available")
 
 
 @pytest.mark.parametrize("resource", ["nvidia.com/gpu", "memory", "cpu"])
@@ -88,3 +89,11 @@ def test_the_picture_is_drawn_from_the_object_alone(tmp_path):
         assert label.partition("[")[0] in text
     with pytest.raises(ValueError, match="no step that has begun"):
         draw(FINISHED | {"status": {}}, tmp_path / "empty.svg")
+
+
+def test_messages_are_one_line_without_argos_own():
+    log = 'time=2026 level=INFO msg="waiting for signals" argo=true'
+    assert tidy(f"main: Error (exit code 137): {log}\n{log}\nError: exit status 137") == (
+        "main: Error (exit code 137): Error: exit status 137"
+    )
+    assert tidy("pod deleted") == "pod deleted"

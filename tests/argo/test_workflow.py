@@ -191,3 +191,10 @@ def test_a_store_inside_of_the_pod_is_refused(monkeypatch):
     monkeypatch.setenv("MOE_ASR_STORE", "runs")
     with pytest.raises(UsageError, match="would vanish with its pod"):
         config_from_variables()
+
+
+def test_a_store_may_be_named_in_the_configuration_alone(monkeypatch):
+    from stages.pod import config_from_variables
+
+    monkeypatch.setenv("MOE_ASR_CONFIG", "store: s3://bucket/runs")
+    assert config_from_variables().store == "s3://bucket/runs"

@@ -21,7 +21,8 @@ from stages.pipeline import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
 
 pytestmark = pytest.mark.timeout(1200)
-LONG = {"experts__epochs": 12, "asr__epochs": 6}  # a checkpoint after each: time to be hit in
+# A checkpoint after each of many epochs, and no early stop: time to be hit in.
+LONG = {"experts__epochs": 15, "experts__patience": 15, "asr__epochs": 30, "asr__patience": 30}
 
 
 LABELS = {"extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"}
