@@ -70,9 +70,10 @@ def write_config(config, folder):
 
 
 def losses(store, stage):
-    """Every row that each piece of a stage logged."""
-    paths = sorted((Path(store) / "artifacts" / stage).glob("*/*/metrics.jsonl"))
-    return {path.parent.parent.name: path.read_text() for path in paths}
+    """Every row that each piece of a stage logged; what a killed try left beside it is no part of the piece."""
+    manifests = (Path(store) / "artifacts" / stage).glob("*/manifest.json")
+    attempts = {path.parent: json.loads(path.read_text())["attempt"] for path in manifests}
+    return {piece.name: (piece / attempt / "metrics.jsonl").read_text() for piece, attempt in attempts.items()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
