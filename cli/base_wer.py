@@ -7,7 +7,7 @@ from pathlib import Path
 from common.config import Config, validate
 from common.corpus import Corpus
 from common.data import BatchLoader
-from common.evaluate import Decoding, decode_set, score_set
+from common.evaluate import Decoding, by_etiology, decode_set, score_set
 from common.recogniser import Recogniser
 from common.sources import locate_model
 from common.speech_training import speech_examples
@@ -28,14 +28,7 @@ def base_wer(corpus: Corpus, model: str) -> dict[str, dict[str, float]]:
     decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
     texts = decode_set(recogniser, examples, loader, codec, decoding, accelerator)
     scores = score_set(corpus.utterances, texts, config.model.language)
-    groups: dict[str, list[int]] = {}
-    for i, u in enumerate(corpus.utterances):
-        groups.setdefault(u.etiology or "unknown", []).append(i)
     return {
-        name: {
-            "wer": wer([scores[i] for i in rows]),
-            "wer_unclipped": wer([scores[i] for i in rows], clipped=False),
-            "utterances": len(rows),
-        }
-        for name, rows in sorted(groups.items())
+        name: {"wer": wer(group), "wer_unclipped": wer(group, clipped=False), "utterances": len(group)}
+        for name, group in sorted(by_etiology(corpus.utterances, scores).items())
     }

@@ -76,6 +76,15 @@ def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], languag
     return [score(u.id, texts[u.id], [u.text, *([u.text_alt] if u.text_alt else [])], language) for u in utterances]
 
 
+def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
+    """The scores of each etiology, in alphabetical order; those of none are "unknown" and come first."""
+    groups: dict[str, list[Score]] = {}
+    for name in sorted({u.etiology for u in utterances}):
+        mine = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
+        groups.setdefault(name or "unknown", []).extend(mine)
+    return groups
+
+
 def prediction_rows(
     utterances: Sequence[Utterance],
     before: Mapping[str, str],
@@ -118,16 +127,13 @@ def summarise(
     """summary.json: overall and by etiology, with bootstrap intervals over speakers."""
     old, new = score_set(utterances, before, language), score_set(utterances, after, language)
     speakers = {u.id: u.speaker or u.id for u in utterances}
-    by_etiology = {}
-    for name in sorted({u.etiology for u in utterances}):
-        rows = [i for i, u in enumerate(utterances) if u.etiology == name]
-        by_etiology[name or "unknown"] = _rates([old[i] for i in rows], [new[i] for i in rows], speakers)
+    old_groups, new_groups = by_etiology(utterances, old), by_etiology(utterances, new)
     return _rates(old, new, speakers) | {
         "wer_before_unclipped": wer(old, clipped=False),
         "wer_after_unclipped": wer(new, clipped=False),
         "loops_before": sum(one.loop for one in old),
         "loops_after": sum(one.loop for one in new),
-        "by_etiology": by_etiology,
+        "by_etiology": {name: _rates(group, new_groups[name], speakers) for name, group in old_groups.items()},
     }
 
 

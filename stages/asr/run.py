@@ -20,7 +20,7 @@ from common.config import Config
 from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import BatchLoader, Example
 from common.embeddings import EmbeddingTable, read_tables
-from common.evaluate import Decoding, decode_set, prediction_rows, score_set, summarise
+from common.evaluate import Decoding, by_etiology, decode_set, prediction_rows, score_set, summarise
 from common.moe import Gate, add_mixture, route, routing_report
 from common.recogniser import Recogniser, RouterOptions
 from common.sources import model_digest
@@ -179,10 +179,10 @@ def _train(
         scores = {"loss": mean_loss(module, dev.examples, dev.loader, accelerator, seconds)}
         if full and config.asr.select_by == "wer":
             texts = decode_set(recogniser, subset, subset_loader, codec, decoding, accelerator)
-            scores["wer"] = wer(score_set(decoded, texts, config.model.language))
-            for name in {u.etiology for u in decoded}:
-                group = score_set([u for u in decoded if u.etiology == name], texts, config.model.language)
-                labels = {"split": "dev", "etiology": name or "unknown", "model": "after"}
+            scored = score_set(decoded, texts, config.model.language)
+            scores["wer"] = wer(scored)
+            for name, group in by_etiology(decoded, scored).items():
+                labels = {"split": "dev", "etiology": name, "model": "after"}
                 context.metrics.live.set(telemetry.WER, wer(group), **labels)
                 context.metrics.live.set(telemetry.CER, cer(group), **labels)
         look_at(sets["train"])
