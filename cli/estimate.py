@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -115,7 +114,7 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     from stages.pipeline import cache_folder
 
     config = config_from(options)
-    found = search(config, Path(cache_folder()), tokens=tokens, memory=int(memory * 2**30) if memory else None)
+    found = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)
     if as_json:
         click.echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
         return

@@ -123,8 +123,6 @@ class TrainConfig(Section):
     epochs: int = Field(10, gt=0)
     max_steps: int | None = Field(None, gt=0, description="stop after this many optimiser steps")
     batch_size: int = Field(4, gt=0, description="utterances per batch")
-    batch_seconds: float | None = Field(None, gt=0, description="padded seconds of audio per batch instead")
-    batch_tokens: int | None = Field(None, gt=0, description="with batch_seconds: padded text tokens per batch at most")
     gradient_accumulation_steps: int = Field(1, gt=0)
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -134,6 +132,13 @@ class TrainConfig(Section):
     eval_every_n_epochs: int = Field(1, gt=0, description="full evaluation; the epochs between look at the loss only")
     select_by: Literal["wer", "loss"] = "loss"
     average_last: int = Field(1, gt=0, description="average the weights of the last n evaluations")
+
+
+class SpeechTrainConfig(TrainConfig):
+    """The same for what trains on audio and text."""
+
+    batch_seconds: float | None = Field(None, gt=0, description="padded seconds of audio per batch instead")
+    batch_tokens: int | None = Field(None, gt=0, description="with batch_seconds: padded text tokens per batch at most")
     compile: bool = Field(False, description="compile the blocks of the model (torch.compile; needs a C++ compiler)")
 
 
@@ -148,14 +153,14 @@ class GatingConfig(TrainConfig):
     class_weights: bool = True
 
 
-class ExpertsConfig(TrainConfig):
+class ExpertsConfig(SpeechTrainConfig):
     """Pre-training of one expert per cluster."""
 
     epochs: int = Field(3, gt=0)
     learning_rate: float = Field(5e-4, gt=0)
 
 
-class AsrConfig(TrainConfig):
+class AsrConfig(SpeechTrainConfig):
     """Joint training, and the regime of it."""
 
     epochs: int = Field(5, gt=0)

@@ -181,7 +181,8 @@ def epoch_batches(
         size = batch_size
         if batch_seconds is not None:
             size = max(1, int(batch_seconds * POSITIONS_PER_SECOND / positions))
-            size = min(size, max(1, (batch_tokens or MAX_TOKENS * size) // text))
+            if batch_tokens is not None:
+                size = max(1, min(size, batch_tokens // text))
         numbers = _sort_in_windows(numbers, examples, 8 * size) if shuffle else numbers
         batches += [numbers[i : i + size] for i in range(0, len(numbers), size)]
     if shuffle:

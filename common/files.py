@@ -59,7 +59,7 @@ def write_lasting(path: Path, fill: Callable[[Path], object], name: Callable[[Pa
 @contextmanager
 def new_file(path: Path, name: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
     """A temporary path in the same folder, which gets the real name when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent, lasting=False)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         yield temporary
@@ -84,21 +84,26 @@ def link(temporary: Path, path: Path) -> None:
     moment()
 
 
-def make_folders(path: Path) -> None:
+def make_folders(path: Path, lasting: bool = True) -> None:
     """Makes a folder and its parents, each of which then survives a power cut.
+
+    Another process may make the same folders, or remove them while they are empty: the caller then meets
+    FileNotFoundError, here or when it writes, and may try again.
 
     Raises:
         StoreError: a file is in the way.
     """
     if path.is_dir():
         return
-    make_folders(path.parent)
+    make_folders(path.parent, lasting)
     try:
-        path.mkdir(exist_ok=True)
+        path.mkdir()  # exist_ok=True looks a second time, and fails where the folder went in between
     except FileExistsError:
-        raise StoreError(f"{path} is a file where a folder is needed; move it away") from None
-    sync(path.parent)
-    moment()
+        if path.is_file():
+            raise StoreError(f"{path} is a file where a folder is needed; move it away") from None
+    if lasting:
+        sync(path.parent)
+        moment()
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.augment import Augmentation
-from common.config import Config, TrainConfig
+from common.config import Config, SpeechTrainConfig, TrainConfig
 from common.corpus import Corpus, Utterance
 from common.data import BatchLoader, Example, epoch_batches, make_examples
 from common.train import TrainOptions
@@ -59,7 +59,9 @@ def speech_examples(
     )
 
 
-def epoch_planner(examples: Sequence[Example], section: TrainConfig, seed: int) -> Callable[[int], list[list[int]]]:
+def epoch_planner(
+    examples: Sequence[Example], section: SpeechTrainConfig, seed: int
+) -> Callable[[int], list[list[int]]]:
     """epoch → batches, for the loop."""
     return lambda epoch: epoch_batches(
         examples,

@@ -189,9 +189,7 @@ def _make(
     live: StageTelemetry,
 ) -> Manifest:
     """Runs the stage's function and commits what it wrote."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
-        work = Path(temporary)
+    with _workplace(task, scratch) as work:
         folders, used = _bring_inputs(task, config, store, scratch)
         output = new_attempt(store, task.key, work)
         context = _context(task, store, work, output, stopping, live)
@@ -220,14 +218,20 @@ def follow(
     task: Task, run: Callable[..., None], config: Config, store: Store, scratch: Path, stopping: Callable[[], bool]
 ) -> None:
     """Runs a task beside the process that `execute`s it: the same inputs, but what it writes is thrown away."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
-        work = Path(temporary)
+    with _workplace(task, scratch) as work:
         folders, _ = _bring_inputs(task, config, store, scratch)
         output = work / "output"
         output.mkdir()
         live = Telemetry().stage(task.contract.name, task.shard)
         run(config, _context(task, store, work, output, stopping, live), **folders, output=output)
+
+
+@contextmanager
+def _workplace(task: Task, scratch: Path) -> Iterator[Path]:
+    """A folder for one try of a task, which goes away with it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
+        yield Path(temporary)
 
 
 def last_values(live: StageTelemetry) -> dict[str, float | None]:

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 STAGE = ("stage", "shard")  # on every metric of a stage; shard is empty where the stage is in one piece
 STEP_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
-LINGER_SECONDS = 20.0  # at most, for one more scrape after the end
 
 
 @dataclass(frozen=True, slots=True)

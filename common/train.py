@@ -267,10 +267,11 @@ def train(
             counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
             weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
+            divisor = weight if counts else torch.full_like(weight, math.inf)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
             while True:
-                loss, logs, fits = forward_backward(wrapped, micro, weight, accelerator, 2**split, counts)
+                loss, logs, fits = forward_backward(wrapped, micro, divisor, accelerator, 2**split)
                 if fits:
                     break
                 optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
@@ -331,17 +332,9 @@ def train(
 
 
 def forward_backward(
-    model: nn.Module,
-    micro: Sequence[TrainBatch],
-    weight: Tensor,
-    accelerator: Accelerator,
-    split: int,
-    counts: bool = True,
+    model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
 ) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted).
-
-    Batches that do not count have gradients of zero.
-    """
+    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
     total = torch.zeros((), device=accelerator.device)
     logs: dict[str, Tensor] = {}
     parts = [part for batch in micro for part in halves(batch, split)]
@@ -349,7 +342,6 @@ def forward_backward(
         for number, part in enumerate(parts):
             with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
                 loss, values = model(part)
-                loss, values = loss * counts, {name: value * counts for name, value in values.items()}
                 accelerator.backward(loss / weight * accelerator.num_processes)
             total += loss.detach().float() / weight
             logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}

@@ -23,6 +23,21 @@ from common.errors import DataError
 IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
 
 
+def whisper_config(folder: Path) -> dict[str, Any]:
+    """The values of a Whisper checkpoint's config.json.
+
+    Raises:
+        DataError: the folder is no such checkpoint.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
+    values = _read_json(config)
+    if (kind := values.get("model_type")) != "whisper":
+        raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
+    return values
+
+
 def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> WhisperForConditionalGeneration:
     """A Whisper checkpoint in Hugging Face's format.
 
@@ -30,11 +45,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
         DataError: the folder is not one.
     """
     transformers_logging.disable_progress_bar()
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
-    if (kind := json.loads(config.read_text(encoding="utf-8")).get("model_type")) != "whisper":
-        raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
+    whisper_config(folder)
     try:
         return WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True

@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.limits import MAX_SECONDS
 from common.sources import locate_model
 from common.train import make_accelerator
-from common.whisper import load_whisper
+from common.whisper import whisper_config
 
 MOST_ROWS = 1024
 
@@ -47,7 +47,7 @@ def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = 
     accelerator = make_accelerator(config.precision, config.runtime.device)
     device = accelerator.device
     folder = locate_model(config, cache)
-    width = load_whisper(folder).config.d_model
+    width = whisper_config(folder)["d_model"]
     table = EmbeddingTable(("0",), np.random.default_rng(0).standard_normal((1, width)).astype(np.float32))
     recogniser = build(config, folder, table, [], []).to(device).train()
     if recogniser.gate is not None:
