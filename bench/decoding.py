@@ -18,7 +18,8 @@ from bench.setting import DEMO, SHAPES, WEIGHTS, Setting, make_whisper
 from common.audio import read_audio
 from common.corpus import Utterance, read_corpus, stratified_subset
 from common.data import BatchLoader, Example, make_examples
-from common.evaluate import Decoding, decode_set, score_set
+from common.decode import Decoding
+from common.evaluate import decode_set, score_set
 from common.recogniser import Recogniser
 from common.train import make_accelerator
 from common.wer import wer

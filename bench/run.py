@@ -1,7 +1,7 @@
 """`python -m bench.run`: every row, one table, one plot, one JSON file.
 
 python -m bench.run                       this machine's CPU, or its GPU where there is one
-python -m bench.run --only joint dense    some groups of rows
+python -m bench.run --only joint dense    some groups; rows of others, of equal device and versions, stay
 python -m bench.run --quick               micro sizes: does everything run?
 """
 
@@ -67,14 +67,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     setting = choose(options.device, quick=options.quick)
     path = options.out or (None if options.quick else RESULTS / f"{slug(setting)}.json")
-    found: list[Row] = []
+    found = earlier(path, setting) if path is not None and set(options.only) < set(GROUPS) else {}
     for name in options.only:
-        found += measure(name, setting)
+        found[name] = [one | {"group": name} for one in measure(name, setting)]
         if path is not None:  # after each group: what is cut off leaves what it had
-            write(found, setting, path)
-    print(table(found))
+            write(in_order(found), setting, path)
+    print(table(in_order(found)))
     if path is not None:
         print(f"\n{path} and {path.with_suffix('.png')} are written")
+
+
+def earlier(path: Path, setting: Setting) -> dict[str, list[Row]]:
+    """Rows by group of an earlier run on the same device with the same versions, which `--only` leaves alone."""
+    if not path.is_file():
+        return {}
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if (report["device"], report["versions"]) != (device_name(setting), versions()):
+        return {}
+    return {name: [one for one in report["rows"] if one["group"] == name] for name in GROUPS}
+
+
+def in_order(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """All rows, in the table's order."""
+    return [one for name in GROUPS for one in found.get(name, ())]
 
 
 def write(rows: Sequence[Row], setting: Setting, path: Path) -> None:

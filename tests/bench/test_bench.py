@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # the peers' own
 ]
-KEYS = {"row", "ours", "peer", "unit", "ratio", "target", "note"}
+KEYS = {"group", "row", "ours", "peer", "unit", "ratio", "target", "note"}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,19 @@ def contest(setting):
             torch.nn.init.normal_(parameter, std=0.05)
     joint.copy_into_peft(found.blend, found.peft, setting.experts)
     return found
+
+
+def test_measuring_one_group_again_keeps_the_rows_of_the_others(tmp_path):
+    path = tmp_path / "out.json"
+    run.main(["--quick", "--only", "log-mel", "--out", str(path)])
+    before = json.loads(path.read_text(encoding="utf-8"))
+    run.main(["--quick", "--only", "extract", "--out", str(path)])
+    after = json.loads(path.read_text(encoding="utf-8"))
+    assert [one["group"] for one in after["rows"]] == sorted(one["group"] for one in after["rows"])
+    assert [one for one in after["rows"] if one["group"] == "log-mel"] == before["rows"]
+    path.write_text(json.dumps(before | {"device": "another"}), encoding="utf-8")
+    run.main(["--quick", "--only", "extract", "--out", str(path)])
+    assert {one["group"] for one in json.loads(path.read_text(encoding="utf-8"))["rows"]} == {"extract"}
 
 
 @pytest.mark.parametrize("group", [name for name in run.GROUPS if name not in run.FULL_SIZE_ONLY])

@@ -26,6 +26,17 @@ def quick_config(store, model, corpus):
     return micro_config(store, model, corpus, subsets=subsets, asr__epochs=1, asr__select_samples=2, gating__epochs=1)
 
 
+def run_and_die(config, folder, at):
+    """Runs the command in a process that kills itself at its n-th lasting effect."""
+    (folder / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "cli.main", "run", "--config", "c.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "PYTHONWARNINGS": "ignore"}
+    killed = subprocess.run(
+        command, cwd=folder, env=environment | {"MOE_ASR_DIE_AT_STORE_OP": str(at)}, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
 @pytest.fixture(scope="module")
 def states(tmp_path_factory, micro_model, tones):
     """Copies of the store at every write boundary of a run, the last one finished."""
@@ -66,12 +77,6 @@ def test_a_run_goes_on_from_any_state_to_the_same_weights_and_scores(states, par
 @pytest.mark.parametrize("at", [9, 60])
 def test_kill_9_in_the_middle_and_the_same_command_again(states, at, tmp_path, micro_model, tones):
     config = quick_config(tmp_path / "store", micro_model, tones)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "cli.main", "run", "--config", "c.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "PYTHONWARNINGS": "ignore"}
-    killed = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"MOE_ASR_DIE_AT_STORE_OP": str(at)}, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_and_die(config, tmp_path, at)
     run_pipeline(config)
     assert digests(tmp_path / "store") == digests(states[-1])

@@ -2,23 +2,18 @@
 to the same end; and what else may happen to a run whose store is a bucket.
 """
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import yaml
 
 from common.artifacts import Key, inspect
 from common.errors import RetryableError, StoreError
 from common.store import open_store
 from stages.pipeline import Run, run_pipeline
 from tests.servers import Server, new_bucket, set_environment
-from tests.stages.test_kill import quick_config
+from tests.stages.test_kill import quick_config, run_and_die
 from tests.stages.test_s3 import stored_digests
 
 RESUMED = 4  # of the states that a kill can leave, this many are run to the end
@@ -102,13 +97,7 @@ def test_kill_9_of_the_command_in_a_bucket_and_the_same_command_again(
     recorded, at, bucket, micro_model, tones, tmp_path
 ):
     config = bucket_config(recorded.server, bucket, micro_model, tones)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-m", "cli.main", "run", "--config", "c.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), "PYTHONWARNINGS": "ignore"}
-    killed = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"MOE_ASR_DIE_AT_STORE_OP": str(at)}, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_and_die(config, tmp_path, at)
     run_pipeline(config)
     assert stored_digests(recorded.store(bucket)) == stored_digests(recorded.store())
 

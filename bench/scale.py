@@ -1,0 +1,389 @@
+"""`python -m bench.scale`: the bookkeeping of a corpus of a million utterances, without audio and without training.
+
+Index, subsets, examples, batches of an epoch, table of embeddings, clustering, plan; each in a process of its own, so
+that its memory is its own, at the wanted size and at a tenth of it, so that what grows faster than the corpus shows.
+The objects in the store and the size of the Workflow follow from their parts.
+
+Shape letters: N utterances, D embedding width, B rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # torch, which some steps import, would count as memory of the others
+    from common.config import Config
+    from common.corpus import Corpus, Utterance
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+ETIOLOGIES = ("Parkinson's Disease", "ALS", "Cerebral Palsy", "Down Syndrome", "Stroke")
+WORDS = (
+    "the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but "
+    "some what there we can out other were all your when up use word how said an each she which do their time if will "
+    "way about many then them would write like so these her long make thing see him two has look more day could go come"
+).split()
+PER_SPEAKER = 380  # as in the Speech Accessibility Project: 308,909 utterances of 833 speakers
+MEAN_SECONDS, WORDS_PER_SECOND = 8.0, 2.2
+EXPERTS = 8
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the steps at both sizes, prints a table, writes the JSON file."""
+    parser = argparse.ArgumentParser(prog="bench.scale", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--utterances", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=1280, help="of an embedding; 1280 is a large Whisper's")
+    parser.add_argument("--model", type=Path, default=Path("models/whisper-tiny.en"), help="whose tokenizer is used")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--step", choices=STEPS, help="one step alone, in this process; prints its rows as JSON")
+    parser.add_argument("--folder", type=Path, help="of the step's files")
+    options = parser.parse_args(arguments)
+    if options.step:
+        print(json.dumps(STEPS[options.step](options.folder, options.utterances, options.width, options.model)))
+        return
+    rows: list[Row] = []
+    for size in (options.utterances // 10, options.utterances):
+        with tempfile.TemporaryDirectory() as folder:
+            for step in STEPS:
+                rows += _in_a_process(step, Path(folder), size, options.width, options.model)
+    rows = with_growth(rows)
+    report = {
+        "machine": _machine(),
+        "utterances": options.utterances,
+        "width": options.width,
+        "rows": rows,
+        "store": [objects(utterances, EXPERTS) for utterances in (options.utterances // 10, options.utterances)],
+        "workflow": [workflow_size(pieces) for pieces in (10, 100, 1000)],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(report))
+
+
+def _in_a_process(step: str, folder: Path, size: int, width: int, model: Path) -> list[Row]:
+    print(f"{step} of {size:,} …", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "bench.scale", "--step", step, "--folder", str(folder)]
+    command += ["--utterances", str(size), "--width", str(width), "--model", str(model.resolve())]
+    environment = os.environ | {"MOE_ASR_CACHE": str(folder / "cache")}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=root, env=environment)
+    return [{"step": row.pop("step"), "utterances": size, **row} for row in json.loads(done.stdout)]
+
+
+def with_growth(rows: Sequence[Row]) -> list[Row]:
+    """Each row of the larger size with the power of the size that its seconds grow with (1: proportionally)."""
+    smaller: dict[str, Row] = {}
+    found = []
+    for row in rows:
+        before = smaller.setdefault(row["step"], row)
+        power = None
+        if before is not row and min(before["seconds"], row["seconds"]) > 0:
+            ratio = row["utterances"] / before["utterances"]
+            power = round(float(np.log(row["seconds"] / before["seconds"]) / np.log(ratio)), 2)
+        found.append(row | {"growth": power})
+    return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown of all rows."""
+    lines = ["| step | utterances | seconds | grows as | peak GiB | |", "|---|---|---|---|---|---|"]
+    for row in report["rows"]:
+        power = "" if row["growth"] is None else f"N^{row['growth']:.2f}"
+        cells = [row["step"], f"{row['utterances']:,}", f"{row['seconds']:.2f}", power, f"{row['gib']:.2f}", row["note"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    for one in report["store"]:
+        lines.append(f"\nstore, {one['utterances']:,} utterances: {one['objects']:,} objects")
+    for one in report["workflow"]:
+        lines.append(f"workflow of {one['pieces']} pieces: {one['bytes']:,} bytes, {one['compressed']:,} compressed")
+    return "\n".join(lines)
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
+
+
+# ---- steps, each in a process of its own ----
+
+
+@contextmanager
+def measured(rows: list[Row], step: str, note: str = "") -> Iterator[Row]:
+    """Adds a row with the block's time and the process's peak of memory so far; the block may add to its note."""
+    row: Row = {"step": step, "note": note}
+    started = time.perf_counter()
+    yield row
+    row["seconds"] = round(time.perf_counter() - started, 3)
+    row["gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+    rows.append(row)
+
+
+def utterances(count: int, seed: int = 0) -> Iterator[Utterance]:
+    """Speakers of 380 utterances, a tenth of them in dev and a tenth in test; texts as long as their durations."""
+    from common.corpus import Utterance
+
+    generator = np.random.default_rng(seed)
+    duration_N = np.clip(generator.lognormal(np.log(MEAN_SECONDS) - 0.18, 0.6, count), 0.5, 29.9).round(3)
+    for number, duration in enumerate(duration_N.tolist()):
+        speaker = number // PER_SPEAKER
+        name = f"{speaker:08x}-5c0b-4d6e-9f2a-{speaker * 7919 % 2**48:012x}"
+        words = generator.integers(0, len(WORDS), max(1, int(WORDS_PER_SECOND * duration)))
+        yield Utterance(
+            id=f"{name}_{number % PER_SPEAKER}_4308",
+            audio_filepath=f"{name}/{name}_{number % PER_SPEAKER}_4308.wav",
+            duration=duration,
+            text=" ".join(WORDS[i] for i in words),
+            split="dev" if speaker % 10 == 8 else "test" if speaker % 10 == 9 else "train",
+            speaker=name,
+            etiology=ETIOLOGIES[speaker % 5],
+            severity=f"intelligibility {1 + speaker % 7}",
+        )
+
+
+def settings(folder: Path) -> Config:
+    """The configuration of a full run on this corpus."""
+    from common.config import resolve
+
+    places = {"corpus.path": str(folder / "corpus"), "store": str(folder / "store"), "num_experts": EXPERTS}
+    return resolve("full", options=places)
+
+
+def opened(folder: Path) -> Corpus:
+    """The simulated corpus."""
+    from common.corpus import read_corpus
+
+    return read_corpus(folder / "corpus")
+
+
+def step_index(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """Writes the index, reads it back."""
+    from common.corpus import INDEX_NAME, write_index
+
+    rows: list[Row] = []
+    made = list(utterances(count))
+    with measured(rows, "write the index") as row:
+        write_index(folder / "corpus", made)
+        row["bytes"] = (folder / "corpus" / INDEX_NAME).stat().st_size
+        row["note"] = f"{row['bytes'] / 1e6:,.0f} MB"
+    del made
+    return rows
+
+
+def step_read(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """Reads the index."""
+    rows: list[Row] = []
+    with measured(rows, "read the index", "with its digest"):
+        corpus = opened(folder)
+    assert len(corpus.utterances) == count
+    return rows
+
+
+def step_subsets(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """All subsets of a run."""
+    from common.subsets import embedded_utterances, training_subset
+
+    rows: list[Row] = []
+    corpus, config = opened(folder), settings(folder)
+    with measured(rows, "subsets") as row:
+        clustered = training_subset(config, corpus, "embeddings")
+        experts = training_subset(config, corpus, "experts")
+        embedded = embedded_utterances(config, corpus)
+        row["note"] = f"{len(clustered):,} to cluster, {len(experts):,} for experts, {len(embedded):,} to embed"
+    return rows
+
+
+def step_plan(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """What `moe-asr plan` does, on an empty store."""
+    from stages.pipeline import Run
+
+    rows: list[Row] = []
+    with measured(rows, "plan") as row:
+        made = Run(settings(folder), f"sha256:{'0' * 64}").plan()
+        row["note"] = f"{len(made.planned)} pieces known, {len(made.open_ended)} stages open; reads the index"
+    return rows
+
+
+def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """Tokens of the training split and the batches of two epochs."""
+    from common.data import epoch_batches, make_examples
+    from common.subsets import training_subset
+    from common.whisper import load_codec
+
+    rows: list[Row] = []
+    corpus, config, codec = opened(folder), settings(folder), load_codec(model)
+    train = training_subset(config, corpus, "asr")
+    with measured(rows, "examples", f"{len(train):,} tokenised"):
+        examples = make_examples(corpus, train, codec, context=config.audio.context, margin=config.audio.margin)
+    for epoch, size in ((0, None), (1, 240.0)):
+        with measured(rows, "batches by number" if size is None else "batches by seconds") as row:
+            batches = epoch_batches(examples, batch_size=8, batch_seconds=size, seed=42, epoch=epoch)
+            row["note"] = f"{len(batches):,} of an epoch"
+    return rows
+
+
+def step_embeddings(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """The table of embeddings: written in shards, read, and its rows for the training split taken."""
+    from common.embeddings import read_tables, write_table
+    from common.subsets import embedded_utterances, training_subset
+
+    rows: list[Row] = []
+    corpus, config = opened(folder), settings(folder)
+    ids = [u.id for u in embedded_utterances(config, corpus)]
+    train = [u.id for u in training_subset(config, corpus, "asr")]
+    size = config.extract.shard_size
+    folders = [folder / "embeddings" / str(i) for i in range(0, len(ids), size)]
+    generator = np.random.default_rng(0)
+    with measured(rows, "write embeddings", f"{len(folders)} shards, {len(ids) * width * 4 / 1e9:.2f} GB"):
+        for place, start in zip(folders, range(0, len(ids), size), strict=True):
+            part = ids[start : start + size]
+            write_table(place, part, generator.standard_normal((len(part), width), np.float32))
+    with measured(rows, "read embeddings", "all shards"):
+        whole = read_tables(folders)
+    with measured(rows, "embeddings of train", f"{len(train):,} rows, {len(train) * width * 4 / 1e9:.2f} GB"):
+        taken_ND = whole.rows(train)
+    assert taken_ND.shape == (len(train), width)
+    return rows
+
+
+def step_cluster(folder: Path, count: int, width: int, model: Path) -> list[Row]:
+    """Clusters as many random embeddings as the subset has."""
+    from bench.clustering import write_embeddings
+    from common.cluster import cluster
+    from common.subsets import training_subset
+
+    rows: list[Row] = []
+    config = settings(folder)
+    size = len(training_subset(config, opened(folder), "embeddings"))
+    write_embeddings(folder / "points.npy", size, width)
+    points_ND = np.load(folder / "points.npy", mmap_mode="r")
+    options = config.cluster
+    cluster(points_ND[:200], num_clusters=2, algorithm="hdbscan", reduce="pca", reduce_dim=9, allow_reduce=True, seed=1)
+    with measured(rows, "cluster") as row:
+        found = cluster(
+            points_ND,
+            num_clusters=EXPERTS,
+            algorithm="hdbscan",
+            reduce="pca",
+            reduce_dim=options.reduce_dim,
+            min_cluster_size=options.min_cluster_size,
+            min_samples=options.min_samples,
+            allow_reduce=True,
+            seed=config.seed,
+        )
+        row["note"] = f"{size:,} × {width}, PCA and HDBSCAN: {len(found.centroids_KD)} clusters"
+    return rows
+
+
+Step = Callable[[Path, int, int, Path], list[Row]]
+STEPS: dict[str, Step] = {
+    "index": step_index,
+    "read": step_read,
+    "subsets": step_subsets,
+    "plan": step_plan,
+    "batches": step_batches,
+    "embeddings": step_embeddings,
+    "cluster": step_cluster,
+}
+
+
+# ---- what follows from its parts ----
+
+# Objects that a finished piece of a stage leaves, its manifest included; tests count them in a real run.
+PER_SHARD = 3  # manifest.json, embeddings.npy, ids.json
+
+
+def objects(count: int, experts: int, shard_size: int = 20_000) -> Row:
+    """Objects of a finished run in the store, without plots: those that grow with shards and with experts, and others.
+
+    Args:
+        count: utterances that are embedded.
+    """
+    shards = -(-count // shard_size)
+    fixed = OBJECTS["fixed"]
+    total = PER_SHARD * shards + OBJECTS["expert"] * experts + fixed
+    return {"utterances": count, "shards": shards, "experts": experts, "objects": total}
+
+
+# `expert`: one piece of the stage `experts` and its adapter in the final model; `fixed`: cluster, gating, asr, run.
+OBJECTS = {"expert": 0, "fixed": 0}
+
+
+def workflow_size(pieces: int) -> Row:
+    """Bytes of a finished Workflow object with so many pieces (shards and experts together) that never failed.
+
+    The specification is the template's own (Argo stores it with the workflow); each piece has three nodes, with the
+    fields that Argo 4 fills, and its item stands in the outputs of the plan's two nodes.
+    """
+    from argo.workflow import build
+
+    specification = json.dumps(build().to_dict()["spec"], separators=(",", ":"))
+    nodes = {node["id"]: node for number in range(pieces) for node in _nodes(number)}
+    items = [{name: _hash(number, name) for name in ("shard", "key", "memo", "lock", "lane")} for number in range(pieces)]
+    listed = json.dumps(items, separators=(",", ":"))
+    status = json.dumps({"nodes": nodes, "plans": [{"outputs": listed}] * 2, "children": list(nodes)}, separators=(",", ":"))
+    compressed = 4 * len(gzip.compress(status.encode())) // 3  # as base64
+    return {
+        "pieces": pieces,
+        "specification": len(specification),
+        "bytes": len(specification) + len(status),
+        "compressed": len(specification) + compressed,
+        "per_piece": round(len(status) / pieces),
+        "compressed_per_piece": round(compressed / pieces),
+    }
+
+
+def _hash(number: int, name: str) -> str:
+    import hashlib
+
+    return str(number) if name in ("shard", "lane") else hashlib.sha256(f"{number}{name}".encode()).hexdigest()[:32]
+
+
+def _nodes(number: int) -> Iterator[Row]:
+    """DAG, Retry and Pod of one piece."""
+    item = {name: _hash(number, name) for name in ("key", "lane", "lock", "memo", "shard")}
+    base = f"moe-asr-x7k2p.experts({number}:{','.join(f'{name}:{value}' for name, value in item.items())})"
+    inputs = [{"name": name, "value": value} for name, value in item.items()]
+    inputs.append({"name": "model", "value": f"sha256:{_hash(0, 'a')}{_hash(0, 'b')}"})
+    result = json.dumps({"key": item["key"], "seconds": 1234.5, "status": "done", "wer": 0.1234, "steps": 12345})
+    for kind, suffix in (("DAG", ""), ("Retry", ".pod"), ("Pod", ".pod(0)")):
+        yield {
+            "id": f"moe-asr-x7k2p-{int(_hash(number, kind)[:8], 16)}",
+            "name": base + suffix,
+            "displayName": base.partition(".")[2] if kind == "DAG" else suffix[1:],
+            "type": kind,
+            "templateName": "experts" if kind == "DAG" else "experts-pod",
+            "templateScope": "local/",
+            "phase": "Succeeded",
+            "boundaryID": "moe-asr-x7k2p-1003400323",
+            "startedAt": "2026-11-21T16:02:05Z",
+            "finishedAt": "2026-11-21T16:04:23Z",
+            "estimatedDuration": 138,
+            "progress": "1/1",
+            "resourcesDuration": {"cpu": 138, "memory": 1104, "nvidia.com/gpu": 138},
+            "inputs": {"parameters": inputs},
+            "outputs": {"parameters": [{"name": "result", "value": result, "valueFrom": {"path": "/x/result.json"}}]},
+            "children": ["moe-asr-x7k2p-2052551396"],
+            "outboundNodes": ["moe-asr-x7k2p-2052551396"],
+            "hostNodeName": "node-name-of-some-length-0.region.internal",
+            "memoizationStatus": {"hit": False, "key": item["memo"], "cacheName": "moe-asr-cache"},
+        }
+
+
+if __name__ == "__main__":
+    main()

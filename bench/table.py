@@ -1,0 +1,58 @@
+"""Tables of the committed measurements, in Markdown: a short one for README.md, one with settings for the docs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def short_table(without: Sequence[str] = ()) -> list[str]:
+    """One line per row of every file in bench/results: ours, the other, how many times better.
+
+    Args:
+        without: groups of rows that are left out.
+    """
+    return _tables(("measured", "ours", "the other", "unit", "better by"), _short, without)
+
+
+def full_table() -> list[str]:
+    """The same with what was asked of a row and under which settings it was measured."""
+    return _tables(("measured", "ours", "the other", "unit", "better by", "wanted", "settings"), _full, ())
+
+
+def _tables(
+    header: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[str]], without: Sequence[str]
+) -> list[str]:
+    lines = []
+    for file in sorted(RESULTS.glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        lines += [f"On {found['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
+        lines += [*(_line(cells(row)) for row in found["rows"] if row.get("group") not in without), ""]
+    return lines[:-1]
+
+
+def _short(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["row"], number(row["ours"]), number(row["peer"]), row["unit"], f"{number(row['ratio'])}×"
+
+
+def _full(row: dict[str, Any]) -> tuple[str, ...]:
+    wanted = f"{number(row['target'])}×" if row["target"] else ""
+    return *_short(row), wanted, row["note"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def number(value: float | None) -> str:
+    """Three figures, thousands apart; a dash for nothing."""
+    if value is None:
+        return "–"
+    if value >= 1000:
+        return f"{round(value, -(len(str(int(value))) - 3)):,.0f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
