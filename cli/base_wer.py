@@ -7,10 +7,10 @@ from pathlib import Path
 from common.config import Config, validate
 from common.corpus import Corpus
 from common.data import BatchLoader
-from common.evaluate import Decoding, by_etiology, decode_set, score_set
+from common.evaluate import by_etiology, decode_set, score_set
 from common.recogniser import Recogniser
 from common.sources import locate_model
-from common.speech_training import speech_examples
+from common.speech_training import decoding_options, speech_examples
 from common.train import make_accelerator
 from common.wer import wer
 from common.whisper import load_codec, load_whisper
@@ -25,7 +25,7 @@ def base_wer(corpus: Corpus, model: str) -> dict[str, dict[str, float]]:
     examples = speech_examples(config, corpus, corpus.utterances, codec)
     loader = BatchLoader(examples, num_workers=0, device=accelerator.device)
     recogniser = Recogniser(load_whisper(folder)).to(accelerator.device)
-    decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
+    decoding = decoding_options(config)
     texts = decode_set(recogniser, examples, loader, codec, decoding, accelerator)
     scores = score_set(corpus.utterances, texts, config.model.language)
     return {

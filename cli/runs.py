@@ -12,10 +12,12 @@ import click
 from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config, validate
+from common.console import coloured
 from common.errors import DataError, StoreError
 from common.options import config_from, config_options
+from common.runs import run_names, run_record, stage_folders
 from common.store import Store, open_store
-from stages.pipeline import Run, read_record
+from stages.pipeline import Run, cache_folder
 
 store_options = (
     click.option("--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix."),
@@ -41,10 +43,11 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
             json.dumps([dict(zip(("task", "status", "reason", "key"), row, strict=True)) for row in rows], indent=1)
         )
         return
-    words = {"done": "done", "todo": "to do", "again": "to do again"}
+    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "again": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
-        click.echo(f"{task:<{width}}  {words[state]:<11}  {key[:8]:<8}  {reason}")
+        word, colour = words[state]
+        click.echo(f"{task:<{width}}  {coloured(f'{word:<11}', colour)}  {key[:8]:<8}  {reason}")
 
 
 @click.command()
@@ -52,27 +55,13 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
 @click.option("--verify", "deep", is_flag=True, help="Also re-hash every file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(deep: bool, as_json: bool, **options: Any) -> None:
-    """Says for each stage and shard: done, to do or to do again, and why."""
-    show_plan(config_from(options), as_json=as_json, deep=deep)
+    """Says for each stage and shard: done, to do or to do again, and why.
 
-
-def run_record(store: Store, name: str) -> dict[str, Any]:
-    """run.json of a run; `runs/demo` and `demo` both name it.
-
-    Raises:
-        DataError: there is no such run.
+    \b
+    moe-asr plan --mode demo
+    moe-asr plan --config my.yaml --verify --json
     """
-    found = read_record(store, Path(name).name)
-    if found is None:
-        names = ", ".join(run_names(store)) or "none"
-        raise DataError(f"no run {Path(name).name!r} in {store.url}; runs there: {names}")
-    return found
-
-
-def run_names(store: Store) -> list[str]:
-    """Names of all runs of a store."""
-    keys = (entry.key for entry in store.list(""))
-    return sorted({key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith("/run.json")})
+    show_plan(config_from(options), as_json=as_json, deep=deep)
 
 
 cluster_option = click.option("--cluster", is_flag=True, help="Ask the cluster: RUN is a run's or a workflow's name.")
@@ -87,7 +76,12 @@ cluster_option = click.option("--cluster", is_flag=True, help="Ask the cluster: 
 def status(
     run: str, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None, as_json: bool
 ) -> None:
-    """Shows how far a run is, on this machine or on a cluster."""
+    """Shows how far a run is, on this machine or on a cluster.
+
+    \b
+    moe-asr status demo
+    moe-asr status moe-asr-x7k2p --cluster -n speech
+    """
     if cluster or namespace:
         show_workflow(run, namespace, as_json=as_json)
         return
@@ -114,32 +108,55 @@ def runs() -> None:
 
 @runs.command("list")
 @with_store
-def runs_list(store_url: str, endpoint_url: str | None) -> None:
-    """Lists the runs of a store."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
+    """Lists the runs of a store.
+
+    \b
+    moe-asr runs list --store s3://bucket/runs
+    """
     store = open_store(store_url, endpoint_url=endpoint_url)
+    found = [_run_facts(store, name) for name in run_names(store)]
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
     rows = []
-    for name in run_names(store):
-        record = run_record(store, name)
-        key = f"{name}/summary.json"
-        summary = json.loads(store.read(key)) if store.size(key) is not None else {}
-        rates = [f"{summary[k]:.1%}" if k in summary else "-" for k in ("wer_before", "wer_after")]
-        rows.append(
-            (name, record["status"], time.strftime("%Y-%m-%d %H:%M", time.localtime(record["updated"])), *rates)
-        )
+    for one in found:
+        rates = ["-" if one[key] is None else f"{one[key]:.1%}" for key in ("wer_before", "wer_after")]
+        news = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["updated"]))
+        rows.append((one["run"], one["status"], news, *rates))
     click.echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
+
+
+def _run_facts(store: Store, name: str) -> dict[str, Any]:
+    """Name, status, time of the last news and, of a finished run, its error rates."""
+    record = run_record(store, name)
+    key = f"{name}/summary.json"
+    summary = json.loads(store.read(key)) if store.size(key) is not None else {}
+    rates = {rate: summary.get(rate) for rate in ("wer_before", "wer_after")}
+    return {"run": name, "status": record["status"], "updated": record["updated"], **rates}
 
 
 @click.command()
 @click.argument("run")
 @with_store
-def verify(run: str, store_url: str, endpoint_url: str | None) -> None:
-    """Re-hashes everything that a run has made."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) -> None:
+    """Re-hashes everything that a run has made.
+
+    \b
+    moe-asr verify demo
+    """
     store = open_store(store_url, endpoint_url=endpoint_url)
     record = run_record(store, run)
     made = Run(validate(record["config"] | {"store": store_url, "endpoint_url": endpoint_url})).plan(deep=True)
     bad = [p for p in made.planned if p.status != "done"]
-    for p in made.planned:
-        click.echo(f"{p.task.label:<12} {'whole' if p.status == 'done' else p.status}  {p.reason}")
+    found = [(p.task.label, "whole" if p.status == "done" else p.status, p.reason) for p in made.planned]
+    if as_json:
+        names = ("task", "state", "reason")
+        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in found], indent=1))
+    for label, state, reason in found if not as_json else ():
+        click.echo(f"{label:<12} {coloured(state, 'green' if state == 'whole' else 'red')}  {reason}")
     if bad:
         raise DataError(f"{len(bad)} of {len(made.planned)} results are missing or damaged: run it again to make them")
 
@@ -153,7 +170,12 @@ def verify(run: str, store_url: str, endpoint_url: str | None) -> None:
 def logs(
     run: str, stage: str | None, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None
 ) -> None:
-    """Prints the log of a run, or the lines of one stage."""
+    """Prints the log of a run, or the lines of one stage.
+
+    \b
+    moe-asr logs demo asr
+    moe-asr logs moe-asr-x7k2p experts --cluster -n speech
+    """
     if cluster or namespace:
         show_workflow_logs(run, stage, namespace)
         return
@@ -172,7 +194,12 @@ def logs(
 @click.option("--delete", is_flag=True, help="Really delete; without it, only say what would go.")
 @click.option("--older-than", default=24.0, show_default=True, help="Hours that an unfinished attempt may be idle.")
 def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float) -> None:
-    """Finds what no manifest refers to: attempts that lost, checkpoints of finished stages."""
+    """Finds what no manifest refers to: attempts that lost, checkpoints of finished stages.
+
+    \b
+    moe-asr gc
+    moe-asr gc --older-than 48 --delete
+    """
     from common.artifacts import garbage
 
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -194,7 +221,11 @@ def store() -> None:
 @click.argument("url")
 @click.option("--endpoint-url", help="Of an S3-compatible store.")
 def store_doctor(url: str, endpoint_url: str | None) -> None:
-    """Tries on a store what the pipeline relies on, and says what it promises."""
+    """Tries on a store what the pipeline relies on, and says what it promises.
+
+    \b
+    moe-asr store doctor s3://bucket/runs --endpoint-url https://s3.example.com
+    """
     from common.doctor import check_store
 
     failed = 0
@@ -209,37 +240,19 @@ def store_doctor(url: str, endpoint_url: str | None) -> None:
 @click.argument("what", type=click.Choice(("clusters", "gating", "experts", "asr")))
 @click.argument("run")
 @with_store
-@click.option("--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True, help="Folder.")
 def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Path) -> None:
-    """Draws the metrics of a run's stage alone."""
+    """Draws the metrics of a run's stage alone.
+
+    \b
+    moe-asr plot asr demo --out plots
+    """
     from common.plots import plot_asr, plot_clusters, plot_experts, plot_gating
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    folders = stage_folders(store, run_record(store, run), {"clusters": "cluster"}.get(what, what))
+    folders = stage_folders(store, run_record(store, run), {"clusters": "cluster"}.get(what, what), cache_folder())
     out.mkdir(parents=True, exist_ok=True)
     single = {"clusters": plot_clusters, "gating": plot_gating, "asr": plot_asr}
     drawn = plot_experts(folders, out) if what == "experts" else single[what](folders[0], out)
     for path in drawn:
         click.echo(path)
-
-
-def stage_folders(store: Store, record: dict[str, Any], stage: str) -> list[Path]:
-    """Local folders of a stage's finished pieces.
-
-    Raises:
-        DataError: it is not done.
-    """
-    from common.artifacts import Key, fetch, inspect
-    from stages.pipeline import cache_folder
-
-    folders = []
-    for label, task in record["tasks"].items():
-        if task["stage"] == stage:
-            key = Key(stage, task["key"], {})
-            state = inspect(store, key)
-            if state.manifest is None or state.status != "done":
-                raise DataError(f"{label} of run {record['name']} is not done")
-            folders.append(fetch(store, key, state.manifest, cache_folder() / "inputs" / stage / key.digest))
-    if not folders:
-        raise DataError(f"run {record['name']} has no stage {stage}")
-    return folders

@@ -6,28 +6,20 @@ Rates are fractions. `wer_*` and `cer_*` clip each utterance at 100%; `*_unclipp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from common.breakdown import references, scored_row
 from common.corpus import Utterance
 from common.data import Batch, BatchLoader, Example, epoch_batches
-from common.decode import greedy, transcribe_batch
+from common.decode import Decoding, decode_hidden, transcribe_batch
 from common.features import log_mel
 from common.recogniser import Recogniser
 from common.wer import Score, bootstrap_interval, cer, score, wer
 from common.whisper import TextCodec, encode
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How text is decoded; names as in `common.config.DecodeConfig`."""
-
-    batch_size: int
-    max_new_tokens: int
 
 
 def decode_set(
@@ -53,9 +45,9 @@ def decode_set(
     with accelerator.autocast():
         for batch in loader(batches[accelerator.process_index :: accelerator.num_processes]):
             texts = (
-                _base_texts(recogniser, batch, codec, decoding.max_new_tokens)
+                _base_texts(recogniser, batch, codec, decoding)
                 if base
-                else transcribe_batch(recogniser, batch, codec, max_new_tokens=decoding.max_new_tokens)
+                else transcribe_batch(recogniser, batch, codec, decoding=decoding)
             )
             found += zip(batch.ids, texts, strict=True)
     recogniser.train(was_training)
@@ -63,17 +55,16 @@ def decode_set(
 
 
 @torch.inference_mode()
-def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, max_new_tokens: int) -> list[str]:
+def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[str]:
     if recogniser.slot is not None:
         recogniser.slot.routing = None
     hidden_BTD = encode(recogniser.whisper, log_mel(batch.audio_BS, recogniser.mel_bands))
-    ids = greedy(recogniser.whisper, hidden_BTD, codec, max_new_tokens=max_new_tokens)
-    return [codec.decode(one) for one in ids]
+    return [one.text for one in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
 
 
 def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], language: str) -> list[Score]:
     """One score per utterance, against the better of its references."""
-    return [score(u.id, texts[u.id], [u.text, *([u.text_alt] if u.text_alt else [])], language) for u in utterances]
+    return [score(u.id, texts[u.id], references(u), language) for u in utterances]
 
 
 def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
@@ -94,30 +85,12 @@ def prediction_rows(
 ) -> list[dict[str, Any]]:
     """Rows of predictions.jsonl: what was said, what was heard before and after, by which experts."""
     rows = []
-    for u, old, new in zip(
+    scored = zip(
         utterances, score_set(utterances, before, language), score_set(utterances, after, language), strict=True
-    ):
-        experts, weights = routing.get(u.id, ([], []))
-        rows.append(
-            {
-                "id": u.id,
-                "split": u.split,
-                "speaker": u.speaker,
-                "etiology": u.etiology,
-                "severity": u.severity,
-                "duration": u.duration,
-                "audio": u.audio_filepath,
-                "reference": u.text,
-                "hypothesis_before": before[u.id],
-                "hypothesis": after[u.id],
-                "words": new.words,
-                "errors_before": old.word_errors,
-                "errors": new.word_errors,
-                "experts": experts,
-                "weights": [round(w, 4) for w in weights],
-                "loop": new.loop,
-            }
-        )
+    )
+    for u, old, new in scored:
+        row = scored_row(u, after[u.id], new, routing.get(u.id, ((), ())))
+        rows.append(row | {"hypothesis_before": before[u.id], "errors_before": old.word_errors})
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from markupsafe import Markup, escape
 
+from common import progress
 from common.json_files import Row
 from common.plots import GRID, INK, MUTED, PALETTE, PAPER, render_svg
 
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
 _ROLES = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--page)"} | {
     light: f"var(--c{i})" for i, (light, _) in enumerate(PALETTE)
 }
+
+
+def render_page(template: str, **values: object) -> str:
+    """A page of `common/templates`, with this module's number formats as filters."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("common"),
+        autoescape=True,  # transcripts and names come from a corpus
+        undefined=jinja2.ChainableUndefined,  # a number that nobody reported is a dash, not an error
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (percent, points, number, clock, interval)}
+    return environment.get_template(template).render(palette=PALETTE, **values)
 
 
 def inline_svg(draw: Callable[[], Figure], name: str, label: str) -> Markup:
@@ -61,16 +77,8 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A duration in the two largest units that it has."""
-    if not is_number(seconds):
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for unit, name, lower, lower_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= unit:
-            return f"{whole // unit} {name} {whole % unit // lower} {lower_name}"
-    return f"{whole} s"
+    """A duration in the two largest units that it has; a dash where there is no number."""
+    return progress.clock(seconds) if is_number(seconds) else "–"
 
 
 def axis_of_time(spans: Sequence[tuple[float, float]]) -> tuple[Callable[[float], float], float, list[Row]]:

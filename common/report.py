@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,19 +77,6 @@ def render_report(view: RunView) -> str:
     Raises:
         DataError: a stage's file is there but cannot be read.
     """
-    import jinja2
-
-    texts = {
-        name: (files("common.templates") / name).read_text(encoding="utf-8") for name in ("report.html", "report.css")
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(texts),
-        autoescape=True,  # transcripts and names come from a corpus
-        undefined=jinja2.ChainableUndefined,  # a number that a stage did not report is a dash, not an error
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {name: getattr(page, name) for name in ("percent", "points", "number", "clock", "interval")}
     predictions = scored_rows(view.asr)
     sections: dict[str, Row | str] = {
         "result": result_section(view.summary, predictions),
@@ -102,13 +88,13 @@ def render_report(view: RunView) -> str:
         "worst": worst_section(predictions, view.audio_root),
         "timeline": _timeline(view.timeline),
     }
-    return environment.get_template("report.html").render(
+    return page.render_page(
+        "report.html",
         view=view,
         **{name: None if isinstance(section, str) else section for name, section in sections.items()},
         contents=[(name, TITLES[name], not isinstance(section, str)) for name, section in sections.items()],
         left_out=[reason for reason in sections.values() if isinstance(reason, str)],
         about=_about(view),
-        palette=plots.PALETTE,
         versions=_versions(),
     )
 

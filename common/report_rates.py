@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
+from common.breakdown import CELL, GROUPS
 from common.json_files import Row, read_rows
 from common.page import is_number, points
-from common.wer import Score, duration_bucket, paired_bootstrap, wer
+from common.wer import Score, paired_bootstrap, wer
 
 WORST = 25
 INSERTED_WORDS = 16
@@ -47,7 +48,7 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
         "verdict": _verdict(before, after, bounds),
         "bounds": bounds,
         "relative": (after - before) / before if before else None,
-        "caution": _caution(speakers, named),
+        "caution": caution(speakers, named),
         "unclipped_rose": is_number(before) and after <= before and _unclipped_rose(summary),
         "worse": [name for name, row in groups.items() if row["wer_after"] > row.get("wer_before", math.inf)],
     } | {key: summary.get(key) for key in RATES}
@@ -144,18 +145,23 @@ def _unclipped_rose(summary: Row) -> bool:
     return is_number(before) and is_number(after) and after > before
 
 
-def _caution(speakers: int | None, named: bool) -> str:
-    """What weakens the intervals."""
+def caution(speakers: int | None, named: bool, chosen: str = "held out") -> str:
+    """What weakens the intervals; empty where nothing does.
+
+    Args:
+        named: the corpus names speakers.
+        chosen: what was done with these speakers.
+    """
     if not named:
         return (
             "The corpus names no speakers, so each utterance counts as one of its own: utterances of one speaker are "
             "alike, and the intervals are too narrow."
         )
     if speakers == 1:
-        return "One speaker was held out: the rates are this speaker's, and say nothing about others."
+        return f"One speaker was {chosen}: the rates are this speaker's, and say nothing about others."
     if speakers is not None and speakers < FEW_SPEAKERS:
         return (
-            f"Only {speakers} speakers were held out. Intervals come from resampling speakers; with fewer than about "
+            f"Only {speakers} speakers were {chosen}. Intervals come from resampling speakers; with fewer than about "
             f"{FEW_SPEAKERS} they are too narrow, and they say little about speakers unlike these."
         )
     return ""
@@ -163,11 +169,9 @@ def _caution(speakers: int | None, named: bool) -> str:
 
 def _slices(rows: Sequence[Row]) -> list[Row]:
     """Rates by what the summary does not break down by."""
-    keys: dict[str, Callable[[Row], str]] = {
-        "severity": lambda row: row.get("severity") or "unknown",
-        "duration": lambda row: duration_bucket(row["duration"]),
-        "speaker": lambda row: row.get("speaker") or "unknown",
-    }
+    keys: dict[str, Callable[[Row], str]] = {name: GROUPS[name] for name in ("severity", "duration")}
+    keys["etiology, severity and duration"] = lambda row: ", ".join(GROUPS[name](row) for name in CELL)
+    keys["speaker"] = GROUPS["speaker"]
     slices = []
     for title, key in keys.items():
         groups = [_rates(name, list(part)) for name, part in groupby(sorted(rows, key=key), key)]

@@ -16,6 +16,7 @@ from common.augment import Augmentation
 from common.config import Config, SpeechTrainConfig, TrainConfig
 from common.corpus import Corpus, Utterance
 from common.data import BatchLoader, Example, epoch_batches, make_examples
+from common.decode import Decoding
 from common.train import TrainOptions
 from common.whisper import TextCodec
 
@@ -31,12 +32,18 @@ def train_options(section: TrainConfig, config: Config) -> TrainOptions:
         patience=section.patience,
         eval_every_n_epochs=section.eval_every_n_epochs,
         select_by=section.select_by,
-        average_last=section.average_last,
+        average=section.average,
+        average_of=section.average_of,
         save_every_n_epochs=config.runtime.save_every_n_epochs,
         checkpoint_minutes=config.runtime.checkpoint_minutes,
         save_only_best=config.runtime.save_only_best,
         quiet=config.runtime.quiet,
     )
+
+
+def decoding_options(config: Config) -> Decoding:
+    """How the configuration wants text decoded."""
+    return Decoding(**config.decode.model_dump(), seed=config.seed)
 
 
 def augmentation(config: Config) -> Augmentation:
@@ -54,7 +61,6 @@ def speech_examples(
         codec,
         context=config.audio.context,
         margin=config.audio.margin,
-        long_audio=config.audio.long_audio,
         stretch=augmentation(config).stretch if training else 1.0,
     )
 

@@ -214,18 +214,36 @@ def paired_bootstrap(
         raise DataError(
             f"cannot pair {len(a)} scores with {len(b)}: {odd[0]!r} is not in both; evaluate both on one set"
         )
-    sums_a, sums_b = (_sums_by_speaker(scores, speakers, metric) for scores in (a, b))
-    rng = np.random.default_rng(seed)
-    draws = _draw(rng, resamples, *sums_a, *sums_b)
-    deltas_R = np.concatenate([_ratio(errors, words) - _ratio(ea, wa) for ea, wa, errors, words in draws])
+    rates_2R = resampled_rates([a, b], speakers, metric=metric, resamples=resamples, seed=seed)
+    rate_a, rate_b = (_rate_of(*_errors_and_lengths(scores, metric)) for scores in (a, b))
+    return {"delta": rate_b - rate_a} | interval_of_difference(rates_2R[1] - rates_2R[0], level)
+
+
+def resampled_rates(
+    systems: Sequence[Sequence[Score]],
+    speakers: Mapping[str, str],
+    *,
+    metric: Metric = "wer",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Floats:
+    """Rates of M systems, all on the same draws of speakers, of shape (M, R).
+
+    Args:
+        systems: the scores of each, of the same utterances.
+        speakers, metric, resamples, seed: as for `bootstrap_interval`.
+    """
+    sums = [part for scores in systems for part in _sums_by_speaker(scores, speakers, metric)]
+    draws = _draw(np.random.default_rng(seed), resamples, *sums)
+    blocks = [[_ratio(drawn[i], drawn[i + 1]) for i in range(0, len(drawn), 2)] for drawn in draws]
+    return np.concatenate(blocks, axis=1)
+
+
+def interval_of_difference(deltas_R: Floats, level: float = 0.95) -> dict[str, float]:
+    """`low` and `high` of the interval of a difference and its two-sided `p`, from its draws (`paired_bootstrap`)."""
     low, high = _interval(deltas_R, level)
     beyond = min((deltas_R <= 0).sum(), (deltas_R >= 0).sum())
-    return {
-        "delta": _rate_of(*sums_b) - _rate_of(*sums_a),
-        "low": low,
-        "high": high,
-        "p": min(1.0, float(2 * (beyond + 1) / (resamples + 1))),
-    }
+    return {"low": low, "high": high, "p": min(1.0, float(2 * (beyond + 1) / (len(deltas_R) + 1)))}
 
 
 def is_hallucination_loop(hypothesis: str, reference: str) -> bool:
@@ -270,19 +288,21 @@ def summarise(
         speakers, level, resamples, seed: as for `bootstrap_interval`.
 
     Returns:
-        `wer`, `wer_unclipped`, `cer`, `cer_unclipped`; `ci`, the interval of `wer` as [low, high]; `utterances`,
-        `words`, `speakers` and `loops`, numbers.
+        `wer`, `wer_unclipped`, `cer`, `cer_unclipped`; `ci` and `cer_ci`, the intervals of `wer` and `cer` as
+        [low, high]; `utterances`, `words`, `speakers`, `insertions` and `loops`, numbers.
     """
-    interval = bootstrap_interval(scores, speakers, level=level, resamples=resamples, seed=seed)
+    options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
     return {
         "wer": wer(scores),
         "wer_unclipped": wer(scores, clipped=False),
         "cer": cer(scores),
         "cer_unclipped": cer(scores, clipped=False),
-        "ci": list(interval),
+        "ci": list(bootstrap_interval(scores, speakers, **options)),
+        "cer_ci": list(bootstrap_interval(scores, speakers, metric="cer", **options)),
         "utterances": len(scores),
         "words": sum(score.words for score in scores),
         "speakers": len({speakers.get(score.id, score.id) for score in scores}),
+        "insertions": sum(score.word_insertions for score in scores),
         "loops": sum(score.loop for score in scores),
     }
 

@@ -6,6 +6,7 @@ Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class TextCodec:
         end: end-of-text token.
         suppressed: tokens that decoding never emits.
         suppressed_first: tokens that it does not begin with.
+        zero: the timestamp <|0.00|>, right after <|notimestamps|>; None where the tokenizer has no timestamps.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +73,7 @@ class TextCodec:
     end: int
     suppressed: tuple[int, ...]
     suppressed_first: tuple[int, ...]
+    zero: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a transcript with its leading space, without any special token."""
@@ -124,6 +127,7 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         end=token("<|endoftext|>"),
         suppressed=tuple(generation.get("suppress_tokens") or ()),
         suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
+        zero=tokenizer.token_to_id("<|0.00|>"),
     )
 
 
@@ -131,7 +135,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: int = -1, remat: bool = False) -> Tensor:
+def encode(
+    model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: int = -1, remat: bool = False, copies: int = 1
+) -> Tensor:
     """Runs the encoder at the length of its input instead of 30 s.
 
     Args:
@@ -139,9 +145,10 @@ def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: in
         mel_BMF: F a multiple of 2, at most 3000.
         layer: -1 all layers and the final norm; 0 the convolutions alone; n the output of the n-th block, unnormed.
         remat: recompute blocks in the backward pass (gradient checkpointing).
+        copies: of each utterance, side by side, for experts of their own; the convolutions, which have none, run once.
 
     Returns:
-        hidden_BTD with T = F / 2.
+        hidden_BTD with T = F / 2, of B · copies rows.
 
     Raises:
         ValueError: the encoder has fewer blocks than `layer`.
@@ -152,10 +159,33 @@ def encode(model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: in
     x_BDT = F.gelu(encoder.conv1(mel_BMF.to(encoder.conv1.weight.dtype)))
     x_BTD: Tensor = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
     x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
+    x_BTD = x_BTD.repeat_interleave(copies, 0) if copies > 1 else x_BTD
     for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
         x_BTD = checkpoint(_run_block, block, x_BTD, use_reentrant=False) if remat else _run_block(block, x_BTD)
     normed_BTD: Tensor = encoder.layer_norm(x_BTD) if layer == -1 else x_BTD
     return normed_BTD
+
+
+def encode_layers(
+    model: WhisperForConditionalGeneration, mel_BMF: Tensor, layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """What `encode` returns for each of several layers, in one pass.
+
+    Raises:
+        ValueError: the encoder has fewer blocks than one of them.
+    """
+    encoder = model.model.encoder
+    found = {0: encode(model, mel_BMF, layer=0)}
+    x_BTD, last = found[0], len(encoder.layers) if -1 in layers else max(layers)
+    if max(layers) > len(encoder.layers) or min(layers) < -1:
+        raise ValueError(f"layers {sorted(layers)}: the encoder has {len(encoder.layers)} blocks; -1 is after the last")
+    for number, block in enumerate(encoder.layers[:last], start=1):
+        x_BTD = _run_block(block, x_BTD)
+        if number in layers:
+            found[number] = x_BTD
+    if -1 in layers:
+        found[-1] = encoder.layer_norm(x_BTD)
+    return {layer: found[layer] for layer in layers}
 
 
 def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+"""`moe-asr evaluate` and `moe-asr compare`: error rates of any model, and models side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.runs import with_store
+from cli.table import text_table
+from common.config import Config, validate
+from common.options import parse_setting
+from common.store import open_store
+
+if TYPE_CHECKING:
+    from common.store import Store
+
+
+@click.command()
+@click.argument("model")
+@click.argument("corpus")
+@click.option(
+    "--split", type=click.Choice(("test", "dev", "train", "all")), default="test", show_default=True, help="Which part."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write. [default: evaluations/MODEL-CORPUS-SPLIT]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace an evaluation that is in this folder.")
+@click.option("--samples", type=click.IntRange(1), help="A stratified part of the split.")
+@click.option("--long-audio", type=click.Choice(("error", "drop")), default="error", show_default=True,
+              help="What to do with utterances over 30 s.")  # fmt: skip
+@click.option("--base", help="Base weights, where they are not where the model says.")
+@with_store
+@click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
+@click.option(
+    "--task",
+    type=click.Choice(("transcribe", "translate")),
+    default="transcribe",
+    show_default=True,
+    help="Or into English.",
+)
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE",
+              help="Of the sections decode, audio and runtime, and precision; as in `moe-asr run`.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
+def evaluate(
+    model: str,
+    corpus: str,
+    split: str,
+    out: Path | None,
+    overwrite: bool,
+    samples: int | None,
+    long_audio: str,
+    base: str | None,
+    store_url: str,
+    endpoint_url: str | None,
+    language: str,
+    task: str,
+    settings: Sequence[str],
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Measures a model's error rates on a split of a corpus.
+
+    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
+    name; CORPUS a folder with index.jsonl or its address. Writes evaluation.json, utterances.csv and report.html.
+
+    \b
+    moe-asr evaluate mine data/mine
+    moe-asr evaluate openai/whisper-small data/mine --split dev --json
+    """
+    from common.evaluation import evaluate as run_evaluation
+    from common.models import open_model
+    from common.sources import open_corpus
+    from common.speech_training import decoding_options
+    from stages.pipeline import cache_folder
+
+    store = open_store(store_url, endpoint_url=endpoint_url)
+    config = evaluation_config(model, store, settings)
+    data = open_corpus(corpus, cache_folder(), endpoint_url=endpoint_url, cache_bytes=config.runtime.audio_cache_bytes)
+    opened = open_model(
+        model,
+        store=store,
+        cache=cache_folder(),
+        base=base,
+        device=device,
+        precision=config.precision,
+        language=language,
+        task=task,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        endpoint_url=endpoint_url,
+    )
+    out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
+    result = run_evaluation(
+        opened,
+        data,
+        decoding_options(config),
+        out,
+        split=split,
+        long_audio=long_audio,
+        samples=samples,
+        seed=config.seed,
+        overwrite=overwrite,
+        num_workers=config.runtime.num_workers,
+        quiet=quiet or config.runtime.quiet,
+    )
+    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else evaluation_table(result, out))
+
+
+def evaluation_config(model: str, store: Store, settings: Sequence[str]) -> Config:
+    """How to decode: as the run did whose model it is, else by the defaults; `--set` over both.
+
+    Raises:
+        ConfigError: a setting that does not validate.
+        UsageError: one that says nothing about an evaluation.
+    """
+    from common.config import merge, nest
+    from common.errors import UsageError
+    from common.runs import find_run
+
+    found = find_run(model, store)
+    known: Mapping[str, Any] = found[1]["config"] if found else {}
+    tree: dict[str, Any] = {name: known[name] for name in ("decode", "audio", "precision", "seed") if name in known}
+    for text in settings:
+        path, value = parse_setting(text)
+        if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
+            raise UsageError(f"--set {text}: an evaluation reads decode, audio, runtime, precision and seed alone")
+        merge(tree, nest(path, value))
+    return validate(tree)
+
+
+def evaluation_table(result: Mapping[str, Any], out: Path) -> str:
+    """The rates for the terminal: by etiology and severity, and overall."""
+    rows = []
+    for name in ("etiology", "severity"):
+        groups = result[f"by_{name}"]
+        if set(groups) != {"unknown"}:
+            rows += [_rates(f"{name} {group}", rates) for group, rates in groups.items()]
+    rows.append(_rates("overall", result["overall"]))
+    header = ("", "speakers", "utterances", "WER", "95% interval", "unclipped", "CER", "loops")
+    lines = [text_table(header, rows), "", f"report: {out / 'report.html'}"]
+    if result["left_out"]:
+        lines.insert(1, f"{result['left_out']} utterances over 30 s were left out")
+    return "\n".join(lines)
+
+
+def _rates(name: str, rates: Mapping[str, Any]) -> list[str]:
+    low, high = rates["ci"]
+    interval = "one speaker" if rates["speakers"] == 1 else f"{low:.1%} to {high:.1%}"
+    counts = [str(rates["speakers"]), str(rates["utterances"])]
+    return [name, *counts, f"{rates['wer']:.1%}", interval, f"{rates['wer_unclipped']:.1%}", f"{rates['cer']:.1%}",
+            str(rates["loops"])]  # fmt: skip
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", text.rstrip("/").rpartition("/")[2]).strip("._") or "model"
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]…")
+@click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN…",
+              help="Several runs (seeds) of one regime, compared by their mean.")  # fmt: skip
+@click.option("--reference", help="What the others are compared with. [default: the first]")
+@click.option("--with-base", is_flag=True, help="Also the base model, as the first run measured it before training.")
+@click.option("--common", "shared_only", is_flag=True, help="Compare on the utterances that all were tested on.")
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(100), help="Draws of speakers.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
+@click.option("--overwrite", is_flag=True, help="Replace a comparison that is in this folder.")
+@with_store
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(
+    runs: Sequence[str],
+    groups: Sequence[str],
+    reference: str | None,
+    with_base: bool,
+    shared_only: bool,
+    resamples: int,
+    out: Path | None,
+    overwrite: bool,
+    store_url: str,
+    endpoint_url: str | None,
+    as_json: bool,
+) -> None:
+    """Puts runs, and folders written by `evaluate`, side by side on the same test utterances.
+
+    Differences come with intervals from a paired bootstrap over speakers.
+
+    \b
+    moe-asr compare mine regular dense --out comparison
+    """
+    from common.compare import before_training, read_result, table_rows, write_comparison
+    from common.compare import compare as make_comparison
+    from stages.pipeline import cache_folder
+
+    store = open_store(store_url, endpoint_url=endpoint_url)
+    systems = {
+        name: [read_result(one, store=store, cache=cache_folder()) for one in members]
+        for name, members in named_systems(runs, groups).items()
+    }
+    if with_base:
+        first = next(iter(systems.values()))[0]
+        systems = {"base": [before_training(first)], **systems}
+    made = make_comparison(systems, reference=reference, shared_only=shared_only, resamples=resamples)
+    if out:
+        write_comparison(made, out, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(made, indent=1, ensure_ascii=False))
+        return
+    click.echo(text_table(*table_rows(made)))
+    click.echo(f"\n{made['utterances']} utterances of {made['speakers']} speakers")
+    for note in made["notes"]:
+        click.echo(f"note: {note}")
+    if out:
+        click.echo(f"page: {out / 'compare.html'}")
+
+
+def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[str]]:
+    """Name → runs of each system, single runs first.
+
+    Raises:
+        UsageError: none, or one named twice.
+    """
+    from common.errors import UsageError
+
+    systems: dict[str, list[str]] = {}
+    for text in (*(f"{_slug(run)}={run}" for run in runs), *groups):
+        name, equals, members = text.partition("=")
+        found = [one.strip() for one in members.split(",") if one.strip()]
+        if not equals or not name or not found:
+            raise UsageError(f"--group {text}: write it as NAME=RUN,RUN,RUN")
+        if name in systems:
+            raise UsageError(f"{name} is named twice: give each run once, and each group a name of its own")
+        systems[name] = found
+    if not systems:
+        raise UsageError("compare: name at least one run, folder of an evaluation, or --group")
+    return systems
