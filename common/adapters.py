@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from common.moe import MixtureLinear, mixture_layers
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def expert_tensors(model: nn.Module, expert: int) -> dict[str, Tensor]:
-    """One expert's matrices under PEFT's names, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in mixture_layers(model):
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A[expert].detach().cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = layer.lora_B[expert].detach().cpu().contiguous()
-    return tensors
+Matrices = dict[str, tuple[Tensor, Tensor]]  # layer name → (A (R, I), B (O, R)), on the CPU
+
+
+def expert_matrices(model: nn.Module, expert: int) -> Matrices:
+    """One expert's matrices by layer, as they are in training: without the scale."""
+    return {
+        name: (layer.lora_A[expert].detach().cpu(), layer.lora_B[expert].detach().cpu())
+        for name, layer in mixture_layers(model)
+    }
 
 
 def save_expert(model: nn.Module, expert: int, folder: Path, *, base_model: str, alpha: float) -> None:
@@ -34,20 +35,28 @@ def save_expert(model: nn.Module, expert: int, folder: Path, *, base_model: str,
         base_model: what PEFT should load it on: hub name or folder.
         alpha: LoRA's alpha, of which the scale is alpha / rank.
     """
-    layers = list(mixture_layers(model))
+    save_adapter(expert_matrices(model, expert), folder, base_model=base_model, alpha=alpha)
+
+
+def save_adapter(matrices: Matrices, folder: Path, *, base_model: str, alpha: float) -> None:
+    """Writes matrices of one rank as a PEFT LoRA adapter."""
+    tensors: dict[str, Tensor] = {}
+    for name, (a_RI, b_OR) in matrices.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b_OR.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(expert_tensors(model, expert), folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     description = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
-        "r": layers[0][1].rank,
+        "r": len(next(iter(matrices.values()))[0]),
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": _target_pattern([name for name, _ in layers]),
+        "target_modules": _target_pattern(list(matrices)),
         "task_type": None,
     }
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -99,9 +108,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 def merge_expert(model: nn.Module, expert: int) -> None:
     """Adds one expert's delta to the base weights and takes all mixtures out, leaving a plain dense model."""
+    merge_experts(model, {expert: 1.0})
+
+
+def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
+    """The same for a weighted sum of experts (number E is the shared one): what a fixed routing computes."""
     for name, layer in list(mixture_layers(model)):
         with torch.no_grad():
-            layer.base.weight += layer.delta_weight(expert).to(layer.base.weight.dtype)
+            for expert, weight in weights.items():
+                layer.base.weight += weight * layer.delta_weight(expert).to(layer.base.weight.dtype)
         replace_layer(model, name, layer.base)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ class BundleInfo:
         base: name of the base model as configured; `base_digest` what its key was.
         layer, pooling: which embedding the gate was trained on.
         context, margin: audio context of training, to be used in transcription too.
+        route_by: whether the gate saw an utterance's own embedding, or its speaker's mean.
     """
 
     base: str
@@ -50,6 +52,7 @@ class BundleInfo:
     alpha: float
     targets: tuple[str, ...]
     within: str
+    route_by: Literal["utterance", "speaker"] = "utterance"
 
 
 def save_gate(gate: Gate, folder: Path) -> None:

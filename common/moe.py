@@ -318,6 +318,21 @@ def add_mixture(
     """
     slot = RoutingSlot()
     model.requires_grad_(False)
+    for name, layer in linear_layers(model, targets, within):
+        parent, _, child = name.rpartition(".")
+        mixture = MixtureLinear(
+            layer, slot, num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout, shared=shared
+        )
+        setattr(model.get_submodule(parent), child, mixture)
+    return slot
+
+
+def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:
+    """(name, layer) of the linear layers that `targets` and `within` mean, as in `add_mixture`.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = [
         (name, layer)
         for name, layer in model.named_modules()
@@ -325,13 +340,7 @@ def add_mixture(
     ]
     if not found:
         raise ValueError(f"no linear layer of the model is named {', '.join(targets)}")
-    for name, layer in found:
-        parent, _, child = name.rpartition(".")
-        mixture = MixtureLinear(
-            layer, slot, num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout, shared=shared
-        )
-        setattr(model.get_submodule(parent), child, mixture)
-    return slot
+    return found
 
 
 def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:

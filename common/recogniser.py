@@ -5,6 +5,7 @@ Shape letters: B utterances, K experts per utterance, E experts, D embedding wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Recogniser(nn.Module):
         options: of the router.
         remat: recompute encoder blocks in the backward pass.
         augmentation: of the audio, while training.
+        orthogonality: AdaLoRA's penalty and its weight; added to the loss per token while training.
     """
 
     embeddings_ND: Tensor | None
@@ -56,11 +58,13 @@ class Recogniser(nn.Module):
         options: RouterOptions | None = None,
         remat: bool = False,
         augmentation: Augmentation | None = None,
+        orthogonality: tuple[Callable[[nn.Module], Tensor], float] | None = None,
     ) -> None:
         super().__init__()
         self.whisper, self.slot, self.gate, self.remat = whisper, slot, gate, remat
         self.options = options or RouterOptions()
         self.augmentation = augmentation or Augmentation()
+        self.orthogonality = orthogonality
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
 
     @property
@@ -80,7 +84,11 @@ class Recogniser(nn.Module):
             self.set_routing(None, len(batch))
             loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
             ce = loss_B.sum()
-            return ce, {"ce": ce.detach()}
+            if self.orthogonality is None or not self.training:
+                return ce, {"ce": ce.detach()}
+            penalty, weight = self.orthogonality
+            distance = count_B.sum() * penalty(self.whisper)
+            return ce + weight * distance, {"ce": ce.detach(), "orthogonality": distance.detach()}
         if self.options.mixture == "loss":
             ce, count_B, ids_BK = self._loss_mixture(mel_BMF, batch, logits_BE)
         else:
@@ -108,8 +116,10 @@ class Recogniser(nn.Module):
         for block in (*self.whisper.model.encoder.layers, *self.whisper.model.decoder.layers):
             block.compile(dynamic=True)
 
-    def _losses(self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training)
+    def _losses(
+        self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training, copies=copies)
         return token_losses(self.whisper, hidden_BTD, inputs_BU, labels_BU)
 
     def _loss_mixture(self, mel_BMF: Tensor, batch: Batch, logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,8 +129,8 @@ class Recogniser(nn.Module):
         ids_N1 = routing.topk_ids_BK.reshape(-1, 1)
         assert self.slot is not None
         self.slot.routing = Routing(ids_N1, torch.ones_like(ids_N1, dtype=torch.float32))
-        repeated = (t.repeat_interleave(topk, 0) for t in (mel_BMF, batch.inputs_BU, batch.labels_BU))
-        loss_N, count_N = self._losses(*repeated)
+        inputs_NU, labels_NU = (t.repeat_interleave(topk, 0) for t in (batch.inputs_BU, batch.labels_BU))
+        loss_N, count_N = self._losses(mel_BMF, inputs_NU, labels_NU, copies=topk)
         loss_BK = loss_N.reshape(-1, topk) * routing.topk_weights_BK
         return loss_BK.sum(), count_N.reshape(-1, topk)[:, 0], routing.topk_ids_BK
 

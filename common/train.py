@@ -10,12 +10,10 @@ utterances give the same gradient however they are split over accumulation, proc
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +25,10 @@ from tqdm import tqdm
 from common.checkpoint import Checkpointer
 from common.errors import DataError, Preempted, RetryableError
 from common.metrics import MetricsLog
+from common.progress import progress
+from common.schedules import learning_rate_factor
 from common.throughput import Throughput
+from common.train_state import Kept, averaged, copies, keep, put, restore, snapshot
 
 LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
 MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
@@ -62,7 +63,9 @@ class TrainOptions:
     patience: int = 3
     eval_every_n_epochs: int = 1
     select_by: str = "loss"
-    average_last: int = 1
+    select_from: float = 0.0  # share of the steps before which evaluations look at the loss only
+    average: int = 1  # how many evaluated weights are averaged at the end
+    average_of: Literal["best", "last"] = "best"
     save_every_n_epochs: int = 5
     checkpoint_minutes: float = 10.0
     save_only_best: bool = False
@@ -74,7 +77,9 @@ class TrainResult:
     """What became of a training; the model holds the selected weights.
 
     Attributes:
-        value: the selected evaluation's WER or loss.
+        value: the WER or loss of the weights that are left in the model.
+        parameters: how many were trained.
+        averaged: how many evaluated weights the result is the mean of; 0 where the best alone was kept.
         throughput: samples_per_second, audio_seconds_per_second, padding_percent, data_wait_percent,
             peak_memory_bytes, of this process since its start (not of a run before a resume).
     """
@@ -83,6 +88,8 @@ class TrainResult:
     best_step: int
     value: float
     throughput: dict[str, float]
+    parameters: int
+    averaged: int
 
 
 def make_accelerator(precision: str, device: str = "auto", *, unused_parameters: bool = False) -> Accelerator:
@@ -114,15 +121,6 @@ def make_accelerator(precision: str, device: str = "auto", *, unused_parameters:
     )
 
 
-def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str = "cosine") -> float:
-    """Linear warm-up to 1, then half a cosine to 0, a line to 0 (`linear`), or 1 to the end (`none`)."""
-    warmup = math.ceil(total * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, total - warmup)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "none": 1.0}[schedule]
-
-
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """What an epoch's end is judged by, perhaps later: its weights and scores, or the function that waits for them."""
@@ -146,6 +144,8 @@ def train(
     checkpointer: Checkpointer | None = None,
     metrics: MetricsLog | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    after_step: Callable[[int, int], None] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
     label: str = "train",
 ) -> TrainResult:
     """Trains the parameters of `groups` and leaves the selected weights in the model.
@@ -162,6 +162,8 @@ def train(
         checkpointer: where the state goes and comes from; none for throw-away trainings.
         metrics: rows for metrics.jsonl.
         stopping: asked at every step; true ends the training with a checkpoint.
+        after_step: told the number of the step just done and of all, its gradients still there if they were finite.
+        extra: tensors that `after_step` changes in place and the next step depends on: checkpointed too.
         label: of the progress bar.
 
     Raises:
@@ -176,6 +178,7 @@ def train(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    extra = extra or {}
 
     batches = plan_epoch(0)
     per_step = options.accumulate * world
@@ -187,7 +190,7 @@ def train(
 
     step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
     best_value, best = math.inf, copies(trained)
-    recent: deque[dict[str, Tensor]] = deque(maxlen=options.average_last)
+    kept: list[Kept] = []
     saved_at = time.monotonic()
     meter = Throughput(device, metrics.live if metrics else None)
 
@@ -195,7 +198,8 @@ def train(
 
     def look(at: int, epoch: int) -> Evaluation:
         """Begins to evaluate the weights as they are, those of step `at`."""
-        full = (epoch + 1) % options.eval_every_n_epochs == 0 or at >= total
+        due = (epoch + 1) % options.eval_every_n_epochs == 0 and at >= options.select_from * total
+        full = due or at >= total
         model.eval()
         with torch.no_grad():
             scores = evaluate(wrapped, full)
@@ -203,7 +207,7 @@ def train(
 
     def judge() -> bool:
         """Takes in the evaluation under way, if there is one; tells whether it is the best so far."""
-        nonlocal pending, best, best_value, best_step, bad
+        nonlocal pending, best, best_value, best_step, bad, kept
         if pending is None:
             return False
         seen, pending = pending, None
@@ -211,6 +215,8 @@ def train(
         if metrics:
             metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
         value = scores.get(options.select_by, math.inf) if seen.full else math.inf
+        if seen.full and options.average > 1:
+            kept = keep(kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)
         if value < best_value:
             best, best_value, best_step, bad = seen.weights, value, seen.step, 0
             return True
@@ -228,8 +234,9 @@ def train(
         evaluated = state["evaluated"]
         running += state["running"]
         best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
-        for number in range(state["recent"]):
-            recent.append({name: tensors[f"recent{number}.{name}"] for name in trained})
+        for number, (at, value) in enumerate(state["kept"]):
+            kept.append(Kept(at, value, {name: tensors[f"kept{number}.{name}"] for name in trained}))
+        put(extra, tensors, "extra.")
         if metrics:
             metrics.restore(state["rows"])
 
@@ -239,17 +246,18 @@ def train(
         tensors, state = snapshot(trained, optimizer, accelerator)
         if best_step != step:  # a best that equals the last is not written twice
             tensors |= {f"best.{name}": value for name, value in best.items()}
-        for number, weights in enumerate(recent):
-            tensors |= {f"recent{number}.{name}": value for name, value in weights.items()}
-        state |= {"best_value": best_value, "best_step": best_step, "bad": bad, "recent": len(recent)}
-        state |= {"evaluated": evaluated, "running": running.item()}
+        for number, one in enumerate(kept):
+            tensors |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
+        tensors |= {f"extra.{name}": value for name, value in extra.items()}
+        state |= {"best_value": best_value, "best_step": best_step, "bad": bad}
+        state |= {"evaluated": evaluated, "running": running.item(), "kept": [(one.step, one.value) for one in kept]}
         state["unjudged"] = pending.step if pending else None
         if pending and pending.step != step:
             tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
         state["rows"] = metrics.rows if metrics else []
         checkpointer.save(step, tensors, state, wait=wait)
 
-    bar = progress(total, step, label, hidden=options.quiet or rank > 0)
+    bar = progress(total, label, initial=step, unit="steps", hidden=options.quiet or rank > 0)
     for epoch in range(evaluated, math.ceil(total / steps_per_epoch)):
         if bad >= options.patience:
             break
@@ -287,8 +295,10 @@ def train(
                 if metrics:
                     metrics.event("nonfinite_steps")
             optimizer.step()
-            optimizer.zero_grad()
             step += 1
+            if after_step:
+                after_step(step, total)
+            optimizer.zero_grad()
             running += loss
             meter.add(micro if counts else [])
             bar.update()
@@ -316,7 +326,6 @@ def train(
             break
         pending = look(step, epoch)
         evaluated = epoch + 1
-        recent.append(pending.weights)
         if step >= total or not callable(pending.scores):
             improved |= judge()
         meter.resume()
@@ -326,9 +335,19 @@ def train(
     bar.close()
     if checkpointer:
         checkpointer.wait()
-    put(trained, averaged(recent) if options.average_last > 1 and recent else best)
     model.eval()
-    return TrainResult(step, best_step, best_value, meter.rates())
+    mean_of = 0
+    if len(kept) > 1:  # their mean is judged as they were: it stays only where it is not worse than the best
+        put(trained, averaged([one.weights for one in kept]))
+        with torch.no_grad():
+            found_scores = evaluate(wrapped, True)
+        scores = dict(found_scores() if callable(found_scores) else found_scores)
+        if metrics:
+            metrics.log({"step": step, "split": "average", "of": len(kept), **scores}, {})
+        if (value := scores.get(options.select_by, math.inf)) <= best_value:
+            best, best_value, mean_of = copies(trained), value, len(kept)
+    put(trained, best)
+    return TrainResult(step, best_step, best_value, meter.rates(), sum(p.numel() for p in trained.values()), mean_of)
 
 
 def forward_backward(
@@ -374,64 +393,3 @@ def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
         return False
     return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)
 
-
-def snapshot(
-    trained: Mapping[str, Tensor],
-    optimizer: Any,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the next step depends on: weights, moments, random states, scaler."""
-    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
-    moments = optimizer.state
-    for name, p in trained.items():
-        tensors |= {f"optim.{name}.{key}": value for key, value in moments.get(p, {}).items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if accelerator.device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(accelerator.device)
-    return tensors, {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-
-
-def restore(
-    trained: Mapping[str, Tensor],
-    optimizer: Any,
-    accelerator: Accelerator,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-) -> None:
-    """Puts a `snapshot` back, in place."""
-    put(trained, tensors, "model.")
-    for name, p in trained.items():
-        prefix = f"optim.{name}."
-        moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps `step` on the CPU unless fused.
-        optimizer.state[p] = {
-            key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in moments.items()
-        }
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], accelerator.device)
-    if accelerator.scaler and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def copies(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as they are now, on the CPU."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
-
-
-def put(trained: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Copies such weights into the model."""
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(tensors[prefix + name])
-
-
-def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several sets of weights."""
-    return {name: torch.stack([one[name].float() for one in weights]).mean(0) for name in weights[0]}
-
-
-def progress(total: int, initial: int, label: str, *, hidden: bool) -> Any:
-    """A bar on a terminal; without one, a line now and then."""
-    every = 0.5 if sys.stderr.isatty() else 60
-    return tqdm(total=total, initial=initial, desc=label, disable=hidden, mininterval=every, dynamic_ncols=True)

@@ -20,6 +20,7 @@ CONTRACT = Contract(
         "augment",
         "subsets",
         "lora",
+        "adalora",
         "asr",
         "decode",
         "extract.layer",

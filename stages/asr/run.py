@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,28 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import WhisperForConditionalGeneration
 
-from common import telemetry
+from common import adalora, telemetry
 from common.adapters import copy_experts
 from common.bundle import BundleInfo, load_gate, save_recogniser
 from common.config import Config
 from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import BatchLoader, Example
-from common.embeddings import EmbeddingTable, read_tables
-from common.evaluate import Decoding, by_etiology, decode_set, prediction_rows, score_set, summarise
-from common.moe import Gate, add_mixture, route, routing_report
+from common.embeddings import EmbeddingTable, read_tables, speaker_means
+from common.evaluate import by_etiology, decode_set, prediction_rows, score_set, summarise
+from common.moe import Gate, add_mixture, mixture_layers, route, routing_report
 from common.recogniser import Recogniser, RouterOptions
 from common.sources import model_digest
-from common.speech_training import augmentation, epoch_planner, lora_scope, mean_loss, speech_examples, train_options
+from common.speech_training import (
+    augmentation,
+    decoding_options,
+    epoch_planner,
+    lora_scope,
+    mean_loss,
+    speech_examples,
+    train_options,
+)
 from common.stage import Context
 from common.subsets import evaluation_subset, training_subset
 from common.train import TrainResult, make_accelerator, train
@@ -66,13 +77,18 @@ def run(
         "dev": _speech_set(config, corpus, evaluation_subset(config, corpus, "dev"), codec, accelerator),
         "test": _speech_set(config, corpus, evaluation_subset(config, corpus, "test"), codec, accelerator),
     }
+    if table is not None and config.asr.route_by == "speaker":
+        table = speaker_means(table, [u for which in sets.values() for u in which.utterances])
     recogniser = build(config, model, table, gate, experts).to(accelerator.device)
     if config.asr.compile:
         recogniser.compile_blocks()
     result = _train(config, context, recogniser, sets, table, codec, accelerator)
+    ranks = adalora.to_lora(recogniser.whisper) if config.asr.adapt == "adalora" else {}  # from here on it is LoRA
     if accelerator.is_main_process:
         info = describe(config, recogniser, model_digest(config, context.scratch))
         save_recogniser(recogniser, info, output)
+        if ranks:
+            _write_json(output / "ranks.json", ranks)
     base = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
     with context.metrics.live.marked(telemetry.EVALUATING):
         _evaluate(config, context, recogniser, base, sets["test"], table, codec, accelerator, result, output)
@@ -101,6 +117,8 @@ def build(
     whisper = load_whisper(model)
     if options.adapt == "full":
         return Recogniser(whisper, remat=options.gradient_checkpointing, augmentation=augmentation(config))
+    if options.adapt == "adalora":
+        return _build_adalora(config, whisper)
     count = len(experts) or (config.num_experts or 1)
     slot = add_mixture(
         whisper,
@@ -124,6 +142,24 @@ def build(
     )
 
 
+def _build_adalora(config: Config, whisper: WhisperForConditionalGeneration) -> Recogniser:
+    slot = adalora.add_adalora(
+        whisper,
+        targets=config.lora.targets,
+        rank=rank_plan(config).init_rank,
+        scaling=config.lora.alpha / config.lora.rank,
+        dropout=config.lora.dropout,
+        within=lora_scope(config.lora.modules),
+    )
+    return Recogniser(
+        whisper,
+        slot=slot,
+        remat=config.asr.gradient_checkpointing,
+        augmentation=augmentation(config),
+        orthogonality=(adalora.orthogonality, config.adalora.orthogonality),
+    )
+
+
 def _gate(config: Config, table: EmbeddingTable | None, gate: Sequence[Path], count: int) -> Gate | None:
     if count == 1:
         return None
@@ -135,17 +171,26 @@ def _gate(config: Config, table: EmbeddingTable | None, gate: Sequence[Path], co
     return random
 
 
+def rank_plan(config: Config) -> adalora.RankPlan:
+    """AdaLoRA's numbers; a mean rank of `lora.rank` unless another is wished."""
+    options = config.adalora
+    target = options.target_rank or config.lora.rank
+    first = options.init_rank or math.ceil(1.5 * target)
+    return adalora.RankPlan(first, target, options.warmup, options.final, options.interval)
+
+
 def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, Any]]:
-    """Experts (or all weights) and gate, each with its learning rate; biases and norms are not decayed."""
+    """Experts (or all weights) and gate, each with its learning rate; biases, norms and values are not decayed."""
     options = config.asr
     if options.adapt == "full":
         recogniser.requires_grad_(True)
         recogniser.whisper.model.encoder.embed_positions.requires_grad_(False)  # sinusoids
     gate = [p for name, p in recogniser.named_parameters() if name.startswith("gate.")]
     rest = [p for name, p in recogniser.named_parameters() if not name.startswith("gate.") and p.requires_grad]
+    flat_rate = config.adalora.value_learning_rate if options.adapt == "adalora" else options.learning_rate
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "lr": options.learning_rate, "weight_decay": options.weight_decay},
-        {"params": [p for p in rest if p.ndim == 1], "lr": options.learning_rate, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim == 1], "lr": flat_rate, "weight_decay": 0.0},
         {"params": gate, "lr": options.gate_learning_rate, "weight_decay": options.weight_decay},
     ]
     return [group for group in groups if group["params"]]
@@ -161,7 +206,7 @@ def _train(
     accelerator: Accelerator,
 ) -> TrainResult:
     dev, seconds = sets["dev"], config.runtime.extract_batch_seconds
-    decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
+    decoding = decoding_options(config)
     decoded = dev.some(config.asr.select_samples, config.seed)
     wanted = {u.id for u in decoded}
     subset = [example for example in dev.examples if example.id in wanted]
@@ -189,6 +234,11 @@ def _train(
         return scores
 
     look_at(sets["train"])
+    options, after_step = train_options(config.asr, config), None
+    if config.asr.adapt == "adalora":
+        ranks = rank_plan(config)
+        options = replace(options, select_from=1 - ranks.final)  # before, it is not the model that was wished for
+        after_step = partial(adalora.allocate, recogniser, plan=ranks)
     return train(
         recogniser,
         accelerator=accelerator,
@@ -196,10 +246,12 @@ def _train(
         plan_epoch=epoch_planner(sets["train"].examples, config.asr, config.seed),
         load=sets["train"].loader,
         evaluate=evaluate,
-        options=train_options(config.asr, config),
+        options=options,
         checkpointer=context.checkpointer(),
         metrics=context.metrics,
         stopping=context.stopping,
+        after_step=after_step,
+        extra=adalora.importance_tensors(recogniser),
         label="asr",
     )
 
@@ -214,8 +266,12 @@ def _show_routing(recogniser: Recogniser, config: Config, context: Context) -> N
 
 def describe(config: Config, recogniser: Recogniser, base_digest: str) -> BundleInfo:
     """What has to be known to use the trained model."""
-    full = config.asr.adapt == "full"
-    gate = recogniser.gate
+    full, gate = config.asr.adapt == "full", recogniser.gate
+    layers = [layer for _, layer in mixture_layers(recogniser)]
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if config.asr.adapt == "adalora":
+        rank = layers[0].rank
+        alpha = rank  # the scale is in the weights
     return BundleInfo(
         base=config.model.name,
         base_digest=base_digest,
@@ -227,13 +283,14 @@ def describe(config: Config, recogniser: Recogniser, base_digest: str) -> Bundle
         pooling=config.extract.pooling,
         adapt=config.asr.adapt,
         num_experts=0 if full else 1 if gate is None else gate.num_experts,
-        shared=config.asr.shared_expert,
+        shared=any(layer.shared for layer in layers),
         mixture=config.asr.mixture,
         top_k=config.asr.top_k,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
+        rank=rank,
+        alpha=alpha,
         targets=config.lora.targets,
         within=lora_scope(config.lora.modules),
+        route_by=config.asr.route_by if gate is not None else "utterance",
     )
 
 
@@ -249,7 +306,7 @@ def _evaluate(
     result: TrainResult,
     output: Path,
 ) -> None:
-    decoding = Decoding(config.decode.batch_size, config.decode.max_new_tokens)
+    decoding = decoding_options(config)
     routing, report = _routing(config, recogniser, test, table)
     after = decode_set(recogniser, test.examples, test.loader, codec, decoding, accelerator)
     # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
@@ -261,9 +318,10 @@ def _evaluate(
     summary = summarise(test.utterances, before, after, language)
     report |= {
         "mixture": config.asr.mixture if config.asr.adapt == "lora" else "none",
-        "trained_parameters": sum(p.numel() for p in recogniser.parameters() if p.requires_grad),
+        "trained_parameters": result.parameters,
         "steps": result.steps,
         "best_step": result.best_step,
+        "averaged": result.averaged,
     }
     context.metrics.live.error_rates(summary, split="test")
     _write_json(output / "summary.json", summary)
