@@ -1,0 +1,119 @@
+"""`moe-asr corpus segment`: a corpus whose long utterances are cut at pauses, their text divided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.corpus import endpoint_option, opened
+from common.corpus import INDEX_NAME, index_lines
+from common.errors import UsageError
+
+if TYPE_CHECKING:
+    from common.corpus import Corpus
+
+DEFAULT_NAME = "segmented.jsonl"
+
+
+@click.command()
+@click.argument("source")
+@click.argument("dest", required=False)
+@click.option("--model", "model_name", required=True, help="Whisper that hears the words: folder, run or hub name.")
+@click.option("--store", "store_url", default="runs", show_default=True, help="Where runs are looked up.")
+@click.option("--base", help="Base weights, where they are not where the model says.")
+@click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
+@endpoint_option
+def segment(
+    source: str,
+    dest: str | None,
+    model_name: str,
+    store_url: str,
+    base: str | None,
+    language: str,
+    device: str,
+    overwrite: bool,
+    endpoint_url: str | None,
+) -> None:
+    """Cuts utterances over 30 s (or 448 tokens) at pauses, and divides their text by what the model hears.
+
+    Writes an index beside the corpus's own, SOURCE/segmented.jsonl, or DEST, that names stretches of the same audio
+    files: use it as a corpus (--corpus SOURCE/segmented.jsonl). Interrupted, it goes on where it was.
+
+    \b
+    moe-asr corpus segment data/long --model openai/whisper-small
+    """
+    from common.long_audio import long_utterances, segment_long, summary, table_key, with_pieces
+    from common.models import open_model
+    from common.sources import folder_digest
+    from common.store import open_store
+    from stages.pipeline import cache_folder
+
+    corpus = opened(source, endpoint_url)
+    place, name = destination(source, dest)
+    target = open_store(place, endpoint_url=endpoint_url)
+    if target.size(name) is not None and not overwrite:
+        raise UsageError(f"{place}/{name} is already there: --overwrite replaces it, DEST names another")
+    if elsewhere := place != folder_of(source):
+        check_movable(corpus, place)
+    model = open_model(
+        model_name,
+        store=open_store(store_url, endpoint_url=endpoint_url),
+        cache=cache_folder(),
+        base=base,
+        device=device,
+        language=language,
+        endpoint_url=endpoint_url,
+    )
+    found = long_utterances(corpus.utterances, lambda: model.codec.length)
+    settings = [model_name, model.language, model.context, model.margin]
+    unfinished = cache_folder() / "segmented" / f"{table_key(corpus, folder_digest(model.base), settings)}.jsonl"
+    rows = segment_long(model, corpus, found, unfinished)
+    made = with_pieces(corpus, found, rows) if found else corpus
+    utterances = made.utterances
+    if elsewhere:
+        utterances = tuple(replace(u, audio_filepath=str(corpus.path(u).resolve())) for u in utterances)
+    target.write(name, "".join(index_lines(utterances, made.places)).encode())
+    unfinished.unlink(missing_ok=True)
+    count = f"{len(found)} of {len(corpus.utterances)} utterances were too long"
+    click.echo(f"{count}; {summary(found, rows)}" if found else f"{count}: the index is a copy")
+    click.echo(f"{place}/{name}: {len(utterances)} utterances")
+
+
+def folder_of(source: str) -> str:
+    """The folder that a corpus's audio paths start from."""
+    path = source.rstrip("/")
+    if path.endswith((".json", ".jsonl")):
+        path = path.rpartition("/")[0] or "."
+    return path
+
+
+def destination(source: str, dest: str | None) -> tuple[str, str]:
+    """(folder, name) of the index to write.
+
+    Raises:
+        UsageError: it would be the corpus's own.
+    """
+    place, name = folder_of(source), DEFAULT_NAME
+    if dest is not None:
+        place, name = folder_of(dest), dest.rpartition("/")[2] if dest.endswith(".jsonl") else INDEX_NAME
+    own = source.rpartition("/")[2] if source.endswith((".json", ".jsonl")) else INDEX_NAME
+    if (place, name) == (folder_of(source), own):
+        raise UsageError(f"{place}/{name} is the corpus's own index: name another file")
+    return place, name
+
+
+def check_movable(corpus: Corpus, place: str) -> None:
+    """Refuses an index that could not find the corpus's audio.
+
+    Raises:
+        UsageError: the audio is in a store or packed.
+    """
+    if corpus.remote or corpus.places or place.startswith("s3://"):
+        raise UsageError(
+            f"{place}: audio in a store or in shards is named from its own folder; leave DEST out, and the index is "
+            f"written there as {DEFAULT_NAME}"
+        )
