@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from cli.table import text_table
-from common.errors import DataError
+from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from common.corpus import Corpus
+    from common.importers import Imported
 
 
 @click.group()
@@ -22,20 +25,51 @@ def corpus() -> None:
 
 @corpus.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--speakers", default=6, show_default=True, help="Speakers per stand-in etiology.")
-@click.option("--utterances", default=10, show_default=True, help="Utterances per speaker.")
-@click.option("--seed", default=42, show_default=True)
-@click.option("--etiology", "etiologies", multiple=True, help="Only these stand-in etiologies.")
-def synth(out: Path, speakers: int, utterances: int, seed: int, etiologies: tuple[str, ...]) -> None:
-    """Speaks a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies."""
-    from common.synth import synthesize
+@click.option("--kind", type=click.Choice(["demo", "bench"]), default="demo", show_default=True, help="bench: harder.")
+@click.option("--speakers", type=int, help="Speakers per stand-in etiology.  [default: 6; bench: 12]")
+@click.option("--utterances", type=int, help="Utterances per speaker.  [default: 10; not of bench]")
+@click.option("--minutes", type=float, help="Of train, for bench; test has a sixth more.  [default: 30]")
+@click.option("--seed", default=42, show_default=True, help="Of texts, voices and effects.")
+@click.option("--etiology", "etiologies", multiple=True, help="Only these stand-in etiologies; not of bench.")
+def synth(
+    out: Path,
+    kind: str,
+    speakers: int | None,
+    utterances: int | None,
+    minutes: float | None,
+    seed: int,
+    etiologies: tuple[str, ...],
+) -> None:
+    """Speaks a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
 
-    made = synthesize(
-        out,
-        speakers_per_etiology=speakers,
-        utterances_per_speaker=utterances,
-        seed=seed,
-        etiologies=etiologies or None,
+    `--kind bench` is harder: groups that say one sound for another in conflicting ways, words and a group of speakers
+    that training never hears.
+
+    \b
+    moe-asr corpus synth data/demo
+    moe-asr corpus synth data/bench --kind bench --minutes 60
+    """
+    from common.synth import synthesize, synthesize_bench
+
+    if kind == "bench" and (etiologies or utterances is not None):
+        raise UsageError("--etiology and --utterances are not for --kind bench: --minutes says how much is spoken")
+    if kind == "demo" and minutes is not None:
+        raise UsageError("--minutes is for --kind bench: --utterances says how much of a demo is spoken")
+    made = (
+        synthesize_bench(
+            out,
+            minutes=30 if minutes is None else minutes,
+            speakers_per_etiology=12 if speakers is None else speakers,
+            seed=seed,
+        )
+        if kind == "bench"
+        else synthesize(
+            out,
+            speakers_per_etiology=6 if speakers is None else speakers,
+            utterances_per_speaker=10 if utterances is None else utterances,
+            seed=seed,
+            etiologies=etiologies or None,
+        )
     )
     hours = sum(u.duration for u in made.utterances) / 3600
     click.echo(f"{out}: {len(made.utterances)} utterances, {hours:.2f} h")
@@ -59,9 +93,12 @@ endpoint_option = click.option("--endpoint-url", help="Of an S3-compatible store
 @click.option("--shard-size", default="256MB", show_default=True, help="Bytes per tar shard at most.")
 @endpoint_option
 def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> None:
-    """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges."""
-    from tqdm import tqdm
+    """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
 
+    \b
+    moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
+    """
+    from common.progress import progress
     from common.shards import pack_corpus, parse_size
     from common.store import open_store
     from stages.pipeline import cache_folder
@@ -70,8 +107,8 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     data = opened(source, endpoint_url)
     cache_folder().mkdir(parents=True, exist_ok=True)
     files = len({u.audio_filepath for u in data.utterances})
-    with tqdm(total=files, desc="pack", unit="file", disable=None) as bar:
-        store = open_store(dest, endpoint_url=endpoint_url)
+    store = open_store(dest, endpoint_url=endpoint_url)
+    with closing(progress(files, "pack", unit="files")) as bar:
         made = pack_corpus(data, store, shard_bytes=size, scratch=cache_folder(), progress=bar.update)
     known = made.shards - made.stored
     click.echo(
@@ -86,7 +123,12 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(path: str, model: str | None, endpoint_url: str | None, as_json: bool) -> None:
-    """Counts utterances, hours and speakers; with --model also the base model's WER by etiology."""
+    """Counts utterances, hours and speakers; with --model also the base model's WER by etiology.
+
+    \b
+    moe-asr corpus stats data/mine
+    moe-asr corpus stats data/mine --model openai/whisper-small --json
+    """
     from common.corpus import corpus_stats
 
     data = opened(path, endpoint_url)
@@ -116,7 +158,11 @@ def _cell(value: object) -> str:
 @click.option("--model", help="Tokenizer to count tokens with: a checkpoint folder.")
 @endpoint_option
 def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
-    """Finds what would go wrong in training: unreadable audio, missing text, speakers in two splits, …"""
+    """Finds what would go wrong in training: unreadable audio, missing text, speakers in two splits, …
+
+    \b
+    moe-asr corpus audit data/mine --model models/whisper-tiny.en
+    """
     from common.audit import audit as audit_corpus
 
     counter = None
@@ -136,16 +182,69 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
 @corpus.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--audio-root", type=click.Path(path_type=Path), help="Where relative audio paths start.")
-@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column is text, speaker, …")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(("auto", "table", "audiofolder", "sap", "torgo")),
+    default="auto",
+    show_default=True,
+    help="auto: a file is a table, a folder an audiofolder.",
+)
+@click.option("--audio-root", type=click.Path(path_type=Path), help="table: where relative audio paths start.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="table: which column is text, …")
+@click.option("--official-splits", is_flag=True, help="sap: keep Train and Dev, also where nothing is left for test.")
+@click.option(
+    "--microphone", type=click.Choice(("head", "array", "both")), default="head", show_default=True, help="torgo"
+)
+@click.option("--copy-audio", is_flag=True, help="Copy the audio instead of referring to it.")
 @click.option("--seed", default=42, show_default=True, help="Of the split by speaker.")
-def import_corpus(source: Path, out: Path, audio_root: Path | None, columns: tuple[str, ...], seed: int) -> None:
-    """Makes a corpus from a CSV or JSON Lines table with audio paths, or from an audiofolder."""
-    from common.importers import import_audiofolder, import_table
+def import_corpus(
+    source: Path,
+    out: Path,
+    kind: str,
+    audio_root: Path | None,
+    columns: tuple[str, ...],
+    official_splits: bool,
+    microphone: Literal["head", "array", "both"],
+    copy_audio: bool,
+    seed: int,
+) -> None:
+    """Makes a corpus of a table (CSV, JSON Lines), an audiofolder, Speech Accessibility Project data or TORGO.
 
-    mapping = dict(column.split("=", 1) for column in columns if "=" in column)
-    if source.is_dir():
-        made = import_audiofolder(source, out)
+    \b
+    moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
+    moe-asr corpus import SAP data/sap --format sap
+    """
+    from common.importers import Imported, import_audiofolder, import_table
+    from common.importers_sap import import_sap
+    from common.importers_torgo import import_torgo
+
+    kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
+    mapping = _columns(columns)
+    if kind == "sap":
+        made = import_sap(source, out, official_splits=official_splits, copy_audio=copy_audio, seed=seed)
+    elif kind == "torgo":
+        made = import_torgo(source, out, microphone=microphone, copy_audio=copy_audio, seed=seed)
+    elif kind == "audiofolder":
+        made = Imported(import_audiofolder(source, out, columns=mapping, copy_audio=copy_audio, seed=seed), {})
     else:
-        made = import_table(source, out, audio_root=audio_root, columns=mapping or None, seed=seed)
-    click.echo(f"{out}: {len(made.utterances)} utterances")
+        found = import_table(source, out, audio_root=audio_root, columns=mapping, copy_audio=copy_audio, seed=seed)
+        made = Imported(found, {})
+    _say_imported(out, made)
+
+
+def _columns(columns: tuple[str, ...]) -> dict[str, str] | None:
+    wrong = [column for column in columns if "=" not in column]
+    if wrong:
+        raise UsageError(f"--column {wrong[0]}: write NAME=COLUMN, as in --column text=transcription")
+    return dict(column.split("=", 1) for column in columns) or None
+
+
+def _say_imported(out: Path, made: Imported) -> None:
+    utterances = made.corpus.utterances
+    speakers = len({u.speaker for u in utterances if u.speaker})
+    splits = ", ".join(f"{split} {count}" for split, count in sorted(Counter(u.split for u in utterances).items()))
+    hours = sum(u.duration for u in utterances) / 3600
+    click.echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")
+    for reason, count in sorted(made.skipped.items()):
+        click.echo(f"left out: {count} {reason}")

@@ -1,6 +1,6 @@
 """Tables of pooled embeddings: one row per utterance, in shards as the extract stage wrote them.
 
-Shape letters: N utterances, D width.
+Shape letters: N utterances, D width, G groups of a speaker's utterances in one split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from common.corpus import Utterance
 from common.errors import DataError
 
 VECTORS, IDS = "embeddings.npy", "ids.json"
@@ -36,6 +37,30 @@ class EmbeddingTable:
             return self.vectors_ND[[row_of[name] for name in ids]]
         except KeyError as missing:
             raise DataError(f"utterance {missing} has no embedding: was the corpus changed after `extract`?") from None
+
+
+def speaker_means(table: EmbeddingTable, utterances: Sequence[Utterance]) -> EmbeddingTable:
+    """The table in which each of these utterances has the mean embedding of its speaker's utterances in its split.
+
+    A gate then gives all of a speaker's utterances one routing. This looks at utterances other than the one that is
+    recognised, so a system that does it needs some speech of the speaker beforehand. An utterance without a speaker
+    keeps its own embedding.
+
+    Args:
+        utterances: all of them that are to be routed; other rows are left out.
+
+    Raises:
+        DataError: none has a speaker, or one is not in the table.
+    """
+    if not any(u.speaker for u in utterances):
+        raise DataError("asr.route_by=speaker needs speakers, and no utterance of the corpus has one: add `speaker`")
+    number_of: dict[tuple[str, str], int] = {}
+    group_N = np.array([number_of.setdefault((u.split, u.speaker or f"\0{u.id}"), len(number_of)) for u in utterances])
+    vectors_ND = table.rows([u.id for u in utterances])
+    sums_GD = np.zeros((len(number_of), vectors_ND.shape[1]))
+    np.add.at(sums_GD, group_N, vectors_ND)
+    means_GD = sums_GD / np.bincount(group_N)[:, None]
+    return EmbeddingTable(tuple(u.id for u in utterances), means_GD[group_N].astype(np.float32))
 
 
 def write_table(folder: Path, ids: Sequence[str], vectors_ND: npt.NDArray[np.float32]) -> None:

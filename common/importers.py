@@ -4,18 +4,17 @@ import csv
 import hashlib
 import os
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.audio import audio_info
 from common.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, read_jsonl, write_index
 from common.errors import DataError, UsageError
+from common.progress import counted
 
 FRACTIONS = (0.8, 0.1, 0.1)  # of the speakers: train, dev, test
 
@@ -32,7 +31,7 @@ KNOWN_COLUMNS = {
     "offset": ("offset",),
     "duration": ("duration",),
 }
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("dev", "development", "val", "valid", "validation", "eval"), "dev"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -40,12 +39,20 @@ _SPLIT_NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """A row as text by our field names, with where it stands (file and line) and its audio."""
+class Row:
+    """A row as text by our field names (an empty `split` has to be there), where it stands, and its audio."""
 
     where: str
     values: dict[str, str]
     audio: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A corpus, and how many recordings were left out, by reason."""
+
+    corpus: Corpus
+    skipped: Mapping[str, int]
 
 
 def import_table(
@@ -79,7 +86,7 @@ def import_table(
     rows = list(_read_rows(Path(table), Path(audio_root or Path(table).parent), columns or {}))
     if not rows:
         raise DataError(f"{table} has no rows: nothing to import")
-    return _build(rows, Path(out), copy_audio, fractions, seed)
+    return build_corpus(rows, Path(out), copy_audio, fractions, seed)
 
 
 def import_audiofolder(
@@ -95,8 +102,8 @@ def import_audiofolder(
     folders train, validation and test, whose names then are the splits. Arguments and errors as of `import_table`.
     """
     source = Path(folder)
-    rows: list[_Row] = []
-    for part in (source, *sorted(p for p in source.glob("*/") if p.name in _SPLIT_NAMES)):
+    rows: list[Row] = []
+    for part in (source, *sorted(p for p in source.glob("*/") if p.name in SPLIT_NAMES)):
         for metadata in (part / "metadata.csv", part / "metadata.jsonl"):
             if metadata.is_file():
                 rows += _read_rows(metadata, part, columns or {}, split="" if part == source else part.name)
@@ -104,7 +111,7 @@ def import_audiofolder(
         raise DataError(
             f"{source} holds no metadata.csv or metadata.jsonl, at its top or in train/, validation/, test/"
         )
-    return _build(rows, Path(out), copy_audio, fractions, seed)
+    return build_corpus(rows, Path(out), copy_audio, fractions, seed)
 
 
 def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[float], seed: int) -> list[Utterance]:
@@ -119,8 +126,7 @@ def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[flo
     Raises:
         UsageError: fractions that are no three numbers of at least 0 that sum to 1.
     """
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
+    _check_fractions(fractions)
     etiology_of: dict[str, str] = {}
     for u in utterances:
         speaker = _speaker_key(u)
@@ -135,6 +141,37 @@ def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[flo
     return [replace(u, split=split_of[_speaker_key(u)]) for u in utterances]
 
 
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
+
+
+def hold_out_dev(rows: Sequence[Row], *, fractions: Sequence[float], seed: int) -> list[Row]:
+    """Rows of train and dev alone, as train, dev and test: dev becomes test, some speakers of train become dev.
+
+    Rows that have a test split, or no split at all, are returned as they are.
+
+    Args:
+        fractions: of train, dev and test; the share of dev among the first two is taken from train.
+
+    Raises:
+        UsageError: fractions that do not sum to 1.
+    """
+    _check_fractions(fractions)
+    if {row.values["split"] for row in rows} != {"train", "dev"}:
+        return list(rows)
+    train = [row for row in rows if row.values["split"] == "train"]
+    spoken = [
+        Utterance(str(i), "", 0.0, "", speaker=row.values.get("speaker", ""), etiology=row.values.get("etiology", ""))
+        for i, row in enumerate(train)
+    ]
+    share = fractions[1] / max(fractions[0] + fractions[1], 1e-9)
+    dealt = split_by_speaker(spoken, fractions=(1 - share, share, 0.0), seed=seed)
+    return [replace(row, values=row.values | {"split": u.split}) for row, u in zip(train, dealt, strict=True)] + [
+        replace(row, values=row.values | {"split": "test"}) for row in rows if row.values["split"] == "dev"
+    ]
+
+
 def _speaker_key(u: Utterance) -> str:
     return f"speaker {u.speaker}" if u.speaker else f"utterance {u.id}"
 
@@ -146,7 +183,7 @@ def _deal(count: int, fractions: Sequence[float]) -> list[str]:
     return (["test"] * test + ["dev"] * dev + ["train"] * count)[:count]
 
 
-def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split: str = "") -> Iterator[_Row]:
+def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split: str = "") -> Iterator[Row]:
     unknown = sorted(set(columns) - set(KNOWN_COLUMNS))
     if unknown:
         raise UsageError(f"no field {unknown[0]!r} to take from a column: the fields are {', '.join(KNOWN_COLUMNS)}")
@@ -160,7 +197,7 @@ def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split:
             if field not in values:
                 raise DataError(f"{where}: column {chosen[field]!r} is empty: fill it, or take the row out")
         audio = audio_root / values["audio_filepath"]
-        yield _Row(where, values, audio.resolve())
+        yield Row(where, values, audio.resolve())
 
 
 def _choose_columns(table: Path, present: list[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -211,11 +248,26 @@ def _as_text(value: object) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _build(rows: Sequence[_Row], out: Path, copy_audio: bool, fractions: Sequence[float], seed: int) -> Corpus:
+def build_corpus(
+    rows: Sequence[Row],
+    out: Path,
+    copy_audio: bool,
+    fractions: Sequence[float],
+    seed: int,
+    *,
+    broken: Counter[str] | None = None,
+) -> Corpus:
+    """Measures the audio, deals speakers to splits where rows name none, and writes the corpus.
+
+    Args:
+        broken: rows whose audio cannot be read are counted here by their message and left out; otherwise they are
+            errors.
+
+    Raises:
+        DataError, UsageError, StoreError: as of `import_table`.
+    """
     with new_corpus_folder(out) as folder:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            measured = pool.map(_to_utterance, rows)
-            utterances = list(tqdm(measured, "import", total=len(rows), unit="file", disable=None))
+        rows, utterances = _measure(rows, broken)
         utterances = _unique_ids(rows, utterances)
         with_split = [bool(row.values["split"]) for row in rows]
         if not all(with_split):
@@ -228,7 +280,31 @@ def _build(rows: Sequence[_Row], out: Path, copy_audio: bool, fractions: Sequenc
     return read_corpus(out)
 
 
-def _to_utterance(row: _Row) -> Utterance:
+def _measure(rows: Sequence[Row], broken: Counter[str] | None) -> tuple[list[Row], list[Utterance]]:
+    def one(row: Row) -> Utterance | DataError:
+        try:
+            return _to_utterance(row)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        measured = list(counted(pool.map(one, rows), len(rows), "import", unit="files"))
+    kept: list[Row] = []
+    utterances: list[Utterance] = []
+    for row, found in zip(rows, measured, strict=True):
+        if isinstance(found, Utterance):
+            kept.append(row)
+            utterances.append(found)
+        elif broken is None:
+            raise found
+        else:
+            broken[str(found)] += 1
+    if not utterances:
+        raise DataError(f"none of {len(rows)} audio files can be read: {next(iter(broken or ()), 'there are none')}")
+    return kept, utterances
+
+
+def _to_utterance(row: Row) -> Utterance:
     values = row.values
     try:
         file_seconds = audio_info(row.audio).duration
@@ -241,14 +317,14 @@ def _to_utterance(row: _Row) -> Utterance:
     if "offset" in values and "duration" in values:
         duration = min(duration, _seconds(row, "duration"))
     split = values["split"].lower()
-    if split and split not in _SPLIT_NAMES:
-        raise DataError(f"{row.where}: split {split!r} is none of {', '.join(_SPLIT_NAMES)}: rename it")
+    if split and split not in SPLIT_NAMES:
+        raise DataError(f"{row.where}: split {split!r} is none of {', '.join(SPLIT_NAMES)}: rename it")
     return Utterance(
         id=values.get("id", ""),
         audio_filepath=str(row.audio),
         duration=round(duration, 6),
         text=values["text"],
-        split=_SPLIT_NAMES.get(split, ""),
+        split=SPLIT_NAMES.get(split, ""),
         speaker=values.get("speaker", ""),
         etiology=values.get("etiology", ""),
         severity=values.get("severity", ""),
@@ -257,7 +333,7 @@ def _to_utterance(row: _Row) -> Utterance:
     )
 
 
-def _seconds(row: _Row, field: str) -> float:
+def _seconds(row: Row, field: str) -> float:
     value = row.values.get(field, "0")
     try:
         seconds = float(value)
@@ -268,7 +344,7 @@ def _seconds(row: _Row, field: str) -> float:
     return seconds
 
 
-def _unique_ids(rows: Sequence[_Row], utterances: Sequence[Utterance]) -> list[Utterance]:
+def _unique_ids(rows: Sequence[Row], utterances: Sequence[Utterance]) -> list[Utterance]:
     """Every utterance with its id: the table's, or its audio path without suffix, and offset where it has one."""
     named: list[Utterance] = []
     where_of: dict[str, str] = {}
@@ -282,7 +358,7 @@ def _unique_ids(rows: Sequence[_Row], utterances: Sequence[Utterance]) -> list[U
     return named
 
 
-def _copy_audio(rows: Sequence[_Row], utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
+def _copy_audio(rows: Sequence[Row], utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
     """Copy each file once, under a name of its own, and refer to the copy."""
     copies: dict[Path, str] = {}
     for row in rows:
