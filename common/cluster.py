@@ -18,9 +18,9 @@ from common.hdbscan import flat_clusters, spanning_tree
 from common.neighbours import Floats, Ints, nearest_neighbours
 from common.reduction import CHUNK, Reduction, chunks, project, reduce_dimensions
 
-__all__ = ["Clustering", "cluster", "cluster_report", "project", "reduce_dimensions"]
+__all__ = ["Clustering", "cluster", "cluster_report", "known_groups", "project", "reduce_dimensions"]
 
-Algorithm = Literal["hdbscan", "spectral"]
+Algorithm = Literal["hdbscan", "spectral", "etiology"]
 
 HUGE = 1e15  # no embedding is so long, and its square still fits float32
 SILHOUETTE_SAMPLE = 5000
@@ -112,6 +112,37 @@ def cluster(
         merged_from=found if found > num_clusters else None,
         min_cluster_size=used_size,
         reduced_NP=reduced_NP,
+    )
+
+
+def known_groups(
+    points_ND: Floats, names_N: Sequence[str], *, reduce: Reduction, reduce_dim: int, seed: int
+) -> Clustering:
+    """The groups that the corpus names, as a clustering: what clusters could be at best, if its labels are right.
+
+    Args:
+        points_ND: embeddings.
+        names_N: the group of each utterance.
+        reduce, reduce_dim, seed: for `reduced_NP` alone.
+
+    Raises:
+        DataError: there is only one group, or embeddings are non-finite or all equal.
+    """
+    groups = sorted(set(names_N))
+    if len(groups) < 2:
+        raise DataError(f"all utterances have the etiology {groups[0]!r}: cluster.algorithm etiology needs several")
+    _check(points_ND, len(groups))
+    labels_N = _by_size(np.array([groups.index(name) for name in names_N]))
+    return Clustering(
+        labels_N=labels_N,
+        noise_N=np.zeros(len(labels_N), bool),
+        probability_N=np.ones(len(labels_N), np.float32),
+        centroids_KD=_means(points_ND, labels_N).astype(np.float32),
+        attempts=(),
+        algorithm="etiology",
+        merged_from=None,
+        min_cluster_size=None,
+        reduced_NP=reduce_dimensions(points_ND, method=reduce, dim=reduce_dim, seed=seed),
     )
 
 

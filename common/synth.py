@@ -1,88 +1,45 @@
 """Synthetic speech in stand-in etiologies: espeak-ng voices and signal effects, for demos and tests without real data.
 
-The names say how the speech sounds and stand for no diagnosis. Each was chosen by measurement: Whisper tiny.en gets it
-clearly more wrong than plain speech (`moe-asr corpus stats` shows by how much).
+`synthesize` makes the demonstration, `synthesize_bench` a harder corpus with more conflict (`common.synth_voices`).
 """
 
-import ctypes
 import io
+import math
 import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
 
 import numpy as np
 import soundfile
-import soxr
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from common import synth_effects as effects
-from common.audio import SAMPLE_RATE, Samples
+from common.audio import SAMPLE_RATE
 from common.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, write_index
 from common.errors import DataError, UsageError
-from common.synth_sentences import build_lexicon, make_sentence
+from common.espeak import require_espeak, speak
+from common.progress import counted
+from common.synth_sentences import PATTERNS, SHORT_PATTERNS, Lexicon, build_lexicon, make_sentence, training_lexicon
+from common.synth_voices import BENCH, STAND_INS, UNSEEN, VOICES, Range, replace_sounds
 
-ESPEAK_RATE = 22050  # Hz, of all of espeak-ng's voices
 PEAK = 0.7  # of full scale, of every utterance
 PITCHES = (35, 65)  # of espeak-ng's 0 to 99
 TRACTS = (0.9, 1.12)  # length of the vocal tract against that of the voice
 NOISE_DB = (-28.0, -18.0)  # loudness of the room against the voice's
 SEVERITIES = ("mild", "moderate", "severe")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-
-# Numbers of espeak-ng's C interface (speak_lib.h).
-_AUDIO_OUTPUT_SYNCHRONOUS = 2
-_DONT_EXIT_ON_ERROR = 0x8000
-_CHARS_UTF8 = 1
-_RATE, _PITCH, _PITCH_RANGE, _WORD_GAP = 1, 3, 4, 7
-
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-_callbacks: list[Any] = []  # kept alive here: the library calls them as long as it lives
-
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class StandIn:
-    """How the speakers of one stand-in etiology sound, from the mildest to the most severe.
-
-    Args:
-        variants: espeak-ng voice variants of en-us; the speakers take turns.
-        rate: words per minute.
-        word_gap: pause between words, in espeak-ng's units of about 10 ms.
-        effect: what is done to the signal, and how strongly.
-    """
-
-    variants: tuple[str, ...]
-    rate: Range
-    word_gap: int = 1
-    effect: Callable[[Samples, np.random.Generator, float], Samples] | None = None
-    strength: Range = (0, 0)
-
-
-_PLAIN = ("m3", "m1", "m7", "Mike")
-STAND_INS = {
-    "typical": StandIn(_PLAIN, rate=(140, 160)),
-    "breathy": StandIn(_PLAIN, rate=(145, 155), effect=effects.add_breath, strength=(0.5, 1.4)),
-    "halting": StandIn(_PLAIN, rate=(150, 160), effect=effects.repeat_syllables, strength=(1.2, 0.6)),
-    "muffled": StandIn(_PLAIN, rate=(145, 155), effect=effects.muffle, strength=(1500, 700)),
-    "rushed": StandIn(_PLAIN, rate=(230, 330), word_gap=0),
-    "slurred": StandIn(_PLAIN, rate=(130, 150), effect=effects.smear, strength=(0.1, 0.2)),
-    "tremulous": StandIn(_PLAIN, rate=(145, 160), effect=effects.add_tremor, strength=(0.8, 1.2)),
-    "whispered": StandIn(("whisper", "whisperf"), rate=(160, 240), word_gap=0),
-}
+# Of the benchmark: parts of an etiology's speakers, and how long they speak, all of a split together, against train.
+_PARTS = (("test", 1 / 3, 1 / 6), ("dev", 1 / 6, 1 / 10), ("train", 1 / 2, 1.0))
+_SHORTEST = 0.7  # seconds of a sentence: how many are drawn for a given time
 
 
 @dataclass(frozen=True, slots=True)
 class _Speaker:
-    """One speaker's own values, and what it says: pairs of utterance id and text."""
+    """One speaker's own values, and what it says: pairs of utterance id and text, until it has spoken so long."""
 
     name: str
     etiology: str
@@ -94,9 +51,11 @@ class _Speaker:
     pitch: int
     word_gap: int
     strength: float
+    share: float
     tract: float
     noise_db: float
     sentences: tuple[tuple[str, str], ...]
+    seconds: float = math.inf
 
 
 def synthesize(
@@ -136,24 +95,71 @@ def synthesize(
             f"{speakers_per_etiology} speakers per etiology with {utterances_per_speaker} utterances each: take at "
             "least 3 speakers (one for each of train, dev and test) with 1 utterance"
         )
-    _require_espeak()
-    speakers = [
-        _draw_speaker(name, number, speakers_per_etiology, utterances_per_speaker, seed)
-        for name in chosen
-        for number in range(speakers_per_etiology)
-    ]
+    require_espeak()
+    held_out = max(1, speakers_per_etiology // 5)
+    speakers = []
+    for name, number in product(chosen, range(speakers_per_etiology)):
+        split = "test" if number < held_out else "dev" if number < 2 * held_out else "train"
+        speakers.append(_draw_speaker(name, number, split, seed, utterances_per_speaker, build_lexicon(), PATTERNS))
+    return _make_corpus(out, speakers, processes)
+
+
+def synthesize_bench(
+    out: str | Path, *, minutes: float = 30, speakers_per_etiology: int = 12, seed: int, processes: int = 2
+) -> Corpus:
+    """Speak the benchmark: hard, open, and in conflict; the same arguments give the same bytes.
+
+    Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
+    and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
+    sixth to dev, a third to test; all of dev speak a tenth of train's time, and all of test a sixth. A fifth of the
+    content words are never in train (`synth_sentences.held_out`), and no pair of neighbouring content words is in two
+    splits.
+
+    Args:
+        out: the corpus folder to make, not yet there or empty.
+        minutes: of train, at least (each speaker finishes its sentence).
+        speakers_per_etiology: at least 6.
+        seed: of voices and sentences.
+        processes: how many speak at a time.
+
+    Raises:
+        UsageError: too few speakers or minutes, or `out` exists.
+        DataError: espeak-ng or the vocabulary is not installed.
+        StoreError: `out` cannot be written.
+    """
+    if speakers_per_etiology < 6 or not 0 < minutes < math.inf:
+        raise UsageError(
+            f"{speakers_per_etiology} speakers per etiology and {minutes:g} minutes: take at least 6 speakers (three "
+            "for train, one for dev, two for test) and more than no minutes"
+        )
+    require_espeak()
+    speakers = []
+    for name in BENCH:
+        splits = [split for split, share, _ in _PARTS for _ in range(round(share * speakers_per_etiology))]
+        for number, split in enumerate(splits):
+            if name == UNSEEN and split != "test":
+                continue
+            length = next(length for part, _, length in _PARTS if part == split)
+            seconds = minutes * 60 * length / (len(BENCH) - 1) / splits.count(split)
+            lexicon = training_lexicon() if split == "train" else build_lexicon()
+            count = math.ceil(seconds / _SHORTEST)
+            drawn = _draw_speaker(name, number, split, seed, count, lexicon, SHORT_PATTERNS)
+            speakers.append(replace(drawn, seconds=seconds))
+    return _make_corpus(out, speakers, processes)
+
+
+def _make_corpus(out: str | Path, speakers: Sequence[_Speaker], processes: int) -> Corpus:
     with new_corpus_folder(Path(out)) as folder:
         (folder / "audio").mkdir()
         write_index(folder, _speak_all(speakers, folder, processes))
     return read_corpus(out)
 
 
-def _draw_speaker(etiology: str, number: int, speakers: int, utterances: int, seed: int) -> _Speaker:
-    stand_in, name = STAND_INS[etiology], f"{etiology}-{number:03d}"
-    held_out = max(1, speakers // 5)
-    split = "test" if number < held_out else "dev" if number < 2 * held_out else "train"
+def _draw_speaker(
+    etiology: str, number: int, split: str, seed: int, utterances: int, lexicon: Lexicon, patterns: Sequence[str]
+) -> _Speaker:
+    stand_in, name = VOICES[etiology], f"{etiology}-{number:03d}"
     rng = random.Random(f"{seed}/{name}")
-    lexicon = build_lexicon()
     # Steps of the golden ratio: any few speakers in a row spread evenly from mild to severe.
     level = (random.Random(f"{seed}/{etiology}").random() + number * GOLDEN_RATIO) % 1
     return _Speaker(
@@ -167,9 +173,10 @@ def _draw_speaker(etiology: str, number: int, speakers: int, utterances: int, se
         pitch=rng.randint(*PITCHES),
         word_gap=stand_in.word_gap,
         strength=_between(stand_in.strength, level),
+        share=_between(stand_in.share, level),
         tract=rng.uniform(*TRACTS),
         noise_db=rng.uniform(*NOISE_DB),
-        sentences=tuple((f"{name}-{i:05d}", make_sentence(rng, split, lexicon)) for i in range(utterances)),
+        sentences=tuple((f"{name}-{i:05d}", make_sentence(rng, split, lexicon, patterns)) for i in range(utterances)),
     )
 
 
@@ -190,7 +197,7 @@ def _speak_all(speakers: Sequence[_Speaker], folder: Path, processes: int) -> li
     try:
         with ProcessPoolExecutor(processes, mp_context=fresh, max_tasks_per_child=1) as pool:
             spoken = pool.map(_speak_speaker, speakers, [folder] * len(speakers))
-            bar = tqdm(spoken, "synth", total=len(speakers), unit="speaker", disable=None)
+            bar = counted(spoken, len(speakers), "synth", unit="speakers")
             return [utterance for utterances in bar for utterance in utterances]
     except BrokenProcessPool as error:
         raise DataError("espeak-ng's process died while speaking: install espeakng-loader again") from error
@@ -198,10 +205,12 @@ def _speak_all(speakers: Sequence[_Speaker], folder: Path, processes: int) -> li
 
 def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
     """Write one speaker's audio below `folder` (runs in a process of its own)."""
-    effect = STAND_INS[speaker.etiology].effect
+    voice = VOICES[speaker.etiology]
     rng = np.random.default_rng(speaker.seed)
-    utterances = []
+    utterances: list[Utterance] = []
     for number, (name, text) in enumerate(speaker.sentences):
+        if sum(u.duration for u in utterances) >= speaker.seconds:
+            break
         samples = speak(
             text,
             variant=speaker.variant,
@@ -210,9 +219,10 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
             word_gap=speaker.word_gap,
             tract=speaker.tract,
             seed=speaker.seed + number,
+            replace=_sounds_of(speaker, number) if voice.sounds else None,
         )
-        if effect is not None:
-            samples = effect(samples, rng, speaker.strength)
+        if voice.effect is not None:
+            samples = voice.effect(samples, rng, speaker.strength)
         samples = effects.add_room(samples, rng, speaker.noise_db)
         encoded = io.BytesIO()
         soundfile.write(encoded, samples * (PEAK / np.abs(samples).max()), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
@@ -233,66 +243,7 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
     return utterances
 
 
-def speak(text: str, *, variant: str, rate: int, pitch: int, word_gap: int, seed: int, tract: float = 1.0) -> Samples:
-    """Say a text with one of espeak-ng's American voices.
-
-    Args:
-        variant: of the voice, as in `espeak-ng --voices=variant`; empty for the plain voice.
-        rate: words per minute, 80 to 450.
-        pitch: 0 to 99.
-        word_gap: pause between words, in units of about 10 ms.
-        seed: of the voice's noise.
-        tract: length of the vocal tract against that of the voice; a longer one has lower formants.
-
-    Returns:
-        samples (T,) at 16 kHz, in [-1, 1].
-
-    Raises:
-        DataError: espeak-ng is not installed, or has no such voice.
-    """
-    library, blocks = _load_espeak()
-    # espeak-ng itself takes an unknown variant for the plain voice, without a word.
-    known = not variant or (_voice_data() / "voices" / "!v" / variant).is_file()
-    if not known or library.espeak_SetVoiceByName(f"en-us+{variant}".rstrip("+").encode()) != 0:
-        raise DataError(f"espeak-ng has no voice variant {variant!r}: choose another")
-    for parameter, value in ((_RATE, round(rate * tract)), (_PITCH, pitch), (_PITCH_RANGE, 50), (_WORD_GAP, word_gap)):
-        library.espeak_SetParameter(parameter, value, 0)
-    library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    blocks.clear()
-    content = text.encode()
-    library.espeak_Synth(content, ctypes.c_size_t(len(content) + 1), 0, _CHARS_UTF8, 0, _CHARS_UTF8, None, None)
-    if not blocks:
-        raise DataError(f"espeak-ng says nothing for {text!r}: give it words")
-    samples = np.concatenate(blocks).astype(np.float32) / 32768
-    return np.asarray(soxr.resample(samples, ESPEAK_RATE / tract, SAMPLE_RATE), np.float32)
-
-
-def _require_espeak() -> ModuleType:
-    try:
-        import espeakng_loader
-    except ImportError as error:
-        raise DataError("synthesis needs espeak-ng: `pip install moe-asr[demo]`") from error
-    return cast(ModuleType, espeakng_loader)
-
-
-def _voice_data() -> Path:
-    return Path(_require_espeak().get_data_path())
-
-
-@cache
-def _load_espeak() -> tuple[ctypes.CDLL, list[NDArray[np.int16]]]:
-    """The initialised library, and the list to which it appends what it speaks."""
-    blocks: list[NDArray[np.int16]] = []
-
-    def collect(samples: Any, count: int, _events: int | None) -> int:
-        if samples and count > 0:
-            blocks.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        return 0
-
-    library = ctypes.CDLL(str(_require_espeak().get_library_path()))
-    data = str(_voice_data()).encode()
-    if library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, _DONT_EXIT_ON_ERROR) != ESPEAK_RATE:
-        raise DataError(f"espeak-ng does not start with the voices in {_voice_data()}: install espeakng-loader again")
-    _callbacks.append(_Callback(collect))
-    library.espeak_SetSynthCallback(_callbacks[-1])
-    return library, blocks
+def _sounds_of(speaker: _Speaker, number: int) -> Callable[[str], str]:
+    """What becomes of the phonemes of a speaker's sentence."""
+    rng = random.Random(f"{speaker.seed}/{number}")
+    return lambda spoken: replace_sounds(spoken, VOICES[speaker.etiology].sounds, rng, speaker.share)

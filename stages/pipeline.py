@@ -20,8 +20,10 @@ from common.config import Config, flatten, to_yaml
 from common.corpus import Corpus
 from common.errors import ConfigError, RetryableError, StageFailed
 from common.files import explained, make_folders
+from common.model_card import model_card
 from common.plan import Plan, Planned, Task, make_plan
 from common.report import RunView, render_report
+from common.runs import read_record as read_record
 from common.sources import load_corpus, model_digest
 from common.stage import execute, follow, heed_signals
 from common.store import Store, open_store
@@ -113,12 +115,6 @@ class Run:
         }
         rows = [r for r in self.record.get("timeline", []) if (r["stage"], r["shard"]) != (row["stage"], row["shard"])]
         self.record["timeline"] = [*rows, row]
-
-
-def read_record(store: Store, name: str) -> dict[str, Any] | None:
-    """run.json of a run, None when there is none."""
-    key = f"{name}/run.json"
-    return dict(json.loads(store.read(key))) if store.size(key) is not None else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -260,7 +256,7 @@ def run_in_processes(run: Run, planned: Sequence[Planned], slots: Sequence[str])
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
-    """Writes summary.json and report.html of a finished run, and returns the summary."""
+    """Writes summary.json, report.html and the model card of a finished run, and returns the summary."""
     from common.artifacts import fetch
 
     seconds: dict[str, float] = {}
@@ -291,8 +287,24 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
     )
     run.store.write(f"{name}/summary.json", _json(summary))
     run.store.write(f"{name}/report.html", render_report(view).encode())
+    run.store.write(f"{name}/README.md", _card(run, plan, summary, folders["model"][0]).encode())
     run.save("done", plan)
     return summary
+
+
+def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
+    """The model card of a finished run."""
+    (manifest,) = [p.manifest for p in plan.planned if p.task.contract.output == "model"]
+    assert manifest is not None
+    return model_card(
+        run.config,
+        summary=summary,
+        report=json.loads((asr / "report.json").read_text(encoding="utf-8")),
+        manifest=manifest,
+        model_digest=run.sources["model"],
+        corpus_digest=run.sources["corpus"],
+        utterances=run.corpus.utterances,
+    )
 
 
 def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:

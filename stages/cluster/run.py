@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from common.cluster import cluster, cluster_report, project, reduce_dimensions
-from common.config import Config
+from common.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.config import ClusterConfig, Config
 from common.corpus import Corpus, Utterance
 from common.embeddings import read_tables
 from common.errors import DataError
@@ -32,17 +32,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
             "subsets.embeddings_percent"
         )
     options = config.cluster
-    found = cluster(
-        points_ND,
-        num_clusters=wanted,
-        algorithm=options.algorithm,
-        reduce=options.reduce,
-        reduce_dim=options.reduce_dim,
-        min_cluster_size=options.min_cluster_size,
-        min_samples=options.min_samples,
-        allow_reduce=options.reduce_experts,
-        seed=config.seed,
-    )
+    found = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
     reduced_NP = reduce_dimensions(points_ND, method=options.reduce, dim=options.reduce_dim, seed=config.seed)
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
     report = cluster_report(found, reduced_NP, groups=groups, seed=config.seed)
@@ -59,6 +49,24 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
         _draw(options.plot, reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances))
     context.summary |= {"clusters": len(found.centroids_KD), "noise_share": report["noise_share"]}
+
+
+def _find(
+    options: ClusterConfig, points_ND: np.ndarray, etiologies: Sequence[str], wanted: int, seed: int
+) -> Clustering:
+    if options.algorithm == "etiology":
+        return known_groups(points_ND, etiologies, reduce=options.reduce, reduce_dim=options.reduce_dim, seed=seed)
+    return cluster(
+        points_ND,
+        num_clusters=wanted,
+        algorithm=options.algorithm,
+        reduce=options.reduce,
+        reduce_dim=options.reduce_dim,
+        min_cluster_size=options.min_cluster_size,
+        min_samples=options.min_samples,
+        allow_reduce=options.reduce_experts,
+        seed=seed,
+    )
 
 
 def _draw(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import telemetry
 from common.config import Config
 from common.corpus import Corpus
 from common.data import BatchLoader, Example, epoch_batches, make_examples
 from common.embeddings import write_table
+from common.progress import progress
 from common.recogniser import Recogniser
 from common.stage import Context
 from common.subsets import embedded_utterances
@@ -37,7 +37,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
     done = {name: tensors for name in context.parts.names() if (tensors := context.parts.load(name)) is not None}
     recogniser = Recogniser(load_whisper(model)).to(accelerator.device).eval()
     loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
-    bar = tqdm(total=len(examples), desc="extract", disable=config.runtime.quiet, dynamic_ncols=True)
+    bar = progress(len(examples), "extract", unit="utterances", hidden=config.runtime.quiet)
     for number, part in enumerate(parts):
         name = f"part-{number:06d}"
         if name not in done:

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from common import cluster as module
-from common.cluster import Clustering, cluster, cluster_report, project, reduce_dimensions
+from common.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
 from common.errors import DataError
 
 OPTIONS = {"algorithm": "hdbscan", "reduce": "none", "reduce_dim": 50, "allow_reduce": True, "seed": 0}
@@ -55,6 +55,24 @@ def test_pca_reads_a_memory_map_and_does_not_depend_on_the_sign_of_the_solver(tm
 def test_a_width_that_the_data_cannot_fill_is_lowered(N, D, dim, width):
     points_ND = np.random.default_rng(0).normal(size=(N, D))
     assert reduce_dimensions(points_ND, method="pca", dim=dim, seed=0).shape == (N, width)
+
+
+# ---- known groups ----
+
+
+def test_groups_that_the_corpus_names_are_clusters_by_size():
+    points_ND, truth_N = blobs(3, 20)
+    names_N = ["slow", "fast", "fast"]
+    found = known_groups(points_ND, [names_N[i] for i in truth_N], reduce="pca", reduce_dim=5, seed=0)
+    np.testing.assert_array_equal(found.labels_N, truth_N == 0)  # "fast", twice as many, is cluster 0
+    np.testing.assert_allclose(found.centroids_KD[1], points_ND[truth_N == 0].mean(0), rtol=1e-4)
+    assert not found.noise_N.any() and found.reduced_NP.shape == (60, 5)
+
+
+def test_one_group_is_no_clustering():
+    points_ND, _ = blobs(2, 5)
+    with pytest.raises(DataError, match="all utterances have the etiology 'same'"):
+        known_groups(points_ND, ["same"] * 10, reduce="none", reduce_dim=5, seed=0)
 
 
 # ---- clusters ----

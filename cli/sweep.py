@@ -1,0 +1,117 @@
+"""`moe-asr sweep`: several regimes on one corpus, with the same budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.table import text_table
+from common.console import set_up_logging
+from common.errors import UsageError
+from common.options import config_from, config_options, parse_setting
+from common.store import open_store
+
+if TYPE_CHECKING:
+    from stages.sweep import SweepRun
+
+
+@click.command()
+@config_options
+@click.option("--regimes", default="moe,regular,dense,full", show_default=True, help="Names, with commas between.")
+@click.option("--seeds", default="", help="Numbers, with commas between.  [default: --seed]")
+@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Optimiser steps of every run in all.")
+@click.option(
+    "--pretrain-share",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="Of these steps, for the experts before joint training.",
+)
+@click.option(
+    "--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="A setting of one regime alone."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
+@click.option("--dry-run", is_flag=True, help="Only say which runs there would be.")
+def sweep(
+    regimes: str,
+    seeds: str,
+    max_steps: int,
+    pretrain_share: float,
+    own: Sequence[tuple[str, str]],
+    out: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
+
+    Regimes: moe, regular, dense, dense-active, etiology, adalora, full, shared, loss, hard. Runs are called
+    NAME-REGIME-sSEED, where --run gives NAME; what is done already is skipped.
+
+    \b
+    moe-asr sweep --mode demo --regimes moe,dense --seeds 0,1,2 --max-steps 300
+    """
+    from stages.sweep import plan_sweep, run_sweep
+
+    config = config_from(options)
+    set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
+    settings: dict[str, dict[str, Any]] = {}
+    for regime, text in own:
+        path, value = parse_setting(text)
+        settings.setdefault(regime, {})[path] = value
+    runs = plan_sweep(
+        config,
+        [name.strip() for name in regimes.split(",") if name.strip()],
+        seeds=parse_seeds(seeds) or [config.seed],
+        steps=max_steps,
+        pretrain_share=pretrain_share,
+        settings=settings,
+    )
+    if dry_run:
+        click.echo(plan_table(runs))
+        return
+    run_sweep(runs)
+    click.echo(comparison(runs, out))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` → [0, 1, 2].
+
+    Raises:
+        UsageError: not such numbers.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"--seeds {text}: give different whole numbers with commas between, as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def plan_table(runs: Sequence[SweepRun]) -> str:
+    """Run, steps of each expert and of joint training."""
+    rows = [
+        (run.name, str(run.config.experts.max_steps or "-"), str(run.config.asr.max_steps), str(run.config.lora.rank))
+        for run in runs
+    ]
+    return text_table(("run", "steps per expert", "joint steps", "rank"), rows)
+
+
+def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:
+    """The regimes side by side as `moe-asr compare` shows them, each by the mean of its seeds."""
+    from common.compare import before_training, compare, read_result, table_rows, write_comparison
+    from stages.pipeline import cache_folder
+
+    first = runs[0].config
+    store, cache = open_store(first.store, endpoint_url=first.endpoint_url), cache_folder()
+    systems: dict[str, list[Any]] = {}
+    for run in runs:
+        systems.setdefault(run.regime, []).append(read_result(run.name, store=store, cache=cache))
+    base = before_training(systems[runs[0].regime][0], first.model.language)
+    made = compare({"base": [base], **systems}, reference=runs[0].regime)
+    lines = [text_table(*table_rows(made)), "", f"{made['utterances']} utterances of {made['speakers']} speakers"]
+    lines += [f"note: {note}" for note in made["notes"]]
+    if out:
+        write_comparison(made, out, overwrite=True)
+        lines.append(f"page: {out / 'compare.html'}")
+    return "\n".join(lines)

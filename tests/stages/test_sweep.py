@@ -1,0 +1,138 @@
+"""Sweeps: regimes with one budget of steps, on a micro model."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from cli.main import cli
+from common.artifacts import Key, inspect
+from common.config import to_yaml
+from common.errors import ConfigError, UsageError
+from common.store import open_store
+from stages.sweep import finished_summary, plan_sweep, regime_settings, run_sweep
+from tests.stages.test_pipeline import micro_config
+
+STEPS = 9
+NAMES = ("moe", "regular", "dense")
+
+
+def manifests(store, run):
+    """(stage, manifest) of every task of a run."""
+    record = json.loads((store / run / "run.json").read_text())
+    found = [(t["stage"], inspect(open_store(store), Key(t["stage"], t["key"]))) for t in record["tasks"].values()]
+    return [(stage, state.manifest) for stage, state in found]
+
+
+def steps_of(store, run):
+    """Optimiser steps on speech that a run made in all, by its manifests."""
+    return sum(m.metrics["steps"] for stage, m in manifests(store, run) if stage in ("experts", "asr"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, micro_model, tones):
+    """A finished sweep: (store, base configuration, runs, summaries)."""
+    store = tmp_path_factory.mktemp("sweep") / "store"
+    config = micro_config(store, micro_model, tones, run="s")
+    runs = plan_sweep(config, ["moe", "regular", "dense"], seeds=[1], steps=STEPS)
+    return store, config, runs, run_sweep(runs)
+
+
+def test_every_regime_makes_the_same_number_of_steps_in_all(swept):
+    store, _, runs, _ = swept
+    assert {run.name: steps_of(store, run.name) for run in runs} == {f"s-{r}-s1": STEPS for r in NAMES}
+    pretrained = [stage for stage, _ in manifests(store, "s-moe-s1")]
+    assert pretrained.count("experts") == 2
+    assert not {"cluster", "gating", "experts"} & {stage for stage, _ in manifests(store, "s-regular-s1")}
+
+
+def test_regimes_share_what_does_not_depend_on_them(swept):
+    store, _, _, _ = swept
+    assert len(list((store / "artifacts" / "extract").iterdir())) == 1
+    assert len(list((store / "artifacts" / "asr").iterdir())) == 3
+
+
+def test_a_dense_adapter_has_as_many_weights_as_all_experts(swept):
+    store, _, _, _ = swept
+    reports = {}
+    for name in NAMES:
+        (manifest,) = (m for stage, m in manifests(store, f"s-{name}-s1") if stage == "asr")
+        folder = next((store / "artifacts" / "asr").glob(f"*/{manifest.attempt}"))
+        reports[name] = json.loads((folder / "report.json").read_text())
+    gate = reports["moe"]["trained_parameters"] - reports["dense"]["trained_parameters"]
+    assert reports["moe"]["trained_parameters"] == reports["regular"]["trained_parameters"]
+    assert 0 < gate < 20_000  # the gate alone: 32 × 256 and 256 × 2, with their biases
+
+
+def test_running_again_makes_nothing_and_gives_the_same(swept):
+    store, config, runs, summaries = swept
+    before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}
+    again = run_sweep(plan_sweep(config, NAMES, seeds=[1], steps=STEPS))
+    assert again == summaries
+    assert {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()} == before
+    assert all(finished_summary(run) for run in runs)
+
+
+def test_another_budget_under_the_same_name_is_refused(swept):
+    _, config, _, _ = swept
+    changed = plan_sweep(config, ["dense"], seeds=[1], steps=STEPS + 1)
+    with pytest.raises(ConfigError, match=r"'s-dense-s1'.*asr.max_steps 9 → 10.*--run"):
+        run_sweep(changed)
+
+
+def test_a_run_that_did_not_end_is_run_again(swept):
+    store, _config, runs, summaries = swept
+    record = store / "s-dense-s1" / "run.json"
+    kept = record.read_text()
+    record.write_text(kept.replace('"status": "done"', '"status": "stopped"'))
+    assert finished_summary(runs[2]) is None
+    (again,) = run_sweep(runs[2:])
+    assert again["wer_after"] == summaries[2]["wer_after"]
+    assert json.loads(record.read_text())["status"] == "done"
+
+
+def test_the_command_ends_in_a_comparison_of_the_regimes(swept, tmp_path):
+    _, config, _, summaries = swept
+    (tmp_path / "base.yaml").write_text(to_yaml(config), encoding="utf-8")
+    options = ["--config", str(tmp_path / "base.yaml"), "--max-steps", str(STEPS), "--seeds", "1"]
+    options += ["--regimes", ",".join(NAMES), "--out", str(tmp_path / "page")]
+    result = CliRunner().invoke(cli, ["sweep", *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    made = json.loads((tmp_path / "page" / "comparison.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in made["systems"]] == ["base", *NAMES]
+    assert [one["wer"] for one in made["systems"][1:]] == pytest.approx([s["wer_after"] for s in summaries])
+    assert (tmp_path / "page" / "compare.html").is_file()
+
+
+def test_steps_are_divided_to_the_last_one(swept):
+    _, config, _, _ = swept
+    for clusters in (2, 3, 5):
+        for steps in (20, 31, 100):
+            found = regime_settings(config, "moe", clusters=clusters, steps=steps, pretrain_share=0.5)
+            assert found["experts.max_steps"] * clusters + found["asr.max_steps"] == steps
+            assert (
+                regime_settings(config, "full", clusters=clusters, steps=steps, pretrain_share=0.5)["asr.max_steps"]
+                == steps
+            )
+
+
+@pytest.mark.parametrize(
+    ("regimes", "steps", "message"),
+    [
+        (["moe", "sparse"], 9, "'sparse': there are moe, regular"),
+        (["dense", "dense"], 9, "each regime once"),
+        (["moe"], 3, "leaves 0 steps for each of 2 experts"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(swept, regimes, steps, message):
+    with pytest.raises(UsageError, match=message):
+        plan_sweep(swept[1], regimes, seeds=[1], steps=steps)
+
+
+def test_a_setting_of_one_regime_reaches_it_alone(swept):
+    runs = plan_sweep(
+        swept[1], ["regular", "full"], seeds=[1, 2], steps=5, settings={"full": {"asr.learning_rate": 1e-5}}
+    )
+    assert [run.name for run in runs] == ["s-regular-s1", "s-full-s1", "s-regular-s2", "s-full-s2"]
+    assert {run.config.asr.learning_rate for run in runs if run.regime == "full"} == {1e-5}
+    assert {run.config.asr.learning_rate for run in runs if run.regime == "regular"} == {2e-4}
