@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common stages argo cli dashboards monitor helm/chart.py
+SOURCES := common stages argo cli dashboards monitor reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev lint format types test quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
+.PHONY: help install dev lint format test coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,18 +33,24 @@ $(VENV)/.dev: requirements-dev.txt requirements-uv.txt pyproject.toml
 	$(call install_from,requirements-dev.txt)
 	touch $@ $(VENV)/.installed
 
-lint: dev ## ruff, formatting, types, Dockerfiles
+lint: dev ## ruff, formatting, types, Dockerfiles, shell, YAML
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 	$(BIN)/hadolint docker/*/Dockerfile stages/*/Dockerfile
+	$(BIN)/shellcheck .ci/run bench/*.sh docker/dependencies/*.sh
+	$(BIN)/yamllint --strict .
 
 format: dev ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 test: dev ## all tests that need no cluster and no GPU
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
+
+coverage: dev ## the same, and the share of lines that they run, by package
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=json:build/coverage.json
+	$(BIN)/python -m reference.coverage build/coverage.json
 
 quickstart: install models/whisper-tiny.en/config.json data/demo/index.jsonl ## corpus, weights and all five stages on this machine
 	$(BIN)/moe-asr run --mode demo --gpu auto
@@ -87,6 +93,15 @@ HELM ?= helm
 package: chart ## the Helm chart as a file in dist/
 	$(HELM) package helm/moe-asr --destination dist
 
+reference: dev ## write docs/reference and the generated parts of README.md
+	$(BIN)/python -m reference
+
+docs: dev ## the documentation as a site in site/, strictly, links checked, nothing fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: dev ## source distribution and wheel in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 dashboards: install ## write the chart's dashboards and Prometheus rules
 	$(BIN)/python -m dashboards
 
@@ -106,4 +121,4 @@ lock: ## resolve pyproject.toml into the requirements files, with hashes
 	grep -A100 -E '^uv==' requirements-dev.txt | awk 'NR>1 && /^[a-z]/ {exit} {print}' | grep -v '^ *#' > requirements-uv.txt
 
 clean: ## remove what the targets made, except the virtual environment
-	rm -rf runs data models plots build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf runs data models plots build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache

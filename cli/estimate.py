@@ -33,6 +33,10 @@ def estimate(
 
     With --from, by the throughput of a finished run on the same kind of machine. Without, by counted operations at a
     share of the GPU's peak that is assumed: such figures are marked.
+
+    \b
+    moe-asr estimate --hours 683 --gpu h100-80 --price 3.5
+    moe-asr estimate --hours 683 --from full
     """
     from common import cost
 
@@ -109,7 +113,11 @@ def measured_rates(config: Config, name: str) -> dict[str, float]:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) -> None:
-    """Tries steps of joint training until memory is full, and prints the largest batch that fits."""
+    """Tries steps of joint training until memory is full, and prints the largest batch that fits.
+
+    \b
+    moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
+    """
     from stages.fit import fit_batch as search
     from stages.pipeline import cache_folder
 

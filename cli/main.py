@@ -7,12 +7,20 @@ from typing import Any
 
 import click
 
+from cli.completion import completion
 from cli.corpus import corpus
+from cli.doctor import doctor
 from cli.estimate import estimate, fit_batch
+from cli.evaluate import compare, evaluate
+from cli.export import export, merge
+from cli.gate import gate
 from cli.model import model
 from cli.runs import gc, logs, plan, plot, runs, status, store, verify
+from cli.segment import segment
 from cli.submit import submit
+from cli.sweep import sweep
 from cli.table import summary_table
+from cli.transcribe import transcribe
 from common import __version__
 from common.config import to_yaml
 from common.console import run_command, set_up_logging
@@ -38,7 +46,13 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would run, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Runs the stages that are not done, in order, and ends with word error rates before and after."""
+    """Runs the stages that are not done, in order, and ends with word error rates before and after.
+
+    \b
+    moe-asr run --mode demo
+    moe-asr run --corpus data/mine --model openai/whisper-small --gpu auto --run mine
+    moe-asr run --skip-pretraining --num-experts 8 --set asr.epochs=3
+    """
     from stages.pipeline import run_pipeline
 
     config = config_from(options)
@@ -60,12 +74,40 @@ def config_group() -> None:
 @config_group.command("show")
 @config_options
 def config_show(**options: Any) -> None:
-    """Prints the resolved configuration, as YAML that --config reads."""
+    """Prints the resolved configuration, as YAML that --config reads.
+
+    \b
+    moe-asr config show --mode demo > my.yaml
+    """
     click.echo(to_yaml(config_from(options)), nl=False)
 
 
-for command in (corpus, model, estimate, fit_batch, plan, submit, status, runs, verify, logs, gc, store, plot):
+for command in (
+    doctor,
+    completion,
+    corpus,
+    model,
+    estimate,
+    fit_batch,
+    plan,
+    evaluate,
+    compare,
+    transcribe,
+    export,
+    merge,
+    sweep,
+    gate,
+    submit,
+    status,
+    runs,
+    verify,
+    logs,
+    gc,
+    store,
+    plot,
+):
     cli.add_command(command)
+corpus.add_command(segment)
 
 
 def main() -> None:

@@ -19,6 +19,9 @@ def import_model(source: str, out: Path) -> None:
     """Turns a CTranslate2 Whisper (what faster-whisper uses) into a Hugging Face checkpoint.
 
     SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra brings.
+
+    \b
+    moe-asr model import-ct2 tiny.en models/whisper-tiny.en
     """
     from common.ct2 import bundled_tiny_en, import_ct2
 

@@ -54,7 +54,7 @@ def read_audio(
     samples_TC, rate = decode(source, offset=offset, duration=duration, name=name)
     if samples_TC.size == 0:
         where = f" after {offset:g} s" if offset else ""
-        raise DataError(f"{label} holds no audio{where}: drop it from the corpus or correct its offset")
+        raise DataError(f"{label} holds no audio{where}: leave it out or correct its offset")
     if not np.isfinite(samples_TC).all():
         raise DataError(f"{label} holds samples that are not finite (NaN or infinity): export it again, as PCM")
     mono_T = samples_TC[:, 0] if samples_TC.shape[1] == 1 else samples_TC.mean(axis=1)
@@ -119,7 +119,7 @@ def _open(source: AudioSource, label: str) -> soundfile.SoundFile:
         try:
             with Path(source).open("rb") as file:
                 if not file.read(1):
-                    raise DataError(f"{label} is empty (0 bytes): drop it from the corpus or copy it again")
+                    raise DataError(f"{label} is empty (0 bytes): leave it out or copy it again")
         except OSError as error:
             raise DataError(f"cannot read {label}: {error.strerror}: check the path and its rights") from error
         return soundfile.SoundFile(str(source))
@@ -171,7 +171,7 @@ def _decode_with_av(source: AudioSource, label: str, cause: Exception) -> tuple[
     try:
         with av.open(str(source) if isinstance(source, Path) else source) as container:
             if not container.streams.audio:
-                raise DataError(f"{label} has no audio stream: drop it from the corpus")
+                raise DataError(f"{label} has no audio stream: leave it out")
             rate = int(container.streams.audio[0].rate)
             to_float = av.AudioResampler(format="fltp", rate=rate)
             for frame in container.decode(audio=0):

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from common.audio import SAMPLE_RATE, decode
 from common.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.progress import counted
 from common.shards import check_shard
 
 DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
@@ -57,7 +57,7 @@ def audit(
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         results = pool.map(lambda group: _inspect_file(corpus, group), by_file.values())
         for group, (digest, found) in zip(
-            by_file.values(), tqdm(results, "audit", total=len(by_file), unit="file", disable=None), strict=True
+            by_file.values(), counted(results, len(by_file), "audit", unit="files"), strict=True
         ):
             findings.extend(found)
             for u in group if digest else ():

@@ -36,7 +36,19 @@ class _Stderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        line = self.format(record)
+        if record.levelno >= logging.WARNING and sys.stderr.isatty():
+            line = coloured(line, "red" if record.levelno >= logging.ERROR else "yellow")
+        tqdm.write(line, file=sys.stderr)
+
+
+def coloured(text: str, colour: str) -> str:
+    """The text in a colour of the terminal, for `click.echo`, which takes it out again where there is no terminal.
+
+    Plain where $NO_COLOR is set (no-color.org) or the terminal is a dumb one.
+    """
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return text if plain else click.style(text, fg=colour)
 
 
 def run_command(command: click.Command) -> None:
@@ -65,9 +77,10 @@ def run_command(command: click.Command) -> None:
 
 def _fail(message: str, code: int) -> None:
     _tell_cluster(message)
-    logging.getLogger("moe-asr").error("error: %s", message) if logging.getLogger().handlers else click.echo(
-        f"error: {message}", err=True
-    )
+    if logging.getLogger().handlers:
+        logging.getLogger("moe-asr").error("error: %s", message)
+    else:
+        click.echo(f"{coloured('error:', 'red')} {message}", err=True)
     sys.exit(code)
 
 

@@ -108,7 +108,6 @@ def make_examples(
     *,
     context: str,
     margin: int,
-    long_audio: str = "error",
     stretch: float = 1.0,
 ) -> list[Example]:
     """Tokenises and buckets utterances.
@@ -117,16 +116,14 @@ def make_examples(
         stretch: leave room for utterances that augmentation makes longer by this factor.
 
     Raises:
-        DataError: an utterance is over 30 s and `long_audio` is `error`, or its text over 448 tokens, or empty.
+        DataError: an utterance is over 30 s, or its text over 448 tokens, or empty.
     """
     examples: list[Example] = []
     for utterance in utterances:
         if utterance.duration > MAX_SECONDS:
-            if long_audio == "drop":
-                continue
             raise DataError(
                 f"utterance {utterance.id} lasts {utterance.duration:.1f} s, over Whisper's {MAX_SECONDS:.0f} s: "
-                "cut it, or set audio.long_audio=drop (it is never truncated silently)"
+                "`moe-asr corpus segment` cuts such utterances at pauses (nothing is ever truncated)"
             )
         inputs, labels = codec.pair(utterance.text)
         if not utterance.text.strip() or len(inputs) > MAX_TOKENS:

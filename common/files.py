@@ -7,12 +7,13 @@ import hashlib
 import itertools
 import os
 import secrets
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import DataError, MoeAsrError, RetryableError, StoreError
+from common.errors import DataError, MoeAsrError, RetryableError, StoreError, UsageError
 
 TEMPORARY = ".tmp-"  # how names of unfinished files start; no listing shows them
 
@@ -66,6 +67,38 @@ def new_file(path: Path, name: Callable[[Path, Path], None] = os.replace) -> Ite
         name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterator[Path]:
+    """An empty folder beside `path`, which gets the real name when the block ends well and vanishes otherwise.
+
+    Args:
+        overwrite: replace a folder that is there, if it holds a file called `mark`: one that we made.
+
+    Raises:
+        UsageError: something is in the way.
+    """
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        raise UsageError(f"{path} is there already: name another folder, or give --overwrite")
+    if taken and not (path / mark).is_file():
+        raise UsageError(f"{path} holds no {mark}, so it is not what this command makes and stays: name another folder")
+    with explained(path):
+        make_folders(path.parent, lasting=False)
+        temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        temporary.mkdir()
+    try:
+        yield temporary
+        if taken:
+            old = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link(temporary: Path, path: Path) -> None:

@@ -25,9 +25,16 @@ HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def load_corpus(config: Config, cache: Path) -> Corpus:
-    """The configured corpus (see `open_corpus`)."""
+    """The configured corpus (see `open_corpus`), its long utterances treated as the configuration says.
+
+    Raises:
+        DataError: it cannot be found or read, or holds long utterances and these are an error.
+    """
+    from common.long_audio import within_limits
+
     limit = config.runtime.audio_cache_bytes
-    return open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)
+    corpus = open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)
+    return within_limits(config, corpus, cache)
 
 
 def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cache_bytes: int = 0) -> Corpus:

@@ -7,7 +7,6 @@ from typing import Literal
 from common.config import Config
 from common.corpus import Corpus, Utterance, stratified_subset
 from common.errors import DataError
-from common.limits import MAX_SECONDS
 
 Purpose = Literal["embeddings", "experts", "asr"]
 
@@ -18,7 +17,7 @@ def training_subset(config: Config, corpus: Corpus, purpose: Purpose) -> list[Ut
     Raises:
         DataError: the corpus has no such utterances.
     """
-    pool = _usable(config, corpus, "train")
+    pool = _usable(corpus, "train")
     samples = getattr(config.subsets, f"{purpose}_samples")
     percent = getattr(config.subsets, f"{purpose}_percent")
     if samples is not None:
@@ -32,7 +31,7 @@ def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "tes
     Raises:
         DataError: the corpus has no such utterances.
     """
-    pool = _usable(config, corpus, split)
+    pool = _usable(corpus, split)
     samples = config.subsets.dev_samples if split == "dev" else config.subsets.test_samples
     return stratified_subset(pool, count=min(samples or len(pool), len(pool)), seed=config.seed)
 
@@ -51,10 +50,8 @@ def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:
     return [chosen[name] for name in sorted(chosen)]
 
 
-def _usable(config: Config, corpus: Corpus, split: str) -> list[Utterance]:
+def _usable(corpus: Corpus, split: str) -> list[Utterance]:
     found = corpus.split(split)
-    if config.audio.long_audio == "drop":
-        found = [u for u in found if u.duration <= MAX_SECONDS]
     if not found:
         raise DataError(
             f"corpus {corpus.url} has no utterances in split {split!r}: give it speakers in index.jsonl "

@@ -30,6 +30,16 @@ def micro_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_en(tmp_path_factory) -> Path:
+    """The real Whisper tiny.en."""
+    from common.ct2 import bundled_tiny_en, import_ct2
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny.en"
+    import_ct2(bundled_tiny_en(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tones(tmp_path_factory) -> Path:
     """A corpus of tones: 18 speakers in three etiologies, 108 utterances."""
     from tests.factories import micro_corpus
@@ -41,3 +51,19 @@ def tones(tmp_path_factory) -> Path:
 def own_cache(tmp_path, monkeypatch) -> None:
     """No test reads or leaves anything in the user's cache."""
     monkeypatch.setenv("MOE_ASR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory, micro_model, tones) -> tuple[Path, Path]:
+    """A finished run called `micro`: its store, and the folder of its model. Not to be changed."""
+    from common.runs import run_record, stage_folders
+    from common.store import open_store
+    from stages.pipeline import run_pipeline
+    from tests.stages.test_pipeline import micro_config
+
+    folder = tmp_path_factory.mktemp("finished") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_ASR_CACHE", str(folder.parent / "cache"))
+        run_pipeline(micro_config(folder, micro_model, tones))
+    store = open_store(folder)
+    return folder, stage_folders(store, run_record(store, "micro"), "asr", folder)[0]

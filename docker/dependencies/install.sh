@@ -4,6 +4,7 @@ set -eu
 
 if [ -s /run/secrets/index ]; then
   set -a
+  # shellcheck source=/dev/null
   . /run/secrets/index
   set +a
 fi

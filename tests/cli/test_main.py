@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from tests.stages.test_pipeline import micro_config
 
@@ -88,6 +89,8 @@ def test_a_run_its_plan_its_status_and_one_stage_alone(tmp_path, micro_model, to
     run = moe_asr("run", "--config", "c.yaml", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["run"] == "micro"
+    card = ModelCard.load(tmp_path / "runs" / "micro" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(100 * json.loads(run.stdout)["wer_after"], 2)
 
     plan = moe_asr("run", "--config", "c.yaml", "--dry-run", "--json", cwd=tmp_path)
     assert {row["status"] for row in json.loads(plan.stdout)} == {"done"}

@@ -82,12 +82,6 @@ def test_what_whisper_cannot_take_is_refused_by_name(tmp_path, micro_model, chan
         make_examples(corpus, corpus.utterances, load_codec(micro_model), context="dynamic", margin=64)
 
 
-def test_long_audio_can_be_dropped(tmp_path, micro_model):
-    corpus = one_utterance(tmp_path, seconds=31.0)
-    codec = load_codec(micro_model)
-    assert make_examples(corpus, corpus.utterances, codec, context="30s", margin=64, long_audio="drop") == []
-
-
 def test_samples_beyond_the_bucket_are_cut_not_crashed(examples):
     long = np.zeros(examples[0].positions * SAMPLES_PER_POSITION + 7, np.float32)
     assert collate([(examples[0], long)]).audio_BS.shape[1] == examples[0].positions * SAMPLES_PER_POSITION

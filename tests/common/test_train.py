@@ -9,8 +9,9 @@ from torch import nn
 from common.checkpoint import Checkpointer
 from common.errors import DataError, Preempted, RetryableError
 from common.metrics import MetricsLog
+from common.schedules import learning_rate_factor
 from common.store import open_store
-from common.train import TrainOptions, averaged, learning_rate_factor, make_accelerator, train
+from common.train import TrainOptions, make_accelerator, train
 
 POINTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
 TARGETS = POINTS @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
@@ -163,17 +164,58 @@ def test_selection_by_wer_ignores_evaluations_that_only_saw_the_loss():
     assert result.value == 0.4
 
 
-def test_averaging_takes_the_mean_of_the_last_evaluations():
+def remembering(seen, value=lambda loss: loss):
+    """An evaluation that keeps the weights it saw, by their value."""
+
+    def look(model, full):
+        scores = evaluate(model, full)
+        found = value(scores["loss"])
+        seen.append((found, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return {"loss": found}
+
+    return look
+
+
+def mean_by_hand(rows, name):
+    return sum(weights[name] for _, weights in rows) / len(rows)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_mean_of_n_evaluated_weights_is_left_when_it_is_not_worse(which):
     seen = []
-
-    def remember(model, full):
-        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return evaluate(model, full)
-
     model = Line(dropout=0.0)
-    fit(model, replace(OPTIONS, average_last=2), scores=remember)
+    noisy = replace(OPTIONS, epochs=8, average=3, average_of=which, schedule="none")
+    result, rows = fit(model, noisy, size=2, scores=remembering(seen))
+    chosen = sorted(seen[:8], key=lambda one: one[0])[:3] if which == "best" else seen[5:8]
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p, averaged(seen[-2:])[name])
+        torch.testing.assert_close(p, mean_by_hand(chosen, name))
+    assert result.averaged == 3 and len(seen) == 9
+    assert result.value == seen[-1][0] == evaluate(model, True)["loss"] <= min(value for value, _ in seen[:8])
+    assert [(row["split"], row["of"]) for row in rows if "of" in row] == [("average", 3)]
+
+
+def test_a_mean_that_is_worse_than_the_best_is_not_taken():
+    seen = []
+    values = iter([3.0, 1.0, 2.0, 2.0, 1.5])
+    model = Line(dropout=0.0)
+    result, _ = fit(model, replace(OPTIONS, average=2), scores=remembering(seen, lambda loss: next(values)))
+    assert (result.value, result.averaged) == (1.0, 0)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, seen[1][1][name])
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+@pytest.mark.parametrize("stop_at", [7, 13, 20])
+def test_an_interrupted_training_averages_the_same(tmp_path, which, stop_at):
+    options = replace(OPTIONS, average=3, average_of=which)
+    whole, resumed = Line(), Line()
+    expected, rows = fit(whole, options)
+    with pytest.raises(Preempted):
+        fit(Line(), options, folder=tmp_path, stop_at=stop_at)
+    found, again = fit(resumed, options, folder=tmp_path)
+    assert again == rows
+    assert (found.value, found.averaged) == (expected.value, expected.averaged)
+    assert torch.equal(weights(resumed), weights(whole))
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():

@@ -151,7 +151,7 @@ def test_schema_and_values_know_the_same_names():
 @pytest.mark.parametrize("page", ["README.md", "docs/chart.md", "helm/moe-asr/README.md"])
 def test_commands_of_a_page_install_the_template_that_it_submits(helm, tmp_path, page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    (install,) = re.findall(r"^ +helm (install .+)$", text, re.MULTILINE)
+    (install,) = re.findall(r"^ *helm (install .+)$", text, re.MULTILINE)
     values = tmp_path / "my-values.yaml"
     values.write_text("".join(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[:1]), encoding="utf-8")
     places = {"install": "template", "helm/moe-asr": str(CHART), "my-values.yaml": str(values)}

@@ -209,9 +209,10 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
         ({"asr__mixture": "hard"}, {"extract", "cluster", "gating", "experts", "asr"}),
         ({"asr__shared_expert": True}, {"extract", "cluster", "gating", "experts", "asr"}),
         ({"num_experts": 1}, {"asr"}),
+        ({"asr__adapt": "adalora"}, {"asr"}),
         ({"asr__adapt": "full", "asr__gradient_checkpointing": True}, {"asr"}),
     ],
-    ids=["regular", "loss", "hard", "shared", "dense", "full"],
+    ids=["regular", "loss", "hard", "shared", "dense", "adalora", "full"],
 )
 def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stages):
     store, _ = again

@@ -2,17 +2,9 @@
 
 import pytest
 
-from common.ct2 import bundled_tiny_en, import_ct2
 from common.synth import synthesize
 from stages.pipeline import run_pipeline
 from tests.stages.test_pipeline import micro_config
-
-
-@pytest.fixture(scope="module")
-def tiny_en(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "tiny.en"
-    import_ct2(bundled_tiny_en(), folder)
-    return folder
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,190 @@
+"""What this machine offers a run: versions, device, memory, cores, disk, decoding, compiler."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+from common.errors import MoeAsrError
+
+GIB = 2**30
+LOW_DISK, LITTLE_DISK = 1 * GIB, 10 * GIB  # a run of tiny.en; one of a large model with its checkpoints
+LOW_MEMORY = 4 * GIB  # torch, tiny.en and loader processes
+SMALL_SHM = 1 * GIB  # what loader processes pass batches through; containers have 64 MiB by default
+SHOWN = ("torch", "transformers", "peft", "accelerate", "soundfile", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: whether it held (`ok`), held with something to know (`note`), or stops runs (`fail`)."""
+
+    name: str
+    state: Literal["ok", "note", "fail"]
+    detail: str
+
+
+def check_machine(folder: Path) -> Iterator[Finding]:
+    """Tries what runs on this machine rely on.
+
+    Args:
+        folder: where unfinished work will lie; it need not exist.
+
+    Yields:
+        One finding per check, in the order in which a reader wants them.
+    """
+    for check in (_python, _packages, _device, _arithmetic, _memory, _shared_memory, _cores):
+        yield check()
+    yield _disk(folder)
+    for format_, subtype in (("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", None)):
+        yield _decoding(format_, subtype)
+    yield _more_formats()
+    yield _compiler()
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", text)
+
+
+def _packages() -> Finding:
+    """Installed versions against the ranges of our own distribution."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in requires("moe-asr") or ()]
+    except PackageNotFoundError:
+        return Finding("packages", "note", "moe-asr is not installed as a package, so that no versions are wanted")
+    wrong = []
+    for one in wanted:
+        if one.marker and not one.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            if not one.specifier.contains(version(one.name), prereleases=True):
+                wrong.append(f"{one.name} {version(one.name)} is not {one.specifier}")
+        except PackageNotFoundError:
+            wrong.append(f"{one.name} is missing")
+    shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
+    return Finding("packages", "fail" if wrong else "ok", shown + ("; install moe-asr again" if wrong else ""))
+
+
+def _device() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        seen = shutil.which("nvidia-smi") is not None
+        more = "; there is an nvidia-smi, but torch sees no GPU: driver older than its CUDA, or none visible" * seen
+        return Finding("device", "note" if seen else "ok", f"cpu{more}")
+    found = []
+    for number in range(torch.cuda.device_count()):
+        one = torch.cuda.get_device_properties(number)
+        found.append(f"{one.name}, {one.total_memory / GIB:.0f} GiB, capability {one.major}.{one.minor}")
+    precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return Finding("device", "ok", f"{'; '.join(found)}; trains in {precision}; CUDA {torch.version.cuda}")
+
+
+def _arithmetic() -> Finding:
+    """A product on the device against one on the CPU in double precision: a broken driver shows here."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a_NN = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    try:
+        got_NN = (a_NN.to(device) @ a_NN.to(device)).cpu().double()
+    except RuntimeError as error:
+        return Finding("arithmetic", "fail", f"a product of matrices fails on {device}: {str(error).splitlines()[0]}")
+    off = float((got_NN - a_NN.double() @ a_NN.double()).abs().max())
+    return Finding("arithmetic", "ok" if off < 0.5 else "fail", f"a product on {device} is off by {off:.1e} at most")
+
+
+def _memory() -> Finding:
+    """The machine's, or what a container may have of it."""
+    info = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, amount = line.partition(":")
+        info[name] = int(amount.split()[0]) * 1024
+    total, free = info["MemTotal"], info["MemAvailable"]
+    limit = _control_group("memory.max")
+    if limit.isdigit() and int(limit) < total:
+        total, free = int(limit), min(free, int(limit) - int(_control_group("memory.current") or 0))
+    text = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free"
+    low = free < LOW_MEMORY
+    return Finding("memory", "note" if low else "ok", text + "; a small model and few --num-workers" * low)
+
+
+def _control_group(name: str) -> str:
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _shared_memory() -> Finding:
+    try:
+        size = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return Finding("shared memory", "note", "no /dev/shm: use --num-workers 0")
+    small = size < SMALL_SHM
+    advice = "; loader processes need more: --shm-size of the container, or --num-workers 0" * small
+    return Finding("shared memory", "note" if small else "ok", f"/dev/shm has {size / GIB:.2f} GiB{advice}")
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0))
+    quota = re.fullmatch(r"(\d+) (\d+)", _control_group("cpu.max"))
+    share = int(quota[1]) / int(quota[2]) if quota else float(usable)
+    limited = f", of which a container may use {share:g}" if share < usable else ""
+    return Finding("cores", "ok", f"{usable}{limited}")
+
+
+def _disk(folder: Path) -> Finding:
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{free / GIB:.1f} GiB free at {folder}"
+    if not os.access(there, os.W_OK):
+        return Finding("disk", "fail", f"{there} cannot be written: set MOE_ASR_CACHE to a folder of yours")
+    if free < LOW_DISK:
+        return Finding("disk", "fail", f"{text}: too little; set MOE_ASR_CACHE to a larger disk")
+    return Finding("disk", "note" if free < LITTLE_DISK else "ok", text)
+
+
+def _decoding(format_: str, subtype: str | None) -> Finding:
+    """A tone, encoded and decoded in this process: no ffmpeg, no program of the system."""
+    import numpy as np
+    import soundfile
+
+    from common.audio import read_audio
+
+    rate, pitch = 22_050, 440.0
+    tone = 0.5 * np.sin(2 * np.pi * pitch * np.arange(rate) / rate)
+    file = io.BytesIO()
+    try:
+        soundfile.write(file, tone, rate, format=format_, subtype=subtype)
+        samples = read_audio(file.getvalue(), name=f"a tone as {format_}")
+    except (MoeAsrError, RuntimeError) as error:
+        return Finding(f"decoding {format_}", "fail", f"{error}; install soundfile again")
+    loudest = float(np.argmax(np.abs(np.fft.rfft(samples)))) * 16_000 / len(samples)
+    held = abs(loudest - pitch) < 5 and abs(len(samples) - 16_000) < 2_000
+    return Finding(f"decoding {format_}", "ok" if held else "fail", f"a tone of 440 Hz comes back at {loudest:.0f} Hz")
+
+
+def _more_formats() -> Finding:
+    try:
+        return Finding("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
+    except PackageNotFoundError:
+        return Finding("other formats", "note", "M4A, WMA and video need `pip install moe-asr[audio-formats]`")
+
+
+def _compiler() -> Finding:
+    found = next(
+        (path for name in (os.environ.get("CXX") or "c++", "g++", "clang++") if (path := shutil.which(name))), ""
+    )
+    return Finding("compiler", "ok" if found else "note", found or "no C++ compiler: asr.compile cannot be used")

@@ -1,0 +1,121 @@
+"""How far a long piece of work is: a bar on a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+FIRST, EVERY = 10.0, 60.0  # seconds to the first line, and between lines
+
+
+class Bar(Protocol):
+    """What `progress` returns."""
+
+    def update(self, n: float = 1, /) -> Any:
+        """Counts further units."""
+
+    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
+        """Shows values beside the count."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class Lines:
+    """A bar for logs: `asr: 120 of 400 (30%), 2.1/s, 2 min 13 s left`, to stderr.
+
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(
+        self, total: float, initial: float, label: str, unit: str, *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total, self.initial, self.done, self.label, self.unit = total, initial, initial, label, unit
+        self.now = now
+        self.started = now()
+        self.due = self.started + FIRST
+        self.values = ""
+
+    def update(self, n: float = 1, /) -> None:
+        """Counts further units, and says so if a line is due."""
+        self.done += n
+        if self.now() >= self.due:
+            self._say()
+
+    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
+        """Values that the next line ends with."""
+        self.values = "".join(f", {name} {value}" for name, value in values.items())
+
+    def close(self) -> None:
+        """A last line for what took long enough to have had others."""
+        if self.due > self.started + FIRST:
+            self._say()
+
+    def _say(self) -> None:
+        now = self.now()
+        self.due = now + EVERY
+        rate = (self.done - self.initial) / max(now - self.started, 1e-9)
+        share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
+        left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        unit = f" {self.unit}" if self.unit else ""
+        print(
+            f"{self.label}: {self.done:g} of {self.total:g}{unit}{share}, {rate:.3g}/s{left}{self.values}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _Hidden:
+    """No progress at all."""
+
+    def update(self, n: float = 1, /) -> None:
+        return
+
+    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hidden: bool = False) -> Bar:
+    """A bar on a terminal, lines without one, nothing where it is `hidden`.
+
+    Args:
+        total: units of the whole work; `initial` of them are done already.
+        unit: what is counted, in the plural.
+    """
+    if hidden:
+        return _Hidden()
+    if not sys.stderr.isatty():
+        return Lines(total, initial, label, unit)
+    from tqdm import tqdm
+
+    bar: Bar = tqdm(total=total, initial=initial, desc=label, unit=f" {unit}" if unit else "it", dynamic_ncols=True)
+    return bar
+
+
+def counted(items: Iterable[T], total: int, label: str, *, unit: str = "") -> Iterator[T]:
+    """The items, with their progress shown."""
+    bar = progress(total, label, unit=unit)
+    try:
+        for item in items:
+            yield item
+            bar.update()
+    finally:
+        bar.close()
+
+
+def clock(seconds: float) -> str:
+    """A duration in the two largest units that it has."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, name, lower, lower_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // lower} {lower_name}"
+    return f"{whole} s"

@@ -1,0 +1,58 @@
+"""`python -m reference`: writes the generated pages of docs/reference and the generated parts of other pages."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from bench.table import full_table, short_table
+from reference import commands, settings, tables
+from reference.blocks import fill
+from reference.tree import ROOT, tree
+
+PAGES = Path("docs/reference")
+
+
+def generated() -> dict[Path, str]:
+    """Path → text of every generated page."""
+    blocks = {
+        PAGES / "exit-codes.md": {"codes": tables.exit_code_rows()},
+        PAGES / "artifacts.md": {"stages": tables.stage_rows(), "manifest": tables.manifest_rows()},
+        Path("docs/performance.md"): {"bench": full_table()},
+        Path("README.md"): {
+            "presets": settings.preset_rows(),
+            "bench": short_table(without=("between-epochs",)),
+            "files": tree(),
+        },
+    }
+    texts = {PAGES / "cli.md": commands.page(), PAGES / "config.md": settings.page()}
+    for path, parts in blocks.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for name, lines in parts.items():
+            text = fill(text, name, lines)
+        texts[path] = text
+    return texts
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; fail where a page is not as it would be written.")
+def main(check: bool) -> None:
+    """Writes docs/reference and the generated parts of README.md."""
+    made = generated()
+    stale = [path for path, text in made.items() if not _is(ROOT / path, text)]
+    if check and stale:
+        sys.exit(f"not as `make reference` writes them: {', '.join(map(str, stale))}")
+    for path in stale:
+        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / path).write_text(made[path], encoding="utf-8")
+        click.echo(path)
+
+
+def _is(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Tables of exit codes, stages and manifests, from the code that defines them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+from common import errors
+from common.artifacts import Manifest
+from reference.blocks import table
+from stages import STAGES
+
+# Codes that no exception stands for.
+OTHER_CODES = (
+    (errors.EXIT_DONE, "", "done"),
+    (70, "any other exception", "a fault of the program: a traceback, worth a report"),
+    (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C; a training has written a checkpoint"),
+    (137, "", "killed from outside, mostly for want of memory"),
+    (141, "", "whoever read the output has closed it (`moe-asr … | head`)"),
+)
+AGAIN = (75, 137, 143)  # what a cluster tries again by itself
+
+
+def exit_code_rows() -> list[str]:
+    """Every exit code: its exception, what it means, whether a cluster tries again."""
+    rows = list(OTHER_CODES)
+    for kind in errors.MoeAsrError.__subclasses__():
+        if "exit_code" in vars(kind) and kind.__module__ == errors.__name__:
+            rows.append((kind.exit_code, f"`{kind.__name__}`", " ".join((kind.__doc__ or "").split()).rstrip(".")))
+    lines = [
+        (str(code), who, what, "yes" if code in AGAIN else "") for code, who, what in sorted(rows, key=lambda r: r[0])
+    ]
+    return table(("code", "raised as", "what it means", "tried again on a cluster"), lines)
+
+
+def stage_rows() -> list[str]:
+    """Every stage: what it reads, what it writes."""
+    rows = []
+    for one in STAGES:
+        reads = ", ".join((*one.sources, *one.inputs))
+        pieces = "one per shard or cluster" if one.fan_out else "one"
+        rows.append((f"`{one.name}`", one.summary, reads, one.output, pieces, str(one.gpus)))
+    return table(("stage", "what it makes", "reads", "writes", "pieces", "GPUs"), rows)
+
+
+def manifest_rows() -> list[str]:
+    """Every field of a manifest."""
+    told = _attributes(Manifest.__doc__ or "")
+    return table(
+        ("field", "what it is"),
+        [(f"`{f.name}`", told.get(f.name) or FIELDS[f.name]) for f in dataclasses.fields(Manifest)],
+    )
+
+
+# Fields that speak for themselves in the code.
+FIELDS = {
+    "schema": "format of this file",
+    "stage": "name of the stage",
+    "key": "the key, 32 hexadecimal digits",
+    "shard": "number of the piece; null for a stage in one piece",
+    "ingredients": "what the key was made of, in plain text: configuration values, input keys, format",
+    "version": "of moe-asr",
+    "host": "where it was made",
+    "seconds": "how long it took",
+    "metrics": "figures of the stage, and the last values of its live metrics",
+}
+
+
+def _attributes(text: str) -> dict[str, str]:
+    """name → description, of an `Attributes:` paragraph."""
+    body = inspect.cleandoc(text).partition("Attributes:\n")[2]
+    found = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", body, flags=re.M)
+    return {name: " ".join(words.split()) for name, words in found}

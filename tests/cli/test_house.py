@@ -1,0 +1,125 @@
+"""What all commands have in common: help with examples, colours, machine-readable answers, completion, doctor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from cli.main import cli
+from common import machine
+from reference.commands import _commands
+from tests.cli.test_main import ENVIRONMENT, moe_asr
+
+COMMANDS = dict(_commands(cli, ("moe-asr",)))
+
+
+def examples(command):
+    """Lines of a command's help that show a call."""
+    return [line.strip() for line in (command.help or "").splitlines() if line.strip().startswith("moe-asr ")]
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
+def test_the_help_of_every_command_shows_calls_of_it_that_parse(words):
+    calls = examples(COMMANDS[words])
+    assert calls, f"{' '.join(words)} --help has no example"
+    for call in calls:
+        given = shlex.split(re.split(r" [|>]", call)[0])
+        assert tuple(given[: len(words)]) == words
+        COMMANDS[words].make_context(" ".join(words), given[len(words) :])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_for_each_shell(shell):
+    done = CliRunner().invoke(cli, ["completion", shell])
+    assert done.exit_code == 0
+    assert "_MOE_ASR_COMPLETE" in done.output
+
+
+def test_the_shell_completes_commands_options_and_choices(tmp_path):
+    def complete(text):
+        variables = {"_MOE_ASR_COMPLETE": "bash_complete", "COMP_WORDS": text, "COMP_CWORD": str(text.count(" "))}
+        command = [sys.executable, "-c", "import sys; sys.argv[0] = 'moe-asr'; from cli.main import main; main()"]
+        found = subprocess.run(
+            command,
+            env=ENVIRONMENT | variables | {"PYTHONPATH": str(Path.cwd())},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return {line.partition(",")[2] for line in found.stdout.splitlines()}
+
+    assert "corpus" in complete("moe-asr cor")
+    assert "--mixture" in complete("moe-asr run --mix")
+    assert complete("moe-asr run --mode ") == {"full", "quick", "demo"}
+
+
+def on_a_terminal(*words, cwd, **variables):
+    """What a command writes to a terminal."""
+    leader, follower = pty.openpty()
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path.cwd()), "TERM": "xterm"} | variables
+    command = [sys.executable, "-m", "cli.main", *words]
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=follower, stderr=follower, stdin=follower)
+    os.close(follower)
+    text = b""
+    while True:
+        try:
+            more = os.read(leader, 65536)
+        except OSError:  # Linux: the other side is closed
+            break
+        if not more:
+            break
+        text += more
+    os.close(leader)
+    return process.wait(), text.decode()
+
+
+def test_colours_are_for_terminals_and_for_those_who_want_them(tmp_path):
+    code, coloured = on_a_terminal("status", "nothing", cwd=tmp_path)
+    assert (code, "\x1b[" in coloured) == (65, True)
+    code, plain = on_a_terminal("status", "nothing", cwd=tmp_path, NO_COLOR="1")
+    assert (code, "\x1b[" in plain) == (65, False)
+    assert "\x1b[" not in moe_asr("status", "nothing", cwd=tmp_path).stderr
+
+
+def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypatch):
+    done = CliRunner().invoke(cli, ["doctor", "--store", str(tmp_path / "store"), "--json"])
+    found = json.loads(done.stdout)
+    names = {check["name"] for check in found["checks"]}
+    assert (done.exit_code, found["ok"]) == (0, True)
+    assert {"device", "memory", "disk", "cores", "decoding MP3", "store: create-only writes"} <= names
+
+    monkeypatch.setattr(machine, "LOW_DISK", 2**62)
+    done = CliRunner().invoke(cli, ["doctor"])
+    assert done.exit_code == 1
+    assert re.search(r"^fail +disk", done.stdout, re.MULTILINE)
+    assert "checks failed: disk" in done.stderr
+
+
+def test_machines_get_json_where_people_get_a_table(tmp_path):
+    takes_json = {words for words, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
+    wanted = "run, plan, status, runs list, verify, doctor, estimate, fit-batch, corpus stats"
+    assert {("moe-asr", *name.split()) for name in wanted.split(", ")} <= takes_json
+    (tmp_path / "runs").mkdir()
+    assert json.loads(moe_asr("runs", "list", "--json", cwd=tmp_path).stdout) == []
+
+
+def test_every_group_says_what_its_commands_do():
+    def groups(group):
+        yield group
+        for command in group.commands.values():
+            if isinstance(command, click.Group):
+                yield from groups(command)
+
+    for group in groups(cli):
+        for name, command in group.commands.items():
+            assert command.get_short_help_str(), name

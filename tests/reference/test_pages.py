@@ -1,0 +1,79 @@
+"""The generated pages are those of today, and say all that there is."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import pytest
+
+from cli.main import cli
+from common import errors
+from common.config import known_paths
+from reference.__main__ import generated
+from reference.blocks import fill, table
+from reference.commands import _commands
+from reference.settings import read_by
+from reference.tree import FOLDERS, ROOT, tree
+from stages import STAGES
+
+MADE = generated()
+COMMANDS = dict(_commands(cli, ("moe-asr",)))
+
+
+@pytest.mark.parametrize("path", sorted(MADE, key=str), ids=str)
+def test_a_committed_page_is_what_make_reference_writes(path):
+    assert (ROOT / path).read_text(encoding="utf-8") == MADE[path], "run `make reference`"
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
+def test_every_option_of_every_command_has_a_help_text_and_stands_in_the_reference(words):
+    page = next(text for path, text in MADE.items() if path.name == "cli.md")
+    assert f"## {' '.join(words)}\n" in page
+    for parameter in COMMANDS[words].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, (words, parameter.opts)
+            assert f"`{parameter.opts[0]}" in page or f", {parameter.opts[0]}" in page, (words, parameter.opts)
+
+
+def test_every_setting_has_a_row_with_a_description():
+    page = next(text for path, text in MADE.items() if path.name == "config.md")
+    tables = page.partition("## Modes")[0].splitlines()
+    rows = {line.split("`")[1]: line for line in tables if line.startswith("| `")}
+    for path in known_paths():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", rows[path])]
+        assert cells[4], f"{path} has no description in common/config.py"
+
+
+def test_the_stages_named_beside_a_setting_are_those_whose_keys_hold_it():
+    assert read_by("asr.epochs") == ["asr"]
+    assert read_by("seed") == [stage.name for stage in STAGES]
+    assert read_by("runtime.num_workers") == []
+    assert read_by("corpus.path") == [stage.name for stage in STAGES if "corpus" in stage.sources]
+
+
+def test_every_exit_code_of_an_error_stands_in_the_table():
+    page = next(text for path, text in MADE.items() if path.name == "exit-codes.md")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and "exit_code" in vars(kind)]
+    for kind in kinds:
+        assert kind is errors.MoeAsrError or f"| {kind.exit_code} | `{kind.__name__}` |" in page
+
+
+def test_every_module_tells_what_it_is():
+    lines = {line.split()[0] for line in tree() if line and not line.startswith("```")}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix().removesuffix("__init__.py")
+            assert name in lines or not path.read_text(encoding="utf-8").strip(), name
+
+
+def test_a_block_is_filled_between_its_marks_and_nothing_else_changes():
+    page = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    assert fill(page, "x", ["new"]) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    assert fill(fill(page, "x", []), "x", ["old"]) == page
+    with pytest.raises(ValueError, match="lacks the marks"):
+        fill(page, "y", [])
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    assert table(("a",), [("x|y",)])[-1] == r"| x\|y |"
