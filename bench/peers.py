@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from bench.setting import TARGETS, Setting
-from common.adapters import expert_tensors
+from common.adapters import expert_matrices
 from common.audio import read_audio
 from common.data import Batch, Example
 from common.moe import Gate, route
@@ -66,8 +66,11 @@ def peft_experts(whisper: WhisperForConditionalGeneration, experts: int, rank: i
 def copy_into_peft(recogniser: Recogniser, model: PeftModel, experts: int) -> None:
     """Gives PEFT's adapters the weights of our experts."""
     for expert in range(experts):
-        tensors = expert_tensors(recogniser.whisper, expert)
-        named = {name.replace(".weight", f".{expert}.weight"): value for name, value in tensors.items()}
+        named = {
+            f"base_model.model.{layer}.lora_{letter}.{expert}.weight": matrix
+            for layer, matrices in expert_matrices(recogniser.whisper, expert).items()
+            for letter, matrix in zip("AB", matrices, strict=True)
+        }
         unknown = model.load_state_dict(named, strict=False).unexpected_keys
         assert not unknown, unknown
 

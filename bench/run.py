@@ -33,6 +33,12 @@ def _clustering(setting: Setting) -> list[Row]:
     return clustering.rows(setting)
 
 
+def _options(setting: Setting) -> list[Row]:
+    from bench import options
+
+    return options.rows(setting)
+
+
 def _between_epochs(_: Setting) -> list[Row]:
     from bench import between_epochs
 
@@ -47,6 +53,7 @@ GROUPS: Mapping[str, Callable[[Setting], list[Row]]] = {
     "extract": encoding.rows,
     "log-mel": encoding.mel_rows,
     "generate": decoding.rows,
+    "options": _options,
     "clustering": _clustering,
     "between-epochs": _between_epochs,
 }

@@ -31,11 +31,10 @@ if TYPE_CHECKING:  # torch, which some steps import, would count as memory of th
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ETIOLOGIES = ("Parkinson's Disease", "ALS", "Cerebral Palsy", "Down Syndrome", "Stroke")
-WORDS = (
-    "the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but "
-    "some what there we can out other were all your when up use word how said an each she which do their time if will "
-    "way about many then them would write like so these her long make thing see him two has look more day could go come"
-).split()
+SAID = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but
+some what there we can out other were all your when up use word how said an each she which do their time if will way
+about many then them would write like so these her long make thing see him two has look more day could go come"""
+WORDS = tuple(SAID.split())
 PER_SPEAKER = 380  # as in the Speech Accessibility Project: 308,909 utterances of 833 speakers
 MEAN_SECONDS, WORDS_PER_SECOND = 8.0, 2.2
 EXPERTS = 8
@@ -104,7 +103,14 @@ def table(report: Mapping[str, Any]) -> str:
     lines = ["| step | utterances | seconds | grows as | peak GiB | |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         power = "" if row["growth"] is None else f"N^{row['growth']:.2f}"
-        cells = [row["step"], f"{row['utterances']:,}", f"{row['seconds']:.2f}", power, f"{row['gib']:.2f}", row["note"]]
+        cells = [
+            row["step"],
+            f"{row['utterances']:,}",
+            f"{row['seconds']:.2f}",
+            power,
+            f"{row['gib']:.2f}",
+            row["note"],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     for one in report["store"]:
         lines.append(f"\nstore, {one['utterances']:,} utterances: {one['objects']:,} objects")
@@ -334,9 +340,13 @@ def workflow_size(pieces: int) -> Row:
 
     specification = json.dumps(build().to_dict()["spec"], separators=(",", ":"))
     nodes = {node["id"]: node for number in range(pieces) for node in _nodes(number)}
-    items = [{name: _hash(number, name) for name in ("shard", "key", "memo", "lock", "lane")} for number in range(pieces)]
+    items = [
+        {name: _hash(number, name) for name in ("shard", "key", "memo", "lock", "lane")} for number in range(pieces)
+    ]
     listed = json.dumps(items, separators=(",", ":"))
-    status = json.dumps({"nodes": nodes, "plans": [{"outputs": listed}] * 2, "children": list(nodes)}, separators=(",", ":"))
+    status = json.dumps(
+        {"nodes": nodes, "plans": [{"outputs": listed}] * 2, "children": list(nodes)}, separators=(",", ":")
+    )
     compressed = 4 * len(gzip.compress(status.encode())) // 3  # as base64
     return {
         "pieces": pieces,

@@ -20,7 +20,7 @@ from bench.peers import (
     trainer_dataset,
 )
 from bench.setting import quick_setting
-from common.adapters import expert_tensors
+from common.adapters import expert_matrices
 from common.data import BatchLoader
 from common.features import log_mel
 from common.recogniser import Recogniser
@@ -143,9 +143,10 @@ def test_peers_spectrograms_equal_ours(setting):
 
 
 def test_adapters_copied_into_peft_are_ours(contest):
-    name, ours = next(iter(expert_tensors(contest.blend.whisper, 1).items()))
-    theirs = contest.peft.state_dict()[name.replace(".weight", ".1.weight")]
-    assert torch.equal(ours, theirs)
+    layer, ours = next(iter(expert_matrices(contest.blend.whisper, 1).items()))
+    for letter, matrix in zip("AB", ours, strict=True):
+        theirs = contest.peft.state_dict()[f"base_model.model.{layer}.lora_{letter}.1.weight"]
+        assert torch.equal(matrix, theirs)
 
 
 def test_kernels_are_timed_and_a_choice_is_judged(capsys, monkeypatch):

@@ -1,0 +1,153 @@
+"""What each option of training does to a step: with it (ours) against without it, all else equal.
+
+A ratio below 1 is a price: gradient checkpointing buys memory with time, augmentation buys nothing but better weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.inputs import make_batch, short_lengths
+from bench.joint import make_contest, ours_backward, whole_step
+from bench.measure import Row, rounds, row
+from bench.setting import Setting, make_whisper
+from common.augment import Augmentation
+from common.batch_search import peak_memory
+from common.data import Batch
+from common.recogniser import Recogniser
+
+Step = Callable[[], object]
+
+
+def rows(setting: Setting) -> list[Row]:
+    """A row for each option that this device has."""
+    recogniser = make_contest(setting).blend
+    lengths = short_lengths(setting.batch)
+    short, padded = (make_batch(setting.model, lengths, setting.device, context=c) for c in ("dynamic", "30s"))
+    note = setting.words(
+        f"{setting.model}, joint step of {setting.batch} × 3–12 s, {short.audio_BS.shape[1] // 320} positions"
+    )
+
+    def pair(option: str, with_it: Step, without: Step, note: str = note) -> Row:
+        taken = rounds({"with": with_it, "without": without}, setting)
+        return row(option, taken["with"], taken["without"], unit="s/step", target=None, note=note)
+
+    def step(changed: Recogniser, batch: Batch = short) -> Step:
+        return whole_step(partial(ours_backward, changed, batch), [changed], setting)
+
+    plain = step(recogniser)
+    remat = changed(recogniser, remat=True)
+    found = [
+        pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded)),
+        pair("attention: SDPA, against eager", plain, step(eager(recogniser))),
+        pair("gradient_checkpointing: time", step(remat), plain),
+        memory_row(step(remat, padded), step(recogniser, padded), setting),
+        pair("augment: speed and SpecAugment", step(augmented(recogniser)), plain),
+        *precision_rows(pair, recogniser, short, setting),
+        adamw_row(setting),
+    ]
+    if setting.name != "quick":  # the compiler takes longer than all else at micro sizes
+        found.append(pair("compile: true", step(compiled(recogniser)), plain))
+    return found
+
+
+def changed(recogniser: Recogniser, *, remat: bool = False, augmentation: Augmentation | None = None) -> Recogniser:
+    """The same weights and gate with other options."""
+    return Recogniser(
+        recogniser.whisper,
+        slot=recogniser.slot,
+        gate=recogniser.gate,
+        embeddings_ND=recogniser.embeddings_ND,
+        options=recogniser.options,
+        remat=remat,
+        augmentation=augmentation,
+    ).train()
+
+
+def augmented(recogniser: Recogniser) -> Recogniser:
+    """With every augmentation on every batch."""
+    return changed(recogniser, augmentation=Augmentation(speeds=(0.9, 1.0, 1.1), time_masks=2, mel_masks=2))
+
+
+def eager(recogniser: Recogniser) -> Recogniser:
+    """A copy whose attention is written out as two products and a softmax."""
+    other = duplicate(recogniser)
+    other.whisper.set_attn_implementation("eager")
+    return other
+
+
+def compiled(recogniser: Recogniser) -> Recogniser:
+    """A copy with compiled blocks."""
+    other = duplicate(recogniser)
+    other.compile_blocks()
+    return other
+
+
+def duplicate(recogniser: Recogniser) -> Recogniser:
+    """A copy with weights of its own."""
+    if recogniser.slot is not None:
+        recogniser.slot.routing = None  # of the last step, whose graph cannot be copied
+    return copy.deepcopy(recogniser)
+
+
+def memory_row(with_it: Step, without: Step, setting: Setting) -> Row:
+    """Peak memory of a step at 30 s."""
+    without()  # what the first step alone allocates
+    figures = [peak_memory(run, setting.device) / 2**30 for run in (with_it, without)]
+    note = setting.words(f"{setting.model}, joint step of {setting.batch} × 30 s, peak of the process")
+    return row("gradient_checkpointing: memory", *figures, unit="GiB", target=None, note=note)
+
+
+def precision_rows(pair: Callable[..., Row], recogniser: Recogniser, batch: Batch, setting: Setting) -> list[Row]:
+    """bf16 and, on a GPU, fp16 and TF32, each against full fp32."""
+
+    fp32 = replace(setting, precision="fp32")  # so that the step itself adds no autocast
+
+    def step(precision: Callable[[], AbstractContextManager[object]]) -> Step:
+        def backward() -> None:
+            with precision():
+                ours_backward(recogniser, batch)
+
+        return whole_step(backward, [recogniser], fp32)
+
+    kinds: dict[str, Callable[[], AbstractContextManager[object]]] = {
+        "bf16": partial(torch.autocast, setting.device.type, torch.bfloat16)
+    }
+    if setting.on_gpu:
+        kinds |= {"fp16": partial(torch.autocast, "cuda", torch.float16), "TF32": tf32}
+    full = step(nullcontext)
+    return [pair(f"precision: {name}, against fp32", step(kind), full) for name, kind in kinds.items()]
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Products of fp32 numbers with ten bits of mantissa."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def adamw_row(setting: Setting) -> Row:
+    """The optimiser alone, on all weights of the dense fine-tune's model."""
+    model = make_whisper(setting.dense_model, setting.device)
+    taken = rounds({name: adamw_step(model, fused=name == "with") for name in ("with", "without")}, setting)
+    note = setting.words(f"{setting.dense_model}, the update of all weights alone")
+    return row("AdamW: fused, against a loop", taken["with"], taken["without"], unit="s/step", target=None, note=note)
+
+
+def adamw_step(model: nn.Module, *, fused: bool) -> Step:
+    """One update, gradients given."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+    return torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=False).step
