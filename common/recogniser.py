@@ -111,10 +111,10 @@ class Recogniser(nn.Module):
         audio_BS = self.augmentation.audio(batch.audio_BS, batch.valid_B)
         return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * batch.valid_B)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block of encoder and decoder; equal blocks share their compiled code."""
         for block in (*self.whisper.model.encoder.layers, *self.whisper.model.decoder.layers):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def _losses(
         self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1
