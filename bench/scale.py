@@ -13,6 +13,7 @@ import argparse
 import gzip
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -31,12 +32,13 @@ if TYPE_CHECKING:  # torch, which some steps import, would count as memory of th
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ETIOLOGIES = ("Parkinson's Disease", "ALS", "Cerebral Palsy", "Down Syndrome", "Stroke")
-SAID = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot but
-some what there we can out other were all your when up use word how said an each she which do their time if will way
+SAID = """the of and to a in is it you that he was for on are with as his they be at one have this from or had by hot
+but some what there we can out other were all your when up use word how said an each she which do their time if will way
 about many then them would write like so these her long make thing see him two has look more day could go come"""
 WORDS = tuple(SAID.split())
 PER_SPEAKER = 380  # as in the Speech Accessibility Project: 308,909 utterances of 833 speakers
 MEAN_SECONDS, WORDS_PER_SECOND = 8.0, 2.2
+TRAIN = 0.8  # of all utterances; dev and test have a tenth each
 EXPERTS = 8
 
 Row = dict[str, Any]
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=1280, help="of an embedding; 1280 is a large Whisper's")
     parser.add_argument("--model", type=Path, default=Path("models/whisper-tiny.en"), help="whose tokenizer is used")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--together", action="store_true", help="in one process: quick, but memory adds up")
     parser.add_argument("--step", choices=STEPS, help="one step alone, in this process; prints its rows as JSON")
     parser.add_argument("--folder", type=Path, help="of the step's files")
     options = parser.parse_args(arguments)
@@ -58,8 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for size in (options.utterances // 10, options.utterances):
         with tempfile.TemporaryDirectory() as folder:
-            for step in STEPS:
-                rows += _in_a_process(step, Path(folder), size, options.width, options.model)
+            for step, run in STEPS.items():
+                place = Path(folder), size, options.width, options.model.resolve()
+                found = run(*place) if options.together else _in_a_process(step, *place)
+                rows += [{"step": row.pop("step"), "utterances": size, **row} for row in found]
     rows = with_growth(rows)
     report = {
         "machine": _machine(),
@@ -77,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _in_a_process(step: str, folder: Path, size: int, width: int, model: Path) -> list[Row]:
     print(f"{step} of {size:,} …", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "bench.scale", "--step", step, "--folder", str(folder)]
-    command += ["--utterances", str(size), "--width", str(width), "--model", str(model.resolve())]
+    command += ["--utterances", str(size), "--width", str(width), "--model", str(model)]
     environment = os.environ | {"MOE_ASR_CACHE": str(folder / "cache")}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=root, env=environment)
-    return [{"step": row.pop("step"), "utterances": size, **row} for row in json.loads(done.stdout)]
+    return list(json.loads(done.stdout))
 
 
 def with_growth(rows: Sequence[Row]) -> list[Row]:
@@ -141,18 +146,18 @@ def measured(rows: list[Row], step: str, note: str = "") -> Iterator[Row]:
 
 
 def utterances(count: int, seed: int = 0) -> Iterator[Utterance]:
-    """Speakers of 380 utterances, a tenth of them in dev and a tenth in test; texts as long as their durations."""
+    """Speakers of 380 utterances (a small corpus: fifty speakers), a tenth of them in dev and a tenth in test."""
     from common.corpus import Utterance
 
-    generator = np.random.default_rng(seed)
+    generator, each = np.random.default_rng(seed), min(PER_SPEAKER, max(1, count // 50))
     duration_N = np.clip(generator.lognormal(np.log(MEAN_SECONDS) - 0.18, 0.6, count), 0.5, 29.9).round(3)
     for number, duration in enumerate(duration_N.tolist()):
-        speaker = number // PER_SPEAKER
+        speaker = number // each
         name = f"{speaker:08x}-5c0b-4d6e-9f2a-{speaker * 7919 % 2**48:012x}"
         words = generator.integers(0, len(WORDS), max(1, int(WORDS_PER_SECOND * duration)))
         yield Utterance(
-            id=f"{name}_{number % PER_SPEAKER}_4308",
-            audio_filepath=f"{name}/{name}_{number % PER_SPEAKER}_4308.wav",
+            id=f"{name}_{number % each}_4308",
+            audio_filepath=f"{name}/{name}_{number % each}_4308.wav",
             duration=duration,
             text=" ".join(WORDS[i] for i in words),
             split="dev" if speaker % 10 == 8 else "test" if speaker % 10 == 9 else "train",
@@ -170,11 +175,11 @@ def settings(folder: Path) -> Config:
     return resolve("full", options=places)
 
 
-def opened(folder: Path) -> Corpus:
-    """The simulated corpus."""
-    from common.corpus import read_corpus
+def simulated(folder: Path, count: int) -> Corpus:
+    """The corpus as it would be read from its index, which takes longer."""
+    from common.corpus import Corpus
 
-    return read_corpus(folder / "corpus")
+    return Corpus(folder / "corpus", tuple(sorted(utterances(count), key=lambda u: u.id)), "0" * 64)
 
 
 def step_index(folder: Path, count: int, width: int, model: Path) -> list[Row]:
@@ -193,9 +198,11 @@ def step_index(folder: Path, count: int, width: int, model: Path) -> list[Row]:
 
 def step_read(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Reads the index."""
+    from common.corpus import read_corpus
+
     rows: list[Row] = []
     with measured(rows, "read the index", "with its digest"):
-        corpus = opened(folder)
+        corpus = read_corpus(folder / "corpus")
     assert len(corpus.utterances) == count
     return rows
 
@@ -205,7 +212,7 @@ def step_subsets(folder: Path, count: int, width: int, model: Path) -> list[Row]
     from common.subsets import embedded_utterances, training_subset
 
     rows: list[Row] = []
-    corpus, config = opened(folder), settings(folder)
+    corpus, config = simulated(folder, count), settings(folder)
     with measured(rows, "subsets") as row:
         clustered = training_subset(config, corpus, "embeddings")
         experts = training_subset(config, corpus, "experts")
@@ -227,12 +234,12 @@ def step_plan(folder: Path, count: int, width: int, model: Path) -> list[Row]:
 
 def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Tokens of the training split and the batches of two epochs."""
-    from common.data import epoch_batches, make_examples
+    from common.data import AudioDataset, epoch_batches, make_examples
     from common.subsets import training_subset
     from common.whisper import load_codec
 
     rows: list[Row] = []
-    corpus, config, codec = opened(folder), settings(folder), load_codec(model)
+    corpus, config, codec = simulated(folder, count), settings(folder), load_codec(model)
     train = training_subset(config, corpus, "asr")
     with measured(rows, "examples", f"{len(train):,} tokenised"):
         examples = make_examples(corpus, train, codec, context=config.audio.context, margin=config.audio.margin)
@@ -240,6 +247,9 @@ def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]
         with measured(rows, "batches by number" if size is None else "batches by seconds") as row:
             batches = epoch_batches(examples, batch_size=8, batch_seconds=size, seed=42, epoch=epoch)
             row["note"] = f"{len(batches):,} of an epoch"
+    with measured(rows, "examples to a loader") as row:
+        row["bytes"] = len(pickle.dumps(AudioDataset(examples)))
+        row["note"] = f"{row['bytes'] / 1e6:,.0f} MB are sent to each loader process"
     return rows
 
 
@@ -249,7 +259,7 @@ def step_embeddings(folder: Path, count: int, width: int, model: Path) -> list[R
     from common.subsets import embedded_utterances, training_subset
 
     rows: list[Row] = []
-    corpus, config = opened(folder), settings(folder)
+    corpus, config = simulated(folder, count), settings(folder)
     ids = [u.id for u in embedded_utterances(config, corpus)]
     train = [u.id for u in training_subset(config, corpus, "asr")]
     size = config.extract.shard_size
@@ -271,11 +281,10 @@ def step_cluster(folder: Path, count: int, width: int, model: Path) -> list[Row]
     """Clusters as many random embeddings as the subset has."""
     from bench.clustering import write_embeddings
     from common.cluster import cluster
-    from common.subsets import training_subset
 
     rows: list[Row] = []
     config = settings(folder)
-    size = len(training_subset(config, opened(folder), "embeddings"))
+    size = round(TRAIN * count * config.subsets.embeddings_percent / 100)
     write_embeddings(folder / "points.npy", size, width)
     points_ND = np.load(folder / "points.npy", mmap_mode="r")
     options = config.cluster
@@ -310,24 +319,21 @@ STEPS: dict[str, Step] = {
 
 # ---- what follows from its parts ----
 
-# Objects that a finished piece of a stage leaves, its manifest included; tests count them in a real run.
+# Objects that each part of a finished run leaves, manifests included, plots not (tests count them in a real run).
 PER_SHARD = 3  # manifest.json, embeddings.npy, ids.json
+PER_EXPERT = 7  # five of its own pre-training, two in the final model
+FIXED = 22  # four of cluster, five of gating, nine of asr, four of the run
 
 
 def objects(count: int, experts: int, shard_size: int = 20_000) -> Row:
-    """Objects of a finished run in the store, without plots: those that grow with shards and with experts, and others.
+    """Objects of a finished run in the store.
 
     Args:
         count: utterances that are embedded.
     """
     shards = -(-count // shard_size)
-    fixed = OBJECTS["fixed"]
-    total = PER_SHARD * shards + OBJECTS["expert"] * experts + fixed
+    total = PER_SHARD * shards + PER_EXPERT * experts + FIXED
     return {"utterances": count, "shards": shards, "experts": experts, "objects": total}
-
-
-# `expert`: one piece of the stage `experts` and its adapter in the final model; `fixed`: cluster, gating, asr, run.
-OBJECTS = {"expert": 0, "fixed": 0}
 
 
 def workflow_size(pieces: int) -> Row:

@@ -28,7 +28,7 @@ def corpus() -> None:
 @click.option("--kind", type=click.Choice(["demo", "bench"]), default="demo", show_default=True, help="bench: harder.")
 @click.option("--speakers", type=int, help="Speakers per stand-in etiology.  [default: 6; bench: 12]")
 @click.option("--utterances", type=int, help="Utterances per speaker.  [default: 10; not of bench]")
-@click.option("--minutes", type=float, help="Of train, for bench; test has a sixth more.  [default: 30]")
+@click.option("--minutes", type=float, help="Of train, for bench; dev and test have a tenth each more.  [default: 30]")
 @click.option("--seed", default=42, show_default=True, help="Of texts, voices and effects.")
 @click.option("--etiology", "etiologies", multiple=True, help="Only these stand-in etiologies; not of bench.")
 def synth(

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 )
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is in this folder.")
 @click.option("--samples", type=click.IntRange(1), help="A stratified part of the split.")
-@click.option("--long-audio", type=click.Choice(("error", "drop")), default="error", show_default=True,
-              help="What to do with utterances over 30 s.")  # fmt: skip
+@click.option("--long-audio", type=click.Choice(("error", "drop", "windows")), default="error", show_default=True,
+              help="Utterances over 30 s: refuse, leave out (counted), or hear as `transcribe` does.")  # fmt: skip
 @click.option("--base", help="Base weights, where they are not where the model says.")
 @with_store
 @click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     help="Or into English.",
 )
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Of the sections decode, audio and runtime, and precision; as in `moe-asr run`.")  # fmt: skip
+              help="Of decode, audio and runtime, precision and seed; as in `moe-asr run`.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
@@ -160,7 +160,7 @@ def _rates(name: str, rates: Mapping[str, Any]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "_", text.rstrip("/").rpartition("/")[2]).strip("._") or "model"
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text.rstrip("/").rpartition("/")[2]).strip("._") or "model"
 
 
 @click.command()
@@ -236,7 +236,7 @@ def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[
         if not equals or not name or not found:
             raise UsageError(f"--group {text}: write it as NAME=RUN,RUN,RUN")
         if name in systems:
-            raise UsageError(f"{name} is named twice: give each run once, and each group a name of its own")
+            raise UsageError(f"{name} is named twice: --group NAME=RUN gives a run another name")
         systems[name] = found
     if not systems:
         raise UsageError("compare: name at least one run, folder of an evaluation, or --group")

@@ -47,7 +47,7 @@ def sweep(
 ) -> None:
     """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
 
-    Regimes: moe, regular, dense, dense-active, etiology, adalora, full, shared, loss, hard. Runs are called
+    Regimes: moe, branch, regular, dense, dense-active, etiology, adalora, full, shared, loss, hard. Runs are called
     NAME-REGIME-sSEED, where --run gives NAME; what is done already is skipped.
 
     \b

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float6
     """
     starts = _word_starts(codec, tokens, spaced=not unspaced(language))
     words = []
-    for first, last in zip(starts, [*starts[1:], len(tokens)], strict=True):
+    for first, last in pairwise([*starts, len(tokens)]):
         text = codec.decode(list(tokens[first:last]))
         if text:
             words.append(Word(text, float(times_U[first]), float(times_U[last])))

@@ -36,7 +36,7 @@ class Clustering:
         noise_N: which ones HDBSCAN called noise.
         probability_N: how firmly each belongs, in [0, 1]; 0 for noise.
         centroids_KD: mean embeddings, in the original space.
-        attempts: HDBSCAN's tries in turn, each {"min_cluster_size", "clusters"}.
+        attempts: HDBSCAN's tries in turn, each {"min_cluster_size", "clusters"}, and "leaves" where it took these.
         algorithm: the one whose result this is.
         merged_from: how many clusters there were before merging, None if none was merged.
         min_cluster_size: HDBSCAN's that was used.
@@ -224,6 +224,9 @@ def _decreasing(
 ) -> tuple[Ints, Floats, tuple[dict[str, int], ...], int]:
     """HDBSCAN with smaller and smaller clusters until there are enough of them; if never, the try that found most.
 
+    Groups that lie in a few large regions are found as these regions, whatever their size: then the leaves of the tree
+    are tried, from large to small.
+
     Returns:
         (labels_N, probability_N, attempts, min_cluster_size of the labels).
     """
@@ -238,6 +241,14 @@ def _decreasing(
         if found >= wanted:
             break
         size = max(10, size // 2) if size > 10 else size - 1
+    size = max(min_cluster_size, len(points_NP) // (4 * wanted))  # a quarter of a fair share
+    while attempts[-1]["clusters"] < wanted and size >= min_cluster_size:
+        labels_N, probability_N = flat_clusters(tree, size, leaves=True)
+        # Where most points are noise, leaves are the accidents of one group's density.
+        found = int(labels_N.max()) + 1 if (labels_N >= 0).mean() > 0.5 else 0
+        attempts.append({"min_cluster_size": size, "clusters": found, "leaves": 1})
+        results.append((labels_N, probability_N))
+        size = size * 3 // 4
     best = max(range(len(attempts)), key=lambda i: attempts[i]["clusters"])  # of equal ones the largest size
     return *results[best], tuple(attempts), attempts[best]["min_cluster_size"]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.breakdown import UNKNOWN, speakers_of
 from common.compare_page import render_comparison
+from common.config import DecodeConfig
 from common.errors import DataError, UsageError
 from common.files import new_folder
 from common.json_files import Row
@@ -229,8 +230,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
 
 
 def _plain_decoding(decoding: Row | None) -> Row | None:
-    """What decides texts; batches and the seed of draws do not."""
-    return None if decoding is None else {k: v for k, v in decoding.items() if k not in ("batch_size", "seed")}
+    """What decides texts, batches and the seed of draws apart; an older run lacks what was added since."""
+    if decoding is None:
+        return None
+    known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}
+    return DecodeConfig.model_validate(known).model_dump(mode="json", exclude={"batch_size"})
 
 
 def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

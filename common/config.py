@@ -215,6 +215,12 @@ class AsrConfig(SpeechTrainConfig):
         "utterance", description="speaker routes by the mean embedding of the speaker's utterances in the same split"
     )
     shared_expert: bool = Field(False, description="one more expert that every utterance uses")
+    common_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of all steps: the first ones train the experts as one, instead of each alone before the others",
+    )
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     entropy_weight: float = Field(0.0, ge=0, description="weight of the router's entropy (positive: sharper)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass, saving memory")

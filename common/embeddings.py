@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,18 @@ class EmbeddingTable:
     ids: tuple[str, ...]
     vectors_ND: npt.NDArray[np.float32]
 
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
+
     def rows(self, ids: Sequence[str]) -> npt.NDArray[np.float32]:
         """The embeddings of `ids`, in that order.
 
         Raises:
             DataError: one is not in the table.
         """
-        row_of = {name: row for row, name in enumerate(self.ids)}
         try:
-            return self.vectors_ND[[row_of[name] for name in ids]]
+            return self.vectors_ND[np.fromiter((self._row_of[name] for name in ids), np.int64, len(ids))]
         except KeyError as missing:
             raise DataError(f"utterance {missing} has no embedding: was the corpus changed after `extract`?") from None
 
@@ -88,4 +92,15 @@ def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
             raise DataError(f"embeddings in {folder}: {len(names)} ids for {len(vectors_ND)} rows")
         ids += names
         parts.append(vectors_ND)
-    return EmbeddingTable(tuple(ids), np.concatenate(parts) if parts else np.zeros((0, 0), np.float32))
+    return EmbeddingTable(tuple(ids), _joined(parts))
+
+
+def _joined(parts: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """All rows in memory; each part's mapping is let go once it is copied, so that nothing is there twice."""
+    whole_ND = np.empty((sum(map(len, parts)), parts[0].shape[1] if parts else 0), np.float32)
+    row = 0
+    while parts:
+        part = parts.pop(0)
+        whole_ND[row : row + len(part)] = part
+        row += len(part)
+    return whole_ND

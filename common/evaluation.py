@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from common import __version__
+from common.audio import read_audio
 from common.breakdown import Routing, breakdown, loops, references, score_of, scored_row, write_table
 from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import Batch, BatchLoader, epoch_batches, make_examples
@@ -25,10 +26,10 @@ from common.json_files import Row
 from common.limits import MAX_SECONDS
 from common.models import OpenedModel, embed_batch, hear
 from common.progress import progress
+from common.transcribe import join_words, transcribe_audio
 from common.wer import score
 
 RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
-SPLITS = ("test", "dev", "train", "all")
 
 
 def choose_utterances(
@@ -56,20 +57,27 @@ def decode_corpus(
     utterances: Sequence[Utterance],
     decoding: Decoding,
     *,
+    windows: bool = False,
     num_workers: int = 0,
     quiet: bool = True,
 ) -> list[Row]:
     """One row for each utterance (`breakdown.scored_row`), in their order.
 
+    Args:
+        windows: hear what lasts over 30 s in windows, as `moe-asr transcribe` does.
+
     Raises:
         DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
     """
-    examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
+    long = [u for u in utterances if windows and u.duration > MAX_SECONDS]
+    apart = {u.id for u in long}
+    short = [u for u in utterances if u.id not in apart]
+    examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
     batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
-    means = _speaker_embeddings(opened, utterances, loader(batches)) if _routes_by_speaker(opened) else None
+    means = _speaker_embeddings(opened, short, loader(batches)) if short and _routes_by_speaker(opened) else None
     heard: dict[str, tuple[str, Routing]] = {}
-    with closing(progress(len(examples), "evaluate", unit="utterances", hidden=quiet)) as bar:
+    with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         for batch in loader(batches):
             pooled_BD = None if means is None else torch.from_numpy(means.rows(batch.ids)).to(batch.audio_BS.device)
             found = hear(opened, batch, decoding, pooled_BD)
@@ -77,7 +85,18 @@ def decode_corpus(
             for name, one, chosen in zip(batch.ids, found.decoded, routing, strict=True):
                 heard[name] = one.text, chosen
             bar.update(len(batch))
+        for u in long:
+            heard[u.id] = _heard_in_windows(opened, corpus, u, decoding), ((), ())
+            bar.update()
     return [_row(u, *heard[u.id], opened.language) for u in utterances]
+
+
+def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
+    clip = corpus.clip(u)
+    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
+    samples = read_audio(source, offset=u.offset, duration=u.duration, name=name)
+    windows = transcribe_audio(opened, [samples], decoding)[0]
+    return join_words([word.text for window in windows for word in window.words], opened.language)
 
 
 def _routes_by_speaker(opened: OpenedModel) -> bool:
@@ -170,7 +189,7 @@ def evaluate(
     """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
 
     Args:
-        long_audio: `error`, or `drop` utterances over 30 s (their number is in the result).
+        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
         samples, seed: a stratified part of the split.
         overwrite: replace an evaluation that is there.
 
@@ -186,7 +205,10 @@ def evaluate(
         everything = len(corpus.utterances) if split == "all" else len(corpus.split(split))
         left_out = 0 if samples else everything - len(utterances)
         started = time.monotonic()
-        rows = decode_corpus(opened, corpus, utterances, decoding, num_workers=num_workers, quiet=quiet)
+        windows = long_audio == "windows"
+        rows = decode_corpus(
+            opened, corpus, utterances, decoding, windows=windows, num_workers=num_workers, quiet=quiet
+        )
         seconds = time.monotonic() - started
         result = describe_evaluation(
             opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)

@@ -31,7 +31,7 @@ def render_evaluation(result: Row, rows: Sequence[Row], corpus: Corpus, out: Pat
         out: the folder that the page will lie in; audio in files is pointed at from there, other audio is embedded
             as far as it is small.
     """
-    worst, looping = worst_section(rows, None), loops(rows)
+    worst, looping = worst_section(rows, None), [dict(row) for row in loops(rows)]
     listed = [*(worst["lines"] if isinstance(worst, dict) else ()), *looping]
     sources = audio_sources([str(row["id"]) for row in listed], corpus, out)
     for row in listed:
@@ -101,8 +101,7 @@ def _tables(result: Row) -> list[Row]:
             lines.sort(key=lambda line: (-line["wer"], line["name"]))
         shown = lines[:TABLE_ROWS]
         ends = [end for line in shown for end in (line["wer"], *(line["ci"] if line["speakers"] > 1 else ()))]
-        order = "by duration" if name == "duration" else "worst first"
-        caption = f"Error rates by {name}, {order}."
+        caption = f"Error rates by {name}{'' if name == 'duration' else ', worst first'}."
         tables.append(
             {"title": title, "lines": shown, "top": axis_end(ends), "caption": caption, "cut": len(lines) - len(shown)}
         )

@@ -130,8 +130,11 @@ def export_model(
         said |= {"routing": dict(routing)} | export_merged(opened, routing, dense)
         said["audio"] = {"context": opened.context, "margin": opened.margin}
         if target == "ctranslate2":
-            export_ctranslate2(dense, folder, quantization)
+            export_ctranslate2(dense, folder / "converted", quantization)
             shutil.rmtree(dense)
+            for path in (folder / "converted").iterdir():
+                path.replace(folder / path.name)
+            (folder / "converted").rmdir()
     (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     return said
 
@@ -182,6 +185,7 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
     """Turns a Hugging Face checkpoint into CTranslate2's format, by its own converter.
 
     Args:
+        folder: to make; the converter wants none to be there.
         quantization: `int8`, `float16` …, as CTranslate2 calls them; as the checkpoint when None.
 
     Raises:
@@ -194,7 +198,7 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
         raise UsageError("--to ctranslate2 needs the ctranslate2 package: pip install 'moe-asr[export]'") from None
     extra = [name for name in ("tokenizer.json", "preprocessor_config.json") if (merged / name).is_file()]
     try:
-        TransformersConverter(str(merged), copy_files=extra).convert(str(folder), quantization=quantization, force=True)
+        TransformersConverter(str(merged), copy_files=extra).convert(str(folder), quantization=quantization)
     except (ValueError, OSError) as error:
         raise DataError(f"ctranslate2 cannot convert {merged}: {' '.join(str(error).split())}") from None
 

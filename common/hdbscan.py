@@ -51,12 +51,13 @@ def spanning_tree(points_ND: Floats, min_samples: int) -> SpanningTree:
     return _shorten(points_ND, core_N, tree)
 
 
-def flat_clusters(tree: SpanningTree, min_cluster_size: int) -> tuple[Ints, Floats]:
+def flat_clusters(tree: SpanningTree, min_cluster_size: int, *, leaves: bool = False) -> tuple[Ints, Floats]:
     """The clusters of greatest excess of mass: those of most persistence, none inside another, never all points.
 
     Args:
         tree: from `spanning_tree`.
         min_cluster_size: a branch with fewer points (at least 2) is noise that falls out of its parent.
+        leaves: the branches that split no further instead: finer clusters, and more noise.
 
     Returns:
         (labels_N, probability_N): labels from 0, -1 for noise; probability is the share of its cluster's density that
@@ -67,7 +68,7 @@ def flat_clusters(tree: SpanningTree, min_cluster_size: int) -> tuple[Ints, Floa
         tree.weight_E, _half_the_smallest(tree.weight_E)
     )  # equal points are not endlessly dense
     branches = _condense(dendrogram, density_E.tolist(), min_cluster_size)
-    label_C = _select(branches)
+    label_C = _leaves(branches) if leaves else _select(branches)
     selected_N = np.asarray(label_C)[branches.branch_N]
     labels_N = _compact(selected_N)
     # The density at which a cluster lost its last point or split; what lies deeper belongs to it fully.
@@ -315,6 +316,12 @@ def _select(branches: _Branches) -> list[int]:
         above = chosen[branches.parent[branch]]
         chosen[branch] = above if above >= 0 else (branch if wins[branch] else -1)
     return chosen
+
+
+def _leaves(branches: _Branches) -> list[int]:
+    """For each branch itself where it has no children, else -1; the trunk is no cluster."""
+    inner = set(branches.parent)
+    return [-1 if branch == 0 or branch in inner else branch for branch in range(len(branches.parent))]
 
 
 def _compact(chosen_N: Ints) -> Ints:

@@ -47,6 +47,7 @@ class RoutingSlot:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.tied: Tensor | None = None  # true while the experts are trained as one (`start_as_one`)
 
 
 class MixtureLinear(nn.Module):
@@ -341,6 +342,43 @@ def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") ->
     if not found:
         raise ValueError(f"no linear layer of the model is named {', '.join(targets)}")
     return found
+
+
+def start_as_one(model: nn.Module) -> Tensor:
+    """Makes all experts of a mixture equal to the first, and keeps them so while the flag that is returned is true.
+
+    Each then gets the sum of all experts' gradients, so that together they learn as one adapter does, whatever the
+    routing; the optimiser's moments are equal too, so that nothing jumps when they part. A shared expert is left alone.
+
+    Returns:
+        The flag, a tensor on the CPU; the slot of the model's mixtures holds it too.
+
+    Raises:
+        ValueError: the model has no mixture.
+    """
+    layers = [layer for _, layer in mixture_layers(model)]
+    if not layers:
+        raise ValueError("the model has no experts that could start as one")
+    slot, experts = layers[0].slot, layers[0].num_experts
+    slot.tied = torch.tensor(True)
+
+    def summed(gradient: Tensor) -> Tensor | None:
+        if slot.tied is None or not slot.tied:
+            return None
+        sum_1 = gradient[:experts].sum(0, keepdim=True).expand(experts, -1, -1)
+        return torch.cat([sum_1, gradient[experts:]])
+
+    for layer in layers:
+        for stack in (layer.lora_A, layer.lora_B):
+            stack.data[:experts] = stack.data[:1]
+            stack.register_hook(summed)  # type: ignore[no-untyped-call]
+    return slot.tied
+
+
+def part_after(slot: RoutingSlot, share: float, step: int, total: int) -> None:
+    """Ends the common training of experts after a share of the steps (for `train.train`'s `after_step`)."""
+    assert slot.tied is not None
+    slot.tied.fill_(step < share * total)
 
 
 def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:

@@ -56,7 +56,7 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
     return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(record, model))
 
 
-def before_training(result: Result, language: str = "en") -> Result:
+def before_training(result: Result) -> Result:
     """What the base model heard of the same test set, as the run of `result` measured it.
 
     Raises:
@@ -64,8 +64,10 @@ def before_training(result: Result, language: str = "en") -> Result:
     """
     if not all("hypothesis_before" in row for row in result.rows):
         raise DataError(f"{result.name} does not hold what its base model heard: name a run, or evaluate the base")
+    facts = {key: result.facts.get(key) for key in ("decoding", "language")}
+    language = facts["language"] or "en"
     scores = {str(row["id"]): score_of(row, language, "hypothesis_before") for row in result.rows}
-    return Result(BASE, result.rows, scores, {"decoding": result.facts.get("decoding")})
+    return Result(BASE, result.rows, scores, facts)
 
 
 def _result(name: str, rows: list[Row], language: str, facts: Row) -> Result:

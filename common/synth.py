@@ -33,7 +33,7 @@ NOISE_DB = (-28.0, -18.0)  # loudness of the room against the voice's
 SEVERITIES = ("mild", "moderate", "severe")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 # Of the benchmark: parts of an etiology's speakers, and how long they speak, all of a split together, against train.
-_PARTS = (("test", 1 / 3, 1 / 6), ("dev", 1 / 6, 1 / 10), ("train", 1 / 2, 1.0))
+_PARTS = (("test", 1 / 3, 1 / 10), ("dev", 1 / 6, 1 / 10), ("train", 1 / 2, 1.0))
 _SHORTEST = 0.7  # seconds of a sentence: how many are drawn for a given time
 
 
@@ -111,7 +111,7 @@ def synthesize_bench(
 
     Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
     and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
-    sixth to dev, a third to test; all of dev speak a tenth of train's time, and all of test a sixth. A fifth of the
+    sixth to dev, a third to test; all of dev and all of test speak a tenth of train's time each. A fifth of the
     content words are never in train (`synth_sentences.held_out`), and no pair of neighbouring content words is in two
     splits.
 

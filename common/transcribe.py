@@ -18,7 +18,7 @@ from common.audio import SAMPLE_RATE, Samples
 from common.data import Batch, Example, collate
 from common.decode import Decoded, Decoding
 from common.features import context_positions
-from common.models import OpenedModel, hear
+from common.models import OpenedModel, embed_batch, hear
 from common.pauses import Stretch, Window, find_pauses, is_silent, loudness, plan_windows
 from common.whisper import IGNORED
 
@@ -95,8 +95,11 @@ def transcribe_audio(
             length = context_positions(len(part) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
             pieces.append(_Piece(number, window, length, part))
     found: list[list[HeardWindow]] = [[] for _ in audios]
-    for group in _batches(pieces, decoding.batch_size):
-        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding), strict=True):
+    groups = list(_batches(pieces, decoding.batch_size))
+    means = _recording_means(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
+    for group in groups:
+        pooled_BD = torch.stack([means[piece.audio] for piece in group]) if means else None
+        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding, pooled_BD), strict=True):
             found[piece.audio].append(heard)
             progress(piece.window.ends - piece.window.begins)
     return [sorted(windows, key=lambda one: one.window.start) for windows in found]
@@ -129,12 +132,28 @@ def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Bat
     return batch.to(opened.accelerator.device)
 
 
+def _recording_means(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, torch.Tensor]:
+    """The mean embedding of each recording's windows: a gate trained on means of speakers takes it for its speaker."""
+    found: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for group in groups:
+        pooled_BD = embed_batch(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
+        if pooled_BD is None:
+            return {}
+        for piece, pooled_D in zip(group, pooled_BD, strict=True):
+            found[piece.audio].append(pooled_D)
+    return {audio: torch.stack(own).mean(0) for audio, own in found.items()}
+
+
 @torch.inference_mode()
 def _hear_pieces(
-    opened: OpenedModel, pieces: Sequence[_Piece], pauses: Sequence[Sequence[Stretch]], decoding: Decoding
+    opened: OpenedModel,
+    pieces: Sequence[_Piece],
+    pauses: Sequence[Sequence[Stretch]],
+    decoding: Decoding,
+    pooled_BD: torch.Tensor | None,
 ) -> Iterator[HeardWindow]:
     batch = make_batch(opened, [(piece.samples, piece.positions) for piece in pieces])
-    heard = hear(opened, batch, decoding)
+    heard = hear(opened, batch, decoding, pooled_BD)
     texts = [[token for token in one.tokens if token < opened.codec.end] for one in heard.decoded]
     with opened.accelerator.autocast():
         times = align(opened.recogniser.whisper, heard.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)

@@ -11,6 +11,7 @@ import click
 
 from cli.main import cli, config_show
 from common.options import RUN_OPTIONS, SHARED_OPTIONS
+from recipes.text_to_sql.__main__ import cli as text_to_sql
 from reference.blocks import table
 from stages.__main__ import stages
 
@@ -33,6 +34,10 @@ STAGES_HEAD = """## One stage alone
 `python -m stages STAGE` runs the pieces of a stage that are not done. Its options are those of its section of the
 configuration, and all those of a configuration.
 """
+RECIPES_HEAD = """## The second recipe
+
+[Text to SQL](../text-to-sql.md) on the same training loop.
+"""
 
 
 def page() -> str:
@@ -44,6 +49,9 @@ def page() -> str:
     parts += [SHARED_HEAD, *_lines(_option_rows(config_show, ("moe-asr", "config", "show")))]
     parts.append("\n" + STAGES_HEAD)
     for path, command in _commands(stages, ("python", "-m", "stages")):
+        parts.append(_section(path, command, shared))
+    parts.append(RECIPES_HEAD)
+    for path, command in _commands(text_to_sql, ("python", "-m", "recipes.text_to_sql")):
         parts.append(_section(path, command, shared))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 

@@ -18,7 +18,8 @@ from typing import Any
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
 from common.stage import heed_signals
-from stages.extract import has_gate
+from stages.cluster import is_pretrained
+from stages.experts import pretrains_experts
 from stages.pipeline import Run, differences, read_record, run_one, run_pipeline
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class Regime:
 
 REGIMES: Mapping[str, Regime] = {
     "moe": Regime("gate and experts pre-trained on clusters, then trained jointly"),
+    "branch": Regime(
+        "gate pre-trained; the experts are trained as one for half of the steps, then apart", {"asr.common_share": 0.5}
+    ),
     "regular": Regime("the same mixture with random gate and experts", {"asr.pretrained": False}),
     "dense": Regime("one LoRA adapter for everybody, of as many weights as all experts", dense="trained"),
     "dense-active": Regime("one LoRA adapter, of as many weights as an utterance's experts", dense="active"),
@@ -100,7 +104,7 @@ def plan_sweep(
         found = {
             name: count_clusters(_with(common, dict(REGIMES[name].settings) | dict(settings.get(name, {}))))
             for name in regimes
-            if _is_pretrained(common, name)
+            if is_pretrained(_regime(common, name))
         }
         clusters = next(iter(found.values()), common.num_experts or 1)
         for name in regimes:
@@ -118,9 +122,10 @@ def regime_settings(base: Config, name: str, *, clusters: int, steps: int, pretr
         UsageError: too few steps.
     """
     regime = REGIMES[name]
-    each = int(steps * pretrain_share) // clusters if _is_pretrained(base, name) else 0
+    alone = pretrains_experts(_regime(base, name))
+    each = int(steps * pretrain_share) // clusters if alone else 0
     joint = steps - each * clusters
-    if joint < 1 or (each < 1 and _is_pretrained(base, name)):
+    if joint < 1 or (each < 1 and alone):
         raise UsageError(
             f"--max-steps {steps} with --pretrain-share {pretrain_share:g} leaves {each} steps for each of {clusters} "
             f"experts and {joint} for joint training of regime {name}: at least one of each is needed"
@@ -139,9 +144,9 @@ def regime_settings(base: Config, name: str, *, clusters: int, steps: int, pretr
     return found | dict(regime.settings)
 
 
-def _is_pretrained(base: Config, name: str) -> bool:
+def _regime(base: Config, name: str) -> Config:
     regime = REGIMES[name]
-    return base.asr.pretrained and not regime.dense and has_gate(_with(base, regime.settings)) and name != "regular"
+    return _with(base, ({"num_experts": 1} if regime.dense else {}) | dict(regime.settings))
 
 
 def _with(base: Config, settings: Mapping[str, Any]) -> Config:

@@ -24,6 +24,7 @@ from PIL import Image
 from argo.parameters import PARAMETERS
 from cli.main import cli
 from common.corpus import read_corpus
+from recipes.text_to_sql.__main__ import cli as text_to_sql
 from reference import screenshots
 from reference.tree import ROOT
 from stages.__main__ import stages
@@ -31,6 +32,7 @@ from tests.common.test_report import Page
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+MODULES = {"stages": stages, "recipes.text_to_sql": text_to_sql}
 ELSEWHERE = ("kubectl", "helm", "argo", "docker", "podman", "git", "vllm", "curl")  # not ours to parse
 
 # Pages whose `moe-asr` and `stages` lines are run, in this order, in one folder.
@@ -84,9 +86,9 @@ def parse(line):
     if words[0] == "moe-asr":
         command, rest = find_command(cli, words[1:])
         command.make_context("moe-asr", rest)
-    elif words[:3] == ["python", "-m", "stages"]:
-        command, rest = find_command(stages, words[3:])
-        command.make_context("stages", rest)
+    elif words[:2] == ["python", "-m"] and words[2] in MODULES:
+        command, rest = find_command(MODULES[words[2]], words[3:])
+        command.make_context(words[2], rest)
     elif words[0] == "make":
         assert {word for word in words[1:] if "=" not in word} <= TARGETS, line
     elif words[:2] == ["python", "-m"]:

@@ -24,7 +24,7 @@ from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import BatchLoader, Example
 from common.embeddings import EmbeddingTable, read_tables, speaker_means
 from common.evaluate import by_etiology, decode_set, prediction_rows, score_set, summarise
-from common.moe import Gate, add_mixture, mixture_layers, route, routing_report
+from common.moe import Gate, add_mixture, mixture_layers, part_after, route, routing_report, start_as_one
 from common.recogniser import Recogniser, RouterOptions
 from common.sources import model_digest
 from common.speech_training import (
@@ -119,7 +119,7 @@ def build(
         return Recogniser(whisper, remat=options.gradient_checkpointing, augmentation=augmentation(config))
     if options.adapt == "adalora":
         return _build_adalora(config, whisper)
-    count = len(experts) or (config.num_experts or 1)
+    count = len(experts) or (load_gate(gate[0]).num_experts if gate else config.num_experts or 1)
     slot = add_mixture(
         whisper,
         targets=config.lora.targets,
@@ -131,6 +131,8 @@ def build(
         within=lora_scope(config.lora.modules),
     )
     copy_experts(experts, whisper)
+    if options.common_share:
+        start_as_one(whisper)
     router = RouterOptions(options.mixture, options.top_k, options.balance_weight, options.entropy_weight)
     return Recogniser(
         whisper,
@@ -239,6 +241,10 @@ def _train(
         ranks = rank_plan(config)
         options = replace(options, select_from=1 - ranks.final)  # before, it is not the model that was wished for
         after_step = partial(adalora.allocate, recogniser, plan=ranks)
+    extra = adalora.importance_tensors(recogniser)
+    if recogniser.slot is not None and recogniser.slot.tied is not None:
+        after_step = partial(part_after, recogniser.slot, config.asr.common_share)
+        extra = {"tied": recogniser.slot.tied}
     return train(
         recogniser,
         accelerator=accelerator,
@@ -251,7 +257,7 @@ def _train(
         metrics=context.metrics,
         stopping=context.stopping,
         after_step=after_step,
-        extra=adalora.importance_tensors(recogniser),
+        extra=extra,
         label="asr",
     )
 

@@ -17,6 +17,11 @@ def count_clusters(config: Config, corpus: Corpus, manifests: Mapping[str, Manif
     return int(found.metrics["clusters"]) if found else None
 
 
+def pretrains_experts(config: Config) -> bool:
+    """Whether each expert is trained alone first; not where all of them start as one."""
+    return is_pretrained(config) and not config.asr.common_share
+
+
 CONTRACT = Contract(
     name="experts",
     summary="one LoRA adapter per cluster, each on its own utterances",
@@ -37,6 +42,6 @@ CONTRACT = Contract(
         "experts",
     ),
     fan_out=count_clusters,
-    active=is_pretrained,
+    active=pretrains_experts,
     gpus=1,
 )

@@ -6,9 +6,11 @@ import shutil
 from dataclasses import replace
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from cli.main import cli
+from common.audio import read_audio, write_wav
 from common.breakdown import read_table
 from common.corpus import read_corpus, write_index
 from common.errors import ConfigError, DataError, UsageError
@@ -129,6 +131,21 @@ def test_long_utterances_are_refused_or_dropped_and_counted(micro_model, tones, 
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (found["left_out"], found["overall"]["utterances"]) == (1, 3)
     assert "1 utterances left out" in Page((tmp_path / "out" / "report.html").read_text()).words
+
+
+def test_long_utterances_are_heard_in_windows_where_that_is_wanted(micro_model, tones, tmp_path):
+    test = read_corpus(tones).split("test")[:3]
+    joined = np.concatenate([read_audio(tones / u.audio_filepath) for u in test] * 40)
+    write_wav(tmp_path / "corpus" / "long.wav", joined[: 34 * 16_000], 16_000)
+    for u in test[1:]:
+        shutil.copy(tones / u.audio_filepath, tmp_path / "corpus" / f"{u.id}.wav")
+    short = [replace(u, audio_filepath=f"{u.id}.wav") for u in test[1:]]
+    write_index(tmp_path / "corpus", [replace(test[0], audio_filepath="long.wav", duration=34.0), *short])
+    out = tmp_path / "out"
+    call("evaluate", micro_model, tmp_path / "corpus", "--long-audio", "windows", "--out", out, *QUICK)
+    rows = {row["id"]: row for row in read_table(out / "utterances.csv")}
+    assert len(rows) == 3 and rows[test[0].id]["hypothesis"]
+    assert json.loads((out / "evaluation.json").read_text())["left_out"] == 0
 
 
 def test_nothing_is_overwritten_unasked_and_nothing_half_written(micro_model, tones, base, tmp_path):

@@ -112,7 +112,22 @@ def test_a_training_keeps_the_ranks_that_peft_keeps_and_its_values():
         seen.append(sum(int((layer.value_R != 0).sum()) for _, layer in svd_layers(ours)))
     assert seen[0] == 2 * RANK and seen[-1] == 2 * TARGET
     assert seen == sorted(seen, reverse=True)
-    assert {int(layer.kept_R.sum()) for _, layer in svd_layers(ours)} != {TARGET}  # ranks have moved between layers
+
+
+def test_ranks_go_to_the_layer_that_matters():
+    class Half(Tiny):
+        def forward(self, x):
+            return SimpleNamespace(loss=(self.first(x).square() + 0 * self.first(self.second(self.first(x)))).mean())
+
+    model = Half()
+    add_adalora(model, targets=("first", "second"), rank=RANK, scaling=2.0).routing = ROUTING
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for step in range(1, TOTAL + 1):
+        model(inputs(step)).loss.backward()
+        optimizer.step()
+        allocate(model, step, TOTAL, PLAN)
+        optimizer.zero_grad()
+    assert {name: int(layer.kept_R.sum()) for name, layer in svd_layers(model)} == {"first": 2 * TARGET, "second": 0}
 
 
 def test_p_and_q_start_orthonormal_and_the_model_as_its_base():

@@ -100,3 +100,10 @@ def test_words_keep_their_punctuation_and_whole_characters(micro_model, text, la
     assert [word.text for word in words] == expected
     assert words[-1].end == len(tokens) / 50
     assert all(one.end == following.start for one, following in itertools.pairwise(words))
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n  "])
+def test_a_text_without_a_word_has_none(micro_model, text):
+    codec = load_codec(micro_model)
+    tokens = codec.encode(text)
+    assert words_of(codec, tokens, np.arange(len(tokens) + 1) / 50, "en") == []

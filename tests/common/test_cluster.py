@@ -78,6 +78,21 @@ def test_one_group_is_no_clustering():
 # ---- clusters ----
 
 
+def test_groups_within_two_regions_are_found_as_leaves():
+    """Two regions far apart with three groups each: HDBSCAN by persistence sees the regions alone."""
+    rng = np.random.default_rng(0)
+    truth_N = rng.permutation(np.repeat(np.arange(6), 80))
+    centre_GD = np.zeros((6, 12))
+    centre_GD[:, 0] = np.where(np.arange(6) < 3, -60.0, 60.0)
+    centre_GD[np.arange(6), 1 + np.arange(6)] = 7.0
+    points_ND = (centre_GD[truth_N] + rng.normal(size=(480, 12))).astype(np.float32)
+    found = cluster(points_ND, num_clusters=6, **OPTIONS)
+    assert {attempt["clusters"] for attempt in found.attempts if "leaves" not in attempt} == {2}
+    assert found.attempts[-1]["leaves"] == 1
+    assert adjusted_rand_score(truth_N, found.labels_N) > 0.95
+    assert len(cluster(points_ND, num_clusters=2, **OPTIONS).centroids_KD) == 2
+
+
 @pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
 def test_clear_groups_are_found_whole(algorithm):
     points_ND, truth_N = blobs(4, 50)
@@ -113,7 +128,7 @@ def test_smaller_cluster_sizes_are_tried_until_there_are_enough():
 def test_too_few_clusters_are_accepted_only_when_allowed():
     points_ND, _ = blobs(3, 40)
     found = cluster(points_ND, num_clusters=8, **OPTIONS)
-    assert [attempt["min_cluster_size"] for attempt in found.attempts] == [5, 4, 3, 2]
+    assert [a["min_cluster_size"] for a in found.attempts if "leaves" not in a] == [5, 4, 3, 2]
     assert len(found.centroids_KD) == found.labels_N.max() + 1 == max(a["clusters"] for a in found.attempts) < 8
     with pytest.raises(
         DataError, match=r"found \d clusters in 120 utterances where --num-experts wants 8.*no-reduce-experts"

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from common.decode import Decoding, decode_hidden, greedy
 from common.errors import DataError
 from common.moe import Routing, add_mixture
-from common.token_rules import timestamp_scores
+from common.token_rules import make_rules, timestamp_scores
 from common.whisper import IGNORED, load_codec, load_whisper
 
 DECODING = Decoding(batch_size=8, max_new_tokens=24)
@@ -154,3 +155,21 @@ def test_labels_and_decoding_start_from_one_prompt(codec):
     assert inputs.count(codec.prompt[0]) == 1
     assert codec.prompt[0] not in carried
     assert carried == [*inputs[len(codec.prompt) :], codec.end]
+
+
+def test_language_and_task_are_in_the_one_prompt_of_training_and_decoding(micro_model, tmp_path):
+    tokenizer = Tokenizer.from_file(str(micro_model / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|de|>", "<|transcribe|>", "<|0.00|>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text('{"is_multilingual": true}')
+    german = load_codec(tmp_path, language="de")
+    names = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert [tokenizer.id_to_token(token) for token in german.prompt] == names
+    inputs, labels = german.pair("moon")
+    assert tuple(inputs[:4]) == german.prompt
+    assert labels[:3] == [IGNORED] * 3
+    rules = make_rules(german, 262, torch.device("cpu"), timestamps=True)
+    assert rules.prompt == german.prompt[:-1]
+    assert make_rules(german, 262, torch.device("cpu"), timestamps=False).prompt == german.prompt
+    with pytest.raises(DataError, match=r"<\|fr\|>"):
+        load_codec(tmp_path, language="fr")

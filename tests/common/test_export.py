@@ -276,9 +276,9 @@ def speech(tmp_path_factory):
     from common.synth import synthesize
 
     folder = tmp_path_factory.mktemp("speech")
-    synthesize(folder, speakers_per_etiology=4, utterances_per_speaker=1, seed=2, etiologies=["typical"])
+    synthesize(folder, speakers_per_etiology=3, utterances_per_speaker=1, seed=2, etiologies=["typical"])
     mels = []
-    for path in sorted((folder / "audio").rglob("*.wav")):
+    for path in sorted(folder.rglob("*.flac")):
         wave, rate = soundfile.read(path, dtype="float32")
         assert rate == 16_000
         padded = torch.zeros(1, 480_000)
@@ -296,27 +296,12 @@ def test_ctranslate2_hears_what_the_mixture_hears(tiny_en, speech, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json", "export.json", "model.bin", "preprocessor_config.json", "tokenizer.json", "vocabulary.json",
     ]  # fmt: skip
-    ours, base = opened(bundle, tmp_path), opened(tiny_en, tmp_path)
+    ours = opened(bundle, tmp_path)
     theirs = ctranslate2.models.Whisper(str(out), compute_type="float32", intra_threads=1)
-    heard, changed = [], 0
+    prompt, whisper = [list(ours.codec.prompt)], ours.recogniser.whisper
     for mel_1MF in speech:
-        found = theirs.generate(
-            ctranslate2.StorageView.from_array(mel_1MF.numpy()), [list(ours.codec.prompt)], beam_size=1
-        )
-        heard.append(ours.codec.decode(found[0].sequences_ids[0]))
+        found = theirs.generate(ctranslate2.StorageView.from_array(mel_1MF.numpy()), prompt, beam_size=1)
         ours.recogniser.slot.routing = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]))
-        expected, plain = (
-            model.codec.decode(
-                greedy(
-                    model.recogniser.whisper,
-                    encode(model.recogniser.whisper, mel_1MF),
-                    model.codec,
-                    max_new_tokens=80,
-                    slot=model.recogniser.slot,
-                )[0]
-            )
-            for model in (ours, base)
-        )
-        assert heard[-1] == expected
-        changed += expected != plain
-    assert all(heard)
+        hidden = encode(whisper, mel_1MF)
+        expected = greedy(whisper, hidden, ours.codec, max_new_tokens=80, slot=ours.recogniser.slot)[0]
+        assert found[0].sequences_ids[0] == expected and len(expected) > 3

@@ -34,7 +34,7 @@ def prim(length_NN: np.ndarray) -> np.ndarray:
     return np.sort(lengths)
 
 
-def reference(points_ND: np.ndarray, min_cluster_size: int, min_samples: int):
+def reference(points_ND: np.ndarray, min_cluster_size: int, min_samples: int, selection: str = "eom"):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the reference, on import and from scikit-learn under it
         import hdbscan
@@ -45,6 +45,7 @@ def reference(points_ND: np.ndarray, min_cluster_size: int, min_samples: int):
             approx_min_span_tree=False,
             algorithm="prims_kdtree",
             core_dist_n_jobs=1,
+            cluster_selection_method=selection,
         ).fit(points_ND)
 
 
@@ -88,6 +89,16 @@ def test_labels_and_probabilities_equal_those_of_the_hdbscan_package(N, min_clus
     assert expected.labels_.max() > 0
     assert adjusted_rand_score(expected.labels_, labels_N) >= 0.99
     assert np.mean((labels_N < 0) == (expected.labels_ < 0)) >= 0.99
+    assert np.mean(np.abs(probability_N - expected.probabilities_) < 1e-6) >= 0.98
+
+
+@pytest.mark.parametrize("min_cluster_size", [5, 30])
+def test_leaves_equal_those_of_the_hdbscan_package(min_cluster_size):
+    points_ND = speech_like(1500, seed=4)
+    labels_N, probability_N = flat_clusters(spanning_tree(points_ND, 5), min_cluster_size, leaves=True)
+    expected = reference(points_ND, min_cluster_size, 5, "leaf")
+    assert expected.labels_.max() > 1
+    assert adjusted_rand_score(expected.labels_, labels_N) >= 0.99
     assert np.mean(np.abs(probability_N - expected.probabilities_) < 1e-6) >= 0.98
 
 

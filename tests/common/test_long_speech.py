@@ -3,7 +3,7 @@
 The recordings are utterances of espeak-ng's voices one after the other, so that the truth is known from construction.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -146,3 +146,18 @@ def test_a_short_recording_is_one_window_with_the_text_of_evaluation(opened, spo
         length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
         expected = transcribe_opened(opened, make_batch(opened, [(samples, length)]), DECODING)
         assert [window.decoded.text for window in windows] == expected
+
+
+def test_timestamp_tokens_come_in_pairs_around_the_same_text(opened, spoken):
+    samples = [samples for samples, _ in next(iter(spoken.values()))[:3]]
+    plain = transcribe_audio(opened, samples, DECODING)
+    timed = transcribe_audio(opened, samples, replace(DECODING, timestamps=True))
+    zero = opened.codec.zero
+    for (before,), (after,) in zip(plain, timed, strict=True):
+        times = [token for token in after.decoded.tokens if token >= zero]
+        assert after.decoded.tokens[0] == times[0] <= zero + 50
+        assert times == sorted(times)
+        assert len(times) % 2 == 0
+        assert not any(token >= zero for token in before.decoded.tokens)
+        expected, heard = (normalise(one.decoded.text).split() for one in (before, after))
+        assert Levenshtein.normalized_distance(expected, heard) < 0.4

@@ -92,6 +92,18 @@ def test_audio_without_a_table_is_routed_as_its_embedding_is(trained, tones, tmp
     assert torch.allclose(torch.tensor(weights), expected.topk_weights_BK, atol=1e-3)
 
 
+def test_a_model_that_routes_by_speaker_gives_all_of_a_speakers_utterances_one_routing(trained, tones, tmp_path):
+    model = opened("micro", tmp_path, trained[0])
+    corpus = read_corpus(tones)
+    utterances = choose_utterances(corpus, "test", samples=6)
+    alone = decode_corpus(model, corpus, utterances, DECODING)
+    by_speaker = replace(model, info=replace(model.info, route_by="speaker"))
+    together = decode_corpus(by_speaker, corpus, utterances, DECODING)
+    weights = {row["speaker"]: (row["experts"], row["weights"]) for row in together}
+    assert all((row["experts"], row["weights"]) == weights[row["speaker"]] for row in together)
+    assert len({str(row["weights"]) for row in alone}) > len({str(row["weights"]) for row in together}) == len(weights)
+
+
 def test_texts_do_not_depend_on_the_batch_they_are_in(trained, tones, tmp_path):
     model = opened("micro", tmp_path, trained[0])
     batch = some(model, tones)

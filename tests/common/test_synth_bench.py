@@ -85,7 +85,7 @@ def test_a_fifth_of_the_words_is_never_in_train():
 
 
 def test_at_the_committed_size_a_third_of_the_words_of_test_is_new():
-    train, test = words(sentences("train", 650)), words(sentences("test", 170))
+    train, test = words(sentences("train", 950)), words(sentences("test", 120))
     assert len(test - train) / len(test) > 1 / 3
 
 
@@ -130,7 +130,7 @@ def test_phonemes_said_as_they_are_sound_like_the_text_and_replaced_ones_do_not(
     text = "The cat took the coat."
     plain, same = speak(text, **VOICE), speak(text, **VOICE, replace=lambda spoken: spoken)
     other = speak(text, **VOICE, replace=lambda spoken: replace_sounds(spoken, cycle("k", "s"), random.Random(0), 1.0))
-    assert len(same) == pytest.approx(len(plain), rel=0.05)
+    assert len(same) == pytest.approx(len(plain), rel=0.15)
     assert len(other) != len(same)
 
 

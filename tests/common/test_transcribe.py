@@ -1,4 +1,4 @@
-"""Transcription with experts: every window by its own, short files as evaluation hears them, formats as others read them."""
+"""Transcription with experts: every window by its own, short files as evaluation hears them; formats."""
 
 import json
 from dataclasses import replace
@@ -11,6 +11,7 @@ from common.alignment import Word
 from common.audio import read_audio
 from common.bundle import BundleInfo, save_recogniser
 from common.corpus import read_corpus
+from common.data import BatchLoader, make_examples
 from common.decode import Decoding
 from common.evaluation import decode_corpus
 from common.features import context_positions
@@ -20,13 +21,13 @@ from common.pauses import Stretch
 from common.recogniser import Recogniser
 from common.subtitles import FORMATS, clock
 from common.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio
-from common.whisper import load_whisper
+from common.whisper import load_codec, load_whisper
 
 DECODING = Decoding(batch_size=3, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def trained(micro_model, tmp_path_factory):
+def trained(micro_model, tones, tmp_path_factory):
     """Three experts and a gate with random weights, as the asr stage leaves them."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
@@ -39,6 +40,12 @@ def trained(micro_model, tmp_path_factory):
     gate = Gate(32, 16, 3, 0.0)
     for parameter in gate.parameters():
         torch.nn.init.normal_(parameter)
+    corpus, codec = read_corpus(tones), load_codec(micro_model)
+    examples = make_examples(corpus, corpus.split("test"), codec, context="30s", margin=64)
+    loader = BatchLoader(examples, num_workers=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        batch = next(loader([list(range(len(examples)))]))
+        gate.fit_scale(Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")[0])
     info = BundleInfo(
         base=str(micro_model),
         base_digest="",
@@ -76,7 +83,7 @@ def test_short_files_get_the_text_and_the_experts_of_evaluation(opened, tones):
         assert window.decoded.text == rows[u.id]["hypothesis"]
         assert list(window.experts) == rows[u.id]["experts"]
         assert list(window.weights) == pytest.approx(rows[u.id]["weights"], abs=1e-3)
-    assert len({window.experts for (window,) in found}) > 1, "the gate tells the tones apart"
+    assert len({window.weights for (window,) in found}) > 1, "the gate tells the tones apart"
     assert len({window.decoded.text for (window,) in found}) > 1
 
 
@@ -93,6 +100,19 @@ def test_each_window_of_a_long_file_is_heard_as_if_alone(opened, tones):
         assert alone[0].decoded.text == one.decoded.text
         assert alone[0].experts == one.experts
         assert all(one.window.start <= word.start <= word.end <= one.window.end for word in one.words)
+
+
+def test_a_gate_of_speakers_takes_a_recording_for_one_speaker(opened, tones):
+    by_speaker = replace(opened, info=replace(opened.info, route_by="speaker"))
+    corpus = read_corpus(tones)
+    pause = np.zeros(16_000, np.float32)
+    low, high = ([u for u in corpus.utterances if u.etiology == name][:10] for name in ("low", "high"))
+    mixed = np.concatenate([part for u in low + high for part in (read_audio(corpus.path(u)), pause)])
+    (windows,) = transcribe_audio(by_speaker, [mixed], DECODING)
+    assert len(windows) > 1
+    assert len({(window.experts, window.weights) for window in windows}) == 1
+    (alone,) = transcribe_audio(opened, [mixed], DECODING)
+    assert len({(window.experts, window.weights) for window in alone}) > 1
 
 
 def test_silence_has_no_text(opened):
@@ -145,8 +165,9 @@ def test_formats():
 def test_segments_end_at_pauses_sentences_and_windows(opened, tones):
     corpus = read_corpus(tones)
     (windows,) = transcribe_audio(opened, [read_audio(corpus.path(corpus.utterances[0]))], DECODING)
-    words = tuple(Word(text, n * 0.5 + (3 if n > 5 else 0), n * 0.5 + 0.4 + (3 if n > 5 else 0))
-                  for n, text in enumerate(["one", "two.", "three", "four", "five", "six", "seven", "eight"]))  # fmt: skip
+    starts = [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 6.0, 6.5]
+    texts = ["one", "two.", "three", "four", "five", "six", "seven", "eight"]
+    words = tuple(Word(text, start, start + 0.4) for text, start in zip(texts, starts, strict=True))
     heard = [replace(windows[0], words=words), replace(windows[0], words=(Word("end", 9.0, 9.5),))]
     segments = segments_of(heard, "en")
     assert [s.text for s in segments] == ["one two.", "three four five six", "seven eight", "end"]

@@ -14,7 +14,7 @@ from stages.sweep import finished_summary, plan_sweep, regime_settings, run_swee
 from tests.stages.test_pipeline import micro_config
 
 STEPS = 9
-NAMES = ("moe", "regular", "dense")
+NAMES = ("moe", "branch", "regular", "dense")
 
 
 def manifests(store, run):
@@ -34,7 +34,7 @@ def swept(tmp_path_factory, micro_model, tones):
     """A finished sweep: (store, base configuration, runs, summaries)."""
     store = tmp_path_factory.mktemp("sweep") / "store"
     config = micro_config(store, micro_model, tones, run="s")
-    runs = plan_sweep(config, ["moe", "regular", "dense"], seeds=[1], steps=STEPS)
+    runs = plan_sweep(config, NAMES, seeds=[1], steps=STEPS)
     return store, config, runs, run_sweep(runs)
 
 
@@ -43,13 +43,14 @@ def test_every_regime_makes_the_same_number_of_steps_in_all(swept):
     assert {run.name: steps_of(store, run.name) for run in runs} == {f"s-{r}-s1": STEPS for r in NAMES}
     pretrained = [stage for stage, _ in manifests(store, "s-moe-s1")]
     assert pretrained.count("experts") == 2
+    assert {stage for stage, _ in manifests(store, "s-branch-s1")} == {"extract", "cluster", "gating", "asr"}
     assert not {"cluster", "gating", "experts"} & {stage for stage, _ in manifests(store, "s-regular-s1")}
 
 
 def test_regimes_share_what_does_not_depend_on_them(swept):
     store, _, _, _ = swept
     assert len(list((store / "artifacts" / "extract").iterdir())) == 1
-    assert len(list((store / "artifacts" / "asr").iterdir())) == 3
+    assert len(list((store / "artifacts" / "asr").iterdir())) == len(NAMES)
 
 
 def test_a_dense_adapter_has_as_many_weights_as_all_experts(swept):
@@ -85,9 +86,9 @@ def test_a_run_that_did_not_end_is_run_again(swept):
     record = store / "s-dense-s1" / "run.json"
     kept = record.read_text()
     record.write_text(kept.replace('"status": "done"', '"status": "stopped"'))
-    assert finished_summary(runs[2]) is None
-    (again,) = run_sweep(runs[2:])
-    assert again["wer_after"] == summaries[2]["wer_after"]
+    assert finished_summary(runs[-1]) is None
+    (again,) = run_sweep(runs[-1:])
+    assert again["wer_after"] == summaries[-1]["wer_after"]
     assert json.loads(record.read_text())["status"] == "done"
 
 
