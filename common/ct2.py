@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from common.ct2_file import Array, Ct2Model, read_model
 from common.errors import DataError, StoreError, UsageError
+from common.files import let_others_read
 
 SAMPLE_RATE = 16_000  # Hz
 HOP_LENGTH = 160  # samples between mel frames
@@ -281,7 +282,7 @@ def _write_folder(out: Path, tensors: dict[str, Array], files: dict[str, Json], 
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
         (folder / "merges.txt").write_text(merges, "utf-8")
-        folder.chmod(0o755)  # mkdtemp makes folders that only the owner can read
+        let_others_read(folder)
         folder.replace(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,9 @@ from common.errors import DataError, MoeAsrError, RetryableError, StoreError, Us
 
 TEMPORARY = ".tmp-"  # how names of unfinished files start; no listing shows them
 
+UMASK = os.umask(0o022)  # can only be read by setting it
+os.umask(UMASK)
+
 _moments = itertools.count(1)
 
 
@@ -90,6 +93,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
         temporary.mkdir()
     try:
         yield temporary
+        let_others_read(temporary)
         if taken:
             old = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
             path.replace(old)
@@ -99,6 +103,17 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Gives a folder and all below it the rights to read that the umask leaves.
+
+    safetensors and `tempfile` make what only its owner can read, and a store on a shared disk has many readers: the
+    other people of a group, containers with a user of their own.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444) & ~UMASK)
 
 
 def link(temporary: Path, path: Path) -> None:

@@ -18,7 +18,18 @@ from urllib.parse import urlsplit
 
 from common.errors import ConfigError, DataError
 from common.files import NotFound as NotFound
-from common.files import explained, is_temporary, link, moment, new_file, prune, sync, sync_tree, write_lasting
+from common.files import (
+    explained,
+    is_temporary,
+    let_others_read,
+    link,
+    moment,
+    new_file,
+    prune,
+    sync,
+    sync_tree,
+    write_lasting,
+)
 
 PARALLEL = 8  # files that are copied at once
 TRIES = 5  # how often a folder may be removed by another process while we write into it
@@ -244,6 +255,7 @@ class LocalStore:
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         if self.local_path(prefix).resolve() == folder.resolve():
             with explained(folder):
+                let_others_read(folder)
                 sync_tree(folder)
                 moment()
             return

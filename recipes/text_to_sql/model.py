@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from common.errors import DataError
+from common.files import let_others_read
 from recipes.text_to_sql.data import IGNORED, Batch
 
 SPECIALS = ("<pad>", "</s>", "<unk>")  # in T5's order
@@ -110,3 +111,4 @@ def save(model: TextToSql, tokenizer: Any, folder: Path) -> None:
     """Writes a folder that `pretrained` and Hugging Face load."""
     model.t5.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    let_others_read(folder)

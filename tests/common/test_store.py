@@ -14,7 +14,7 @@ import pytest
 
 from common.doctor import check_store
 from common.errors import ConfigError, DataError, MoeAsrError, RetryableError, StoreError
-from common.files import NotFound
+from common.files import UMASK, NotFound
 from common.s3 import S3Store
 from common.store import Entry, LocalStore, open_store
 from tests.servers import ACCESS, SECRET, free_port
@@ -233,6 +233,15 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
     store.write("a", b"")
     with pytest.raises(StoreError, match="a is a file where a folder is needed"):
         store.write("a/b", b"")
+
+
+def test_a_folder_in_its_place_is_as_readable_as_the_umask_allows(tmp_path):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True, mode=0o700)
+    (folder / "model.safetensors").touch(mode=0o600)  # as safetensors makes them
+    open_store(tmp_path).put_folder(tmp_path / "a", "a")
+    for path, rights in ((folder, 0o555), (folder / "model.safetensors", 0o444)):
+        assert path.stat().st_mode & rights == rights & ~UMASK
 
 
 def test_a_folder_without_rights_is_named(tmp_path):
