@@ -6,10 +6,10 @@ SOURCES := common stages argo cli dashboards monitor reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev lint format test coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
+.PHONY: help install dev ci lint format test ci coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/[$$][$$]/, "$$", $$2); printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## virtual environment with the locked dependencies
 
@@ -48,9 +48,12 @@ format: dev ## rewrite the sources as ruff formats them
 test: dev ## all tests that need no cluster and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
-coverage: dev ## the same, and the share of lines that they run, by package
+coverage: dev ## the tests, and the share of lines that they run, by package
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=json:build/coverage.json
 	$(BIN)/python -m reference.coverage build/coverage.json
+
+ci: ## all that decides whether a change lands
+	.ci/run
 
 quickstart: install models/whisper-tiny.en/config.json data/demo/index.jsonl ## corpus, weights and all five stages on this machine
 	$(BIN)/moe-asr run --mode demo --gpu auto

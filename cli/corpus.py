@@ -77,7 +77,7 @@ def synth(
 
 def opened(path: str, endpoint_url: str | None) -> Corpus:
     """A corpus in a folder or a store, with the cache of `moe-asr run`."""
-    from common.config import RuntimeConfig
+    from common.sections import RuntimeConfig
     from common.sources import open_corpus
     from stages.pipeline import cache_folder
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from cli.runs import run_record
 from cli.table import text_table
 from common.config import Config
 from common.errors import UsageError
 from common.options import config_from, config_options
+from common.runs import run_record
 from common.store import open_store
 
 # What the original system's authors expected for 683 h with Whisper large-v2.

@@ -107,7 +107,7 @@ def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:
     systems: dict[str, list[Any]] = {}
     for run in runs:
         systems.setdefault(run.regime, []).append(read_result(run.name, store=store, cache=cache))
-    base = before_training(systems[runs[0].regime][0], first.model.language)
+    base = before_training(systems[runs[0].regime][0])
     made = compare({"base": [base], **systems}, reference=runs[0].regime)
     lines = [text_table(*table_rows(made)), "", f"{made['utterances']} utterances of {made['speakers']} speakers"]
     lines += [f"note: {note}" for note in made["notes"]]

@@ -34,6 +34,9 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 @click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
 @click.option("--task", type=click.Choice(["transcribe", "translate"]), default="transcribe", show_default=True)
 @click.option("--num-beams", type=click.IntRange(1, 64), help="Hypotheses of beam search; 1 is greedy.")
+@click.option(
+    "--window", type=click.FloatRange(5, 30), help="Seconds heard at once; by default as long as what was trained on."
+)
 @click.option("--fall-back", is_flag=True, help="Decode loops and guesses again at higher temperatures.")
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="As in `moe-asr evaluate`.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
@@ -50,6 +53,7 @@ def transcribe(
     language: str,
     task: str,
     num_beams: int | None,
+    window: float | None,
     fall_back: bool,
     settings: Sequence[str],
     device: str,
@@ -94,7 +98,8 @@ def transcribe(
     failed: list[Path] = []
     bar = progress(round(total_seconds(files), 1), "transcribe", unit="s", hidden=quiet)
     for group in groups(files, failed.append):
-        heard = transcribe_audio(opened, [samples for _, samples in group], decoding_options(config), bar.update)
+        audios = [samples for _, samples in group]
+        heard = transcribe_audio(opened, audios, decoding_options(config), bar.update, longest=window)
         for (file, samples), windows in zip(group, heard, strict=True):
             write(opened, file, len(samples), windows, kinds, out, titled=len(files) > 1)
     bar.close()
@@ -119,7 +124,7 @@ def check_outputs(files: Sequence[Path], kinds: Sequence[str], out: Path | None,
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise UsageError(f"{there[0]}{more} already there: --overwrite replaces, another --out keeps them")
+        raise UsageError(f"{there[0]}{more}: already there; --overwrite replaces, another --out keeps them")
 
 
 def total_seconds(files: Sequence[Path]) -> float:

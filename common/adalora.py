@@ -2,8 +2,9 @@
 
 Zhang et al. 2023 (arXiv:2303.10512). PEFT has it too, but keeps importances and masks outside of any state that could
 be saved, so that a training could not go on where it was interrupted. What differs from PEFT here: P and Q start
-orthonormal, where the penalty would bring them, and the singular values have a learning rate of their own; with one
-rate for all, they hardly leave zero in the steps that the other regimes need.
+orthonormal, where the penalty would bring them, and the singular values have a higher learning rate. AdamW moves each
+number by about its rate per step: a column of LoRA's B by √O times that, but a single value by no more, so that with
+one rate for all the values would hardly leave zero in the steps that the other regimes need.
 
 When the training is over, `to_lora` leaves plain LoRA adapters: for files, evaluation and export there is no AdaLoRA.
 

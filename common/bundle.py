@@ -33,6 +33,7 @@ class BundleInfo:
         layer, pooling: which embedding the gate was trained on.
         context, margin: audio context of training, to be used in transcription too.
         route_by: whether the gate saw an utterance's own embedding, or its speaker's mean.
+        seconds: what 19 of 20 training utterances do not exceed; None in what older versions wrote.
     """
 
     base: str
@@ -53,6 +54,7 @@ class BundleInfo:
     targets: tuple[str, ...]
     within: str
     route_by: Literal["utterance", "speaker"] = "utterance"
+    seconds: float | None = None
 
 
 def save_gate(gate: Gate, folder: Path) -> None:

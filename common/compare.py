@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.breakdown import UNKNOWN, speakers_of
 from common.compare_page import render_comparison
-from common.config import DecodeConfig
 from common.errors import DataError, UsageError
 from common.files import new_folder
 from common.json_files import Row
@@ -23,6 +23,7 @@ from common.page import clock, interval, number, percent, points
 from common.results import Result as Result
 from common.results import before_training as before_training
 from common.results import read_result as read_result
+from common.sections import DecodeConfig
 from common.wer import Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
 
 RESULT, PAGE = "comparison.json", "compare.html"
@@ -69,13 +70,6 @@ def compare(
     systems = {name: [_restricted(one, shared) for one in results] for name, results in systems.items()}
     rows = next(iter(systems.values()))[0].rows
     speakers = speakers_of(rows)
-    described = {name: _facts(results) for name, results in systems.items()}
-    for name, rates in _rates(systems, speakers, reference, resamples, seed).items():
-        described[name] |= rates | {"by_etiology": {}}
-    for group, ids in _etiologies(rows).items():
-        part = {name: [_restricted(one, ids) for one in results] for name, results in systems.items()}
-        for name, rates in _rates(part, speakers, reference, resamples, seed).items():
-            described[name]["by_etiology"][group] = rates
     return {
         "schema": 1,
         "reference": reference,
@@ -86,8 +80,22 @@ def compare(
         "named_speakers": any(row.get("speaker") for row in rows),
         "left_out": left_out,
         "notes": _notes(everything),
-        "systems": [{"name": name} | one for name, one in described.items()],
+        "systems": _described(systems, rows, speakers, reference, resamples, seed),
     }
+
+
+def _described(
+    systems: Systems, rows: Sequence[Row], speakers: Mapping[str, str], reference: str, resamples: int, seed: int
+) -> list[Row]:
+    """Each system's facts, rates, and rates by etiology."""
+    described = {name: {"name": name} | _facts(results) for name, results in systems.items()}
+    for name, rates in _rates(systems, speakers, reference, resamples, seed).items():
+        described[name] |= rates | {"by_etiology": {}}
+    for group, ids in _etiologies(rows).items():
+        part = {name: [_restricted(one, ids) for one in results] for name, results in systems.items()}
+        for name, rates in _rates(part, speakers, reference, resamples, seed).items():
+            described[name]["by_etiology"][group] = rates
+    return list(described.values())
 
 
 def _shared(results: Sequence[Result], shared_only: bool) -> tuple[set[str], int]:
@@ -203,7 +211,7 @@ def _mean_facts(facts: Sequence[Row]) -> Row:
     experts of two seeds have nothing in common but their number."""
     found: Row = {}
     for key in dict.fromkeys(key for one in facts for key in one):
-        values = [one.get(key) for one in facts]
+        values: list[Any] = [one.get(key) for one in facts]
         if key == "load" and all(values) and len({len(load) for load in values}) == 1:
             found[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
         elif all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):

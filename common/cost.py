@@ -16,7 +16,6 @@ from common.limits import MAX_SECONDS
 
 TOKENS_PER_SECOND = 4.0  # of speech, with Whisper's tokenizer
 DECODING_PENALTY = 4.0  # operations of step-by-step decoding take so much longer than those of training
-CLUSTER_SECONDS = 34 / 100_000  # per utterance on two processor cores (bench/results/cpu.json)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,15 @@ def training_operations(shape: Shape, positions: int, tokens: int, *, full: bool
     return forward * (3 if full else 2)
 
 
+def cluster_seconds(utterances: float) -> float:
+    """Time of clustering on two processor cores, from that of 100,000 (bench/results/cpu.json).
+
+    PCA grows with the utterances, HDBSCAN with their square: it looks at all pairs.
+    """
+    part = utterances / 100_000
+    return 4.7 * part + 29.9 * part**2
+
+
 def estimate(
     config: Config, *, hours: float, mean_seconds: float, shape: Shape, operations_per_second: float
 ) -> list[StageCost]:
@@ -100,7 +108,7 @@ def estimate(
     utterances = {stage: audio * 3600 / mean_seconds for stage, audio in passes.items()}
     costs = [StageCost(s, passes[s], utterances[s] * per_utterance[s]) for s in passes if s in per_utterance]
     if "cluster" in passes:
-        costs.insert(1, StageCost("cluster", passes["cluster"], utterances["cluster"] * CLUSTER_SECONDS / 3600))
+        costs.insert(1, StageCost("cluster", passes["cluster"], cluster_seconds(utterances["cluster"]) / 3600))
     return costs
 
 

@@ -96,7 +96,7 @@ def _tables(result: Row) -> list[Row]:
         groups: Mapping[str, Row] = result[f"by_{name}"]
         if not named(groups):
             continue
-        lines = [{"name": group} | rates for group, rates in groups.items()]
+        lines: list[Row] = [{"name": group} | rates for group, rates in groups.items()]
         if name != "duration":
             lines.sort(key=lambda line: (-line["wer"], line["name"]))
         shown = lines[:TABLE_ROWS]

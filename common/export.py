@@ -67,7 +67,8 @@ def fixed_routing(
         DataError: the mean routing is not known.
     """
     count = info.num_experts if info and info.adapt != "full" else 0
-    wishes = [name for name, given in _wishes(expert, weights, mean) if given]
+    options = {"--expert": expert is not None, "--weights": weights is not None, "--routing mean": mean}
+    wishes = [name for name, given in options.items() if given]
     if len(wishes) > 1:
         raise UsageError(f"{' and '.join(wishes)}: give one of them")
     if wishes and count < 2:
@@ -81,13 +82,17 @@ def fixed_routing(
         raise UsageError(f"--expert {expert}: {folder} has experts 0 to {count - 1}")
     if weights is not None and (len(weights) != count or abs(sum(weights) - 1) > 1e-3):
         raise UsageError(f"--weights {','.join(map(str, weights))}: give {count} numbers that sum to 1, one per expert")
-    chosen = weights if weights is not None else _mean_routing(folder, count) if mean else [1.0] * (count == 1)
-    routing = {expert: 1.0} if expert is not None else {i: float(w) for i, w in enumerate(chosen) if w}
-    return routing | ({count: 1.0} if info and info.shared else {})
-
-
-def _wishes(expert: int | None, weights: Sequence[float] | None, mean: bool) -> list[tuple[str, bool]]:
-    return [("--expert", expert is not None), ("--weights", weights is not None), ("--routing mean", mean)]
+    if expert is not None:
+        routing = {expert: 1.0}
+    elif weights is not None:
+        routing = dict(enumerate(weights))
+    elif mean:
+        routing = dict(enumerate(_mean_routing(folder, count)))
+    else:
+        routing = dict.fromkeys(range(count), 1.0)  # of the only one, if there is one
+    if info and info.shared:
+        routing[count] = 1.0
+    return {number: weight for number, weight in routing.items() if weight}
 
 
 def _mean_routing(folder: Path, count: int) -> list[float]:

@@ -27,7 +27,7 @@ model.set_adapter("blend")
 
 PEFT = """# LoRA adapters of {base}
 
-Made by `moe-asr export --to peft`. Load them with PEFT:
+Made by `moe-asr export --to peft`. Load them with PEFT, from this folder:
 
 ```python
 from peft import PeftModel
@@ -44,8 +44,8 @@ is something else to them, and is worth a measurement before it is used.
 
 VLLM = """# LoRA adapters of {base} for vLLM
 
-Made by `moe-asr export --to vllm`; not run on vLLM by whoever made it. vLLM serves LoRA adapters of Whisper since
-version 0.18 (vllm-project/vllm#29856):
+Made by `moe-asr export --to vllm`, whose developers have not run them on vLLM. It serves LoRA adapters of Whisper since
+version 0.18 (vllm-project/vllm#29856); from this folder:
 
 ```sh
 vllm serve {base} --enable-lora --max-loras {count} --max-lora-rank {max_rank} \\

@@ -20,7 +20,7 @@ def render_gate(found: Row) -> str:
         found=found,
         version=__version__,
         headline=headline(found),
-        figures=[_reliability(row, number) for number, row in enumerate(shown)],
+        reliability=[_reliability(row, number) for number, row in enumerate(shown)],
         confusion=[_confusion(row) for row in shown if (row["gate"], row["split"]) == (JOINT, "test")],
         layer=lambda layer: LAYERS.get(layer, f"block {layer}"),
         experts=lambda count: "none" if count == 0 else str(count),

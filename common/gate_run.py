@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.bundle import load_gate
-from common.cluster_choices import ClusterOptions, compare_clusterings, embed_layers
+from common.cluster_choices import ClusterOptions, Source, compare_clusterings, embed_layers
 from common.config import Config, validate
 from common.corpus import Corpus, Utterance, stratified_subset
 from common.data import BatchLoader, make_examples
@@ -180,8 +181,8 @@ def _choices(run: _Run, asked: GateQuestions) -> list[Row]:
     config, opened = run.config, run.opened
     pool = training_subset(config, run.corpus, "embeddings")
     some = stratified_subset(pool, count=min(asked.samples, len(pool)), seed=config.seed)
-    own = (config.extract.layer, config.extract.pooling)
-    points = {own: run.table.rows([u.id for u in some])}
+    own: Source = (config.extract.layer, config.extract.pooling)
+    points: dict[Source, npt.NDArray[np.float32]] = {own: run.table.rows([u.id for u in some])}
     others = [source for source in _sources(own, asked) if source != own]
     if others:
         examples = make_examples(run.corpus, some, opened.codec, context=opened.context, margin=opened.margin)
@@ -210,7 +211,7 @@ def _choices(run: _Run, asked: GateQuestions) -> list[Row]:
     ]
 
 
-def _sources(own: tuple[int, str], asked: GateQuestions) -> Iterator[tuple[int, str]]:
+def _sources(own: Source, asked: GateQuestions) -> Iterator[Source]:
     for layer in asked.layers or (own[0],):
         for pooling in asked.poolings or (own[1],):
             yield layer, pooling

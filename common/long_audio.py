@@ -129,7 +129,7 @@ def summary(found: Sequence[Utterance], rows: Mapping[str, Row]) -> str:
         text += f" of {sum(p.duration for p in pieces) / len(pieces):.1f} s on average"
     if hard := sum(row.hard_cuts for row in mine):
         text += f", {hard} cuts where no pause was near"
-    if unspoken := sum(row.unspoken for row in mine if row.pieces):
+    if (unspoken := round(sum(row.unspoken for row in mine if row.pieces), 1)) > 0:
         text += f", {unspoken:.1f} s of silence left out"
     if lost := [row for row in mine if not row.pieces]:
         text += f"; {len(lost)} left out ({lost[0].id}: {lost[0].problem})"

@@ -61,15 +61,15 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
     _refuse_strangers(folders, infos)
     scales = [weight * info.alpha / info.rank for weight, info in zip(weights, infos, strict=True)]
     total = sum(info.rank for info in infos)
+    final = min(rank or total, total)
     lost = whole = 0.0
     parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * infos[0].shared
     for part in parts:
         summed = _side_by_side([_matrices(folder / part) for folder in folders], scales)
-        if rank is not None and rank < total:
-            summed, squares_lost, squares = truncate(summed, rank)
+        if final < total:
+            summed, squares_lost, squares = truncate(summed, final)
             lost, whole = lost + squares_lost, whole + squares
-        save_adapter(summed, out / part, base_model=infos[0].base, alpha=min(rank or total, total))
-    final = min(rank or total, total)
+        save_adapter(summed, out / part, base_model=infos[0].base, alpha=final)
     info = replace(infos[0], adapt="lora", rank=final, alpha=float(final))
     (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     if info.num_experts > 1:
@@ -114,6 +114,9 @@ def _matrices(folder: Path) -> Matrices:
 
 def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matrices:
     """One adapter of scale 1 that adds Σ scale · B A."""
+    for adapter in adapters:
+        if strange := adapter.keys() ^ adapters[0].keys():
+            raise DataError(f"the adapters differ in {min(strange)}: one of them is not whole")
     return {
         name: (
             torch.cat([adapter[name][0].float() for adapter in adapters]),

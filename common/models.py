@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from common.adapters import CONFIG as ADAPTER
 from common.adapters import read_adapter
 from common.artifacts import MANIFEST, Manifest
 from common.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
-from common.config import AudioConfig, validate
+from common.config import validate
 from common.data import Batch
 from common.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError
 from common.recogniser import Recogniser
 from common.runs import find_run, run_names, stage_folders
+from common.sections import AudioConfig
 from common.sources import folder_digest, is_hub_name, locate_model
 from common.store import Store
 from common.train import make_accelerator
@@ -95,27 +97,12 @@ def open_model(
     """
     folder = find_model(name, store, cache, endpoint_url)
     accelerator = make_accelerator(precision, device)
-    info: BundleInfo | None = None
-    if (folder / DESCRIPTION).is_file():
-        info = read_info(folder)
+    find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
+    recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
+    if info is not None:
         language, task, context, margin = info.language, info.task, info.context, info.margin
-        revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
-        from_hub = base is not None or revision is not None
-        origin = _locate_base(base or info.base, revision, cache, endpoint_url, name, from_hub=from_hub)
-        _warn_of_other_base(origin, info, name)
-        recogniser, _ = load_recogniser(folder, origin, accelerator.device)
-    elif (folder / ADAPTER).is_file():
-        settings = _adapter_settings(folder)
-        origin = _locate_base(
-            base or settings.get("base_model_name_or_path") or "", settings.get("revision"), cache, endpoint_url, name
-        )
-        recogniser = Recogniser(_with_adapter(load_whisper(origin), folder)).to(accelerator.device).eval()
-    else:
-        lacks = not (folder / "tokenizer.json").is_file()
-        origin = _locate_base(base, None, cache, endpoint_url, name) if lacks and base else folder
-        recogniser = Recogniser(load_whisper(folder)).to(accelerator.device).eval()
     return OpenedModel(
-        recogniser=recogniser,
+        recogniser=recogniser.to(accelerator.device).eval(),
         codec=load_codec(origin, language=language, task=task),
         info=info,
         base=origin,
@@ -125,6 +112,24 @@ def open_model(
         language=language,
         accelerator=accelerator,
     )
+
+
+def _load(
+    folder: Path, base: str | None, find_base: Callable[..., Path], device: torch.device
+) -> tuple[Recogniser, Path, BundleInfo | None]:
+    """The model in a folder, the folder of its base, and what it says of itself."""
+    if (folder / DESCRIPTION).is_file():
+        info = read_info(folder)
+        revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
+        origin = find_base(base or info.base, revision, from_hub=base is not None or revision is not None)
+        _warn_of_other_base(origin, info, folder)
+        return load_recogniser(folder, origin, device)[0], origin, info
+    if (folder / ADAPTER).is_file():
+        settings = _adapter_settings(folder)
+        origin = find_base(base or settings.get("base_model_name_or_path"), settings.get("revision"))
+        return Recogniser(_with_adapter(load_whisper(origin), folder)), origin, None
+    without_words = not (folder / "tokenizer.json").is_file()
+    return Recogniser(load_whisper(folder)), find_base(base, None) if base and without_words else folder, None
 
 
 def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> Path:
@@ -139,7 +144,7 @@ def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | 
     if run := find_run(name, store):
         return stage_folders(*run, "asr", cache)[0]
     if "://" in name or is_hub_name(name):
-        return _unwrapped(_locate_base(name, None, cache, endpoint_url, name))
+        return _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
     where = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
     problem = "holds no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
     wanted = f"give a run, or a folder with {DESCRIPTION}, {ADAPTER} or a Whisper's config.json"
@@ -154,7 +159,13 @@ def _unwrapped(folder: Path) -> Path:
 
 
 def _locate_base(
-    name: str | None, revision: str | None, cache: Path, endpoint_url: str | None, model: str, *, from_hub: bool = True
+    name: str | None,
+    revision: str | None,
+    *,
+    cache: Path,
+    endpoint_url: str | None,
+    model: str,
+    from_hub: bool = True,
 ) -> Path:
     """The folder of base weights called `name`.
 
@@ -169,10 +180,10 @@ def _locate_base(
     raise DataError(f"model {model!r} was trained on {told}, not found here: give --base")
 
 
-def _warn_of_other_base(base: Path, info: BundleInfo, name: str) -> None:
+def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:
     known = info.base_digest.partition("sha256:")[2]
     if info.adapt != "full" and known and folder_digest(base) != known:
-        log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", name, base)
+        log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", model, base)
 
 
 def _adapter_settings(folder: Path) -> Mapping[str, Any]:

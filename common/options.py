@@ -11,8 +11,9 @@ import click
 import yaml
 from pydantic.fields import FieldInfo
 
-from common.config import GPUS, MODES, Config, Section, resolve
+from common.config import GPUS, MODES, Config, resolve
 from common.errors import UsageError
+from common.sections import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -116,9 +116,7 @@ class Recogniser(nn.Module):
         for block in (*self.whisper.model.encoder.layers, *self.whisper.model.decoder.layers):
             block.compile(dynamic=True, backend=backend)
 
-    def _losses(
-        self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def _losses(self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training, copies=copies)
         return token_losses(self.whisper, hidden_BTD, inputs_BU, labels_BU)
 

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.augment import Augmentation
-from common.config import Config, SpeechTrainConfig, TrainConfig
+from common.config import Config
 from common.corpus import Corpus, Utterance
 from common.data import BatchLoader, Example, epoch_batches, make_examples
 from common.decode import Decoding
+from common.sections import SpeechTrainConfig, TrainConfig
 from common.train import TrainOptions
 from common.whisper import TextCodec
 

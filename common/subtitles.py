@@ -33,8 +33,9 @@ def as_vtt(segments: Sequence[Segment], facts: Facts) -> str:
 
 def as_json(segments: Sequence[Segment], facts: Facts) -> str:
     """All that is known: segments and words with times, the window's experts and how sure the model was."""
-    rows = [_rounded(asdict(one)) for one in segments]
-    return json.dumps(facts | {"segments": rows}, ensure_ascii=False, indent=1) + "\n"
+    rows = ",\n  ".join(json.dumps(_rounded(asdict(one)), ensure_ascii=False) for one in segments)  # one a line
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)},\n" for name, value in facts.items())
+    return f'{{\n{head} "segments": [\n  {rows}\n ]\n}}\n'
 
 
 FORMATS: dict[str, Callable[[Sequence[Segment], Facts], str]] = {

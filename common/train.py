@@ -392,4 +392,3 @@ def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
     if step % 10:
         return False
     return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)
-

@@ -18,14 +18,17 @@ from common.audio import SAMPLE_RATE, Samples
 from common.data import Batch, Example, collate
 from common.decode import Decoded, Decoding
 from common.features import context_positions
+from common.limits import MAX_SECONDS
 from common.models import OpenedModel, embed_batch, hear
-from common.pauses import Stretch, Window, find_pauses, is_silent, loudness, plan_windows
+from common.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
 from common.whisper import IGNORED
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
 SEGMENT_SECONDS = 12.0  # longest segment
 SEGMENT_CHARACTERS = 84  # two lines of subtitles
 SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
+SHORTEST_WINDOW = 10.0  # s: in less there may be no pause to cut at
+UNKNOWN_WINDOW = 15.0  # s, of a trained model that does not say how long its utterances were
 TOUCH = 0.02  # s: one position of the encoder
 
 
@@ -73,12 +76,15 @@ def transcribe_audio(
     audios: Sequence[Samples],
     decoding: Decoding,
     progress: Callable[[float], object] = lambda seconds: None,
+    *,
+    longest: float | None = None,
 ) -> list[list[HeardWindow]]:
     """What is said in each audio, window by window, in order; windows of all of them share batches.
 
     Args:
         audios: mono samples at 16 kHz.
         progress: called with the seconds of audio that were just done.
+        longest: seconds of a window; by default those of `usual_window`, for audio over 30 s alone.
 
     Returns:
         For each audio its windows; none for silence.
@@ -88,7 +94,9 @@ def transcribe_audio(
         level_N = loudness(samples)
         pauses.append(find_pauses(level_N))
         seconds = len(samples) / SAMPLE_RATE
-        windows = [] if is_silent(level_N) else plan_windows(level_N, pauses[-1], seconds)
+        limit = longest or (MAX_SECONDS if seconds <= MAX_SECONDS else usual_window(opened))
+        windows = plan_windows(level_N, pauses[-1], seconds, longest=limit, overlap=min(OVERLAP, limit / 4))
+        windows = [] if is_silent(level_N) else windows
         progress(seconds - sum(w.ends - w.begins for w in windows))
         for window in windows:
             part = samples[round(window.start * SAMPLE_RATE) : round(window.end * SAMPLE_RATE)]
@@ -103,6 +111,16 @@ def transcribe_audio(
             found[piece.audio].append(heard)
             progress(piece.window.ends - piece.window.begins)
     return [sorted(windows, key=lambda one: one.window.start) for windows in found]
+
+
+def usual_window(opened: OpenedModel) -> float:
+    """Seconds of audio that a model hears best at once.
+
+    Whisper was trained on 30 s. What was trained on short utterances is best at such: its gate, too, saw nothing else.
+    """
+    if opened.info is None:
+        return MAX_SECONDS
+    return min(MAX_SECONDS, max(SHORTEST_WINDOW, opened.info.seconds or UNKNOWN_WINDOW))
 
 
 def _batches(pieces: Sequence[_Piece], size: int) -> Iterator[list[_Piece]]:

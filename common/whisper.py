@@ -166,9 +166,7 @@ def encode(
     return normed_BTD
 
 
-def encode_layers(
-    model: WhisperForConditionalGeneration, mel_BMF: Tensor, layers: Sequence[int]
-) -> dict[int, Tensor]:
+def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
     """What `encode` returns for each of several layers, in one pass.
 
     Raises:

@@ -9,14 +9,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from argo.parameters import PRODUCTS
-from common.config import GPUS, MODES, Config, Section, flatten, read_yaml, shipped
+from common.config import GPUS, MODES, Config, flatten, read_yaml, shipped
 from common.contract import Contract
+from common.sections import Section
 from reference.blocks import table
 from stages import STAGES
 
 HEAD = """# Configuration
 
-<!-- Written by `make reference` from common/config.py, conf/ and the stages' contracts: change those. -->
+<!-- Written by `make reference` from common/sections.py, conf/ and the stages' contracts: change those. -->
 
 One YAML tree. `moe-asr config show` prints the resolved one; `--config FILE` lays a file over a mode's, and
 `--set section.key=value` sets one value. An unknown name is refused with the nearest known one.

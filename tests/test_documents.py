@@ -12,6 +12,8 @@ import json
 import re
 import shlex
 import shutil
+import warnings
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +31,8 @@ from reference import screenshots
 from reference.tree import ROOT
 from stages.__main__ import stages
 from tests.common.test_report import Page
+
+pytestmark = pytest.mark.timeout(900)  # some twenty commands, one after the other
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -49,12 +53,13 @@ SUBSTITUTIONS = {
     "data/demo": "data/mine",
 }
 # Lines of these pages that are parsed, not run: a bucket, a cluster, several processes, minutes.
-PARSED = r"s3://|--cluster|^moe-asr submit|fit-batch|--processes|--metrics-port|^moe-asr (estimate|gc)"
+PARSED = r"s3://|--cluster|^moe-asr submit|fit-batch|--processes|--metrics-port|^moe-asr (estimate|gc|sweep|merge)"
 SHORT = (
     "seed: 1\nnum_experts: 2\n"
     "subsets: {embeddings_percent: 100, experts_percent: 100, dev_samples: 6, test_samples: 6}\n"
-    "cluster: {algorithm: spectral, reduce_dim: 4, plot: none}\ngating: {epochs: 1}\nexperts: {epochs: 1}\n"
-    "asr: {epochs: 1, select_samples: 4}\nlora: {rank: 2}\ndecode: {max_new_tokens: 8}\n"
+    "cluster: {algorithm: spectral, reduce_dim: 4, plot: none}\ngating: {epochs: 1}\n"
+    "experts: {epochs: 1, batch_size: 8}\n"
+    "asr: {epochs: 1, batch_size: 8, select_samples: 4}\nlora: {rank: 2}\ndecode: {max_new_tokens: 8}\n"
     "runtime: {num_workers: 0, plots: false}\nprecision: fp32\n"
 )
 
@@ -125,7 +130,8 @@ def workplace(tmp_path_factory, micro_model, tones):
     with (place / "table.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(("audio", "text", "speaker", "etiology"))
-        rows.writerows((Path(u.audio_filepath).name, u.text, u.speaker, u.etiology) for u in corpus.utterances)
+        few = [u for u in corpus.utterances if u.id.endswith(("00", "01", "02"))]
+        rows.writerows((Path(u.audio_filepath).name, u.text, u.speaker, u.etiology) for u in few)
     shutil.copy(tones / corpus.utterances[0].audio_filepath, place / "recording.wav")
     (place / "short.yaml").write_text(SHORT, encoding="utf-8")
     own = f"run: demo\ncorpus: {{path: data/mine}}\nmodel: {{name: {micro_model}}}\n"
@@ -137,7 +143,8 @@ def workplace(tmp_path_factory, micro_model, tones):
 def newcomer(workplace, micro_model):
     """The folder after all commands of RUN; each command and what came of it."""
     ran = {}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as a GPU server has cores
         patch.chdir(workplace)
         patch.setenv("MOE_ASR_CACHE", str(workplace / "cache"))
         for page in RUN:
@@ -175,10 +182,14 @@ def test_every_key_of_a_summary_and_every_column_of_metrics_is_documented(newcom
 
 def test_every_file_of_an_artifact_is_documented(newcomer):
     page = (ROOT / "docs" / "reference" / "artifacts.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"`([^` ]+)`", page.partition("## Files")[2].partition("## manifest")[0]))
+    told = page.partition("## Files")[2].partition("## manifest")[0]
+    patterns = [re.sub("<n>|…", "*", one) for one in re.findall(r"`([^` ]+)`", told)]
+    missing = set()
     for file in (newcomer[0] / "runs" / "artifacts").glob("*/*/manifest.json"):
         for name in json.loads(file.read_text(encoding="utf-8"))["files"]:
-            assert {name, f"{name.split('/')[0]}/…", f"{name.split('/')[0]}/<n>/…"} & documented, (file.parts[-3], name)
+            if not any(fnmatch(name, pattern) for pattern in patterns):
+                missing.add((file.parts[-3], name))
+    assert missing == set()
 
 
 PAGES_OF_RUNS = (

@@ -85,7 +85,8 @@ def run(
     result = _train(config, context, recogniser, sets, table, codec, accelerator)
     ranks = adalora.to_lora(recogniser.whisper) if config.asr.adapt == "adalora" else {}  # from here on it is LoRA
     if accelerator.is_main_process:
-        info = describe(config, recogniser, model_digest(config, context.scratch))
+        usual = float(np.percentile([u.duration for u in sets["train"].utterances], 95))
+        info = describe(config, recogniser, model_digest(config, context.scratch), seconds=round(usual, 2))
         save_recogniser(recogniser, info, output)
         if ranks:
             _write_json(output / "ranks.json", ranks)
@@ -189,7 +190,7 @@ def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, A
         recogniser.whisper.model.encoder.embed_positions.requires_grad_(False)  # sinusoids
     gate = [p for name, p in recogniser.named_parameters() if name.startswith("gate.")]
     rest = [p for name, p in recogniser.named_parameters() if not name.startswith("gate.") and p.requires_grad]
-    flat_rate = config.adalora.value_learning_rate if options.adapt == "adalora" else options.learning_rate
+    flat_rate = options.learning_rate * (config.adalora.value_rate if options.adapt == "adalora" else 1)
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "lr": options.learning_rate, "weight_decay": options.weight_decay},
         {"params": [p for p in rest if p.ndim == 1], "lr": flat_rate, "weight_decay": 0.0},
@@ -270,8 +271,12 @@ def _show_routing(recogniser: Recogniser, config: Config, context: Context) -> N
         context.metrics.live.routing(found.load, found.entropy)
 
 
-def describe(config: Config, recogniser: Recogniser, base_digest: str) -> BundleInfo:
-    """What has to be known to use the trained model."""
+def describe(config: Config, recogniser: Recogniser, base_digest: str, *, seconds: float) -> BundleInfo:
+    """What has to be known to use the trained model.
+
+    Args:
+        seconds: what 19 of 20 training utterances do not exceed.
+    """
     full, gate = config.asr.adapt == "full", recogniser.gate
     layers = [layer for _, layer in mixture_layers(recogniser)]
     rank, alpha = config.lora.rank, config.lora.alpha
@@ -297,6 +302,7 @@ def describe(config: Config, recogniser: Recogniser, base_digest: str) -> Bundle
         targets=config.lora.targets,
         within=lora_scope(config.lora.modules),
         route_by=config.asr.route_by if gate is not None else "utterance",
+        seconds=seconds,
     )
 
 

@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 
 from common.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
-from common.config import ClusterConfig, Config
+from common.config import Config
 from common.corpus import Corpus, Utterance
 from common.embeddings import read_tables
 from common.errors import DataError
+from common.sections import ClusterConfig
 from common.stage import Context
 from common.subsets import training_subset
 

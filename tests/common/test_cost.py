@@ -6,7 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from common.config import validate
-from common.cost import Shape, audio_passes, decoder_operations, encoder_operations, estimate, from_rates
+from common.cost import (
+    Shape,
+    audio_passes,
+    cluster_seconds,
+    decoder_operations,
+    encoder_operations,
+    estimate,
+    from_rates,
+)
 from common.whisper import encode
 
 SHAPE = Shape(width=64, encoder_layers=2, decoder_layers=3, vocabulary=300)
@@ -79,3 +87,9 @@ def test_twice_the_speech_costs_twice_and_a_full_fine_tune_costs_more():
 def test_measured_rates_give_hours_and_unmeasured_stages_are_left_out():
     rows = from_rates(CONFIG, hours=100, rates={"asr": 50.0})
     assert [(row.stage, row.gpu_hours) for row in rows] == [("asr", 100 * CONFIG.asr.epochs / 50)]
+
+
+def test_clustering_grows_with_the_square_of_many_utterances():
+    assert cluster_seconds(100_000) == pytest.approx(34.6)
+    assert 90 < cluster_seconds(10_000_000) / cluster_seconds(1_000_000) < 100
+    assert cluster_seconds(1_000) < 0.1

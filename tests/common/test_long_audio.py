@@ -17,6 +17,8 @@ from common.models import open_model
 from common.segment import anchors, estimate_starts, split_words
 from common.sources import load_corpus
 from common.store import open_store
+from stages.pipeline import run_pipeline
+from tests.stages.test_pipeline import micro_config
 
 BURSTS = 14  # of 2 s, with 1 s of pause between: 42 s
 
@@ -180,3 +182,27 @@ def test_rows_are_kept_without_loss():
 def test_within_limits_leaves_short_corpora_alone(tones, micro_model, tmp_path):
     corpus = read_corpus(tones)
     assert within_limits(config_of(tones, micro_model, tmp_path), corpus, tmp_path) is corpus
+
+
+def test_a_run_trains_on_the_pieces_of_long_utterances(long_corpus, micro_model, tmp_path):
+    """Every stage sees the same pieces: extraction, clusters, gate, experts, joint training."""
+    short = read_corpus(long_corpus).utterances[1]
+    rows = [replace(u, audio_filepath=str(long_corpus / u.audio_filepath)) for u in read_corpus(long_corpus).utterances]
+    path = str(long_corpus / short.audio_filepath)
+    for split, count in (("train", 4), ("dev", 2), ("test", 2)):
+        rows += [replace(short, id=f"{split}-{n}", split=split, audio_filepath=path) for n in range(count)]
+    write_index(tmp_path / "corpus", rows)
+    config = micro_config(
+        tmp_path / "store",
+        micro_model,
+        tmp_path / "corpus",
+        cluster={"plot": "none", "algorithm": "spectral", "reduce": "none"},
+        audio={"long_audio": "segment"},
+        asr__epochs=1,
+    )
+    summary = run_pipeline(config)
+    assert summary["utterances"] == 3
+    (embeddings,) = (tmp_path / "store" / "artifacts" / "extract").glob("*/*/ids.json")
+    ids = json.loads(embeddings.read_text())
+    assert {"long-000", "long-001", "short"} < set(ids)
+    assert "long" not in ids

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from common.adapters import read_adapter
 from common.bundle import read_info
@@ -114,6 +115,15 @@ def test_a_full_fine_tune_is_refused(two, tmp_path, micro_model):
     full = make_bundle(tmp_path / "full", micro_model, adapt="full")
     with pytest.raises(UsageError, match="only adapters are merged"):
         merge_models([full, two[0]], [0.5, 0.5], tmp_path / "out")
+
+
+def test_an_adapter_that_lacks_a_layer_is_refused(two, tmp_path, micro_model):
+    other = make_bundle(tmp_path / "other", micro_model, experts=1)
+    tensors = read_adapter(other / "experts/0")
+    few = {name: value for name, value in tensors.items() if ".encoder.layers.0.fc1." not in name}
+    save_file(few, other / "experts/0" / "adapter_model.safetensors")
+    with pytest.raises(DataError, match=r"differ in model\.encoder\.layers\.0\.fc1"):
+        merge_models([two[0], other], [0.5, 0.5], tmp_path / "out")
 
 
 def test_a_folder_that_is_no_model_is_named(two, tmp_path):

@@ -20,7 +20,7 @@ from common.moe import Gate, add_mixture
 from common.pauses import Stretch
 from common.recogniser import Recogniser
 from common.subtitles import FORMATS, clock
-from common.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio
+from common.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio, usual_window
 from common.whisper import load_codec, load_whisper
 
 DECODING = Decoding(batch_size=3, max_new_tokens=12)
@@ -39,7 +39,7 @@ def trained(micro_model, tones, tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.5)
     gate = Gate(32, 16, 3, 0.0)
     for parameter in gate.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.4)
     corpus, codec = read_corpus(tones), load_codec(micro_model)
     examples = make_examples(corpus, corpus.split("test"), codec, context="30s", margin=64)
     loader = BatchLoader(examples, num_workers=0, device=torch.device("cpu"))
@@ -71,7 +71,10 @@ def trained(micro_model, tones, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(trained, tmp_path_factory):
-    return open_model(str(trained), store=None, cache=tmp_path_factory.mktemp("cache"), device="cpu")
+    opened = open_model(str(trained), store=None, cache=tmp_path_factory.mktemp("cache"), device="cpu")
+    weight_VD = torch.randn(259, 32, generator=torch.Generator().manual_seed(5))
+    opened.recogniser.whisper.proj_out.weight = torch.nn.Parameter(weight_VD)  # tied ones repeat one token for ever
+    return opened
 
 
 def test_short_files_get_the_text_and_the_experts_of_evaluation(opened, tones):
@@ -83,7 +86,7 @@ def test_short_files_get_the_text_and_the_experts_of_evaluation(opened, tones):
         assert window.decoded.text == rows[u.id]["hypothesis"]
         assert list(window.experts) == rows[u.id]["experts"]
         assert list(window.weights) == pytest.approx(rows[u.id]["weights"], abs=1e-3)
-    assert len({window.weights for (window,) in found}) > 1, "the gate tells the tones apart"
+    assert len({tuple(np.round(window.weights, 3)) for (window,) in found}) > 1, "the gate tells the tones apart"
     assert len({window.decoded.text for (window,) in found}) > 1
 
 
@@ -110,9 +113,24 @@ def test_a_gate_of_speakers_takes_a_recording_for_one_speaker(opened, tones):
     mixed = np.concatenate([part for u in low + high for part in (read_audio(corpus.path(u)), pause)])
     (windows,) = transcribe_audio(by_speaker, [mixed], DECODING)
     assert len(windows) > 1
-    assert len({(window.experts, window.weights) for window in windows}) == 1
+    assert len({tuple(np.round(window.weights, 3)) for window in windows}) == 1
     (alone,) = transcribe_audio(opened, [mixed], DECODING)
-    assert len({(window.experts, window.weights) for window in alone}) > 1
+    assert len({tuple(np.round(window.weights, 3)) for window in alone}) > 1
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(None, 15.0), (12.0, 12.0), (3.0, 10.0), (100.0, 30.0)], ids=str)
+def test_windows_of_long_audio_are_as_long_as_what_was_trained_on(opened, seconds, expected):
+    trained = replace(opened, info=replace(opened.info, seconds=seconds))
+    assert usual_window(trained) == expected
+    assert usual_window(replace(opened, info=None)) == 30
+    burst = 0.3 * np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 300)
+    samples = np.tile(np.concatenate([burst, np.zeros(8_000)]), 25).astype(np.float32)
+    (windows,) = transcribe_audio(trained, [samples], DECODING)
+    assert 0.6 * expected < max(w.window.end - w.window.start for w in windows) <= expected
+    (short,) = transcribe_audio(trained, [samples[: 16_000 * 29]], DECODING)
+    assert len(short) == 1, "up to 30 s are one utterance"
+    (asked,) = transcribe_audio(trained, [samples[: 16_000 * 29]], DECODING, longest=15)
+    assert len(asked) == 2
 
 
 def test_silence_has_no_text(opened):

@@ -46,7 +46,7 @@ def test_every_setting_has_a_row_with_a_description():
     rows = {line.split("`")[1]: line for line in tables if line.startswith("| `")}
     for path in known_paths():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", rows[path])]
-        assert cells[4], f"{path} has no description in common/config.py"
+        assert cells[4], f"{path} has no description in common/sections.py"
 
 
 def test_the_stages_named_beside_a_setting_are_those_whose_keys_hold_it():

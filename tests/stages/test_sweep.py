@@ -120,7 +120,7 @@ def test_steps_are_divided_to_the_last_one(swept):
 @pytest.mark.parametrize(
     ("regimes", "steps", "message"),
     [
-        (["moe", "sparse"], 9, "'sparse': there are moe, regular"),
+        (["moe", "sparse"], 9, "'sparse': there are moe, branch"),
         (["dense", "dense"], 9, "each regime once"),
         (["moe"], 3, "leaves 0 steps for each of 2 experts"),
     ],

@@ -1,0 +1,43 @@
+"""What the regimes' options mean in the configuration."""
+
+import pytest
+
+from common.config import resolve, validate
+from common.errors import ConfigError, UsageError
+from common.options import config_from
+from stages.asr.run import rank_plan
+
+
+def test_without_pre_training_data_percent_scales_the_asr_data_alone():
+    whole, scaled = resolve("full").subsets, resolve("full", data_percent=50).subsets
+    alone = resolve("full", data_percent=50, options={"asr.pretrained": False}).subsets
+    for name in ("embeddings_percent", "experts_percent", "asr_percent"):
+        assert getattr(scaled, name) == getattr(whole, name) / 2
+    assert alone.asr_percent == whole.asr_percent / 2
+    assert (alone.embeddings_percent, alone.experts_percent) == (whole.embeddings_percent, whole.experts_percent)
+
+
+def test_skipping_pre_training_needs_the_number_of_experts():
+    with pytest.raises(UsageError, match="num_experts must be specified"):
+        config_from({"skip_pretraining": True})
+    config = config_from({"skip_pretraining": True, "num_experts": 4})
+    assert (config.asr.pretrained, config.num_experts) == (False, 4)
+
+
+def test_adalora_ends_with_the_ranks_of_lora_unless_told_otherwise():
+    plan = rank_plan(validate({"lora": {"rank": 8}}))
+    assert (plan.init_rank, plan.target_rank) == (12, 8)
+    plan = rank_plan(validate({"adalora": {"init_rank": 20, "target_rank": 4, "final": 0.5}}))
+    assert (plan.init_rank, plan.target_rank, plan.last(100)) == (20, 4, 50)
+
+
+@pytest.mark.parametrize(
+    ("adalora", "message"),
+    [
+        ({"warmup": 0.6, "final": 0.4}, "leave no step in between"),
+        ({"init_rank": 4, "target_rank": 8}, "init_rank is below target_rank"),
+    ],
+)
+def test_adalora_settings_that_cannot_be_are_refused(adalora, message):
+    with pytest.raises(ConfigError, match=message):
+        validate({"adalora": adalora})
