@@ -1,6 +1,8 @@
 """The table of a sweep over several seeds: `moe-asr compare` on the groups that training heard, and the unseen one.
 
-python -m bench.regimes --store runs --sweep bench     reads the runs bench-REGIME-sSEED of that store
+python -m bench.regimes --store runs --sweep bench bench3     reads the runs bench-REGIME-sSEED, bench3-… of that store
+
+Runs of one regime that learn at different rates are systems of their own, called `REGIME at RATE`.
 
 Prints tables in Markdown and writes bench/results/regimes.json.
 """
@@ -31,8 +33,8 @@ def main() -> None:
     """Reads, compares, prints, writes."""
     parser = argparse.ArgumentParser(prog="bench.regimes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--store", default="runs")
-    parser.add_argument("--sweep", default="bench")
-    parser.add_argument("--against", default="moe", help="the regime that the others are compared with")
+    parser.add_argument("--sweep", nargs="+", default=["bench"])
+    parser.add_argument("--against", default="moe at 0.001", help="what the others are compared with")
     parser.add_argument("--unseen", default="island", help="etiology that no training heard")
     parser.add_argument("--results", type=Path, default=RESULTS / "regimes.json")
     options = parser.parse_args()
@@ -42,19 +44,20 @@ def main() -> None:
     seen = compare(only(systems, options.unseen, wanted=False), reference=options.against, resamples=RESAMPLES)
     unseen = compare(only(systems, options.unseen, wanted=True), reference=options.against, resamples=RESAMPLES)
     runs = {run: run_facts(store, run) for members in names.values() for run in members}
-    value = {"sweep": options.sweep, "unseen_etiology": options.unseen, "seen": seen, "unseen": unseen, "runs": runs}
+    value = {"sweeps": options.sweep, "unseen_etiology": options.unseen, "seen": seen, "unseen": unseen, "runs": runs}
     options.results.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     facts = {regime: [runs[run] for run in members] for regime, members in names.items()}
     print(overview(seen, unseen, facts), by_etiology(seen), sep="\n\n")
 
 
-def sweep_runs(store: Store, sweep: str) -> dict[str, list[str]]:
-    """regime → its finished runs, by seed."""
+def sweep_runs(store: Store, sweeps: Sequence[str]) -> dict[str, list[str]]:
+    """`regime at rate` → its finished runs, by seed."""
     found: dict[str, list[str]] = {}
     for name in run_names(store):
-        match = re.fullmatch(rf"{re.escape(sweep)}-(.+)-s\d+", name)
-        if match and run_record(store, name)["status"] == "done":
-            found.setdefault(match[1], []).append(name)
+        match = re.fullmatch(rf"(?:{'|'.join(map(re.escape, sweeps))})-(.+)-s\d+", name)
+        if match and (record := run_record(store, name))["status"] == "done":
+            label = f"{match[1]} at {record['config']['asr']['learning_rate']:g}"
+            found.setdefault(label, []).append(name)
     return found
 
 
@@ -86,6 +89,7 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
         "seed": config["seed"],
         "learning_rate": config["asr"]["learning_rate"],
         "rank": None if config["asr"]["adapt"] == "full" else config["lora"]["rank"],
+        "dev_wer": dev_wer(folder),
         "joint_steps": report["steps"],
         "selected_step": report["best_step"],
         "expert_steps": [],
@@ -104,11 +108,17 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
     return found
 
 
+def dev_wer(folder: Path) -> float:
+    """Of the weights that were kept: what a learning rate is chosen by."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
+
+
 def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any], facts: Mapping[str, Sequence[Any]]) -> str:
     """The main table in Markdown, the best regime first."""
     reference = seen["reference"]
     lines = [
-        f"| regime | WER | 95% | minus {reference} | WER of seeds | CER | WER unseen | steps | weights | seconds |",
+        f"| regime | WER | 95% | minus {reference} | WER of seeds | CER | WER unseen | WER dev | steps | weights |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     others = {one["name"]: one for one in unseen["systems"]}
@@ -126,8 +136,8 @@ def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any], facts: Mapping[
         ]
         if runs:
             before = f"{sum(runs[0]['expert_steps'])} + " if runs[0]["expert_steps"] else ""
-            seconds = sum(sum(run["seconds"].values()) for run in runs) / len(runs)
-            cells += [f"{before}{runs[0]['joint_steps']}", f"{runs[0]['trained_parameters']:,}", f"{seconds:.0f}"]
+            cells += [f"{sum(run['dev_wer'] for run in runs) / len(runs):.1%}", f"{before}{runs[0]['joint_steps']}"]
+            cells.append(f"{runs[0]['trained_parameters']:,}")
         lines.append("| " + " | ".join([*cells, "", "", ""][:10]) + " |")
     return "\n".join(lines)
 

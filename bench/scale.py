@@ -59,24 +59,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(STEPS[options.step](options.folder, options.utterances, options.width, options.model)))
         return
     rows: list[Row] = []
-    for size in (options.utterances // 10, options.utterances):
+    sizes = (options.utterances // 10, options.utterances)
+    report: Row = {
+        "machine": _machine(),
+        "utterances": options.utterances,
+        "width": options.width,
+        "store": [objects(size, EXPERTS) for size in sizes],
+        "workflow": [workflow_size(pieces) for pieces in (10, 100, 1000)],
+    }
+    for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             for step, run in STEPS.items():
                 place = Path(folder), size, options.width, options.model.resolve()
                 found = run(*place) if options.together else _in_a_process(step, *place)
                 rows += [{"step": row.pop("step"), "utterances": size, **row} for row in found]
-    rows = with_growth(rows)
-    report = {
-        "machine": _machine(),
-        "utterances": options.utterances,
-        "width": options.width,
-        "rows": rows,
-        "store": [objects(utterances, EXPERTS) for utterances in (options.utterances // 10, options.utterances)],
-        "workflow": [workflow_size(pieces) for pieces in (10, 100, 1000)],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                report["rows"] = with_growth(rows)
+                write(options.out, report)  # after each step: what is cut off leaves what it had
     print(table(report))
+
+
+def write(path: Path, report: Row) -> None:
+    """The JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _in_a_process(step: str, folder: Path, size: int, width: int, model: Path) -> list[Row]:

@@ -26,13 +26,21 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A run, a folder with a model, or a hub name.")
-@click.option("--format", "kind", type=click.Choice([*SUFFIXES, "all"]), default="txt", show_default=True)
+@click.option(
+    "--format", "kind", type=click.Choice([*SUFFIXES, "all"]), default="txt", show_default=True, help="Of text."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording; without: printed.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are already in --out.")
 @click.option("--base", help="Base weights, where they are not where the model says.")
 @with_store
 @click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
-@click.option("--task", type=click.Choice(["transcribe", "translate"]), default="transcribe", show_default=True)
+@click.option(
+    "--task",
+    type=click.Choice(["transcribe", "translate"]),
+    default="transcribe",
+    show_default=True,
+    help="Or into English.",
+)
 @click.option("--num-beams", type=click.IntRange(1, 64), help="Hypotheses of beam search; 1 is greedy.")
 @click.option(
     "--window", type=click.FloatRange(5, 30), help="Seconds heard at once; by default as long as what was trained on."

@@ -154,10 +154,8 @@ def _rows(
         path = audio.get(name)
         transcript = prompt.get("Transcript") if isinstance(prompt, dict) else None
         pieces, problem = read_transcript(str(transcript or ""))
-        if path is None:
-            problem = "without their audio file"
         if problem or path is None:
-            skipped[problem or ""] += 1
+            skipped["without their audio file" if path is None else problem] += 1
             continue
         for piece in pieces:
             values = {

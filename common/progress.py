@@ -63,7 +63,7 @@ class Lines:
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         unit = f" {self.unit}" if self.unit else ""
         print(
-            f"{self.label}: {self.done:g} of {self.total:g}{unit}{share}, {rate:.3g}/s{left}{self.values}",
+            f"{self.label}: {self.done:,.10g} of {self.total:,.10g}{unit}{share}, {rate:.3g}/s{left}{self.values}",
             file=sys.stderr,
             flush=True,
         )
