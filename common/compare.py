@@ -88,7 +88,7 @@ def _described(
     systems: Systems, rows: Sequence[Row], speakers: Mapping[str, str], reference: str, resamples: int, seed: int
 ) -> list[Row]:
     """Each system's facts, rates, and rates by etiology."""
-    described = {name: {"name": name} | _facts(results) for name, results in systems.items()}
+    described: dict[str, Row] = {name: {"name": name} | _facts(results) for name, results in systems.items()}
     for name, rates in _rates(systems, speakers, reference, resamples, seed).items():
         described[name] |= rates | {"by_etiology": {}}
     for group, ids in _etiologies(rows).items():

@@ -128,7 +128,8 @@ def audio_passes(config: Config, hours: float) -> dict[str, float]:
     passes = {"extract": hours * joint + 2 * held_out}
     if config.asr.pretrained:
         passes["cluster"] = hours * config.subsets.embeddings_percent / 100
-        passes["experts"] = hours * experts * config.experts.epochs
+        if not config.asr.common_share:  # else they start in joint training
+            passes["experts"] = hours * experts * config.experts.epochs
     passes["asr"] = hours * joint * config.asr.epochs
     passes["evaluate"] = 2 * held_out  # test, before and after
     return passes

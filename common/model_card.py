@@ -132,6 +132,8 @@ def _facts(
     if asr.adapt != "full":
         facts.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} ({lora.modules})"))
         start = "clusters, gate and experts that were pre-trained" if asr.pretrained else "a random gate and experts"
+        if asr.common_share:
+            start = f"one adapter for all experts, for the first {asr.common_share:.0%} of the steps"
         facts.append(("started from", start))
     facts += [
         ("trained parameters", f"{report['trained_parameters']:,}"),

@@ -74,7 +74,7 @@ def recordings(spoken):
     return [one_after_the_other(own, pause=(0.25, 0.8), seed=n) for n, own in enumerate(spoken.values())]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_nineteen_of_twenty_words_go_to_the_piece_in_which_they_are_said(opened, recordings):
     utterances = [
         Utterance(f"r{n}", f"r{n}.wav", len(one.samples) / SAMPLE_RATE, " ".join(word for word, _, _ in one.words))
@@ -107,7 +107,7 @@ def error_rate(utterances, windows):
     return Levenshtein.normalized_distance(expected, heard)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_every_word_is_heard_once_at_its_time(opened, spoken, recordings):
     utterances, recording = next(iter(spoken.values())), recordings[0]
     (windows,) = transcribe_audio(opened, [recording.samples], DECODING)
@@ -123,7 +123,7 @@ def test_every_word_is_heard_once_at_its_time(opened, spoken, recordings):
     assert " ".join(segment.text for segment in segments) == " ".join(word.text for word in words)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_where_windows_overlap_no_word_is_lost_or_said_twice(opened, spoken):
     """Speech without any pause, beside a machine that whistles."""
     whistled = [

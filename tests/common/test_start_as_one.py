@@ -1,4 +1,4 @@
-"""Experts that are trained as one at first: what they are equal to, and that an interruption changes nothing."""
+"""Experts that are trained as one at first: what they are equal to, and when they part."""
 
 import torch
 from torch import nn
