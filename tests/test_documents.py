@@ -53,7 +53,10 @@ SUBSTITUTIONS = {
     "data/demo": "data/mine",
 }
 # Lines of these pages that are parsed, not run: a bucket, a cluster, several processes, minutes.
-PARSED = r"s3://|--cluster|--kind bench|^moe-asr submit|fit-batch|--processes|--metrics-port|^moe-asr (estimate|gc|sweep|merge)"
+PARSED = (
+    r"s3://|--cluster|--kind bench|^moe-asr submit|fit-batch|--processes|--metrics-port"
+    r"|^moe-asr (estimate|gc|sweep|merge)"
+)
 SHORT = (
     "seed: 1\nnum_experts: 2\n"
     "subsets: {embeddings_percent: 100, experts_percent: 100, dev_samples: 6, test_samples: 6}\n"
