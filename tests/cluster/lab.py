@@ -158,6 +158,7 @@ class Lab:
             "metadata": {"generateName": "test-", "namespace": NAMESPACE},
             "spec": {
                 "workflowTemplateRef": {"name": self.template},
+                "podGC": {"strategy": "OnPodSuccess", "deleteDelayDuration": "7200s"},  # tests look at them
                 "arguments": {"parameters": [{"name": n, "value": v} for n, v in values.items()]},
             },
         }
