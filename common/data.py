@@ -5,12 +5,14 @@ Shape letters: B utterances, S samples, U text tokens.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -272,11 +274,12 @@ class BatchLoader:
 
     Args:
         examples: what the batches' numbers refer to.
-        num_workers: loader processes; 0 reads in this one.
+        num_workers: loader processes, no more than there are cores; 0 reads in this one.
         device: where the batches end up; pinned memory for CUDA.
     """
 
     def __init__(self, examples: Sequence[Example], *, num_workers: int, device: torch.device) -> None:
+        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self.device = device
         self._batches: list[list[int]] = []
         self._dataset = AudioDataset(examples)
@@ -288,7 +291,7 @@ class BatchLoader:
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=partial(_start_worker, dict(os.environ)),
             generator=torch.Generator(),  # else every epoch and every resume would draw from the model's random state
             multiprocessing_context="forkserver" if num_workers else None,
         )
@@ -332,5 +335,8 @@ class _Replaceable(Sampler[list[int]]):
         return len(self.batches)
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(environment: Mapping[str, str], _: int) -> None:
+    """One thread, and this process's environment: the server that forks workers has that of the first loader."""
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)

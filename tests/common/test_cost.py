@@ -78,7 +78,7 @@ def test_twice_the_speech_costs_twice_and_a_full_fine_tune_costs_more():
     one, two = estimate(CONFIG, hours=10, **options), estimate(CONFIG, hours=20, **options)
     assert [row.stage for row in one] == ["extract", "cluster", "experts", "asr", "evaluate"]
     for a, b in zip(one, two, strict=True):
-        assert b.gpu_hours == pytest.approx(2 * a.gpu_hours)
+        assert b.gpu_hours == pytest.approx(2 * a.gpu_hours) or a.stage == "cluster"  # see the last test
     full = validate({"asr": {"adapt": "full"}})
     cost = {row.stage: row.gpu_hours for row in estimate(full, hours=10, **options)}
     assert cost["asr"] == pytest.approx(1.5 * next(row.gpu_hours for row in one if row.stage == "asr"))
