@@ -6,18 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from cli.runs import with_store
+from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
 from cli.table import text_table
-from common.config import Config, validate
-from common.options import parse_setting
+from common.errors import UsageError
 from common.store import open_store
-
-if TYPE_CHECKING:
-    from common.store import Store
 
 
 @click.command()
@@ -33,20 +29,8 @@ if TYPE_CHECKING:
 @click.option("--samples", type=click.IntRange(1), help="A stratified part of the split.")
 @click.option("--long-audio", type=click.Choice(("error", "drop", "windows")), default="error", show_default=True,
               help="Utterances over 30 s: refuse, leave out (counted), or hear as `transcribe` does.")  # fmt: skip
-@click.option("--base", help="Base weights, where they are not where the model says.")
 @with_store
-@click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
-@click.option(
-    "--task",
-    type=click.Choice(("transcribe", "translate")),
-    default="transcribe",
-    show_default=True,
-    help="Or into English.",
-)
-@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Of decode, audio and runtime, precision and seed; as in `moe-asr run`.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@with_options(opening_options)
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
 def evaluate(
     model: str,
@@ -76,26 +60,15 @@ def evaluate(
     moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
     from common.evaluation import evaluate as run_evaluation
-    from common.models import open_model
     from common.sources import open_corpus
     from common.speech_training import decoding_options
     from stages.pipeline import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    config = evaluation_config(model, store, settings)
+    config = decoding_config(model, store, settings)
     data = open_corpus(corpus, cache_folder(), endpoint_url=endpoint_url, cache_bytes=config.runtime.audio_cache_bytes)
-    opened = open_model(
-        model,
-        store=store,
-        cache=cache_folder(),
-        base=base,
-        device=device,
-        precision=config.precision,
-        language=language,
-        task=task,
-        context=config.audio.context,
-        margin=config.audio.margin,
-        endpoint_url=endpoint_url,
+    opened = open_as_told(
+        model, store, config, base=base, language=language, task=task, device=device, endpoint_url=endpoint_url
     )
     out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
     result = run_evaluation(
@@ -112,28 +85,6 @@ def evaluate(
         quiet=quiet or config.runtime.quiet,
     )
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else evaluation_table(result, out))
-
-
-def evaluation_config(model: str, store: Store, settings: Sequence[str]) -> Config:
-    """How to decode: as the run did whose model it is, else by the defaults; `--set` over both.
-
-    Raises:
-        ConfigError: a setting that does not validate.
-        UsageError: one that says nothing about an evaluation.
-    """
-    from common.config import merge, nest
-    from common.errors import UsageError
-    from common.runs import find_run
-
-    found = find_run(model, store)
-    known: Mapping[str, Any] = found[1]["config"] if found else {}
-    tree: dict[str, Any] = {name: known[name] for name in ("decode", "audio", "precision", "seed") if name in known}
-    for text in settings:
-        path, value = parse_setting(text)
-        if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
-            raise UsageError(f"--set {text}: an evaluation reads decode, audio, runtime, precision and seed alone")
-        merge(tree, nest(path, value))
-    return validate(tree)
 
 
 def evaluation_table(result: Mapping[str, Any], out: Path) -> str:
@@ -227,8 +178,6 @@ def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[
     Raises:
         UsageError: none, or one named twice.
     """
-    from common.errors import UsageError
-
     systems: dict[str, list[str]] = {}
     for text in (*(f"{_slug(run)}={run}" for run in runs), *groups):
         name, equals, members = text.partition("=")

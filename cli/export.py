@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
+from cli.shared import base_option, with_options, with_store
 from common.errors import UsageError
 from common.files import new_folder
-from common.store import Store, open_store
+from common.store import open_store
 
 FORMATS = ("peft", "merged", "ctranslate2", "vllm")
 
-store_options = (
-    click.option("--store", "store_url", default="runs", show_default=True, help="Where runs are looked up by name."),
-    click.option("--endpoint-url", help="Of an S3-compatible store."),
-)
 out_options = (
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make."),
     click.option("--overwrite", is_flag=True, help="Replace what this command made there before."),
 )
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def with_options(options: tuple[Any, ...]) -> Callable[[F], F]:
-    """A decorator that adds click options, in their order."""
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def numbers(text: str | None, option: str) -> list[float] | None:
@@ -59,10 +40,10 @@ def numbers(text: str | None, option: str) -> list[float] | None:
 @click.option("--expert", type=int, help="Of a mixture, merge this expert.")
 @click.option("--weights", help="Of a mixture, merge all experts with these weights, as 0.7,0.3.")
 @click.option("--routing", type=click.Choice(("mean",)), help="The same with their mean weights on the test set.")
-@click.option("--base", help="Base weights: hub name or folder, if not where the model says.")
+@base_option
 @click.option("--quantization", help="Of CTranslate2: int8, float16, int8_float16 …")
 @with_options(out_options)
-@with_options(store_options)
+@with_store
 def export(
     model: str,
     target: str,
@@ -86,6 +67,8 @@ def export(
     moe-asr export mine --to merged --out out/dense --expert 2
     """
     from common.export import MARK, export_model, fixed_routing
+    from common.models import open_model
+    from stages.pipeline import cache_folder
 
     merging = target in ("merged", "ctranslate2")
     if not merging and (expert is not None or weights or routing):
@@ -94,10 +77,18 @@ def export(
         raise UsageError(f"--quantization is for --to ctranslate2, not {target}")
     shares, mean = numbers(weights, "--weights"), routing == "mean"
     with new_folder(out, overwrite=overwrite, mark=MARK) as folder:
-        opened, source = _open(model, _store(store_url, endpoint_url), base, endpoint_url)
+        opened = open_model(
+            model,
+            store=open_store(store_url, endpoint_url=endpoint_url),
+            cache=cache_folder(),
+            base=base,
+            device="cpu",
+            precision="fp32",
+            endpoint_url=endpoint_url,
+        )
         fixed: dict[int, float] = {}
         if merging:
-            fixed = fixed_routing(opened.info, source, expert=expert, weights=shares, mean=mean)
+            fixed = fixed_routing(opened.info, opened.folder, expert=expert, weights=shares, mean=mean)
         export_model(opened, target, folder, routing=fixed, base_name=base, quantization=quantization)
     click.echo(out)
     if shares or mean:
@@ -109,7 +100,7 @@ def export(
 @click.option("--weights", help="One of each model, as 0.7,0.3; equal ones by default.")
 @click.option("--rank", type=click.IntRange(min=1), help="Of the result; without it, the exact sum of all ranks.")
 @with_options(out_options)
-@with_options(store_options)
+@with_store
 def merge(
     models: tuple[str, ...],
     out: Path,
@@ -136,26 +127,10 @@ def merge(
     shares = numbers(weights, "--weights") or [1 / len(models)] * len(models)
     if len(shares) != len(models):
         raise UsageError(f"--weights {weights}: {len(shares)} numbers for {len(models)} models")
-    store = _store(store_url, endpoint_url)
+    store = open_store(store_url, endpoint_url=endpoint_url)
     with new_folder(out, overwrite=overwrite, mark=MARK) as folder:
         found = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
         made = merge_models(found, shares, folder, rank=rank)
         said = {"models": list(models), "weights": shares, "rank": made.rank, "relative_error": made.error}
         (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     click.echo(f"{out}: rank {made.rank}, relative error {made.error:.2%}")
-
-
-def _store(url: str, endpoint_url: str | None) -> Store | None:
-    return open_store(url, endpoint_url=endpoint_url) if "://" in url or Path(url).is_dir() else None
-
-
-def _open(model: str, store: Store | None, base: str | None, endpoint_url: str | None) -> tuple[Any, Path]:
-    """(opened model on the CPU, its folder)."""
-    from common.models import find_model, open_model
-    from stages.pipeline import cache_folder
-
-    cache = cache_folder()
-    opened = open_model(
-        model, store=store, cache=cache, base=base, device="cpu", precision="fp32", endpoint_url=endpoint_url
-    )
-    return opened, find_model(model, store, cache, endpoint_url)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cli.runs import with_store
+from cli.shared import device_option, with_store
 from cli.table import text_table
 from common.errors import UsageError
 from common.files import new_folder
@@ -26,7 +26,7 @@ from common.store import open_store
 @click.option("--layer", "layers", type=int, multiple=True, help="Cluster this encoder layer too; encodes audio again.")
 @click.option("--pooling", "poolings", type=click.Choice(("mean", "max", "meanstd")), multiple=True, help="The same.")
 @click.option("--samples", default=2000, show_default=True, help="Utterances to compare clusterings on; 0 for none.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(
     run: str,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cli.shared import with_store
 from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config, validate
@@ -18,18 +19,6 @@ from common.options import config_from, config_options
 from common.runs import run_names, run_record, stage_folders
 from common.store import Store, open_store
 from stages.pipeline import Run, cache_folder
-
-store_options = (
-    click.option("--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix."),
-    click.option("--endpoint-url", help="Of an S3-compatible store."),
-)
-
-
-def with_store(function: Any) -> Any:
-    """Adds --store and --endpoint-url."""
-    for option in store_options:
-        function = option(function)
-    return function
 
 
 def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.corpus import endpoint_option, opened
+from cli.shared import base_option, device_option, language_option
 from common.corpus import INDEX_NAME, index_lines
 from common.errors import UsageError
 
@@ -22,9 +23,9 @@ DEFAULT_NAME = "segmented.jsonl"
 @click.argument("dest", required=False)
 @click.option("--model", "model_name", required=True, help="Whisper that hears the words: folder, run or hub name.")
 @click.option("--store", "store_url", default="runs", show_default=True, help="Where runs are looked up.")
-@click.option("--base", help="Base weights, where they are not where the model says.")
-@click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@base_option
+@language_option
+@device_option
 @click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
 @endpoint_option
 def segment(

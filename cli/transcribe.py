@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.runs import with_store
+from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -31,24 +31,13 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording; without: printed.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are already in --out.")
-@click.option("--base", help="Base weights, where they are not where the model says.")
 @with_store
-@click.option("--language", default="en", show_default=True, help="Of a multilingual model that does not know its own.")
-@click.option(
-    "--task",
-    type=click.Choice(["transcribe", "translate"]),
-    default="transcribe",
-    show_default=True,
-    help="Or into English.",
-)
 @click.option("--num-beams", type=click.IntRange(1, 64), help="Hypotheses of beam search; 1 is greedy.")
 @click.option(
     "--window", type=click.FloatRange(5, 30), help="Seconds heard at once; by default as long as what was trained on."
 )
 @click.option("--fall-back", is_flag=True, help="Decode loops and guesses again at higher temperatures.")
-@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="As in `moe-asr evaluate`.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@with_options(opening_options)
 def transcribe(
     files: Sequence[Path],
     model: str,
@@ -75,33 +64,20 @@ def transcribe(
     moe-asr transcribe talk.mp3 --model mine
     moe-asr transcribe *.wav --model mine --format all --out transcripts
     """
-    from cli.evaluate import evaluation_config
-    from common.models import open_model
     from common.progress import progress
     from common.speech_training import decoding_options
     from common.store import open_store
     from common.transcribe import transcribe_audio
-    from stages.pipeline import cache_folder
 
     kinds = SUFFIXES if kind == "all" else (kind,)
     check_outputs(files, kinds, out, overwrite)
     store = open_store(store_url, endpoint_url=endpoint_url)
     beams = [f"decode.num_beams={num_beams}"] if num_beams else []
-    config = evaluation_config(
+    config = decoding_config(
         model, store, [*settings, *beams, *([f"decode.temperatures={FALL_BACK}"] if fall_back else [])]
     )
-    opened = open_model(
-        model,
-        store=store,
-        cache=cache_folder(),
-        base=base,
-        device=device,
-        precision=config.precision,
-        language=language,
-        task=task,
-        context=config.audio.context,
-        margin=config.audio.margin,
-        endpoint_url=endpoint_url,
+    opened = open_as_told(
+        model, store, config, base=base, language=language, task=task, device=device, endpoint_url=endpoint_url
     )
     failed: list[Path] = []
     bar = progress(round(total_seconds(files), 1), "transcribe", unit="s", hidden=quiet)

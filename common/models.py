@@ -45,6 +45,7 @@ class OpenedModel:
         recogniser: on the device, in evaluation mode.
         codec: text ↔ tokens, with the prompt of its language and task.
         info: what a trained model says of itself; None for a plain Whisper and for a PEFT adapter.
+        folder: where it is on this machine.
         base: folder of the base weights, tokenizer included.
         name: as it was asked for.
         context, margin: how audio becomes encoder input, as in training.
@@ -55,6 +56,7 @@ class OpenedModel:
     recogniser: Recogniser
     codec: TextCodec
     info: BundleInfo | None
+    folder: Path
     base: Path
     name: str
     context: str
@@ -105,6 +107,7 @@ def open_model(
         recogniser=recogniser.to(accelerator.device).eval(),
         codec=load_codec(origin, language=language, task=task),
         info=info,
+        folder=folder,
         base=origin,
         name=name,
         context=context or str(AudioConfig().context),

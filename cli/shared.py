@@ -1,0 +1,111 @@
+"""What several commands share: options, and how a model is opened by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from common.config import Config, merge, nest, validate
+from common.errors import UsageError
+from common.options import parse_setting
+from common.runs import find_run
+from common.store import Store
+
+if TYPE_CHECKING:
+    from common.models import OpenedModel
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+store_options = (
+    click.option("--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix."),
+    click.option("--endpoint-url", help="Of an S3-compatible store."),
+)
+base_option = click.option("--base", help="Base weights, where they are not where the model says.")
+language_option = click.option(
+    "--language", default="en", show_default=True, help="Of a multilingual model that does not know its own."
+)
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+opening_options = (
+    base_option,
+    language_option,
+    click.option(
+        "--task",
+        type=click.Choice(("transcribe", "translate")),
+        default="transcribe",
+        show_default=True,
+        help="Or into English.",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Of decode, audio and runtime, precision and seed; as in `moe-asr run`.",
+    ),
+    device_option,
+    click.option("--quiet", is_flag=True, help="No progress bar."),
+)
+
+
+def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[F], F]:
+    """A decorator that adds click options, in their order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+with_store = with_options(store_options)
+
+
+def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config:
+    """How to decode: as the run did whose model it is, else by the defaults; `--set` over both.
+
+    Raises:
+        ConfigError: a setting that does not validate.
+        UsageError: one that says nothing about an evaluation.
+    """
+    found = find_run(model, store)
+    known: Mapping[str, Any] = found[1]["config"] if found else {}
+    tree: dict[str, Any] = {name: known[name] for name in ("decode", "audio", "precision", "seed") if name in known}
+    for text in settings:
+        path, value = parse_setting(text)
+        if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
+            raise UsageError(f"--set {text}: an evaluation reads decode, audio, runtime, precision and seed alone")
+        merge(tree, nest(path, value))
+    return validate(tree)
+
+
+def open_as_told(
+    model: str,
+    store: Store,
+    config: Config,
+    *,
+    base: str | None,
+    language: str,
+    task: str,
+    device: str,
+    endpoint_url: str | None,
+) -> OpenedModel:
+    """Opens a model by these options and a `decoding_config`; see `common.models.open_model`."""
+    from common.models import open_model
+    from stages.pipeline import cache_folder
+
+    return open_model(
+        model,
+        store=store,
+        cache=cache_folder(),
+        base=base,
+        device=device,
+        precision=config.precision,
+        language=language,
+        task=task,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        endpoint_url=endpoint_url,
+    )
