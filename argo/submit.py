@@ -9,8 +9,8 @@ from typing import Any
 
 from argo.parameters import FILE, PARAMETERS, PRODUCTS
 from common.config import Config, flatten, resolve
+from common.data.sources import is_hub_name
 from common.errors import UsageError
-from common.sources import is_hub_name
 
 # Parameters of their own, so not among the settings.
 PLACES = ("store", "endpoint_url", "run")

@@ -173,7 +173,7 @@ def measure(who: str, path: Path) -> dict[str, float]:
 
 
 def _timed(who: str, points_ND: np.ndarray) -> tuple[np.ndarray, float, float]:
-    from common.reduction import reduce_dimensions
+    from common.clustering.reduction import reduce_dimensions
 
     started = time.perf_counter()
     reduced_NP = reduce_dimensions(points_ND, method="pca", dim=REDUCE_DIM, seed=0)
@@ -183,7 +183,7 @@ def _timed(who: str, points_ND: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def _ours(points_NP: np.ndarray) -> np.ndarray:
-    from common.hdbscan import flat_clusters, spanning_tree
+    from common.clustering.hdbscan import flat_clusters, spanning_tree
 
     return np.asarray(flat_clusters(spanning_tree(points_NP, MIN_SAMPLES), MIN_CLUSTER_SIZE)[0])
 

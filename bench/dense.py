@@ -16,10 +16,10 @@ from bench.inputs import short_lengths, write_clips
 from bench.measure import Row, row
 from bench.peers import make_trainer, peft_experts, trainer_dataset
 from bench.setting import TARGETS, Setting, make_whisper
-from common.data import BatchLoader, Example, epoch_batches
-from common.moe import add_mixture
-from common.recogniser import Recogniser
-from common.train import TrainOptions, make_accelerator, train
+from common.data.batches import BatchLoader, Example, epoch_batches
+from common.model.moe import add_mixture
+from common.model.recogniser import Recogniser
+from common.training.train import TrainOptions, make_accelerator, train
 
 MAX_ROUNDS = 2
 

@@ -21,11 +21,11 @@ from bench.inputs import make_example, noise, short_lengths, write_clips
 from bench.measure import Row, rounds, row
 from bench.peers import embed_padded
 from bench.setting import Setting, make_whisper
-from common.data import Batch, BatchLoader, Example, collate, epoch_batches
-from common.embeddings import read_tables, write_table
-from common.features import log_mel
-from common.moe import Gate
-from common.recogniser import Recogniser
+from common.clustering.embeddings import read_tables, write_table
+from common.data.batches import Batch, BatchLoader, Example, collate, epoch_batches
+from common.data.features import log_mel
+from common.model.moe import Gate
+from common.model.recogniser import Recogniser
 
 
 def mel_rows(setting: Setting) -> list[Row]:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from bench.setting import SHAPES
-from common.audio import Samples, write_wav
-from common.data import Batch, Example, collate
-from common.features import SAMPLE_RATE, context_positions
+from common.data.audio import Samples, write_wav
+from common.data.batches import Batch, Example, collate
+from common.data.features import SAMPLE_RATE, context_positions
 
 TOKENS_PER_SECOND = 3.0  # of read English in Whisper's vocabulary
 MARGIN = 64
@@ -62,7 +62,7 @@ def make_batch(shape: str, lengths: Sequence[float], device: torch.device, *, co
 
 
 def write_clips(folder: Path, shape: str, lengths: Sequence[float], *, context: str = "dynamic") -> list[Example]:
-    """The same as files of 16-bit samples, ready for `common.data.BatchLoader`."""
+    """The same as files of 16-bit samples, ready for `common.data.batches.BatchLoader`."""
     examples = []
     for i, seconds in enumerate(lengths):
         path = folder / f"{i:05d}.wav"

@@ -19,9 +19,9 @@ from bench.inputs import make_batch, short_lengths
 from bench.measure import Row, rounds, row
 from bench.peers import copy_into_peft, features_of, loop_backward, lora_backward, peft_experts
 from bench.setting import TARGETS, Setting, make_whisper
-from common.data import Batch
-from common.moe import Gate, add_mixture
-from common.recogniser import Recogniser, RouterOptions
+from common.data.batches import Batch
+from common.model.moe import Gate, add_mixture
+from common.model.recogniser import Recogniser, RouterOptions
 
 SHORT_BATCHES = 3  # of different lengths, as the sampler's buckets give them
 
@@ -78,7 +78,7 @@ def make_contest(setting: Setting) -> Contest:
 
 
 def ours_backward(recogniser: Recogniser, batch: Batch) -> Tensor:
-    """Our forward and backward as `common.train` does them; returns the loss per token."""
+    """Our forward and backward as `common.training.train` does them; returns the loss per token."""
     summed, _ = recogniser(batch)
     loss: Tensor = summed / batch.weight
     torch.autograd.backward(loss)

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from common.moe import MixtureLinear, Routing, RoutingSlot, pick_kernel
+from common.model.moe import MixtureLinear, Routing, RoutingSlot, pick_kernel
 
 Computed = Literal["masked", "gathered", "grouped"]
 TOLERANCE = 1.1

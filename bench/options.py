@@ -18,10 +18,10 @@ from bench.inputs import make_batch, short_lengths
 from bench.joint import make_contest, ours_backward, whole_step
 from bench.measure import Row, rounds, row
 from bench.setting import Setting, make_whisper
-from common.augment import Augmentation
-from common.batch_search import peak_memory
-from common.data import Batch
-from common.recogniser import Recogniser
+from common.data.augment import Augmentation
+from common.data.batches import Batch
+from common.model.recogniser import Recogniser
+from common.training.batch_search import peak_memory
 
 Step = Callable[[], object]
 

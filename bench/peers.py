@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from bench.setting import TARGETS, Setting
-from common.adapters import expert_matrices
-from common.audio import read_audio
-from common.data import Batch, Example
-from common.moe import Gate, route
-from common.recogniser import Recogniser
-from common.whisper import IGNORED
+from common.data.audio import read_audio
+from common.data.batches import Batch, Example
+from common.model.adapters import expert_matrices
+from common.model.moe import Gate, route
+from common.model.recogniser import Recogniser
+from common.model.whisper import IGNORED
 
 
 def features_of(batch: Batch, device: torch.device) -> Tensor:

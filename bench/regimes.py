@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.compare import Result, before_training, compare, read_result
+from common.evaluation.compare import Result, before_training, compare, read_result
+from common.harness.runs import run_names, run_record, stage_folders
 from common.json_files import read_object
-from common.runs import run_names, run_record, stage_folders
-from common.store import Store, open_store
+from common.storage import open_store
+from common.storage.store import Store
 from stages.pipeline import cache_folder
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,7 +29,7 @@ from bench.scale_parts import Row, objects, workflow_size
 
 if TYPE_CHECKING:  # torch, which some steps import, would count as memory of the others
     from common.config import Config
-    from common.corpus import Corpus, Utterance
+    from common.data.corpus import Corpus, Utterance
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 ETIOLOGIES = ("Parkinson's Disease", "ALS", "Cerebral Palsy", "Down Syndrome", "Stroke")
@@ -151,7 +151,7 @@ def measured(rows: list[Row], step: str, note: str = "") -> Iterator[Row]:
 
 def utterances(count: int, seed: int = 0) -> Iterator[Utterance]:
     """Speakers of 380 utterances (a small corpus: fifty speakers), a tenth of them in dev and a tenth in test."""
-    from common.corpus import Utterance
+    from common.data.corpus import Utterance
 
     generator, each = np.random.default_rng(seed), min(PER_SPEAKER, max(1, count // 50))
     duration_N = np.clip(generator.lognormal(np.log(MEAN_SECONDS) - 0.18, 0.6, count), 0.5, 29.9).round(3)
@@ -181,14 +181,14 @@ def settings(folder: Path) -> Config:
 
 def simulated(folder: Path, count: int) -> Corpus:
     """The corpus as it would be read from its index, which takes longer."""
-    from common.corpus import Corpus
+    from common.data.corpus import Corpus
 
     return Corpus(folder / "corpus", tuple(sorted(utterances(count), key=lambda u: u.id)), "0" * 64)
 
 
 def step_index(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Writes the index, reads it back."""
-    from common.corpus import INDEX_NAME, write_index
+    from common.data.corpus import INDEX_NAME, write_index
 
     rows: list[Row] = []
     made = list(utterances(count))
@@ -202,7 +202,7 @@ def step_index(folder: Path, count: int, width: int, model: Path) -> list[Row]:
 
 def step_read(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Reads the index."""
-    from common.corpus import read_corpus
+    from common.data.corpus import read_corpus
 
     rows: list[Row] = []
     with measured(rows, "read the index", "with its digest"):
@@ -213,7 +213,7 @@ def step_read(folder: Path, count: int, width: int, model: Path) -> list[Row]:
 
 def step_subsets(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """All subsets of a run."""
-    from common.subsets import embedded_utterances, training_subset
+    from common.data.subsets import embedded_utterances, training_subset
 
     rows: list[Row] = []
     corpus, config = simulated(folder, count), settings(folder)
@@ -238,9 +238,9 @@ def step_plan(folder: Path, count: int, width: int, model: Path) -> list[Row]:
 
 def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Tokens of the training split and the batches of two epochs."""
-    from common.data import AudioDataset, epoch_batches, make_examples
-    from common.subsets import training_subset
-    from common.whisper import load_codec
+    from common.data.batches import AudioDataset, epoch_batches, make_examples
+    from common.data.subsets import training_subset
+    from common.model.whisper import load_codec
 
     rows: list[Row] = []
     corpus, config, codec = simulated(folder, count), settings(folder), load_codec(model)
@@ -259,8 +259,8 @@ def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]
 
 def step_embeddings(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """The table of embeddings: written in shards, read, and its rows for the training split taken."""
-    from common.embeddings import read_tables, write_table
-    from common.subsets import embedded_utterances, training_subset
+    from common.clustering.embeddings import read_tables, write_table
+    from common.data.subsets import embedded_utterances, training_subset
 
     rows: list[Row] = []
     corpus, config = simulated(folder, count), settings(folder)
@@ -284,7 +284,7 @@ def step_embeddings(folder: Path, count: int, width: int, model: Path) -> list[R
 def step_cluster(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """Clusters as many random embeddings as the subset has."""
     from bench.clustering import write_embeddings
-    from common.cluster import cluster
+    from common.clustering.cluster import cluster
 
     rows: list[Row] = []
     config = settings(folder)

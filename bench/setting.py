@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from common.whisper import load_whisper
+from common.model.whisper import load_whisper
 
 WEIGHTS = Path("models/whisper-tiny.en")
 DEMO = Path("data/demo")

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from common.store import Store, open_store
+from common.storage import open_store
+from common.storage.store import Store
 
 BLOCK = 16 * 2**20
 SMALL_FILES, SMALL_BYTES = 300, 32 * 1024

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.config import Config, validate
-from common.corpus import Corpus
-from common.data import BatchLoader
-from common.evaluate import by_etiology, decode_set, score_set
-from common.recogniser import Recogniser
-from common.sources import locate_model
-from common.speech_training import decoding_options, speech_examples
-from common.train import make_accelerator
-from common.wer import wer
-from common.whisper import load_codec, load_whisper
+from common.data.batches import BatchLoader
+from common.data.corpus import Corpus
+from common.data.sources import locate_model
+from common.evaluation.score import by_etiology, decode_set, score_set
+from common.evaluation.wer import wer
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_codec, load_whisper
+from common.training.speech import decoding_options, speech_examples
+from common.training.train import make_accelerator
 
 
 def base_wer(corpus: Corpus, model: str) -> dict[str, dict[str, float]]:

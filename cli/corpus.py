@@ -14,8 +14,8 @@ from cli.table import text_table
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from common.corpus import Corpus
-    from common.importers import Imported
+    from common.data.corpus import Corpus
+    from common.data.importers import Imported
 
 
 @click.group()
@@ -49,7 +49,7 @@ def synth(
     moe-asr corpus synth data/demo
     moe-asr corpus synth data/bench --kind bench --minutes 60
     """
-    from common.synth import synthesize, synthesize_bench
+    from common.synth.corpus import synthesize, synthesize_bench
 
     if kind == "bench" and (etiologies or utterances is not None):
         raise UsageError("--etiology and --utterances are not for --kind bench: --minutes says how much is spoken")
@@ -77,8 +77,8 @@ def synth(
 
 def opened(path: str, endpoint_url: str | None) -> Corpus:
     """A corpus in a folder or a store, with the cache of `moe-asr run`."""
+    from common.data.sources import open_corpus
     from common.sections import RuntimeConfig
-    from common.sources import open_corpus
     from stages.pipeline import cache_folder
 
     return open_corpus(path, cache_folder(), endpoint_url=endpoint_url, cache_bytes=RuntimeConfig().audio_cache_bytes)
@@ -98,9 +98,9 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     \b
     moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
     """
+    from common.data.shards import pack_corpus, parse_size
     from common.progress import progress
-    from common.shards import pack_corpus, parse_size
-    from common.store import open_store
+    from common.storage import open_store
     from stages.pipeline import cache_folder
 
     size = parse_size(shard_size)
@@ -129,7 +129,7 @@ def stats(path: str, model: str | None, endpoint_url: str | None, as_json: bool)
     moe-asr corpus stats data/mine
     moe-asr corpus stats data/mine --model openai/whisper-small --json
     """
-    from common.corpus import corpus_stats
+    from common.data.corpus import corpus_stats
 
     data = opened(path, endpoint_url)
     figures = corpus_stats(data)
@@ -163,11 +163,11 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     \b
     moe-asr corpus audit data/mine --model models/whisper-tiny.en
     """
-    from common.audit import audit as audit_corpus
+    from common.data.audit import audit as audit_corpus
 
     counter = None
     if model is not None:
-        from common.whisper import load_codec
+        from common.model.whisper import load_codec
 
         counter = load_codec(Path(model)).length
     findings = audit_corpus(opened(path, endpoint_url), token_count=counter)
@@ -215,9 +215,9 @@ def import_corpus(
     moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
     moe-asr corpus import SAP data/sap --format sap
     """
-    from common.importers import Imported, import_audiofolder, import_table
-    from common.importers_sap import import_sap
-    from common.importers_torgo import import_torgo
+    from common.data.importers import Imported, import_audiofolder, import_table
+    from common.data.importers_sap import import_sap
+    from common.data.importers_torgo import import_torgo
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
     mapping = _columns(columns)

@@ -44,8 +44,8 @@ def doctor(context: click.Context, store_url: str | None, endpoint_url: str | No
 
 
 def _findings(store_url: str | None, endpoint_url: str | None) -> Iterator[Finding]:
-    from common.doctor import check_store
-    from common.store import open_store
+    from common.storage import open_store
+    from common.storage.doctor import check_store
 
     yield from check_machine(cache_folder())
     if store_url is not None:

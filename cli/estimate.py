@@ -10,9 +10,9 @@ import click
 from cli.table import text_table
 from common.config import Config
 from common.errors import UsageError
+from common.harness.runs import run_record
 from common.options import config_from, config_options
-from common.runs import run_record
-from common.store import open_store
+from common.storage import open_store
 
 # What the original system's authors expected for 683 h with Whisper large-v2.
 ORIGINAL_DAYS = {"a100-40": "4 to 5", "a100-80": "3 to 4", "h100-80": "2 to 3"}
@@ -88,7 +88,7 @@ def measured_rates(config: Config, name: str) -> dict[str, float]:
     Raises:
         UsageError: the run measured none.
     """
-    from common.artifacts import Key, inspect
+    from common.storage.artifacts import Key, inspect
 
     store = open_store(config.store, endpoint_url=config.endpoint_url)
     found: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ import click
 from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
 from cli.table import text_table
 from common.errors import UsageError
-from common.store import open_store
+from common.storage import open_store
 
 
 @click.command()
@@ -59,9 +59,9 @@ def evaluate(
     moe-asr evaluate mine data/mine
     moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
-    from common.evaluation import evaluate as run_evaluation
-    from common.sources import open_corpus
-    from common.speech_training import decoding_options
+    from common.data.sources import open_corpus
+    from common.evaluation.evaluate import evaluate as run_evaluation
+    from common.training.speech import decoding_options
     from stages.pipeline import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -146,8 +146,8 @@ def compare(
     \b
     moe-asr compare mine regular dense --out comparison
     """
-    from common.compare import before_training, read_result, table_rows, write_comparison
-    from common.compare import compare as make_comparison
+    from common.evaluation.compare import before_training, read_result, table_rows, write_comparison
+    from common.evaluation.compare import compare as make_comparison
     from stages.pipeline import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)

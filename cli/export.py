@@ -10,7 +10,7 @@ import click
 from cli.shared import base_option, with_options, with_store
 from common.errors import UsageError
 from common.files import new_folder
-from common.store import open_store
+from common.storage import open_store
 
 FORMATS = ("peft", "merged", "ctranslate2", "vllm")
 
@@ -66,8 +66,8 @@ def export(
     moe-asr export mine --to peft --out out/adapters
     moe-asr export mine --to merged --out out/dense --expert 2
     """
-    from common.export import MARK, export_model, fixed_routing
-    from common.models import open_model
+    from common.model.export import MARK, export_model, fixed_routing
+    from common.recognition.opened import open_model
     from stages.pipeline import cache_folder
 
     merging = target in ("merged", "ctranslate2")
@@ -118,8 +118,8 @@ def merge(
     \b
     moe-asr merge seed-1 seed-2 --out out/merged
     """
-    from common.merge import MARK, merge_models
-    from common.models import find_model
+    from common.model.merge import MARK, merge_models
+    from common.recognition.opened import find_model
     from stages.pipeline import cache_folder
 
     if len(models) < 2:

@@ -14,7 +14,7 @@ from cli.shared import device_option, with_store
 from cli.table import text_table
 from common.errors import UsageError
 from common.files import new_folder
-from common.store import open_store
+from common.storage import open_store
 
 
 @click.command()
@@ -47,8 +47,8 @@ def gate(
     moe-asr gate mine
     """
     counts = () if no_decode else (0, *_counts(top_k))
-    from common.gate_page import render_gate
-    from common.gate_run import GateQuestions, examine_gate
+    from common.evaluation.gate_run import GateQuestions, examine_gate
+    from common.pages.gate import render_gate
     from stages.pipeline import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)

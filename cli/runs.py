@@ -15,9 +15,10 @@ from cli.table import text_table
 from common.config import Config, validate
 from common.console import coloured
 from common.errors import DataError, StoreError
+from common.harness.runs import run_names, run_record, stage_folders
 from common.options import config_from, config_options
-from common.runs import run_names, run_record, stage_folders
-from common.store import Store, open_store
+from common.storage import open_store
+from common.storage.store import Store
 from stages.pipeline import Run, cache_folder
 
 
@@ -189,7 +190,7 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
     moe-asr gc
     moe-asr gc --older-than 48 --delete
     """
-    from common.artifacts import garbage
+    from common.storage.artifacts import garbage
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     entries = garbage(store, older_than_hours=older_than)
@@ -215,7 +216,7 @@ def store_doctor(url: str, endpoint_url: str | None) -> None:
     \b
     moe-asr store doctor s3://bucket/runs --endpoint-url https://s3.example.com
     """
-    from common.doctor import check_store
+    from common.storage.doctor import check_store
 
     failed = 0
     for name, ok, detail in check_store(open_store(url, endpoint_url=endpoint_url)):
@@ -236,7 +237,7 @@ def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Pat
     \b
     moe-asr plot asr demo --out plots
     """
-    from common.plots import plot_asr, plot_clusters, plot_experts, plot_gating
+    from common.pages.plots import plot_asr, plot_clusters, plot_experts, plot_gating
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     folders = stage_folders(store, run_record(store, run), {"clusters": "cluster"}.get(what, what), cache_folder())

@@ -9,11 +9,11 @@ import click
 
 from cli.corpus import endpoint_option, opened
 from cli.shared import base_option, device_option, language_option
-from common.corpus import INDEX_NAME, index_lines
+from common.data.corpus import INDEX_NAME, index_lines
 from common.errors import UsageError
 
 if TYPE_CHECKING:
-    from common.corpus import Corpus
+    from common.data.corpus import Corpus
 
 DEFAULT_NAME = "segmented.jsonl"
 
@@ -47,10 +47,10 @@ def segment(
     \b
     moe-asr corpus segment data/long --model openai/whisper-small
     """
-    from common.long_audio import long_utterances, segment_long, summary, table_key, with_pieces
-    from common.models import open_model
-    from common.sources import folder_digest
-    from common.store import open_store
+    from common.data.sources import folder_digest
+    from common.recognition.long_audio import long_utterances, segment_long, summary, table_key, with_pieces
+    from common.recognition.opened import open_model
+    from common.storage import open_store
     from stages.pipeline import cache_folder
 
     corpus = opened(source, endpoint_url)

@@ -9,12 +9,12 @@ import click
 
 from common.config import Config, merge, nest, validate
 from common.errors import UsageError
+from common.harness.runs import find_run
 from common.options import parse_setting
-from common.runs import find_run
-from common.store import Store
+from common.storage.store import Store
 
 if TYPE_CHECKING:
-    from common.models import OpenedModel
+    from common.recognition.opened import OpenedModel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,8 +92,8 @@ def open_as_told(
     device: str,
     endpoint_url: str | None,
 ) -> OpenedModel:
-    """Opens a model by these options and a `decoding_config`; see `common.models.open_model`."""
-    from common.models import open_model
+    """Opens a model by these options and a `decoding_config`; see `common.recognition.opened.open_model`."""
+    from common.recognition.opened import open_model
     from stages.pipeline import cache_folder
 
     return open_model(

@@ -12,7 +12,7 @@ from cli.table import text_table
 from common.console import set_up_logging
 from common.errors import UsageError
 from common.options import config_from, config_options, parse_setting
-from common.store import open_store
+from common.storage import open_store
 
 if TYPE_CHECKING:
     from stages.sweep import SweepRun
@@ -99,7 +99,7 @@ def plan_table(runs: Sequence[SweepRun]) -> str:
 
 def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:
     """The regimes side by side as `moe-asr compare` shows them, each by the mean of its seeds."""
-    from common.compare import before_training, compare, read_result, table_rows, write_comparison
+    from common.evaluation.compare import before_training, compare, read_result, table_rows, write_comparison
     from stages.pipeline import cache_folder
 
     first = runs[0].config

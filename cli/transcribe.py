@@ -14,9 +14,9 @@ from cli.shared import decoding_config, open_as_told, opening_options, with_opti
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from common.audio import Samples
-    from common.models import OpenedModel
-    from common.transcribe import HeardWindow
+    from common.data.audio import Samples
+    from common.recognition.opened import OpenedModel
+    from common.recognition.transcribe import HeardWindow
 
 SUFFIXES = ("txt", "srt", "vtt", "json")
 FALL_BACK = "[0, 0.2, 0.4, 0.6, 0.8, 1]"  # Whisper's own temperatures
@@ -65,9 +65,9 @@ def transcribe(
     moe-asr transcribe *.wav --model mine --format all --out transcripts
     """
     from common.progress import progress
-    from common.speech_training import decoding_options
-    from common.store import open_store
-    from common.transcribe import transcribe_audio
+    from common.recognition.transcribe import transcribe_audio
+    from common.storage import open_store
+    from common.training.speech import decoding_options
 
     kinds = SUFFIXES if kind == "all" else (kind,)
     check_outputs(files, kinds, out, overwrite)
@@ -113,7 +113,7 @@ def check_outputs(files: Sequence[Path], kinds: Sequence[str], out: Path | None,
 
 def total_seconds(files: Sequence[Path]) -> float:
     """Of the files that can be read; the others are named when their turn comes."""
-    from common.audio import audio_info
+    from common.data.audio import audio_info
 
     total = 0.0
     for file in files:
@@ -124,7 +124,7 @@ def total_seconds(files: Sequence[Path]) -> float:
 
 def groups(files: Sequence[Path], failed: Callable[[Path], object]) -> Iterator[list[tuple[Path, Samples]]]:
     """The files' audio, so many at a time that their windows fill batches; what cannot be read is said."""
-    from common.audio import SAMPLE_RATE, read_audio
+    from common.data.audio import SAMPLE_RATE, read_audio
 
     group: list[tuple[Path, Samples]] = []
     for file in files:
@@ -160,10 +160,10 @@ def write(
     titled: bool,
 ) -> None:
     """Prints one recording's transcript, or writes it in every format that is asked for."""
-    from common.audio import SAMPLE_RATE
+    from common.data.audio import SAMPLE_RATE
     from common.files import explained, new_file
-    from common.subtitles import FORMATS
-    from common.transcribe import segments_of
+    from common.recognition.subtitles import FORMATS
+    from common.recognition.transcribe import segments_of
 
     segments = segments_of(windows, opened.language)
     if not segments:

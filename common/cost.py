@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common.config import Config
-from common.features import POSITIONS_PER_SECOND, context_positions
+from common.data.features import POSITIONS_PER_SECOND, context_positions
 from common.limits import MAX_SECONDS
 
 TOKENS_PER_SECOND = 4.0  # of speech, with Whisper's tokenizer

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.corpus import read_jsonl
+from common.data.corpus import read_jsonl
 from common.errors import DataError
 
 REMEDY = "run the stage that writes it again"

@@ -161,7 +161,7 @@ def _decoding(format_: str, subtype: str | None) -> Finding:
     import numpy as np
     import soundfile
 
-    from common.audio import read_audio
+    from common.data.audio import read_audio
 
     rate, pitch = 22_050, 440.0
     tone = 0.5 * np.sin(2 * np.pi * pitch * np.arange(rate) / rate)

@@ -170,7 +170,7 @@ class StageTelemetry:
         self.set(ENTROPY, entropy, split="dev")
 
     def error_rates(self, summary: Mapping[str, Any], *, split: str) -> None:
-        """Sets WER and CER before and after, overall and by etiology, from a summary (`common.evaluate`)."""
+        """Sets WER and CER before and after, overall and by etiology, from a summary (`common.evaluation.score`)."""
         for etiology, rates in {"all": summary, **summary["by_etiology"]}.items():
             for model in ("before", "after"):
                 self.set(WER, rates[f"wer_{model}"], split=split, etiology=etiology, model=model)

@@ -1,1 +1,1 @@
-"""Other tasks on the training loop of `common/train.py`."""
+"""Other tasks on the training loop of `common/training/train.py`."""

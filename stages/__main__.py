@@ -14,12 +14,12 @@ import click
 from common import __version__
 from common.config import Config, validate
 from common.console import run_command, set_up_logging
-from common.contract import Contract
 from common.errors import DataError, UsageError
+from common.harness.contract import Contract
+from common.harness.plan import Planned
+from common.harness.stage import hand_out, heed_signals
 from common.options import click_option, config_from, config_options
-from common.plan import Planned
-from common.stage import hand_out, heed_signals
-from common.store import open_store
+from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch
 from stages.pipeline import Run, follow_one, read_record, run_one

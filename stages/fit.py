@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.batch_search import memory_limit, training_rows
+from common.clustering.embeddings import EmbeddingTable
 from common.config import Config
-from common.data import Batch
-from common.embeddings import EmbeddingTable
+from common.data.batches import Batch
+from common.data.sources import locate_model
 from common.errors import DataError
 from common.limits import MAX_SECONDS
-from common.sources import locate_model
-from common.train import make_accelerator
-from common.whisper import whisper_config
+from common.model.whisper import whisper_config
+from common.training.batch_search import memory_limit, training_rows
+from common.training.train import make_accelerator
 
 MOST_ROWS = 1024
 

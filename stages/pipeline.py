@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from common import __version__
-from common.artifacts import Manifest, inspect, set_aside
 from common.config import Config, flatten, to_yaml
-from common.corpus import Corpus
+from common.data.corpus import Corpus
+from common.data.sources import model_digest
 from common.errors import ConfigError, RetryableError, StageFailed
 from common.files import explained, make_folders
-from common.model_card import model_card
-from common.plan import Plan, Planned, Task, make_plan
-from common.report import RunView, render_report
-from common.runs import read_record as read_record
-from common.sources import load_corpus, model_digest
-from common.stage import execute, follow, heed_signals
-from common.store import Store, open_store
+from common.harness.plan import Plan, Planned, Task, make_plan
+from common.harness.runs import read_record as read_record
+from common.harness.stage import execute, follow, heed_signals
+from common.pages.model_card import model_card
+from common.pages.report import RunView, render_report
+from common.recognition.long_audio import load_corpus
+from common.storage import open_store
+from common.storage.artifacts import Manifest, inspect, set_aside
+from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
 
@@ -257,7 +259,7 @@ def run_in_processes(run: Run, planned: Sequence[Planned], slots: Sequence[str])
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
     """Writes summary.json, report.html and the model card of a finished run, and returns the summary."""
-    from common.artifacts import fetch
+    from common.storage.artifacts import fetch
 
     seconds: dict[str, float] = {}
     folders: dict[str, list[Path]] = {}

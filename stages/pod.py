@@ -20,9 +20,9 @@ import yaml
 
 from common.config import Config, resolve
 from common.errors import ConfigError, MoeAsrError, UsageError
+from common.harness.plan import Plan, Planned
 from common.options import parse_setting
-from common.plan import Plan, Planned
-from common.store import open_store
+from common.storage import open_store
 from stages import STAGES
 from stages.pipeline import Run, finish, read_record
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
-from common.stage import heed_signals
+from common.harness.stage import heed_signals
 from stages.cluster import is_pretrained
 from stages.experts import pretrains_experts
 from stages.pipeline import Run, differences, read_record, run_one, run_pipeline
@@ -191,7 +191,7 @@ def finished_summary(one: SweepRun) -> dict[str, Any] | None:
     Raises:
         ConfigError: it holds another one.
     """
-    from common.store import open_store
+    from common.storage import open_store
 
     store = open_store(one.config.store, endpoint_url=one.config.endpoint_url)
     record = read_record(store, one.name)

@@ -10,8 +10,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from common.audio import write_wav
-from common.corpus import Utterance, write_index
+from common.data.audio import write_wav
+from common.data.corpus import Utterance, write_index
 
 SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
 WORDS = ("river", "lamp", "seven", "green", "open", "stone", "under", "paper", "voice", "moon")

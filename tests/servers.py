@@ -144,7 +144,7 @@ def bucket(s3_server, s3_environment) -> str:
 def new_bucket(server: Server) -> str:
     """Makes a bucket; returns its name."""
     name = f"bucket-{secrets.token_hex(6)}"
-    from common.s3 import make_client
+    from common.storage.s3 import make_client
 
     make_client(server.endpoint).create_bucket(Bucket=name)
     return name
@@ -166,7 +166,7 @@ def impatient(monkeypatch) -> None:
 @pytest.fixture(params=["folder", "s3"])
 def any_store(request, tmp_path):
     """An empty store, once a folder and once a bucket on a server."""
-    from common.store import open_store
+    from common.storage import open_store
 
     if request.param == "folder":
         return open_store(tmp_path / "store")

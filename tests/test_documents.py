@@ -25,12 +25,12 @@ from PIL import Image
 
 from argo.parameters import PARAMETERS
 from cli.main import cli
-from common.corpus import read_corpus
+from common.data.corpus import read_corpus
 from recipes.text_to_sql.__main__ import cli as text_to_sql
 from reference import screenshots
 from reference.tree import ROOT
 from stages.__main__ import stages
-from tests.common.test_report import Page
+from tests.common.pages.test_report import Page
 
 pytestmark = pytest.mark.timeout(900)  # some twenty commands, one after the other
 
@@ -226,7 +226,7 @@ def test_a_page_can_be_read_by_ear_and_walked_by_keyboard(newcomer, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_background(scheme):
-    css = (ROOT / "common" / "templates" / "report.css").read_text(encoding="utf-8")
+    css = (ROOT / "common" / "pages" / "templates" / "report.css").read_text(encoding="utf-8")
     light, _, dark = css.partition("@media (prefers-color-scheme: dark)")
     found = re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark.partition("\n}")[0])
     colours = {name: luminance(value) for name, value in found}

@@ -69,8 +69,8 @@ def test_the_wheel_has_code_configurations_and_templates_and_no_tests(wheel):
     wanted = {
         "conf/demo.yaml",
         "conf/gpu/h100-80.yaml",
-        "common/templates/report.html",
-        "common/templates/model_card.md",
+        "common/pages/templates/report.html",
+        "common/pages/templates/model_card.md",
     }
     assert wanted | {"stages/asr/run.py", "argo/moe-asr.yaml", "recipes/text_to_sql/flights.yaml"} <= names
     assert {name.split("/")[0] for name in names} == {

@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from common.checkpoint import Checkpointer
 from common.errors import DataError, UsageError
-from common.metrics import MetricsLog
-from common.stage import heed_signals
-from common.store import open_store
-from common.train import TrainOptions, make_accelerator
-from common.train import train as train_loop
+from common.harness.metrics import MetricsLog
+from common.harness.stage import heed_signals
+from common.storage import open_store
+from common.storage.checkpoint import Checkpointer
+from common.training.train import TrainOptions, make_accelerator
+from common.training.train import train as train_loop
 from recipes.text_to_sql.data import (
     Example,
     epoch_batches,

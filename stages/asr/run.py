@@ -16,18 +16,23 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import WhisperForConditionalGeneration
 
-from common import adalora, telemetry
-from common.adapters import copy_experts
-from common.bundle import BundleInfo, load_gate, save_recogniser
+from common import telemetry
+from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_means
 from common.config import Config
-from common.corpus import Corpus, Utterance, stratified_subset
-from common.data import BatchLoader, Example
-from common.embeddings import EmbeddingTable, read_tables, speaker_means
-from common.evaluate import by_etiology, decode_set, prediction_rows, score_set, summarise
-from common.moe import Gate, add_mixture, mixture_layers, part_after, route, routing_report, start_as_one
-from common.recogniser import Recogniser, RouterOptions
-from common.sources import model_digest
-from common.speech_training import (
+from common.data.batches import BatchLoader, Example
+from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.sources import model_digest
+from common.data.subsets import evaluation_subset, training_subset
+from common.evaluation.score import by_etiology, decode_set, prediction_rows, score_set, summarise
+from common.evaluation.wer import cer, wer
+from common.harness.stage import Context
+from common.model import adalora
+from common.model.adapters import copy_experts
+from common.model.bundle import BundleInfo, load_gate, save_recogniser
+from common.model.moe import Gate, add_mixture, mixture_layers, part_after, route, routing_report, start_as_one
+from common.model.recogniser import Recogniser, RouterOptions
+from common.model.whisper import TextCodec, load_codec, load_whisper
+from common.training.speech import (
     augmentation,
     decoding_options,
     epoch_planner,
@@ -36,11 +41,7 @@ from common.speech_training import (
     speech_examples,
     train_options,
 )
-from common.stage import Context
-from common.subsets import evaluation_subset, training_subset
-from common.train import TrainResult, make_accelerator, train
-from common.wer import cer, wer
-from common.whisper import TextCodec, load_codec, load_whisper
+from common.training.train import TrainResult, make_accelerator, train
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,7 @@ def _evaluate(
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output / "predictions.jsonl").write_text(lines, encoding="utf-8")
     if config.runtime.plots:
-        from common.plots import plot_asr
+        from common.pages.plots import plot_asr
 
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}

@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from common.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.clustering.embeddings import read_tables
 from common.config import Config
-from common.corpus import Corpus, Utterance
-from common.embeddings import read_tables
+from common.data.corpus import Corpus, Utterance
+from common.data.subsets import training_subset
 from common.errors import DataError
+from common.harness.stage import Context
 from common.sections import ClusterConfig
-from common.stage import Context
-from common.subsets import training_subset
 
 PLOTTED = 5000  # points of the map at most
 
@@ -78,7 +78,7 @@ def _draw(
     seed: int,
     output: Path,
 ) -> None:
-    from common.plots import plot_clusters
+    from common.pages.plots import plot_clusters
 
     chosen = list(range(len(rows)))
     if len(chosen) > PLOTTED:

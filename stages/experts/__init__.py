@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.artifacts import Manifest
 from common.config import Config
-from common.contract import Contract
-from common.corpus import Corpus
+from common.data.corpus import Corpus
+from common.harness.contract import Contract
+from common.storage.artifacts import Manifest
 from stages.cluster import is_pretrained
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.adapters import save_expert
-from common.bundle import load_gate
+from common.clustering.embeddings import EmbeddingTable, read_tables
 from common.config import Config
-from common.corpus import Corpus, Utterance
-from common.data import BatchLoader
-from common.embeddings import EmbeddingTable, read_tables
-from common.moe import Gate, add_mixture
-from common.recogniser import Recogniser
-from common.speech_training import (
+from common.data.batches import BatchLoader
+from common.data.corpus import Corpus, Utterance
+from common.data.subsets import evaluation_subset, training_subset
+from common.harness.stage import Context
+from common.model.adapters import save_expert
+from common.model.bundle import load_gate
+from common.model.moe import Gate, add_mixture
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_codec, load_whisper
+from common.training.speech import (
     augmentation,
     epoch_planner,
     lora_scope,
@@ -27,10 +30,7 @@ from common.speech_training import (
     speech_examples,
     train_options,
 )
-from common.stage import Context
-from common.subsets import evaluation_subset, training_subset
-from common.train import make_accelerator, train
-from common.whisper import load_codec, load_whisper
+from common.training.train import make_accelerator, train
 
 
 def run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.artifacts import Manifest
 from common.config import Config
-from common.contract import Contract
-from common.corpus import Corpus
-from common.subsets import embedded_utterances
+from common.data.corpus import Corpus
+from common.data.subsets import embedded_utterances
+from common.harness.contract import Contract
+from common.storage.artifacts import Manifest
 
 
 def has_gate(config: Config) -> bool:

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from common import telemetry
+from common.clustering.embeddings import write_table
 from common.config import Config
-from common.corpus import Corpus
-from common.data import BatchLoader, Example, epoch_batches, make_examples
-from common.embeddings import write_table
+from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
+from common.data.corpus import Corpus
+from common.data.subsets import embedded_utterances
+from common.harness.stage import Context
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_codec, load_whisper
 from common.progress import progress
-from common.recogniser import Recogniser
-from common.stage import Context
-from common.subsets import embedded_utterances
-from common.train import make_accelerator
-from common.whisper import load_codec, load_whisper
+from common.training.train import make_accelerator
 
 
 def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output: Path) -> None:

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.bundle import save_gate
+from common.clustering.embeddings import read_tables
 from common.config import Config
-from common.embeddings import read_tables
-from common.gate_report import gate_report
-from common.moe import Gate
-from common.speech_training import train_options
-from common.stage import Context
-from common.train import make_accelerator, train
+from common.evaluation.gate_report import gate_report
+from common.harness.stage import Context
+from common.model.bundle import save_gate
+from common.model.moe import Gate
+from common.training.speech import train_options
+from common.training.train import make_accelerator, train
 
 HELD_OUT = 0.1  # of each cluster
 
@@ -140,6 +140,6 @@ def _write(gate: Gate, report: dict[str, Any], output: Path, *, plots: bool) -> 
     save_gate(gate, output)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plots:
-        from common.plots import plot_gating
+        from common.pages.plots import plot_gating
 
         plot_gating(output, output)

@@ -20,10 +20,10 @@ from bench.peers import (
     trainer_dataset,
 )
 from bench.setting import quick_setting
-from common.adapters import expert_matrices
-from common.data import BatchLoader
-from common.features import log_mel
-from common.recogniser import Recogniser
+from common.data.batches import BatchLoader
+from common.data.features import log_mel
+from common.model.adapters import expert_matrices
+from common.model.recogniser import Recogniser
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import scale, scale_parts
-from common.corpus import read_corpus
+from common.data.corpus import read_corpus
 from stages.pipeline import run_pipeline
 from tests.stages.test_pipeline import micro_config
 

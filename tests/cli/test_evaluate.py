@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from cli.main import cli
-from common.audio import read_audio, write_wav
-from common.breakdown import read_table
-from common.corpus import read_corpus, write_index
+from common.data.audio import read_audio, write_wav
+from common.data.corpus import read_corpus, write_index
+from common.data.shards import pack_corpus
 from common.errors import ConfigError, DataError, UsageError
+from common.evaluation.breakdown import read_table
 from common.json_files import read_rows
-from common.shards import pack_corpus
-from common.store import open_store
+from common.storage import open_store
 from tests.cli.test_main import moe_asr
-from tests.common.test_report import Page
+from tests.common.pages.test_report import Page
 
 QUICK = ("--set", "runtime.num_workers=0", "--set", "decode.max_new_tokens=6", "--device", "cpu", "--quiet")
 

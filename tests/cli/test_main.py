@@ -53,7 +53,7 @@ def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, words, code, messag
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.plan", "common.contract"])
+@pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.harness.plan", "common.harness.contract"])
 def test_help_and_contracts_load_without_torch(module, tmp_path):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from cli.evaluate import evaluate
 from cli.segment import segment
 from cli.transcribe import transcribe
-from common.audio import write_wav
-from common.corpus import read_corpus
+from common.data.audio import write_wav
+from common.data.corpus import read_corpus
 from common.errors import DataError, UsageError
 
 SHORT = ("--set", "decode.max_new_tokens=10", "--set", "runtime.num_workers=0")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import __version__
-from common.store import open_store
+from common.storage import open_store
 from tests.cluster import image
 from tests.cluster.lab import (
     BUCKET,
@@ -39,7 +39,7 @@ def lab(tmp_path_factory, micro_model, tones) -> Iterator[Lab]:
 
 def upload(endpoint: str, model: Path, corpus: Path) -> None:
     """Corpus and model go into an emptied bucket."""
-    from common.s3 import make_client
+    from common.storage.s3 import make_client
 
     client = make_client(endpoint)
     if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:

@@ -32,7 +32,8 @@ PROBE = """
 import importlib, pathlib, pkgutil
 for name in ("extract", "cluster", "gating", "experts", "asr"):
     importlib.import_module(f"stages.{name}.run")
-MODULES = "common.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3 sklearn.cluster"
+MODULES = "common.pages.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3"
+MODULES += " sklearn.cluster"
 for name in MODULES.split():
     importlib.import_module(name)
 for line in pathlib.Path("/proc/self/maps").read_text().splitlines():

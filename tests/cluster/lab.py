@@ -19,7 +19,8 @@ import yaml
 from argo import progress
 from argo.parameters import FILE
 from common.config import Config, validate
-from common.store import Store, open_store
+from common.storage import open_store
+from common.storage.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = os.environ.get("MOE_ASR_TEST_NAMESPACE", "argo")

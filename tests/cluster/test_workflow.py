@@ -15,8 +15,8 @@ import pytest
 
 from argo import progress
 from cli.submit import show_workflow
-from common.artifacts import Key, Manifest, inspect
 from common.config import Config
+from common.storage.artifacts import Key, Manifest, inspect
 from stages.pipeline import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
 

@@ -15,7 +15,7 @@ from common.cost import (
     estimate,
     from_rates,
 )
-from common.whisper import encode
+from common.model.whisper import encode
 
 SHAPE = Shape(width=64, encoder_layers=2, decoder_layers=3, vocabulary=300)
 CONFIG = validate({"subsets": {"embeddings_percent": 10, "experts_percent": 20}, "experts": {"epochs": 3}})

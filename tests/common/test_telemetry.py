@@ -12,12 +12,12 @@ from contextlib import suppress
 import pytest
 
 from common import telemetry
-from common.checkpoint import Checkpointer
 from common.errors import DataError, Preempted, StoreError
 from common.files import NotFound
-from common.measured_store import MeasuredStore
-from common.metrics import MetricsLog
-from common.store import LocalStore
+from common.harness.metrics import MetricsLog
+from common.storage.checkpoint import Checkpointer
+from common.storage.local import LocalStore
+from common.storage.measured import MeasuredStore
 from common.telemetry import METRICS, STAGE, Telemetry, serving
 
 
@@ -181,7 +181,7 @@ def test_nobody_waits_where_nobody_scrapes(live):
 
 
 def test_values_fit_into_json(live):
-    from common.stage import last_values
+    from common.harness.stage import last_values
 
     live.set(telemetry.LOSS, float("nan"), split="train")
     live.set(telemetry.LEARNING_RATE, 0.5)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.artifacts import Key, inspect
 from common.files import let_others_read
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from tests.images.build import DEBIAN, ROOT, STAGES, image
 from tests.stages.test_pipeline import micro_config
 

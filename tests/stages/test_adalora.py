@@ -9,17 +9,17 @@ from click.testing import CliRunner
 from peft import PeftModel
 
 from cli.main import cli
-from common.adapters import read_adapter
-from common.data import BatchLoader, epoch_batches, make_examples
+from common.data.batches import BatchLoader, epoch_batches, make_examples
+from common.data.sources import open_corpus
 from common.errors import Preempted, UsageError
-from common.evaluate import Decoding
-from common.export import probe
-from common.models import open_model, transcribe_opened
-from common.recogniser import Recogniser
-from common.sources import open_corpus
-from common.stage import execute
-from common.store import open_store
-from common.whisper import load_whisper
+from common.evaluation.score import Decoding
+from common.harness.stage import execute
+from common.model.adapters import read_adapter
+from common.model.export import probe
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_whisper
+from common.recognition.opened import open_model, transcribe_opened
+from common.storage import open_store
 from stages import run_function
 from stages.pipeline import Run, run_pipeline
 from tests.stages.test_pipeline import digests, micro_config, stop_after

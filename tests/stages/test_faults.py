@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import yaml
 
-from common.artifacts import Key, inspect
-from common.embeddings import read_tables
+from common.clustering.embeddings import read_tables
 from common.errors import DataError, StoreError
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages.pipeline import Run, run_pipeline
 from tests.stages.test_kill import quick_config
 from tests.stages.test_pipeline import digests

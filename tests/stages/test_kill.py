@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import common.files
-import common.store
-from common.artifacts import Key, inspect
-from common.store import open_store
+import common.storage.store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages.pipeline import run_pipeline
 from tests.stages.test_pipeline import digests, micro_config
 
@@ -50,7 +50,7 @@ def states(tmp_path_factory, micro_model, tones):
         seen.append(folder / f"{len(seen):04d}")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (common.files, common.store):
+        for module in (common.files, common.storage.store):
             patch.setattr(module, "moment", remember)
         run_pipeline(quick_config(store, micro_model, tones))
     remember()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.artifacts import Key, inspect
 from common.errors import RetryableError, StoreError
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages.pipeline import Run, run_pipeline
 from tests.servers import Server, new_bucket, set_environment
 from tests.stages.test_kill import quick_config, run_and_die
@@ -54,7 +54,7 @@ def recorded(tmp_path_factory, s3_server, micro_model, tones):
         patch.setenv("MOE_ASR_CACHE", str(folder / "cache"))
         made = Recorded(s3_server, new_bucket(s3_server), folder)
         patch.setenv("MOE_ASR_DIE_AT_STORE_OP", MANY)  # so that clients look at every request
-        patch.setattr("common.s3.moment", made.remember)
+        patch.setattr("common.storage.s3.moment", made.remember)
         run_pipeline(bucket_config(s3_server, made.bucket, micro_model, tones))
     made.remember()
     return made

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.artifacts import Key, inspect
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages import STAGES
 from stages.pipeline import Run, run_pipeline
 from tests.servers import free_port
@@ -237,7 +237,7 @@ def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finishe
 
 
 def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):
-    from common.stage import execute
+    from common.harness.stage import execute
     from stages import run_function
 
     run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
@@ -263,7 +263,7 @@ def stop_after(count):
 @pytest.mark.parametrize("stage", ["gating", "experts", "asr"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_stopped_and_resumed_training_ends_with_the_same_bits(again, finished, stage, step):
-    from common.stage import execute
+    from common.harness.stage import execute
     from stages import run_function
 
     store, config = again
@@ -279,7 +279,7 @@ def test_stopped_and_resumed_training_ends_with_the_same_bits(again, finished, s
 
 
 def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_model, tones):
-    from common.stage import execute
+    from common.harness.stage import execute
     from stages import run_function
 
     config = micro_config(tmp_path, micro_model, tones, extract__checkpoint_every=20)

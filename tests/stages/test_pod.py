@@ -6,10 +6,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from common.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from common.errors import ConfigError
-from common.plan import Plan, Planned, Task
-from common.store import open_store
+from common.harness.plan import Plan, Planned, Task
+from common.storage import open_store
+from common.storage.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from stages import STAGES
 from stages.pod import config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
 

@@ -2,8 +2,8 @@
 
 import json
 
-from common.artifacts import Key, inspect
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages.pipeline import Run, run_pipeline
 from tests.stages.test_pipeline import digests, micro_config
 

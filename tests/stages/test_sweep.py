@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import cli
-from common.artifacts import Key, inspect
 from common.config import to_yaml
 from common.errors import ConfigError, UsageError
-from common.store import open_store
+from common.storage import open_store
+from common.storage.artifacts import Key, inspect
 from stages.sweep import finished_summary, plan_sweep, regime_settings, run_sweep
 from tests.stages.test_pipeline import micro_config
 

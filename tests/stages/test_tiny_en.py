@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.synth import synthesize
+from common.synth.corpus import synthesize
 from stages.pipeline import run_pipeline
 from tests.stages.test_pipeline import micro_config
 

@@ -1,0 +1,106 @@
+"""Tables of pooled embeddings: one row per utterance, in shards as the extract stage wrote them.
+
+Shape letters: N utterances, D width, G groups of a speaker's utterances in one split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from common.data.corpus import Utterance
+from common.errors import DataError
+
+VECTORS, IDS = "embeddings.npy", "ids.json"
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Embeddings by utterance id."""
+
+    ids: tuple[str, ...]
+    vectors_ND: npt.NDArray[np.float32]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.ids)}
+
+    def rows(self, ids: Sequence[str]) -> npt.NDArray[np.float32]:
+        """The embeddings of `ids`, in that order.
+
+        Raises:
+            DataError: one is not in the table.
+        """
+        try:
+            return self.vectors_ND[np.fromiter((self._row_of[name] for name in ids), np.int64, len(ids))]
+        except KeyError as missing:
+            raise DataError(f"utterance {missing} has no embedding: was the corpus changed after `extract`?") from None
+
+
+def speaker_means(table: EmbeddingTable, utterances: Sequence[Utterance]) -> EmbeddingTable:
+    """The table in which each of these utterances has the mean embedding of its speaker's utterances in its split.
+
+    A gate then gives all of a speaker's utterances one routing. This looks at utterances other than the one that is
+    recognised, so a system that does it needs some speech of the speaker beforehand. An utterance without a speaker
+    keeps its own embedding.
+
+    Args:
+        utterances: all of them that are to be routed; other rows are left out.
+
+    Raises:
+        DataError: none has a speaker, or one is not in the table.
+    """
+    if not any(u.speaker for u in utterances):
+        raise DataError("asr.route_by=speaker needs speakers, and no utterance of the corpus has one: add `speaker`")
+    number_of: dict[tuple[str, str], int] = {}
+    group_N = np.array([number_of.setdefault((u.split, u.speaker or f"\0{u.id}"), len(number_of)) for u in utterances])
+    vectors_ND = table.rows([u.id for u in utterances])
+    sums_GD = np.zeros((len(number_of), vectors_ND.shape[1]))
+    np.add.at(sums_GD, group_N, vectors_ND)
+    means_GD = sums_GD / np.bincount(group_N)[:, None]
+    return EmbeddingTable(tuple(u.id for u in utterances), means_GD[group_N].astype(np.float32))
+
+
+def write_table(folder: Path, ids: Sequence[str], vectors_ND: npt.NDArray[np.float32]) -> None:
+    """Writes one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / VECTORS, vectors_ND.astype(np.float32, copy=False), allow_pickle=False)
+    (folder / IDS).write_text(json.dumps(list(ids)), encoding="utf-8")
+
+
+def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
+    """Reads all shards into one table.
+
+    Raises:
+        DataError: a file is missing, or not what it should be.
+    """
+    ids: list[str] = []
+    parts = []
+    for folder in folders:
+        try:
+            vectors_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+            names = json.loads((folder / IDS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"embeddings in {folder} cannot be read: {error}") from None
+        if len(names) != len(vectors_ND):
+            raise DataError(f"embeddings in {folder}: {len(names)} ids for {len(vectors_ND)} rows")
+        ids += names
+        parts.append(vectors_ND)
+    return EmbeddingTable(tuple(ids), _joined(parts))
+
+
+def _joined(parts: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    """All rows in memory; each part's mapping is let go once it is copied, so that nothing is there twice."""
+    whole_ND = np.empty((sum(map(len, parts)), parts[0].shape[1] if parts else 0), np.float32)
+    row = 0
+    while parts:
+        part = parts.pop(0)
+        whole_ND[row : row + len(part)] = part
+        row += len(part)
+    return whole_ND

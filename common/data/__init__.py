@@ -1,0 +1,1 @@
+"""Speech on its way in: corpora, audio, log-mel features, batches."""

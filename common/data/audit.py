@@ -1,0 +1,155 @@
+"""What is wrong with a corpus before anything is trained on it."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from common.data.audio import SAMPLE_RATE, decode
+from common.data.corpus import Corpus, Utterance
+from common.data.shards import check_shard
+from common.errors import DataError
+from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.progress import counted
+
+DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
+SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
+MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong. An error stops or spoils training; a warning is handled, or needs a look."""
+
+    kind: str
+    utterance_id: str
+    detail: str
+    severity: Literal["error", "warning"]
+
+
+def audit(
+    corpus: Corpus, *, token_count: Callable[[str], int] | None = None, threads: int | None = None
+) -> list[Finding]:
+    """Read every audio file and compare it with the index.
+
+    Args:
+        corpus: what to look at.
+        token_count: tokens that a text takes in the decoder, special tokens included; None skips that check.
+        threads: how many files are decoded at a time; None takes one for each processor.
+
+    Returns:
+        Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty or
+        damaged), `not-finite`, `silent-audio` (a text without audio), `empty-text`, `too-long` (over 30 s),
+        `too-many-tokens`, `duplicate-id`, `duplicate-across-splits`, `shared-speaker`, `bad-shard`. Kinds of
+        warning: `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`.
+    """
+    findings = [*_text_findings(corpus.utterances, token_count), *_shared_speakers(corpus.utterances)]
+    findings += _bad_shards(corpus)
+    by_file: dict[str, list[Utterance]] = defaultdict(list)
+    for u in corpus.utterances:
+        by_file[u.audio_filepath].append(u)
+    by_content: dict[tuple[str, float], list[Utterance]] = defaultdict(list)
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        results = pool.map(lambda group: _inspect_file(corpus, group), by_file.values())
+        for group, (digest, found) in zip(
+            by_file.values(), counted(results, len(by_file), "audit", unit="files"), strict=True
+        ):
+            findings.extend(found)
+            for u in group if digest else ():
+                by_content[digest, u.offset].append(u)
+    findings.extend(_duplicates(by_content.values()))
+    return sorted(findings, key=lambda f: (f.severity, f.kind, f.utterance_id, f.detail))
+
+
+def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str], int] | None) -> Iterator[Finding]:
+    """What the index alone gives away."""
+    seen: set[str] = set()
+    for u in utterances:
+        if u.id in seen:
+            yield Finding("duplicate-id", u.id, "another utterance has this id", "error")
+        seen.add(u.id)
+        if not u.text.strip():
+            yield Finding("empty-text", u.id, "there is nothing to learn from an empty text", "error")
+        if u.duration > MAX_SECONDS:
+            yield Finding("too-long", u.id, f"{u.duration:.1f} s; Whisper hears {MAX_SECONDS:g} s", "error")
+        if token_count is not None and (tokens := token_count(u.text)) > MAX_TOKENS:
+            yield Finding("too-many-tokens", u.id, f"{tokens} tokens; the decoder takes {MAX_TOKENS}", "error")
+        if u.duration > 0 and len(u.text) / u.duration > MAX_CHARACTERS_PER_SECOND:
+            yield Finding("text-too-fast", u.id, f"{len(u.text)} characters in {u.duration:.2f} s", "warning")
+
+
+def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
+    splits_of: dict[str, dict[str, str]] = defaultdict(dict)  # speaker -> split -> an utterance there
+    for u in utterances:
+        if u.speaker:
+            splits_of[u.speaker].setdefault(u.split, u.id)
+    for speaker, splits in splits_of.items():
+        if len(splits) > 1:
+            detail = f"speaker {speaker!r} is in {' and '.join(sorted(splits))}: results would flatter the model"
+            yield Finding("shared-speaker", splits[min(splits)], detail, "error")
+
+
+def _bad_shards(corpus: Corpus) -> Iterator[Finding]:
+    """Tar shards on this machine that are not what the index says; of remote ones the audio alone is looked at."""
+    by_shard: dict[str, list[Utterance]] = defaultdict(list)
+    for u in corpus.utterances if corpus.remote is None else ():
+        if place := corpus.places.get(u.audio_filepath):
+            by_shard[place.shard].append(u)
+    for shard, group in by_shard.items():
+        try:
+            check_shard(corpus.root / shard, [corpus.places[u.audio_filepath] for u in group])
+        except DataError as error:
+            yield Finding("bad-shard", group[0].id, str(error), "error")
+
+
+def _inspect_file(corpus: Corpus, utterances: list[Utterance]) -> tuple[str, list[Finding]]:
+    """The sha256 of one audio file (empty when it cannot be read), and what is wrong with its utterances."""
+    try:
+        content = corpus.audio(utterances[0])
+    except DataError as error:
+        return "", [Finding("unreadable-audio", u.id, str(error), "error") for u in utterances]
+    found = [finding for u in utterances for finding in _inspect_stretch(content, u, whole=len(utterances) == 1)]
+    return hashlib.sha256(content).hexdigest(), found
+
+
+def _inspect_stretch(content: bytes, u: Utterance, *, whole: bool) -> Iterator[Finding]:
+    """Decode one utterance. `whole`: it has its file to itself, so both must be equally long."""
+    whole = whole and u.offset == 0
+    try:
+        samples_TC, rate = decode(
+            content, offset=u.offset, duration=None if whole else u.duration, name=u.audio_filepath
+        )
+    except DataError as error:
+        yield Finding("unreadable-audio", u.id, str(error), "error")
+        return
+    if samples_TC.size == 0:
+        yield Finding("unreadable-audio", u.id, f"{u.audio_filepath} holds no audio after {u.offset:g} s", "error")
+        return
+    if not np.isfinite(samples_TC).all():
+        yield Finding("not-finite", u.id, f"{u.audio_filepath} holds NaN or infinite samples", "error")
+    elif np.abs(samples_TC).max() < SILENCE_PEAK:
+        yield Finding("silent-audio", u.id, f"{u.audio_filepath} is silent: a text without audio", "error")
+    seconds = len(samples_TC) / rate
+    if abs(seconds - u.duration) > DURATION_TOLERANCE:
+        detail = f"the index says {u.duration:.2f} s, {u.audio_filepath} holds {seconds:.2f} s"
+        yield Finding("duration-differs", u.id, detail, "warning")
+    if rate != SAMPLE_RATE:
+        yield Finding("resampled", u.id, f"{rate} Hz is resampled to {SAMPLE_RATE} Hz while reading", "warning")
+    if samples_TC.shape[1] > 1:
+        yield Finding("mixed-down", u.id, f"{samples_TC.shape[1]} channels are averaged while reading", "warning")
+
+
+def _duplicates(groups: Iterable[list[Utterance]]) -> Iterator[Finding]:
+    for group in groups:
+        for u in group[1:]:
+            first = group[0]
+            if u.split == first.split:
+                yield Finding("duplicate-audio", u.id, f"the same audio as {first.id!r}", "warning")
+            else:
+                detail = f"the same audio as {first.id!r}, which is in {first.split!r}: results would flatter the model"
+                yield Finding("duplicate-across-splits", u.id, detail, "error")

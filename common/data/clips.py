@@ -1,0 +1,235 @@
+"""Audio that is not a file of its own on this machine: ranges of tar shards, objects of a store, and their cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import TEMPORARY, new_file
+from common.storage.store import Store, check_key
+from common.storage import open_store
+
+log = logging.getLogger(__name__)
+PLACE_FIELDS = ("shard", "byte_offset", "byte_size", "sha256")
+MOST_BYTES = 2**30  # of one audio file: nine hours of speech; an index that says more lies
+HASH_BYTES = 32
+SPARE = 10  # when the cache is full, a tenth of it is freed at once
+STALE_SECONDS = 3600  # a temporary file of this age has lost its writer
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an audio file's bytes lie in a packed corpus.
+
+    Attributes:
+        shard: the tar's path, relative to the corpus.
+        byte_offset, byte_size: of the bytes in it.
+        sha256: of the bytes, in hex.
+    """
+
+    shard: str
+    byte_offset: int
+    byte_size: int
+    sha256: str
+
+    @staticmethod
+    def from_record(record: dict[str, Any], where: str) -> Place | None:
+        """The place that a line of an index names; None where it names no shard.
+
+        Raises:
+            DataError: one that cannot be; the message begins with `where`.
+        """
+        if record.get("shard") is None:
+            return None
+        shard, offset, size, sha256 = (record.get(name) for name in PLACE_FIELDS)
+        if type(shard) is not str or not shard:
+            raise DataError(f"{where}: field 'shard' must name a tar file: pack the corpus again")
+        try:
+            check_key(shard)
+        except DataError:
+            raise DataError(f"{where}: field 'shard' leads out of the corpus: {shard!r}: pack it again") from None
+        if type(offset) is not int or type(size) is not int or offset < 0 or not 0 < size <= MOST_BYTES:
+            raise DataError(f"{where}: byte_offset {offset!r} and byte_size {size!r} are no range: pack it again")
+        if type(sha256) is not str or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise DataError(f"{where}: field 'sha256' must be 64 hex digits, not {sha256!r}: pack the corpus again")
+        return Place(sys.intern(shard), offset, size, sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class AudioCache:
+    """Audio of remote corpora on this machine's disk, for all processes together; the least recently used goes first.
+
+    Every file ends in its own hash, so that one which a power cut tore counts as absent. What is in the way of keeping
+    a file (a full disk, missing rights) costs time, never the run.
+
+    Attributes:
+        folder: holds `<2 hex>/<64 hex>`, and `used`, the sum of their sizes, which is locked while it changes.
+        limit: bytes that all files together never exceed; 0 keeps none.
+    """
+
+    folder: Path
+    limit: int
+
+    def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
+        """What is kept under a name of 64 hex digits, or else what `fetch` returns, which is then kept."""
+        path = self.folder / name[:2] / name
+        data = self._load(path)
+        if data is None:
+            data = fetch()
+            self._keep(path, data)
+        return data
+
+    def __contains__(self, name: str) -> bool:
+        return (self.folder / name[:2] / name).exists()
+
+    def _load(self, path: Path) -> bytes | None:
+        try:
+            kept = path.read_bytes()
+            os.utime(path)
+        except OSError:  # absent, or just being removed
+            return None
+        data, digest = kept[:-HASH_BYTES], kept[-HASH_BYTES:]
+        if hashlib.sha256(data).digest() == digest:
+            return data
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        size = len(data) + HASH_BYTES
+        if size > self.limit:
+            return
+        try:
+            with new_file(path, self._replace_within_limit) as temporary:
+                temporary.write_bytes(data + hashlib.sha256(data).digest())
+        except OSError as error:
+            log.warning("audio is not kept in %s: %s", self.folder, error.strerror or error)
+
+    def _replace_within_limit(self, temporary: Path, path: Path) -> None:
+        size = temporary.stat().st_size
+        with _locked(self.folder / "used") as counter:
+            text = os.pread(counter, 32, 0)
+            used = int(text) if text.isdigit() else self.limit  # after a crash: count anew
+            if used + size > self.limit:
+                used = self._shrink(self.limit - max(size, self.limit // SPARE))
+            os.ftruncate(counter, 0)  # killed in the middle of this: count anew
+            temporary.replace(path)
+            os.pwrite(counter, str(used + size).encode(), 0)
+
+    def _shrink(self, target: int) -> int:
+        """Removes what was not used for the longest time until `target` bytes are left; returns how many are."""
+        found = sorted(self._files())
+        total = sum(size for _, size, _ in found)
+        for _, size, path in found:
+            if total <= target:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """(last use, bytes, path) of every file; what killed writers left goes."""
+        for folder in self.folder.iterdir():
+            for entry in os.scandir(folder) if folder.is_dir() else ():
+                stat = entry.stat()
+                if not entry.name.startswith(TEMPORARY):
+                    yield stat.st_mtime, stat.st_size, Path(entry.path)
+                elif time.time() - stat.st_mtime > STALE_SECONDS:
+                    Path(entry.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """A file that one process at a time holds open."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """The store in which a corpus lies.
+
+    Attributes:
+        version: the corpus's digest: names cached files of which no hash is known. So the cache, like every key, takes
+            a corpus for the same as long as its index is.
+    """
+
+    url: str
+    endpoint_url: str | None
+    cache: AudioCache
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """The bytes of one audio file. Small and picklable: loader processes hold many.
+
+    Attributes:
+        root: the corpus's folder where it is local.
+        name: the audio file's path in the corpus.
+        place: where it lies in a shard; None for a file of its own.
+    """
+
+    root: Path
+    name: str
+    place: Place | None
+    remote: Remote | None
+
+    @property
+    def label(self) -> str:
+        """How errors call it."""
+        base = self.remote.url if self.remote else str(self.root)
+        return f"{base}/{self.name}" + (f" (in {self.place.shard})" if self.place else "")
+
+    def read(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            DataError: it is not there, or its bytes are not those that the index names.
+            StoreError, RetryableError: the store does not give it.
+        """
+        if self.remote is None:
+            return self._bring()
+        return self.remote.cache.get(self.cache_name, self._bring)
+
+    @property
+    def cache_name(self) -> str:
+        """Where a cache keeps it: packed audio by its content."""
+        assert self.remote is not None
+        if self.place:
+            return self.place.sha256
+        return hashlib.sha256(f"{self.remote.url}\0{self.remote.version}\0{self.name}".encode()).hexdigest()
+
+    def _bring(self) -> bytes:
+        store = _store(self.remote.url, self.remote.endpoint_url) if self.remote else _store(str(self.root), None)
+        if self.place is None:
+            return store.read(self.name)
+        for _ in range(2):  # what is wrong once may have suffered on its way
+            data = store.read_range(self.place.shard, self.place.byte_offset, self.place.byte_size)
+            if hashlib.sha256(data).hexdigest() == self.place.sha256:
+                return data
+        raise DataError(
+            f"{self.label}: its bytes are not those that the index names: the shard is damaged, or it is of another "
+            "packing; pack the corpus again"
+        )
+
+
+@lru_cache(maxsize=8)
+def _store(url: str, endpoint_url: str | None) -> Store:
+    return open_store(url, endpoint_url=endpoint_url)

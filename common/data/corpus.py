@@ -1,0 +1,380 @@
+"""A corpus: audio files beside `index.jsonl`, one utterance a line, in NeMo's names where NeMo has one.
+
+The audio may lie packed in tar shards instead (`common.data.shards`): then each line also says in which and where.
+These fields are not part of the digest, so a corpus has the same keys packed and unpacked.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from common.data.clips import Clip, Place, Remote
+from common.errors import DataError, StoreError, UsageError
+from common.files import explained
+
+INDEX_NAME = "index.jsonl"
+GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
+
+
+@dataclass(frozen=True, slots=True)
+class Utterance:
+    """One stretch of speech and what was said in it.
+
+    Args:
+        id: unique in the corpus.
+        audio_filepath: relative to the corpus folder, or absolute.
+        duration: seconds, from `offset` on.
+        text: what was said, as it should be recognised.
+        split: train, dev or test.
+        speaker, etiology, severity: empty where unknown.
+        text_alt: a second acceptable reference.
+        offset: seconds into the audio file at which the utterance starts.
+    """
+
+    id: str
+    audio_filepath: str
+    duration: float
+    text: str
+    split: str = "train"
+    speaker: str = ""
+    etiology: str = ""
+    severity: str = ""
+    text_alt: str | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Utterances sorted by id, the folder their paths start from, and the digest that stands for them in keys.
+
+    Attributes:
+        places: audio path → where it lies in a shard.
+        remote: the store with the audio, where it is not in the folder.
+    """
+
+    root: Path
+    utterances: tuple[Utterance, ...]
+    digest: str
+    places: Mapping[str, Place] = field(default_factory=dict)
+    remote: Remote | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the corpus lies, for people."""
+        return self.remote.url if self.remote else str(self.root)
+
+    def split(self, name: str) -> list[Utterance]:
+        """The utterances of one split, sorted by id; empty when the corpus has no such split."""
+        return [u for u in self.utterances if u.split == name]
+
+    def path(self, utterance: Utterance) -> Path:
+        """Where the utterance's audio lies, or would lie were it a file of its own."""
+        return self.root / utterance.audio_filepath
+
+    def clip(self, utterance: Utterance) -> Clip | None:
+        """Where its audio lies in a shard or a store; None for a plain file."""
+        name = utterance.audio_filepath
+        place = self.places.get(name)
+        if place is None and (self.remote is None or name.startswith("/")):
+            return None
+        return Clip(self.root, name, place, self.remote)
+
+    def audio(self, utterance: Utterance) -> bytes:
+        """The bytes of the utterance's audio file.
+
+        Raises:
+            DataError: it is not there or damaged.
+        """
+        clip, path = self.clip(utterance), self.path(utterance)
+        if clip is not None:
+            return clip.read()
+        with explained(path):
+            return path.read_bytes()
+
+
+_INDEX_REMEDY = f"give a folder with {INDEX_NAME}, or make one with `moe-asr corpus import` or `moe-asr corpus synth`"
+_REQUIRED = ("audio_filepath", "duration", "text")
+_NUMBER_FIELDS = ("duration", "offset")
+_FIELD_NAMES = tuple(f.name for f in fields(Utterance))
+_OMITTED = {f.name: f.default for f in fields(Utterance) if f.name not in ("id", "split", *_REQUIRED)}
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode_ascii = json.JSONEncoder(ensure_ascii=True).encode
+
+
+def read_corpus(path: str | Path) -> Corpus:
+    """Read a corpus folder, or an index file by its own name (a NeMo manifest is one).
+
+    A line without `id` is known by its audio path. Fields that are not ours are ignored.
+
+    Raises:
+        DataError: a missing file, bad JSON, a missing or mistyped field, a duplicate id, no utterance at all;
+            the message names file, line, field and remedy.
+    """
+    index = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
+    root = index.parent.resolve()
+    utterances: list[Utterance] = []
+    line_of_id: dict[str, int] = {}
+    places: dict[str, Place] = {}
+    for number, record in read_jsonl(index, remedy=_INDEX_REMEDY):
+        utterance = _parse_utterance(record, f"{index}:{number}", root)
+        if utterance.id in line_of_id:
+            raise DataError(
+                f"{index}:{number}: id {utterance.id!r} is already on line {line_of_id[utterance.id]}: make ids unique"
+            )
+        line_of_id[utterance.id] = number
+        utterances.append(utterance)
+        place = Place.from_record(record, f"{index}:{number}")
+        if place is not None and places.setdefault(utterance.audio_filepath, place) != place:
+            raise DataError(f"{index}:{number}: {utterance.audio_filepath} lies in two places: pack the corpus again")
+    if not utterances:
+        raise DataError(f"{index} holds no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
+    utterances.sort(key=lambda u: u.id)
+    return Corpus(root, tuple(utterances), index_digest(utterances), places)
+
+
+def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write `root/index.jsonl` sorted by id, whole or not at all; fields at their defaults are left out.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    folder = Path(root)
+    ordered = sorted(utterances, key=lambda u: u.id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=folder, prefix=".index-", delete=False, newline="\n"
+        ) as file:
+            temporary = Path(file.name)
+            try:
+                file.writelines(index_lines(ordered, {}))
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.chmod(0o644)
+                temporary.replace(folder / INDEX_NAME)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {folder / INDEX_NAME}: {error.strerror}: free space or change rights"
+        ) from error
+
+
+def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) -> Iterator[str]:
+    """Lines of an index; fields at their defaults are left out."""
+    for u in utterances:
+        place = places.get(u.audio_filepath)
+        yield _encode(_to_record(u) | (asdict(place) if place else {})) + "\n"
+
+
+@contextmanager
+def new_corpus_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UsageError: `out` exists and is not an empty folder.
+        StoreError: it cannot be written.
+    """
+    out = out.absolute()
+    try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UsageError(f"{out} already exists: name another folder for the corpus, or remove it first")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp makes folders that only the owner can read
+            folder.replace(out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the corpus {out}: {error.strerror or error}: free space or change rights"
+        ) from error
+
+
+def index_digest(utterances: Iterable[Utterance]) -> str:
+    """The sha256 (hex) of all fields of all utterances, whatever their order and wherever the folder lies."""
+    digest = hashlib.sha256()
+    for u in sorted(utterances, key=lambda u: u.id):
+        digest.update(_encode_ascii([getattr(u, name) for name in _FIELD_NAMES]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def stratified_subset(
+    utterances: Sequence[Utterance], *, percent: float | None = None, count: int | None = None, seed: int
+) -> list[Utterance]:
+    """A share of the utterances with the etiologies in proportion; smaller subsets lie inside larger ones.
+
+    Within an etiology of n utterances the one of rank r (by a hash of seed and id) stands at (r + 1/2) / n; all
+    etiologies are merged in order of these positions, and a subset is the first part of that one order. So it is
+    nested for percents and counts alike, proportional, and independent of the order of `utterances`.
+
+    Args:
+        percent: above 0, up to 100; or
+        count: at least 1; more than there are gives all.
+        seed: another seed gives another subset.
+
+    Returns:
+        At least one utterance (when there is any), sorted by id.
+
+    Raises:
+        ValueError: neither or both of percent and count, or one out of range.
+    """
+    if (percent is None) == (count is None):
+        raise ValueError("give either percent or count")
+    if percent is not None and not 0 < percent <= 100:
+        raise ValueError(f"percent must be above 0 and at most 100, not {percent}")
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    wanted = count if count is not None else max(1, math.floor(len(utterances) * (percent or 0) / 100 + 0.5))
+    if wanted >= len(utterances):
+        return sorted(utterances, key=lambda u: u.id)
+    return sorted((utterances[i] for i in _subset_order(utterances, seed)[:wanted]), key=lambda u: u.id)
+
+
+def _subset_order(utterances: Sequence[Utterance], seed: int) -> list[int]:
+    """The positions of `utterances` in the one order whose beginnings are the subsets."""
+    prefix = f"{seed}\0"
+    rank_keys = np.fromiter((_hash64(prefix + u.id) for u in utterances), np.uint64, len(utterances))
+    stratum_of = {name: i for i, name in enumerate(sorted({u.etiology for u in utterances}))}
+    strata = np.fromiter((stratum_of[u.etiology] for u in utterances), np.int64, len(utterances))
+    by_stratum = np.lexsort((rank_keys, strata))
+    sizes = np.bincount(strata, minlength=len(stratum_of))
+    ranks = np.arange(len(utterances)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    positions = (ranks + 0.5) / np.repeat(sizes, sizes)
+    order: list[int] = by_stratum[np.lexsort((rank_keys[by_stratum], positions))].tolist()
+    return order
+
+
+def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utterance]]:
+    """Utterances by split, speaker, etiology or severity, groups in alphabetical order.
+
+    Raises:
+        DataError: the corpus carries no such field; the message names those that it has.
+    """
+    listed = list(utterances)
+    if field not in available_fields(listed):
+        known = ", ".join(available_fields(listed)) or "none"
+        raise DataError(f"the corpus has no field {field!r} to group by: it has {known}")
+    groups: dict[str, list[Utterance]] = defaultdict(list)
+    for u in listed:
+        groups[getattr(u, field)].append(u)
+    return dict(sorted(groups.items()))
+
+
+def available_fields(utterances: Iterable[Utterance]) -> list[str]:
+    """Which of split, speaker, etiology and severity at least one utterance has."""
+    missing = set(GROUP_FIELDS)
+    for u in utterances:
+        missing -= {name for name in missing if getattr(u, name)}
+        if not missing:
+            break
+    return [name for name in GROUP_FIELDS if name not in missing]
+
+
+def corpus_stats(corpus: Corpus) -> dict[str, Any]:
+    """Counts and hours of speech, over all and by split, etiology, severity and speaker (where the corpus has them)."""
+    stats: dict[str, Any] = {"digest": corpus.digest, **_totals(corpus.utterances)}
+    for name in available_fields(corpus.utterances):
+        groups = group_by(corpus.utterances, name)
+        stats[f"by_{name}"] = {value: _totals(group) for value, group in groups.items()}
+    return stats
+
+
+def _totals(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    seconds = sum(u.duration for u in utterances)
+    return {
+        "utterances": len(utterances),
+        "hours": round(seconds / 3600, 4),
+        "mean_seconds": round(seconds / len(utterances), 2),
+        "words": sum(len(u.text.split()) for u in utterances),
+        "speakers": len({u.speaker for u in utterances if u.speaker}),
+    }
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their line numbers, blank lines skipped.
+
+    Raises:
+        DataError: the file cannot be read (the message ends in `remedy`), or a line is no JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _parse_object(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not utf-8 text ({error.reason}): save it as utf-8") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}: {remedy}") from error
+
+
+def _parse_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}): one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: holds a {type(record).__name__}, not an object: one JSON object a line")
+    return record
+
+
+def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utterance:
+    values = {name: record[name] for name in _FIELD_NAMES if record.get(name) is not None}
+    for name in _REQUIRED:
+        if name not in values:
+            raise DataError(f"{where}: field {name!r} is missing: every utterance needs {', '.join(_REQUIRED)}")
+    for name, value in values.items():
+        if name in _NUMBER_FIELDS:
+            values[name] = _check_seconds(value, name, where)
+        elif type(value) is not str:
+            raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)}: put it in quotes")
+        elif name in GROUP_FIELDS:  # a million utterances share a few speakers and etiologies: one string object each
+            values[name] = sys.intern(value)
+    if not values["audio_filepath"]:
+        raise DataError(f"{where}: field 'audio_filepath' is empty: name the audio file")
+    values["audio_filepath"] = _relative_to(root, values["audio_filepath"])
+    values.setdefault("id", values["audio_filepath"] + (f"@{values['offset']}" if values.get("offset") else ""))
+    if not values["id"]:
+        raise DataError(f"{where}: field 'id' is empty: give each utterance a name of its own")
+    return Utterance(**values)
+
+
+def _check_seconds(value: object, name: str, where: str) -> float:
+    if type(value) not in (int, float):  # not isinstance: a bool is an int
+        raise DataError(f"{where}: field {name!r} must be a number of seconds, not {json.dumps(value)}")
+    seconds = float(cast(float, value))
+    if not 0 <= seconds < math.inf:
+        raise DataError(f"{where}: field {name!r} must be a finite number of seconds, 0 or more, not {value}")
+    return seconds
+
+
+def _relative_to(root: Path, audio_filepath: str) -> str:
+    """An absolute path under the corpus folder as a relative one, so that a moved corpus keeps its digest."""
+    if not audio_filepath.startswith("/"):
+        return audio_filepath
+    path = Path(audio_filepath)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else audio_filepath
+
+
+def _to_record(u: Utterance) -> dict[str, Any]:
+    record = {name: getattr(u, name) for name in _FIELD_NAMES}
+    return {name: value for name, value in record.items() if name not in _OMITTED or value != _OMITTED[name]}

@@ -1,0 +1,236 @@
+"""Corpora of the Speech Accessibility Project: one JSON file per contributor beside recordings, in shards or unpacked.
+
+The structure follows the project's published scripts (github.com/speechaccessibility/SplitTrainTest,
+github.com/xiuwenz2/SAPC-template) and its transcription guidelines; the recordings need an agreement with the project.
+
+A contributor's file: {"Contributor ID", "Etiology", "Files": [{"Filename", "Prompt": {"Prompt Text", "Transcript"},
+"Ratings": [{"Dimension Description", "Level"}]}]}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.data.importers import FRACTIONS, SPLIT_NAMES, Imported, Row, build_corpus, hold_out_dev
+from common.errors import DataError
+
+AUDIO = (".wav", ".flac")
+SPLITS = {**SPLIT_NAMES, "test1": "test", "test2": "test"}
+# What the guidelines give instead of a transcript: no data, no voice, noise, another voice, cut, distorted, too quiet,
+# no English words.
+CODES = ("nod", "nov", "bgn", "otv", "cut", "dis", "loa", "nrw")
+
+
+@dataclass(frozen=True, slots=True)
+class Contributor:
+    """One JSON file."""
+
+    path: Path
+    id: str
+    etiology: str
+    severity: str
+    files: Sequence[Mapping[str, Any]]
+
+
+def import_sap(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    official_splits: bool = False,
+    copy_audio: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 42,
+) -> Imported:
+    """Make a corpus of unpacked Speech Accessibility Project data.
+
+    JSON files and audio may lie anywhere below `folder`; they find each other by file name. The split is that of a
+    `…Split_by_Contributors.json`, else the folder Train, Dev or Test that a file lies in, else none, and then speakers
+    are dealt (`split_by_speaker`). The project gives away no test data: where there is none, Dev becomes `test`, and
+    speakers of Train become `dev`.
+
+    A transcript with disfluencies in parentheses gives two references, without them and with them. Severity is the
+    speaker's mean rating of intelligibility, rounded: `intelligibility 1` (best) to `intelligibility 7`.
+
+    Args:
+        folder: the unpacked data.
+        out: the corpus folder to make, not yet there or empty.
+        official_splits: keep Train and Dev as they are, also where nothing is left for `test`.
+        copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
+        fractions: of train, dev and test, for what is dealt.
+        seed: which speakers go where.
+
+    Raises:
+        DataError: the folder is not of this structure; nothing in it can be used.
+        UsageError, StoreError: as of `import_table`.
+    """
+    source = Path(folder)
+    contributors, splits = _read_contributors(source)
+    audio = {path.name: path for path in sorted(source.rglob("*")) if path.suffix.lower() in AUDIO}
+    if not audio:
+        raise DataError(f"{source} holds no {' or '.join(AUDIO)} file: unpack the project's archives into it first")
+    skipped: Counter[str] = Counter()
+    rows = [row for one in contributors for row in _rows(one, source, audio, splits, skipped)]
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
+        raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
+    broken: Counter[str] = Counter()
+    if not official_splits:
+        rows = hold_out_dev(rows, fractions=fractions, seed=seed)
+    corpus = build_corpus(rows, Path(out), copy_audio, fractions, seed, broken=broken)
+    return Imported(corpus, skipped + Counter({"with audio that cannot be read": broken.total()}))
+
+
+def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]:
+    """The contributors, each once, and the split of each where a file of splits says it."""
+    found: dict[str, Contributor] = {}
+    splits: dict[str, str] = {}
+    for path in sorted(source.rglob("*.json")):
+        content = _read_json(path)
+        if path.stem.lower().endswith("split_by_contributors"):
+            splits |= _official_splits(path, content)
+        elif isinstance(content, dict) and isinstance(content.get("Files"), list):
+            one = _contributor(path, content)
+            if one.id not in found:  # releases carry a second copy of all JSON files in an archive of its own
+                found[one.id] = one
+    if not found:
+        raise DataError(
+            f'{source} holds no contributor of the Speech Accessibility Project: a JSON file with "Contributor ID" and '
+            '"Files" for each speaker; name the folder that its archives were unpacked into'
+        )
+    return list(found.values()), splits
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}): unpack it again") from None
+
+
+def _official_splits(path: Path, content: Any) -> dict[str, str]:
+    """{"train": [contributor, …], …} turned round."""
+    if not isinstance(content, dict) or not all(isinstance(names, list) for names in content.values()):
+        raise DataError(f"{path} is not an object of lists of contributors by split: take the release's own file")
+    unknown = [split for split in content if split.lower() not in SPLITS]
+    if unknown:
+        raise DataError(f"{path}: split {unknown[0]!r} is none of {', '.join(SPLITS)}: take the release's own file")
+    return {str(name).lower(): SPLITS[split.lower()] for split, names in content.items() for name in names}
+
+
+def _contributor(path: Path, content: Mapping[str, Any]) -> Contributor:
+    files = [file for file in content["Files"] if isinstance(file, dict)]
+    levels = [level for file in files if (level := _intelligibility(file)) is not None]
+    return Contributor(
+        path=path,
+        id=str(content.get("Contributor ID") or path.stem).lower(),
+        etiology=str(content.get("Etiology") or "").strip(),
+        severity=f"intelligibility {round(sum(levels) / len(levels))}" if levels else "",
+        files=files,
+    )
+
+
+def _intelligibility(file: Mapping[str, Any]) -> float | None:
+    """A recording's mean level of this dimension, 1 to 7; None where it was not rated."""
+    levels = []
+    for rating in file.get("Ratings") or ():
+        if isinstance(rating, dict) and str(rating.get("Dimension Description")).strip().lower() == "intelligibility":
+            level = re.fullmatch(r"[1-7](\.\d+)?", str(rating.get("Level")).strip())
+            levels += [float(level[0])] if level else []
+    return sum(levels) / len(levels) if levels else None
+
+
+def _rows(
+    one: Contributor, source: Path, audio: Mapping[str, Path], splits: Mapping[str, str], skipped: Counter[str]
+) -> Iterator[Row]:
+    for number, file in enumerate(one.files, start=1):
+        prompt = file.get("Prompt")
+        name = Path(str(file.get("Filename") or "")).name
+        path = audio.get(name)
+        transcript = prompt.get("Transcript") if isinstance(prompt, dict) else None
+        pieces, problem = read_transcript(str(transcript or ""))
+        if problem or path is None:
+            skipped["without their audio file" if path is None else problem] += 1
+            continue
+        for piece in pieces:
+            values = {
+                "audio_filepath": path.relative_to(source).as_posix(),
+                "id": path.stem + (f"@{piece.offset}" if piece.offset else ""),
+                "text": piece.text,
+                "text_alt": piece.text_alt,
+                "offset": piece.offset,
+                "duration": piece.duration,
+                "speaker": one.id,
+                "etiology": one.etiology,
+                "severity": one.severity,
+            }
+            split = splits.get(one.id) or _split_of(one.path, source) or _split_of(path, source)
+            filled = {field: value for field, value in values.items() if value}
+            yield Row(f"{one.path}: file {number}", {"split": split, **filled}, path.resolve())
+
+
+def _split_of(path: Path, source: Path) -> str:
+    """The split that a folder between `source` and a file is named after; empty without one."""
+    names = (part.lower() for part in path.relative_to(source).parts[:-1])
+    return next((SPLITS[name] for name in names if name in SPLITS), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What was said in a recording, or from `offset` on for `duration` (seconds, as text; empty for all of it)."""
+
+    text: str
+    text_alt: str = ""
+    offset: str = ""
+    duration: str = ""
+
+
+def read_transcript(transcript: str) -> tuple[list[Piece], str]:
+    """The references in a transcript with the guidelines' marks, or why there is none.
+
+    `(uh)`, `(s-)`: disfluencies, in the second reference alone; `(cs: Go on)`: somebody's speech, kept; `{g: idol}`:
+    a guess, kept; `{w: 2}`, `{u: }`, `{f: }`: words that nobody knows; `[PII]`, `[…]`: silenced, or a comment;
+    `~N ~P ~R`: letters; `#ts`: a line for each piece, with its start and end in seconds; `#dis` and the like: a code.
+
+    Returns:
+        (pieces, ""), or ([], the reason).
+    """
+    lines = transcript.strip().splitlines()
+    code = lines[0].strip().lower() if lines and lines[0].strip().startswith("#") else ""
+    if code:
+        lines = lines[1:]
+    bare = " ".join(lines).strip()
+    if not bare or bare in CODES:
+        return [], "without a transcript"
+    if re.search(r"\{\s*(?:[wuf]\s*:[^}]*)?\}", bare):
+        return [], "with unintelligible words"
+    pieces = _timed(lines) if code == "#ts" else [Piece("\n".join(lines))]
+    pieces = [replace(piece, **_references(piece.text)) for piece in pieces]
+    pieces = [piece for piece in pieces if piece.text]
+    return pieces, "" if pieces else "without a transcript"
+
+
+def _timed(lines: Sequence[str]) -> list[Piece]:
+    pieces = []
+    for line in lines:
+        found = re.match(r"\s*(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s+(\S.*)", line)
+        if found and float(found[1]) < float(found[2]):
+            seconds = float(found[2]) - float(found[1])
+            pieces.append(Piece(found[3], offset=f"{float(found[1]):g}", duration=f"{seconds:.3f}"))
+    return pieces
+
+
+def _references(marked: str) -> dict[str, str]:
+    """The text without disfluencies and, where that differs, with them."""
+    plain = re.sub(r"\[[^\]]*\]", " ", marked)
+    plain = re.sub(r"\{\s*\w+\s*:([^}]*)\}", r"\1", plain)
+    plain = re.sub(r"\(\s*\w+\s*:([^)]*)\)", r"\1", plain)
+    plain = plain.replace("~", "").replace("*", "").replace("’", "'").replace("‘", "'")
+    fluent = " ".join(re.sub(r"\([^)]*\)", " ", plain).split())
+    verbatim = " ".join(re.sub(r"[()]", " ", plain).split())
+    return {"text": fluent or verbatim, "text_alt": verbatim if fluent and verbatim != fluent else ""}

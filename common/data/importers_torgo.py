@@ -1,0 +1,117 @@
+"""TORGO (Rudzicz, Namasivayam & Wolff 2012, Language Resources and Evaluation 46): F01/Session1/prompts/0001.txt.
+
+Beside `prompts` lie `wav_headMic` and `wav_arrayMic`, recorded at the same time. FC and MC are control speakers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from common.data.importers import FRACTIONS, Imported, Row, build_corpus
+from common.errors import DataError
+
+Microphone = Literal["head", "array", "both"]
+
+SPEAKER = re.compile(r"(?P<group>[FM]C?)\d{2}")
+SESSION = re.compile(r"Session.*", re.IGNORECASE)
+# The groups of Espana-Bonet & Fonollosa (IberSPEECH 2016), after the corpus's Frenchay assessments. Papers differ about
+# F03 alone, which some call mild.
+SEVERITY = {
+    **dict.fromkeys(("F01", "M01", "M02", "M04"), "severe"),
+    "M05": "moderate to severe",
+    "F03": "moderate",
+    **dict.fromkeys(("F04", "M03"), "mild"),
+}
+DYSARTHRIA, CONTROL = "dysarthria", "control"  # which speaker has cerebral palsy and which ALS is not in the files
+
+
+def import_torgo(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    microphone: Microphone = "head",
+    copy_audio: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 42,
+) -> Imported:
+    """Make a corpus of TORGO's folders; there are no official splits, so speakers are dealt.
+
+    Prompts that are no text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment
+    in brackets beside a word is dropped. Etiology is dysarthria or control.
+
+    Args:
+        folder: holds the speakers' folders, at any depth.
+        out: the corpus folder to make, not yet there or empty.
+        microphone: `head` takes the array's recording where the other is missing, and the other way round; `both` makes
+            two utterances of each.
+        copy_audio, fractions, seed: as of `import_table`.
+
+    Raises:
+        DataError: the folder is not of this structure; nothing in it can be used.
+        UsageError, StoreError: as of `import_table`.
+    """
+    source = Path(folder)
+    sessions = [path for path in sorted(source.rglob("prompts")) if path.is_dir() and _is_session(path.parent)]
+    if not sessions:
+        raise DataError(
+            f"{source} is not TORGO: it holds no SPEAKER/SessionN/prompts with a speaker like F01, M05, FC02 or MC04"
+        )
+    skipped: Counter[str] = Counter()
+    rows = [row for prompts in sessions for row in _rows(prompts, source, microphone, skipped)]
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no prompts"
+        raise DataError(f"{source}: nothing in {len(sessions)} sessions can be used: {reasons}")
+    broken: Counter[str] = Counter()
+    corpus = build_corpus(rows, Path(out), copy_audio, fractions, seed, broken=broken)
+    return Imported(corpus, skipped + Counter({"with audio that cannot be read": broken.total()}))
+
+
+def _is_session(folder: Path) -> bool:
+    return SESSION.fullmatch(folder.name) is not None and SPEAKER.fullmatch(folder.parent.name) is not None
+
+
+def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[str]) -> Iterator[Row]:
+    session, speaker = prompts.parent, prompts.parent.parent.name
+    control = speaker[1] == "C"
+    for prompt in sorted(prompts.glob("*.txt")):
+        text = read_prompt(prompt.read_text(encoding="utf-8", errors="replace"))
+        if not text:
+            skipped["with a prompt that is no text"] += 1
+            continue
+        recordings = _recordings(session, prompt.stem, microphone)
+        if not recordings:
+            skipped["without their audio file"] += 1
+        for name, audio in recordings:
+            yield Row(
+                str(prompt),
+                {
+                    "split": "",
+                    "audio_filepath": audio.relative_to(source).as_posix(),
+                    "id": f"{speaker}-{session.name}-{prompt.stem}-{name}",
+                    "text": text,
+                    "speaker": speaker,
+                    "etiology": CONTROL if control else DYSARTHRIA,
+                    "severity": CONTROL if control else SEVERITY.get(speaker, ""),
+                },
+                audio.resolve(),
+            )
+
+
+def read_prompt(prompt: str) -> str:
+    """The text to read, without comments in brackets; empty where the prompt is a picture, `xxx` or an instruction."""
+    text = " ".join(re.sub(r"\[[^\]]*\]?", " ", prompt).split())
+    if re.search(r"\.jpe?g\b|/|\bxxx\b|�", text, re.IGNORECASE):
+        return ""
+    return text
+
+
+def _recordings(session: Path, stem: str, microphone: Microphone) -> list[tuple[str, Path]]:
+    """The wanted microphone's recording, else the other one's; both by name where both are wanted."""
+    order = ("array", "head") if microphone == "array" else ("head", "array")
+    found = [(name, session / f"wav_{name}Mic" / f"{stem}.wav") for name in order]
+    there = [(name, path) for name, path in found if path.is_file()]
+    return there if microphone == "both" else there[:1]

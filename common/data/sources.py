@@ -1,0 +1,125 @@
+"""The two things a run starts from, corpus and base model: found and digested.
+
+A model from a store is brought to a local folder. Of a corpus in a store only the index is; audio comes when it is
+needed (`common.data.clips`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from common.config import Config
+from common.data.clips import AudioCache, Remote
+from common.data.corpus import INDEX_NAME, Corpus, read_corpus
+from common.errors import DataError, RetryableError
+from common.storage.store import is_current
+from common.storage import open_store
+
+MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
+HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cache_bytes: int = 0) -> Corpus:
+    """A corpus in a folder, or in a store, from which its index alone is brought.
+
+    Args:
+        path: a folder, an index file, or the `s3://` address of either.
+        cache: where the index and audio of a remote corpus are kept, the latter for all corpora together.
+        cache_bytes: of audio at most.
+
+    Raises:
+        DataError: it cannot be found or read.
+    """
+    if not path.startswith("s3://"):
+        return read_corpus(path)
+    base, name = path.rstrip("/"), INDEX_NAME
+    if base.endswith((".json", ".jsonl")):
+        base, _, name = base.rpartition("/")
+    store = open_store(base, endpoint_url=endpoint_url)
+    index = cache / "corpus" / hashlib.sha256(f"{endpoint_url}\0{base}".encode()).hexdigest()[:16] / name
+    entry = next((entry for entry in store.list(name) if entry.key == name), None)
+    if entry is None:
+        raise DataError(f"{base}/{name} is not there: give the address of a folder with {INDEX_NAME}")
+    if not is_current(entry, index):
+        store.get(name, index)
+        os.utime(index, (entry.modified, entry.modified))
+    try:
+        corpus = read_corpus(index)
+    except DataError as error:
+        raise DataError(str(error).replace(str(index), f"{base}/{name}")) from None
+    remote = Remote(store.url, endpoint_url, AudioCache(cache / "audio", cache_bytes), corpus.digest)
+    return replace(corpus, remote=remote)
+
+
+def locate_model(config: Config, cache: Path) -> Path:
+    """A local folder that holds the base model, brought from the hub or a store where it is not one already.
+
+    Raises:
+        DataError: there is no such model.
+        RetryableError: the hub does not answer.
+    """
+    name = config.model.name
+    if name.startswith("s3://"):
+        folder = cache / "model" / hashlib.sha256(name.encode()).hexdigest()[:16]
+        open_store(name, endpoint_url=config.endpoint_url).get_folder("", folder)
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_name(name):
+        raise DataError(f"model.name {name!r} is neither a folder nor a hub name (organisation/model)")
+    return _from_hub(name, config.model.revision)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model's name is looked up on the hub: no such folder, and of the form organisation/model."""
+    return not name.startswith("s3://") and not Path(name).is_dir() and HUB_NAME.match(name) is not None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise DataError(f"model.name {name!r} at revision {revision or 'main'}: the hub has no such model") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise RetryableError(
+            f"model.name {name!r} is no local folder, and the hub cannot be reached: {type(error).__name__}; "
+            "give a folder or a store URI to work without a hub"
+        ) from None
+
+
+def model_digest(config: Config, cache: Path) -> str:
+    """What the base model contributes to keys: its content, or hub name and revision.
+
+    A folder counts by the bytes of its weights and configuration, so that a laptop's folder and a cluster's store URI
+    of the same checkpoint give the same keys.
+    """
+    if is_hub_name(config.model.name):
+        return f"hub:{config.model.name}@{config.model.revision or 'main'}"
+    return f"sha256:{folder_digest(locate_model(config, cache))}"
+
+
+@lru_cache(maxsize=8)
+def folder_digest(folder: Path) -> str:
+    """sha256 over the names and contents of a checkpoint's weights and configuration.
+
+    Raises:
+        DataError: the folder holds no safetensors.
+    """
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not weights:
+        raise DataError(f"model folder {folder} holds no *.safetensors: give a Hugging Face checkpoint")
+    parts = {}
+    for name in [*weights, *MODEL_FILES]:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                parts[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

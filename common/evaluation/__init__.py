@@ -1,0 +1,1 @@
+"""Word error rates, comparisons, and whether a gate can be believed."""

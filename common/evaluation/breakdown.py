@@ -1,0 +1,152 @@
+"""Rows of scored utterances, as in predictions.jsonl and utterances.csv, and the error rates of groups of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.data.corpus import Utterance
+from common.errors import DataError
+from common.evaluation.wer import Score, duration_bucket, group_report, score, summarise
+from common.json_files import Row
+
+Routing = tuple[Sequence[int], Sequence[float]]  # experts and weights of an utterance
+UNKNOWN = "unknown"
+GROUPS: dict[str, Callable[[Row], str]] = {
+    "etiology": lambda row: row.get("etiology") or UNKNOWN,
+    "severity": lambda row: row.get("severity") or UNKNOWN,
+    "duration": lambda row: duration_bucket(float(row["duration"])),
+    "speaker": lambda row: row.get("speaker") or UNKNOWN,
+}
+CELL = ("etiology", "severity", "duration")
+
+
+def references(u: Utterance) -> list[str]:
+    """What may have been said: one transcript, or two."""
+    return [u.text, *([u.text_alt] if u.text_alt else [])]
+
+
+def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = ((), ())) -> Row:
+    """One utterance: who said what, what was heard, with how many errors, by which experts."""
+    experts, weights = routing
+    return {
+        "id": u.id,
+        "split": u.split,
+        "speaker": u.speaker,
+        "etiology": u.etiology,
+        "severity": u.severity,
+        "duration": u.duration,
+        "audio": u.audio_filepath,
+        "reference": u.text,
+        "reference_alt": u.text_alt or "",
+        "hypothesis": hypothesis,
+        "words": one.words,
+        "errors": one.word_errors,
+        "insertions": one.word_insertions,
+        "chars": one.chars,
+        "char_errors": one.char_errors,
+        "reference_used": one.reference,
+        "loop": one.loop,
+        "experts": list(experts),
+        "weights": [round(weight, 4) for weight in weights],
+    }
+
+
+def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis") -> Score:
+    """The score of a row; counted anew from its texts where it does not hold all of it.
+
+    Args:
+        hypothesis: which text of the row; the counts beside it are those of `hypothesis`.
+    """
+    if hypothesis == "hypothesis" and "char_errors" in row:
+        return Score(
+            str(row["id"]),
+            words=row["words"],
+            word_errors=row["errors"],
+            word_insertions=row["insertions"],
+            chars=row["chars"],
+            char_errors=row["char_errors"],
+            reference=row["reference_used"],
+            loop=row["loop"],
+        )
+    texts = [row["reference"], *([row["reference_alt"]] if row.get("reference_alt") else [])]
+    return score(str(row["id"]), row[hypothesis], texts, language)
+
+
+def speakers_of(rows: Iterable[Row]) -> dict[str, str]:
+    """Utterance id → speaker; an utterance of no known speaker is one of its own."""
+    return {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
+
+
+def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 1000, seed: int = 0) -> Row:
+    """Error rates overall, by etiology, severity, duration and speaker, and by the first three together.
+
+    Args:
+        rows, scores: of the same utterances, in the same order.
+        resamples, seed: of the intervals, as for `wer.bootstrap_interval`.
+
+    Returns:
+        `overall`, `by_etiology`, `by_severity`, `by_duration`, `by_speaker`, `cells`: each what `wer.summarise` gives.
+    """
+    speakers = speakers_of(rows)
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
+
+    def grouped(key: Callable[[Row], str]) -> dict[str, dict[str, Any]]:
+        return group_report(scores, {str(row["id"]): key(row) for row in rows}, speakers, **options)
+
+    cells = grouped(lambda row: "\0".join(GROUPS[name](row) for name in CELL))
+    return {
+        "overall": summarise(scores, speakers, **options),
+        **{f"by_{name}": grouped(key) for name, key in GROUPS.items()},
+        "cells": [dict(zip(CELL, name.split("\0"), strict=True)) | rates for name, rates in cells.items()],
+    }
+
+
+def loops(rows: Sequence[Row]) -> list[Row]:
+    """The utterances whose hypothesis is a hallucination loop, most inserted words first."""
+    found = [row for row in rows if row["loop"]]
+    return sorted(found, key=lambda row: (-row["insertions"], str(row["id"])))
+
+
+def named(group: Mapping[str, Any]) -> bool:
+    """Whether a breakdown says anything: more than one group, or one that has a name."""
+    return set(group) - {UNKNOWN} != set()
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """utterances.csv: a line for each row, lists with spaces between their values."""
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, list):
+            return " ".join(map(str, value))
+        return int(value) if isinstance(value, bool) else value
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of utterances.csv as they were written.
+
+    Raises:
+        DataError: it is no such table.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [row | {name: read(row[name]) for name, read in _TYPES.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a table of utterances: {error}") from None
+
+
+_COUNTS = ("words", "errors", "insertions", "chars", "char_errors", "reference_used")
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(_COUNTS, int),
+    "duration": float,
+    "loop": lambda text: bool(int(text)),
+    "experts": lambda text: [int(part) for part in text.split()],
+    "weights": lambda text: [float(part) for part in text.split()],
+}

@@ -1,0 +1,285 @@
+"""Runs and evaluations side by side: rates with intervals, and differences on the same draws of speakers.
+
+Shape letters: M results, R resamples, S results (seeds) of one system.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import DataError, UsageError
+from common.evaluation.breakdown import UNKNOWN, speakers_of
+from common.evaluation.results import Result as Result
+from common.evaluation.results import before_training as before_training
+from common.evaluation.results import read_result as read_result
+from common.evaluation.wer import Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
+from common.files import new_folder
+from common.json_files import Row
+from common.pages.compare import render_comparison
+from common.pages.page import clock, interval, number, percent, points
+from common.sections import DecodeConfig
+
+RESULT, PAGE = "comparison.json", "compare.html"
+LEVEL = 0.95
+METRICS: tuple[Metric, ...] = ("wer", "cer")
+Systems = Mapping[str, Sequence[Result]]
+
+
+def compare(
+    systems: Systems,
+    *,
+    reference: str | None = None,
+    shared_only: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Row:
+    """Rates of systems, and how each differs from one of them.
+
+    A system with several results (seeds of one regime) counts by its mean over them; its intervals draw speakers and,
+    independently, results. All systems are on the same draws of speakers, so that differences are paired.
+
+    Args:
+        systems: name → its results.
+        reference: what the others are compared with; the first where it is not given.
+        shared_only: compare on the utterances that all have; else different sets are refused.
+        resamples: R, how often speakers are drawn.
+        seed: of the draws.
+
+    Returns:
+        Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that not all have),
+        `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference
+        (None for itself) and `facts` (means over its results).
+
+    Raises:
+        UsageError: no system of the reference's name.
+        DataError: the systems were not tested on the same utterances.
+    """
+    names = list(systems)
+    reference = reference or names[0]
+    if reference not in systems:
+        raise UsageError(f"--reference {reference}: not among {', '.join(names)}")
+    everything = [result for results in systems.values() for result in results]
+    shared, left_out = _shared(everything, shared_only)
+    systems = {name: [_restricted(one, shared) for one in results] for name, results in systems.items()}
+    rows = next(iter(systems.values()))[0].rows
+    speakers = speakers_of(rows)
+    return {
+        "schema": 1,
+        "reference": reference,
+        "level": LEVEL,
+        "resamples": resamples,
+        "utterances": len(shared),
+        "speakers": len(set(speakers.values())),
+        "named_speakers": any(row.get("speaker") for row in rows),
+        "left_out": left_out,
+        "notes": _notes(everything),
+        "systems": _described(systems, rows, speakers, reference, resamples, seed),
+    }
+
+
+def _described(
+    systems: Systems, rows: Sequence[Row], speakers: Mapping[str, str], reference: str, resamples: int, seed: int
+) -> list[Row]:
+    """Each system's facts, rates, and rates by etiology."""
+    described: dict[str, Row] = {name: {"name": name} | _facts(results) for name, results in systems.items()}
+    for name, rates in _rates(systems, speakers, reference, resamples, seed).items():
+        described[name] |= rates | {"by_etiology": {}}
+    for group, ids in _etiologies(rows).items():
+        part = {name: [_restricted(one, ids) for one in results] for name, results in systems.items()}
+        for name, rates in _rates(part, speakers, reference, resamples, seed).items():
+            described[name]["by_etiology"][group] = rates
+    return list(described.values())
+
+
+def _shared(results: Sequence[Result], shared_only: bool) -> tuple[set[str], int]:
+    """Ids of the utterances that all results have with the same reference, and the number of the others."""
+    sets = [{(str(row["id"]), row["reference"]) for row in result.rows} for result in results]
+    shared, union = set.intersection(*sets), set.union(*sets)
+    others = {name for name, _ in union - shared}
+    if others and not shared_only:
+        first, other = results[0], next(r for r, mine in zip(results, sets, strict=True) if mine != sets[0])
+        lacks, more = len(sets[0] - sets[results.index(other)]), len(sets[results.index(other)] - sets[0])
+        raise DataError(
+            f"{first.name} and {other.name} were not tested on the same utterances: {other.name} lacks {lacks} of "
+            f"{len(sets[0])} and has {more} others (one is {min(others)!r}); --common compares the "
+            f"{len(shared)} that all share"
+        )
+    if not shared:
+        raise DataError(f"{results[0].name} and the others share no utterance: they cannot be compared")
+    return {name for name, _ in shared}, len(others)
+
+
+def _restricted(result: Result, ids: set[str]) -> Result:
+    rows = sorted((row for row in result.rows if str(row["id"]) in ids), key=lambda row: str(row["id"]))
+    return replace(result, rows=rows, scores={str(row["id"]): result.scores[str(row["id"])] for row in rows})
+
+
+def _etiologies(rows: Sequence[Row]) -> dict[str, set[str]]:
+    """Etiology → ids of its utterances, in alphabetical order."""
+    found: dict[str, set[str]] = {}
+    for row in sorted(rows, key=lambda row: row.get("etiology") or UNKNOWN):
+        found.setdefault(row.get("etiology") or UNKNOWN, set()).add(str(row["id"]))
+    return found
+
+
+def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamples: int, seed: int) -> dict[str, Row]:
+    """Each system's rates on these utterances, with intervals, and its differences from the reference."""
+    draws = {metric: _draws(systems, speakers, metric, resamples, seed) for metric in METRICS}
+    means = {name: _mean_of([summary_of(one.scores.values()) for one in results]) for name, results in systems.items()}
+    ids = next(iter(systems.values()))[0].scores
+    size = {"utterances": len(ids), "speakers": len({speakers[name] for name in ids})}
+    found = {}
+    for name, mean in means.items():
+        bounds = {f"{metric}_interval": _bounds(draws[metric][name]) for metric in METRICS}
+        differences = {
+            metric: {"delta": mean[metric] - means[reference][metric]}
+            | _against(draws[metric][name] - draws[metric][reference])
+            for metric in METRICS
+        }
+        found[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
+    return found
+
+
+def _draws(
+    systems: Systems, speakers: Mapping[str, str], metric: Metric, resamples: int, seed: int
+) -> dict[str, Floats]:
+    """Each system's rate on R draws of speakers and, where it has S > 1 results, on as many draws of S of them.
+
+    Draws of S out of S vary less than S new results would, by (S - 1) / S in variance: they are stretched accordingly.
+    """
+    flat = [list(one.scores.values()) for results in systems.values() for one in results]
+    rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
+    generator = np.random.default_rng([seed, 1])  # apart from the speakers', so that single results pair as in `wer`
+    found: dict[str, Floats] = {}
+    start = 0
+    for name, results in systems.items():
+        rates_SR = rates_MR[start : start + len(results)]
+        start += len(results)
+        mean_R: Floats = rates_SR.mean(axis=0)
+        if len(results) > 1:
+            drawn_SR = generator.integers(0, len(results), size=rates_SR.shape)
+            drawn_R = np.take_along_axis(rates_SR, drawn_SR, axis=0).mean(axis=0)
+            mean_R = mean_R + (drawn_R - mean_R) * math.sqrt(len(results) / (len(results) - 1))
+        found[name] = mean_R
+    return found
+
+
+def _against(deltas_R: Floats) -> Row:
+    """Interval and p of a difference; `better`, the share of draws in which it is below zero."""
+    better = float(np.mean((deltas_R < 0) + 0.5 * (deltas_R == 0)))
+    return interval_of_difference(deltas_R, LEVEL) | {"better": better}
+
+
+def _facts(results: Sequence[Result]) -> Row:
+    """What is known of a system's results one by one, and of their training on average."""
+    every = [summary_of(one.scores.values()) for one in results]
+    runs = [{"name": one.name, "wer": s["wer"], "cer": s["cer"]} for one, s in zip(results, every, strict=True)]
+    spread = float(np.std([one["wer"] for one in every], ddof=1)) if len(every) > 1 else None
+    return {"runs": runs, "wer_spread": spread, "facts": _mean_facts([one.facts for one in results])}
+
+
+def _mean_of(rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in rates])) for key in rates[0]}
+
+
+def summary_of(scores: Iterable[Score]) -> dict[str, float]:
+    """Rates and counts of a set of scores, without intervals."""
+    found = list(scores)
+    return {
+        "wer": wer(found),
+        "wer_unclipped": wer(found, clipped=False),
+        "cer": cer(found),
+        "insertions": sum(one.word_insertions for one in found),
+        "loops": sum(one.loop for one in found),
+    }
+
+
+def _bounds(values_R: Floats) -> list[float]:
+    low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return [float(low), float(high)]
+
+
+def _mean_facts(facts: Sequence[Row]) -> Row:
+    """Means of what is a number in all, the value itself where all agree; expert loads are sorted first, since
+    experts of two seeds have nothing in common but their number."""
+    found: Row = {}
+    for key in dict.fromkeys(key for one in facts for key in one):
+        values: list[Any] = [one.get(key) for one in facts]
+        if key == "load" and all(values) and len({len(load) for load in values}) == 1:
+            found[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
+        elif all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            mean = float(np.mean(values))
+            found[key] = int(mean) if mean.is_integer() and all(isinstance(v, int) for v in values) else mean
+        elif all(value == values[0] for value in values):
+            found[key] = values[0]
+        elif key == "collapsed":
+            found[key] = any(values)
+    return found
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What makes a comparison less fair than it looks."""
+    notes = []
+    ways = {json.dumps(_plain_decoding(one.facts.get("decoding")), sort_keys=True) for one in results}
+    if len(ways) > 1:
+        notes.append("They were not all decoded in the same way: part of a difference may come from that.")
+    if len({one.facts["language"] for one in results if one.facts.get("language")}) > 1:
+        notes.append("Their texts were not all normalised for the same language.")
+    if collapsed := [one.name for one in results if one.facts.get("collapsed")]:
+        notes.append(f"Experts collapsed in {', '.join(collapsed)}: read these as smaller models.")
+    return notes
+
+
+def _plain_decoding(decoding: Row | None) -> Row | None:
+    """What decides texts, batches and the seed of draws apart; an older run lacks what was added since."""
+    if decoding is None:
+        return None
+    known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}
+    return DecodeConfig.model_validate(known).model_dump(mode="json", exclude={"batch_size"})
+
+
+def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the comparison for a terminal."""
+    reference = comparison["reference"]
+    etiologies = [name for name in comparison["systems"][0]["by_etiology"] if name != UNKNOWN]
+    header = ("", "runs", "WER", "95% interval", "CER", f"WER − {reference}", "95% interval", "p",
+              *(f"WER {name}" for name in etiologies), "parameters", "utt/s", "time")  # fmt: skip
+    rows = []
+    for one in comparison["systems"]:
+        facts, delta = one["facts"], (one["difference"] or {}).get("wer")
+        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta else ""
+        rows.append(
+            (
+                one["name"],
+                str(len(one["runs"])),
+                percent(one["wer"]),
+                interval(one["wer_interval"]),
+                percent(one["cer"]),
+                points(delta["delta"]) if delta else "",
+                bounds,
+                f"{delta['p']:.3f}" if delta else "",
+                *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
+                number(facts.get("trained_parameters")),
+                number(facts.get("samples_per_second"), 1),
+                clock(facts.get("seconds")),
+            )
+        )
+    return header, rows
+
+
+def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes comparison.json and compare.html into a folder, both or none.
+
+    Raises:
+        UsageError: something is in the way.
+    """
+    with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
+        (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / PAGE).write_text(render_comparison(comparison), encoding="utf-8")

@@ -1,0 +1,219 @@
+"""A model's error rates on a split of a corpus: every utterance routed, decoded and scored, then the files of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import __version__
+from common.clustering.embeddings import EmbeddingTable, speaker_means
+from common.data.audio import read_audio
+from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
+from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.errors import DataError
+from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row, write_table
+from common.evaluation.wer import score
+from common.files import new_folder
+from common.json_files import Row
+from common.limits import MAX_SECONDS
+from common.pages.evaluation import render_evaluation
+from common.progress import progress
+from common.recognition.decode import Decoding
+from common.recognition.opened import OpenedModel, embed_batch, hear
+from common.recognition.transcribe import join_words, transcribe_audio
+
+RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
+
+
+def choose_utterances(
+    corpus: Corpus, split: str, *, long_audio: str = "error", samples: int | None = None, seed: int = 42
+) -> list[Utterance]:
+    """The utterances of a split, as the asr stage chooses them: a stratified part where `samples` is given.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = list(corpus.utterances) if split == "all" else corpus.split(split)
+    if not found:
+        names = ", ".join(sorted({u.split for u in corpus.utterances}))
+        raise DataError(f"corpus {corpus.url} has no utterances in split {split!r}: it has {names}")
+    if long_audio == "drop":
+        found = [u for u in found if u.duration <= MAX_SECONDS]
+    if not found:
+        raise DataError(f"all utterances of split {split!r} last over {MAX_SECONDS:.0f} s")
+    return stratified_subset(found, count=min(samples or len(found), len(found)), seed=seed)
+
+
+def decode_corpus(
+    opened: OpenedModel,
+    corpus: Corpus,
+    utterances: Sequence[Utterance],
+    decoding: Decoding,
+    *,
+    windows: bool = False,
+    num_workers: int = 0,
+    quiet: bool = True,
+) -> list[Row]:
+    """One row for each utterance (`breakdown.scored_row`), in their order.
+
+    Args:
+        windows: hear what lasts over 30 s in windows, as `moe-asr transcribe` does.
+
+    Raises:
+        DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
+    """
+    long = [u for u in utterances if windows and u.duration > MAX_SECONDS]
+    apart = {u.id for u in long}
+    short = [u for u in utterances if u.id not in apart]
+    examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
+    loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
+    batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
+    means = _speaker_embeddings(opened, short, loader(batches)) if short and _routes_by_speaker(opened) else None
+    heard: dict[str, tuple[str, Routing]] = {}
+    with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
+        for batch in loader(batches):
+            pooled_BD = None if means is None else torch.from_numpy(means.rows(batch.ids)).to(batch.audio_BS.device)
+            found = hear(opened, batch, decoding, pooled_BD)
+            routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
+            for name, one, chosen in zip(batch.ids, found.decoded, routing, strict=True):
+                heard[name] = one.text, chosen
+            bar.update(len(batch))
+        for u in long:
+            heard[u.id] = _heard_in_windows(opened, corpus, u, decoding), ((), ())
+            bar.update()
+    return [_row(u, *heard[u.id], opened.language) for u in utterances]
+
+
+def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
+    clip = corpus.clip(u)
+    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
+    samples = read_audio(source, offset=u.offset, duration=u.duration, name=name)
+    windows = transcribe_audio(opened, [samples], decoding)[0]
+    return join_words([word.text for window in windows for word in window.words], opened.language)
+
+
+def _routes_by_speaker(opened: OpenedModel) -> bool:
+    return opened.recogniser.gate is not None and opened.info is not None and opened.info.route_by == "speaker"
+
+
+def _speaker_embeddings(
+    opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]
+) -> EmbeddingTable:
+    """Each utterance's embedding as such a model was trained on: the mean over its speaker's utterances."""
+    found: dict[str, np.ndarray] = {}
+    for batch in batches:
+        pooled_BD = embed_batch(opened, batch)
+        assert pooled_BD is not None
+        found |= zip(batch.ids, pooled_BD.cpu().numpy(), strict=True)
+    return speaker_means(EmbeddingTable(tuple(found), np.stack(list(found.values()))), utterances)
+
+
+def _row(u: Utterance, text: str, routing: Routing, language: str) -> Row:
+    return scored_row(u, text, score(u.id, text, references(u), language), routing)
+
+
+def describe_evaluation(
+    opened: OpenedModel,
+    corpus: Corpus,
+    rows: Sequence[Row],
+    decoding: Decoding,
+    *,
+    split: str,
+    left_out: int,
+    seconds: float,
+) -> Row:
+    """The object of evaluation.json: what was evaluated and how, and the rates (`breakdown.breakdown`).
+
+    Args:
+        left_out: utterances over 30 s that were dropped.
+        seconds: that decoding took.
+    """
+    info, audio = opened.info, sum(row["duration"] for row in rows)
+    return {
+        "schema": 1,
+        "version": __version__,
+        "made": time.time(),
+        "model": opened.name,
+        "base": str(opened.base),
+        "mixture": {"experts": info.num_experts, "top_k": info.top_k, "kind": info.mixture} if info else None,
+        "corpus": corpus.url,
+        "corpus_digest": corpus.digest,
+        "split": split,
+        "left_out": left_out,
+        "language": opened.language,
+        "prompt": list(opened.codec.prompt),
+        "context": opened.context,
+        "margin": opened.margin,
+        "precision": str(opened.accelerator.mixed_precision),
+        "device": opened.accelerator.device.type,
+        "decoding": asdict(decoding),
+        "seconds": seconds,
+        "audio_seconds": audio,
+        "load": expert_load(rows, info.num_experts) if info and info.num_experts > 1 else None,
+        "loops": [{key: row[key] for key in ("id", "speaker", "words", "insertions")} for row in loops(rows)],
+        **breakdown(rows, [score_of(row, opened.language) for row in rows]),
+    }
+
+
+def expert_load(rows: Sequence[Row], experts: int) -> list[float]:
+    """Share of the routing weight that each expert got."""
+    load = [0.0] * experts
+    for row in rows:
+        for expert, weight in zip(row["experts"], row["weights"], strict=True):
+            load[expert] += weight
+    total = sum(load) or 1.0
+    return [one / total for one in load]
+
+
+def evaluate(
+    opened: OpenedModel,
+    corpus: Corpus,
+    decoding: Decoding,
+    out: Path,
+    *,
+    split: str = "test",
+    long_audio: str = "error",
+    samples: int | None = None,
+    seed: int = 42,
+    overwrite: bool = False,
+    num_workers: int = 0,
+    quiet: bool = True,
+) -> Row:
+    """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
+
+    Args:
+        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
+        samples, seed: a stratified part of the split.
+        overwrite: replace an evaluation that is there.
+
+    Returns:
+        The object of evaluation.json.
+
+    Raises:
+        UsageError: something is in the way of `out`.
+        DataError: as `choose_utterances` and `decode_corpus`.
+    """
+    with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
+        utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples, seed=seed)
+        everything = len(corpus.utterances) if split == "all" else len(corpus.split(split))
+        left_out = 0 if samples else everything - len(utterances)
+        started = time.monotonic()
+        windows = long_audio == "windows"
+        rows = decode_corpus(
+            opened, corpus, utterances, decoding, windows=windows, num_workers=num_workers, quiet=quiet
+        )
+        seconds = time.monotonic() - started
+        result = describe_evaluation(
+            opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
+        )
+        (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_table(folder / TABLE, rows)
+        (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")
+    return result

@@ -1,0 +1,91 @@
+"""What a model heard of a test set, read from a finished run or from a folder that `evaluate` wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from common.evaluation.breakdown import read_table, score_of
+from common.evaluation.wer import Score
+from common.harness.runs import find_run, run_names, stage_folders
+from common.json_files import Row, read_object, read_rows
+from common.storage.store import Store
+
+BASE = "base"  # what the model before training is called
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model heard of a test set.
+
+    Attributes:
+        rows: of the utterances, as in predictions.jsonl and utterances.csv.
+        scores: by utterance id.
+        facts: how it was trained, as far as known: seconds, samples_per_second, trained_parameters, experts, load, …
+    """
+
+    name: str
+    rows: list[Row]
+    scores: dict[str, Score]
+    facts: Row
+
+
+def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
+    """What a finished run (by its name or folder) or a folder that `evaluate` wrote holds.
+
+    Args:
+        store: where runs are looked up by name.
+        cache: where a remote store's artifacts are brought.
+
+    Raises:
+        DataError: there is no such thing, or the run has not finished.
+    """
+    folder = Path(name)
+    if (folder / "evaluation.json").is_file():
+        facts = read_object(folder / "evaluation.json")
+        rows = read_table(folder / "utterances.csv")
+        kept = {key: facts.get(key) for key in ("load", "decoding", "language", "model")}
+        return _result(name, rows, facts["language"], kept | {"experts": (facts["mixture"] or {}).get("experts")})
+    if (found := find_run(name, store)) is None:
+        names = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
+        raise DataError(f"{name!r} is neither a run nor a folder with evaluation.json{names}")
+    where, record = found
+    model = stage_folders(where, record, "asr", cache)[0]
+    rows = read_rows(model / "predictions.jsonl")
+    return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(record, model))
+
+
+def before_training(result: Result) -> Result:
+    """What the base model heard of the same test set, as the run of `result` measured it.
+
+    Raises:
+        DataError: it did not.
+    """
+    if not all("hypothesis_before" in row for row in result.rows):
+        raise DataError(f"{result.name} does not hold what its base model heard: name a run, or evaluate the base")
+    facts = {key: result.facts.get(key) for key in ("decoding", "language")}
+    language = facts["language"] or "en"
+    scores = {str(row["id"]): score_of(row, language, "hypothesis_before") for row in result.rows}
+    return Result(BASE, result.rows, scores, facts)
+
+
+def _result(name: str, rows: list[Row], language: str, facts: Row) -> Result:
+    return Result(name, rows, {str(row["id"]): score_of(row, language) for row in rows}, facts)
+
+
+def _facts_of_run(record: Row, model: Path) -> Row:
+    stages = record["timeline"]
+    report, rates = (
+        read_object(model / name) if (model / name).is_file() else {} for name in ("report.json", "throughput.json")
+    )
+    names = ("trained_parameters", "steps", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
+    return {
+        "seconds": sum(one["seconds"] for one in stages),
+        "asr_seconds": sum(one["seconds"] for one in stages if one["stage"] == "asr"),
+        "seed": record["config"]["seed"],
+        "decoding": record["config"]["decode"],
+        "language": record["config"]["model"]["language"],
+        **{key: report.get(key) for key in names},
+        **{key: rates.get(key) for key in ("samples_per_second", "audio_seconds_per_second")},
+    }

@@ -1,0 +1,1 @@
+"""What surrounds a stage: its contract, the plan of a run, records, metrics."""

@@ -1,0 +1,62 @@
+"""What a stage declares of itself, once and without torch.
+
+The local runner, the workflow, the help texts, the dry run and the drift tests all read these declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.config import Config
+from common.data.corpus import Corpus
+from common.storage.artifacts import Manifest
+
+FanOut = Callable[[Config, Corpus, Mapping[str, Manifest]], int | None]
+
+# Files whose bytes may differ between equal runs: they are not part of an artifact's content digest. The two
+# descriptions name where the base model was found, on this machine or in a bucket; its content is in the key.
+VOLATILE = ("*.png", "*.svg", "*.log", "throughput.json", "*adapter_config.json", "*recogniser.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """One stage.
+
+    Attributes:
+        name: of the stage and of its folder in the store.
+        summary: one line for help texts.
+        output: name of the folder that it writes, and of the argument by which later stages get it.
+        inputs: outputs of earlier stages that it reads; one that is not active for a configuration is left out.
+        sources: `corpus` and/or `model`, brought by the harness.
+        reads: sections or keys of the configuration that its result depends on.
+        format: raised when the same inputs give another output.
+        fan_out: (config, corpus, manifests of finished stages) → number of shards, None while unknown; a stage
+            without is one piece.
+        active: whether a configuration needs the stage.
+        gpus: GPUs that it asks for on a cluster; 0 runs on CPU nodes.
+    """
+
+    name: str
+    summary: str
+    output: str
+    inputs: tuple[str, ...] = ()
+    sources: tuple[Literal["corpus", "model"], ...] = ()
+    reads: tuple[str, ...] = ()
+    format: int = 1
+    fan_out: FanOut | None = None
+    active: Callable[[Config], bool] = lambda config: True
+    gpus: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """The declaration in plain values, for help texts and drift tests."""
+        return {
+            "summary": self.summary,
+            "inputs": list(self.inputs),
+            "sources": list(self.sources),
+            "reads": list(self.reads),
+            "output": self.output,
+            "fans out": self.fan_out is not None,
+            "gpus": self.gpus,
+        }

@@ -1,0 +1,215 @@
+"""AdaLoRA: one adapter P Λ Q per layer, whose ranks move to the layers where they matter while their number falls.
+
+Zhang et al. 2023 (arXiv:2303.10512). PEFT has it too, but keeps importances and masks outside of any state that could
+be saved, so that a training could not go on where it was interrupted. What differs from PEFT here: P and Q start
+orthonormal, where the penalty would bring them, and the singular values have a higher learning rate. AdamW moves each
+number by about its rate per step: a column of LoRA's B by √O times that, but a single value by no more, so that with
+one rate for all the values would hardly leave zero in the steps that the other regimes need.
+
+When the training is over, `to_lora` leaves plain LoRA adapters: for files, evaluation and export there is no AdaLoRA.
+
+Shape letters: B utterances, T positions, I/O input/output features, R ranks of a layer, L layers, N = L·R ranks of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.model.adapters import replace_layer
+from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
+from common.model.moe import MixtureLinear, RoutingSlot, linear_layers
+from common.training.schedules import rank_budget
+
+SMOOTHING = 0.85  # β₁ and β₂ of the paper
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """How many ranks there are, and when; names as in `common.config.AdaloraConfig`.
+
+    Attributes:
+        init_rank: of each layer at the start.
+        target_rank: mean over the layers at the end.
+        warmup, final: shares of all steps before the first and after the last change.
+        interval: steps between two allocations.
+    """
+
+    init_rank: int
+    target_rank: int
+    warmup: float = 0.1
+    final: float = 0.3
+    interval: int = 10
+
+    def last(self, total: int) -> int:
+        """The step at which the final ranks are chosen."""
+        return total - int(self.final * total)
+
+
+class SvdLinear(nn.Module):
+    """A frozen linear layer plus P Λ Q.
+
+    y = W x + b + (alpha / rank) · P (λ ∘ (Q x))
+
+    Args:
+        base: the layer to adapt; its parameters are frozen.
+        slot: where its routing is None, the layer is the base alone.
+        rank: R at the start.
+        scaling: of the adapter's output.
+        dropout: probability of zeroing an input feature on the adapter's way.
+
+    Shape:
+        x_BTI → y_BTO. `kept_R` says which ranks are in use; values of the others are 0.
+    """
+
+    kept_R: Tensor
+
+    def __init__(self, base: nn.Linear, slot: RoutingSlot, *, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.slot, self.rank, self.scaling = slot, rank, scaling
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        device = base.weight.device
+        self.P_OR = nn.Parameter(torch.empty(base.out_features, rank, device=device))
+        self.Q_RI = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.value_R = nn.Parameter(torch.zeros(rank, device=device))
+        for matrix in (self.P_OR, self.Q_RI):
+            nn.init.orthogonal_(matrix)
+        self.register_buffer("kept_R", torch.ones(rank, dtype=torch.bool, device=device))
+        for name, parameter in self.factors():
+            for kind in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{kind}_{name}", torch.zeros_like(parameter))
+
+    def factors(self) -> tuple[tuple[str, nn.Parameter], ...]:
+        """(name, P, Q or λ)."""
+        return ("P_OR", self.P_OR), ("Q_RI", self.Q_RI), ("value_R", self.value_R)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        if self.slot.routing is None:
+            plain_BTO: Tensor = self.base(x_BTI)
+            return plain_BTO
+        dtype = compute_dtype(x_BTI)
+        x_BTI = x_BTI.to(dtype)
+        scale_B1R = (self.scaling * self.value_R).to(dtype).expand(len(x_BTI), 1, -1)
+        columns: Columns = self.Q_RI.to(dtype)[None], self.P_OR.t().to(dtype)[None], scale_B1R
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            y_BTO: Tensor = self.base(x_BTI)
+            return y_BTO + low_rank_delta(self.dropout(x_BTI), columns)
+        return low_rank_linear(x_BTI, self.base.weight, self.base.bias, columns)
+
+    def scores(self) -> Tensor:
+        """Importance of each rank, score_R: sensitivity times uncertainty of λ, plus the means of P's and Q's."""
+        importance = {
+            name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}")
+            for name, _ in self.factors()
+        }
+        score_R: Tensor = importance["value_R"] + importance["P_OR"].mean(0) + importance["Q_RI"].mean(1)
+        return score_R
+
+
+def add_adalora(
+    model: nn.Module, *, targets: Sequence[str], rank: int, scaling: float, dropout: float = 0.0, within: str = ""
+) -> RoutingSlot:
+    """Replaces the linear layers named in `targets` by `SvdLinear`, and freezes all else; as `moe.add_mixture`.
+
+    Raises:
+        ValueError: no layer matches.
+    """
+    slot = RoutingSlot()
+    model.requires_grad_(False)
+    for name, layer in linear_layers(model, targets, within):
+        ranks = min(rank, layer.in_features, layer.out_features)
+        replace_layer(model, name, SvdLinear(layer, slot, rank=ranks, scaling=scaling, dropout=dropout))
+    return slot
+
+
+def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLinear]]:
+    """(name in the model without adapters, layer), in module order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, SvdLinear):
+            yield name, layer
+
+
+def importance_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What `allocate` goes by and changes, by name: to be checkpointed."""
+    return {
+        f"{name}.{key}": value for name, layer in svd_layers(model) for key, value in layer.named_buffers(recurse=False)
+    }
+
+
+def orthogonality(model: nn.Module) -> Tensor:
+    """Mean over all P and Q of ‖PᵀP − I‖ and ‖Q Qᵀ − I‖ (Frobenius)."""
+    distances = []
+    for _, layer in svd_layers(model):
+        identity_RR = torch.eye(layer.rank, device=layer.P_OR.device)
+        distances += [
+            torch.linalg.matrix_norm(layer.P_OR.t() @ layer.P_OR - identity_RR),
+            torch.linalg.matrix_norm(layer.Q_RI @ layer.Q_RI.t() - identity_RR),
+        ]
+    return torch.stack(distances).mean()
+
+
+@torch.no_grad()
+def allocate(model: nn.Module, step: int, total: int, plan: RankPlan) -> None:
+    """What is done after each optimiser step, with its gradients still there: measure importance, take ranks away.
+
+    Args:
+        step: how many steps are done, this one included.
+        total: of the training.
+    """
+    layers = [layer for _, layer in svd_layers(model)]
+    first, last = int(plan.warmup * total), plan.last(total)
+    if step < last:
+        for layer in layers:
+            _measure(layer)
+    if step == last or (first < step < last and step % plan.interval == 0):
+        start = sum(layer.rank for layer in layers)
+        target = min(start, plan.target_rank * len(layers))
+        _choose(layers, rank_budget(step, start=start, target=target, first=first, last=last))
+    elif step > last:
+        for layer in layers:  # momentum moves what was taken away
+            layer.value_R.masked_fill_(~layer.kept_R, 0.0)
+
+
+def _measure(layer: SvdLinear) -> None:
+    """Smoothed sensitivity |w · gradient| of each weight, and how much it varies (the paper's eqs. 9 to 11)."""
+    for name, weight in layer.factors():
+        if weight.grad is None:
+            continue
+        now = (weight * weight.grad).abs()
+        smooth, spread = getattr(layer, f"sensitivity_{name}"), getattr(layer, f"uncertainty_{name}")
+        smooth.mul_(SMOOTHING).add_(now, alpha=1 - SMOOTHING)
+        spread.mul_(SMOOTHING).add_((now - smooth).abs(), alpha=1 - SMOOTHING)
+
+
+def _choose(layers: Sequence[SvdLinear], budget: int) -> None:
+    """Keeps the `budget` most important ranks of all layers; of equal ones, those of earlier layers."""
+    score_N = torch.cat([layer.scores() for layer in layers])
+    kept_N = torch.zeros_like(score_N, dtype=torch.bool)
+    kept_N[score_N.argsort(descending=True, stable=True)[:budget]] = True
+    for layer, kept_R in zip(layers, torch.split(kept_N, [layer.rank for layer in layers]), strict=True):
+        layer.kept_R.copy_(kept_R)
+        layer.value_R.masked_fill_(~kept_R, 0.0)
+
+
+@torch.no_grad()
+def to_lora(model: nn.Module) -> dict[str, int]:
+    """Turns the adapters into LoRA of one rank, that of the largest: B = scale · P Λ and A = Q, padded with zeros.
+
+    Returns:
+        Layer → ranks in use.
+    """
+    layers = list(svd_layers(model))
+    ranks = {name: int(layer.kept_R.sum()) for name, layer in layers}
+    rank = max(1, *ranks.values())
+    for name, layer in layers:
+        lora = MixtureLinear(layer.base, layer.slot, num_experts=1, rank=rank, alpha=rank)
+        kept_R = layer.kept_R
+        lora.train(layer.training).lora_A.zero_()
+        lora.lora_A[0, : ranks[name]] = layer.Q_RI[kept_R]
+        lora.lora_B[0, :, : ranks[name]] = layer.scaling * layer.P_OR[:, kept_R] * layer.value_R[kept_R]
+        replace_layer(model, name, lora)
+    return ranks

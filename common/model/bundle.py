@@ -1,0 +1,147 @@
+"""Trained models on disk: gate, experts and what is needed to use them, in one folder.
+
+recogniser.json   base model, mixture, audio context, LoRA shape
+gate.safetensors gate.json
+experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weights after a full fine-tune
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.errors import DataError
+from common.model.adapters import load_expert, save_expert
+from common.model.moe import Gate, add_mixture
+from common.model.recogniser import Mixture, Recogniser, RouterOptions
+from common.model.whisper import load_whisper
+
+DESCRIPTION = "recogniser.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInfo:
+    """What recogniser.json says.
+
+    Attributes:
+        base: name of the base model as configured; `base_digest` what its key was.
+        layer, pooling: which embedding the gate was trained on.
+        context, margin: audio context of training, to be used in transcription too.
+        route_by: whether the gate saw an utterance's own embedding, or its speaker's mean.
+        seconds: what 19 of 20 training utterances do not exceed; None in what older versions wrote.
+    """
+
+    base: str
+    base_digest: str
+    language: str
+    task: str
+    context: str
+    margin: int
+    layer: int
+    pooling: str
+    adapt: str
+    num_experts: int
+    shared: bool
+    mixture: Mixture
+    top_k: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    within: str
+    route_by: Literal["utterance", "speaker"] = "utterance"
+    seconds: float | None = None
+
+
+def save_gate(gate: Gate, folder: Path) -> None:
+    """Writes gate.safetensors and its sizes in gate.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in gate.state_dict().items()},
+        folder / "gate.safetensors",
+    )
+    sizes = {"dim": gate.dim, "hidden": gate.hidden, "num_experts": gate.num_experts}
+    (folder / "gate.json").write_text(json.dumps(sizes) + "\n", encoding="utf-8")
+
+
+def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
+    """Reads a gate.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        sizes = json.loads((folder / "gate.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "gate.safetensors")
+    except (OSError, ValueError) as error:
+        raise DataError(f"gate in {folder} cannot be read: {error}") from None
+    gate = Gate(sizes["dim"], sizes["hidden"], sizes["num_experts"], dropout)
+    gate.load_state_dict(tensors)
+    return gate
+
+
+def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> None:
+    """Writes a trained model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    if recogniser.gate is not None:
+        save_gate(recogniser.gate, folder)
+    if info.adapt == "full":
+        recogniser.whisper.save_pretrained(folder / "dense")
+        return
+    for expert in range(info.num_experts):
+        save_expert(
+            recogniser.whisper, expert, folder / "experts" / str(expert), base_model=info.base, alpha=info.alpha
+        )
+    if info.shared:
+        save_expert(recogniser.whisper, info.num_experts, folder / "shared", base_model=info.base, alpha=info.alpha)
+
+
+def read_info(folder: Path) -> BundleInfo:
+    """What a trained model says of itself.
+
+    Raises:
+        DataError: the folder holds no trained model.
+    """
+    try:
+        values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        return BundleInfo(**(values | {"targets": tuple(values["targets"])}))
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no {DESCRIPTION}: it is not the output of the asr stage") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{folder / DESCRIPTION} cannot be used: {error}") from None
+
+
+def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Recogniser, BundleInfo]:
+    """Reads a trained model back, on its base.
+
+    Args:
+        base: folder of the base model (unused after a full fine-tune, whose weights are in the folder).
+
+    Raises:
+        DataError: it cannot be read, or does not fit the base.
+    """
+    info = read_info(folder)
+    if info.adapt == "full":
+        return Recogniser(load_whisper(folder / "dense")).to(device).eval(), info
+    whisper = load_whisper(base)
+    slot = add_mixture(
+        whisper,
+        targets=info.targets,
+        num_experts=info.num_experts,
+        rank=info.rank,
+        alpha=info.alpha,
+        shared=info.shared,
+        within=info.within,
+    )
+    for expert in range(info.num_experts):
+        load_expert(whisper, expert, folder / "experts" / str(expert))
+    if info.shared:
+        load_expert(whisper, info.num_experts, folder / "shared")
+    gate = load_gate(folder) if info.num_experts > 1 else None
+    options = RouterOptions(mixture=info.mixture, top_k=info.top_k)
+    return Recogniser(whisper, slot=slot, gate=gate, options=options).to(device).eval(), info

@@ -1,0 +1,170 @@
+"""The model that is trained: Whisper, the mixture in its layers, the gate before it, in one module.
+
+Shape letters: B utterances, K experts per utterance, E experts, D embedding width, T encoder positions, N table rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperForConditionalGeneration
+
+from common.data.augment import Augmentation
+from common.data.batches import Batch
+from common.data.features import log_mel
+from common.model.moe import Gate, Routing, RoutingSlot, balance_loss, route, route_hard, router_entropy
+from common.model.whisper import encode, pool, token_losses
+
+Mixture = Literal["blend", "loss", "hard"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """How utterances are given to experts; names as in `common.config.AsrConfig`."""
+
+    mixture: Mixture = "blend"
+    top_k: int = 2
+    balance_weight: float = 0.0
+    entropy_weight: float = 0.0
+
+
+class Recogniser(nn.Module):
+    """Whisper with an optional mixture of experts.
+
+    Args:
+        whisper: the base; its linear layers may be mixtures (`moe.add_mixture`).
+        slot: of these mixtures; None for a model without (full fine-tune, or the base itself).
+        gate: chooses among several experts; None where there is one.
+        embeddings_ND: pooled embeddings of the frozen encoder for `Batch.row_B`; never trained.
+        options: of the router.
+        remat: recompute encoder blocks in the backward pass.
+        augmentation: of the audio, while training.
+        orthogonality: AdaLoRA's penalty and its weight; added to the loss per token while training.
+    """
+
+    embeddings_ND: Tensor | None
+
+    def __init__(
+        self,
+        whisper: WhisperForConditionalGeneration,
+        *,
+        slot: RoutingSlot | None = None,
+        gate: Gate | None = None,
+        embeddings_ND: Tensor | None = None,
+        options: RouterOptions | None = None,
+        remat: bool = False,
+        augmentation: Augmentation | None = None,
+        orthogonality: tuple[Callable[[nn.Module], Tensor], float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.whisper, self.slot, self.gate, self.remat = whisper, slot, gate, remat
+        self.options = options or RouterOptions()
+        self.augmentation = augmentation or Augmentation()
+        self.orthogonality = orthogonality
+        self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
+
+    @property
+    def mel_bands(self) -> int:
+        """M of the base model: 80, or 128 for large-v3."""
+        return int(self.whisper.config.num_mel_bins)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss of a batch: its tokens' cross-entropy plus the router's penalties times its tokens.
+
+        Returns:
+            (loss, {"ce": …, "balance": …, "entropy": …}), all summed over tokens.
+        """
+        mel_BMF = self._spectrogram(batch)
+        logits_BE = self.gate_logits(batch.row_B)
+        if logits_BE is None:
+            self.set_routing(None, len(batch))
+            loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
+            ce = loss_B.sum()
+            if self.orthogonality is None or not self.training:
+                return ce, {"ce": ce.detach()}
+            penalty, weight = self.orthogonality
+            distance = count_B.sum() * penalty(self.whisper)
+            return ce + weight * distance, {"ce": ce.detach(), "orthogonality": distance.detach()}
+        if self.options.mixture == "loss":
+            ce, count_B, ids_BK = self._loss_mixture(mel_BMF, batch, logits_BE)
+        else:
+            routing = self.set_routing(logits_BE, len(batch))
+            loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
+            ce, ids_BK = loss_B.sum(), routing.topk_ids_BK
+        tokens = count_B.sum()
+        balance, entropy = balance_loss(logits_BE, ids_BK), router_entropy(logits_BE)
+        loss = ce + tokens * (self.options.balance_weight * balance + self.options.entropy_weight * entropy)
+        return loss, {
+            "ce": ce.detach(),
+            "balance": balance.detach() * tokens,
+            "entropy": entropy.detach() * tokens,
+        }
+
+    def _spectrogram(self, batch: Batch) -> Tensor:
+        """mel_BMF of a batch, augmented while training."""
+        if not self.training:
+            return log_mel(batch.audio_BS, self.mel_bands)
+        audio_BS = self.augmentation.audio(batch.audio_BS, batch.valid_B)
+        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * batch.valid_B)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles each block of encoder and decoder; equal blocks share their compiled code."""
+        for block in (*self.whisper.model.encoder.layers, *self.whisper.model.decoder.layers):
+            block.compile(dynamic=True, backend=backend)
+
+    def _losses(self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+        hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training, copies=copies)
+        return token_losses(self.whisper, hidden_BTD, inputs_BU, labels_BU)
+
+    def _loss_mixture(self, mel_BMF: Tensor, batch: Batch, logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each of the top-k experts alone, as one batch of B·K rows; losses weighted by routing probability."""
+        routing = route(logits_BE, self.options.top_k)
+        topk = routing.topk_ids_BK.shape[1]
+        ids_N1 = routing.topk_ids_BK.reshape(-1, 1)
+        assert self.slot is not None
+        self.slot.routing = Routing(ids_N1, torch.ones_like(ids_N1, dtype=torch.float32))
+        inputs_NU, labels_NU = (t.repeat_interleave(topk, 0) for t in (batch.inputs_BU, batch.labels_BU))
+        loss_N, count_N = self._losses(mel_BMF, inputs_NU, labels_NU, copies=topk)
+        loss_BK = loss_N.reshape(-1, topk) * routing.topk_weights_BK
+        return loss_BK.sum(), count_N.reshape(-1, topk)[:, 0], routing.topk_ids_BK
+
+    def gate_logits(self, row_B: Tensor) -> Tensor | None:
+        """Logits over experts for rows of the embedding table; None without a gate."""
+        if self.gate is None:
+            return None
+        assert self.embeddings_ND is not None, "a gate needs embeddings"
+        logits_BE: Tensor = self.gate(self.embeddings_ND[row_B])
+        return logits_BE
+
+    def set_routing(self, logits_BE: Tensor | None, rows: int) -> Routing:
+        """Puts the routing of a batch into the slot: by the gate's logits, or all to expert 0 without a gate.
+
+        A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one.
+        """
+        device = self.whisper.proj_out.weight.device
+        if logits_BE is None:
+            zeros_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+            routing = Routing(zeros_B1, torch.ones_like(zeros_B1, dtype=torch.float32))
+        elif self.options.mixture == "blend":
+            routing = route(logits_BE, self.options.top_k)
+        else:
+            routing = route_hard(logits_BE)
+        if self.slot is not None:
+            self.slot.routing = routing
+        return routing
+
+    def encode_batch(self, batch: Batch) -> Tensor:
+        """Encoder output of a batch, its routing set: what decoding starts from. hidden_BTD."""
+        self.set_routing(self.gate_logits(batch.row_B), len(batch))
+        return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
+
+    def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:
+        """What the base encoder makes of a batch, no expert added: (pooled_BD, frames_BTD)."""
+        if self.slot is not None:
+            self.slot.routing = None
+        hidden_BTD = encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands), layer=layer)
+        return pool(hidden_BTD, batch.valid_B.to(hidden_BTD.device), pooling), hidden_BTD

@@ -1,0 +1,1 @@
+"""From audio to text: decoding, alignment, audio of any length."""

@@ -1,0 +1,38 @@
+"""Where results are kept: folders and buckets, artifacts and checkpoints in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from common.errors import ConfigError
+from common.storage.local import LocalStore
+from common.storage.store import Store
+
+
+def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
+    """The store at a folder's path or an `s3://bucket/prefix`.
+
+    Args:
+        endpoint_url: of an S3-compatible server; AWS and the AWS variables and profiles where it is not given.
+
+    Raises:
+        ConfigError: another scheme, no bucket, or credentials in an address.
+    """
+    text = str(url)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if scheme is None:
+        if not text:
+            raise ConfigError("store is empty: give a folder or s3://bucket/prefix")
+        return LocalStore(url)
+    bucket, _, prefix = text[scheme.end() :].partition("/")
+    if scheme[1].lower() != "s3":
+        raise ConfigError(f"store {scheme[1]}://…: only folders and s3://bucket/prefix are known (with endpoint_url)")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
+        raise ConfigError("store s3://…: what follows s3:// must be a bucket's name, without credentials or port")
+    if endpoint_url and "@" in urlsplit(endpoint_url).netloc:  # it would be in the record of every run
+        raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+    from common.storage.s3 import S3Store
+
+    return S3Store(bucket, prefix, endpoint_url=endpoint_url)

@@ -1,0 +1,401 @@
+"""Artifacts of stages: named by what goes in, committed by a manifest written last, checked before they are used.
+
+    artifacts/<stage>/<key>/manifest.json          create-only; without it the stage is not done
+    artifacts/<stage>/<key>/<attempt>/<files…>     what one attempt wrote; the manifest names the attempt that won
+
+Writers of one key work in attempts of their own, so neither a race nor a killed process can mix two outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import DataError, RetryableError
+from common.files import NotFound, explained, file_hash, make_folders
+from common.storage.local import folder_files
+from common.storage.store import Entry, Store, check_key
+
+log = logging.getLogger(__name__)
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ROOT = "artifacts/"
+HASH_BYTES = 16 * 2**20  # read at once from a remote store
+PARALLEL = 8
+TRIES = 5  # of a commit that meets damaged manifests
+
+
+class Malformed(DataError):  # noqa: N818 - a state more than an error
+    """A manifest that is not one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Name of an artifact: known before anything runs.
+
+    Attributes:
+        digest: 32 hex digits.
+        ingredients: what the digest was made of, in plain JSON values.
+    """
+
+    stage: str
+    digest: str
+    ingredients: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def prefix(self) -> str:
+        """Where the artifact lies in its store."""
+        return f"{ROOT}{self.stage}/{self.digest}/"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and sha256 of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a finished artifact consists of and how it came about.
+
+    Attributes:
+        attempt: the folder below the key that holds the files.
+        files: by path relative to that folder.
+        digest: sha256 over names and hashes of all files that are not volatile: equal content, equal digest.
+        volatile: patterns of files whose bytes may differ between equal runs.
+        inputs: argument name → key and digest of each artifact that was read.
+        started: seconds since 1970; `seconds` is how long it took.
+    """
+
+    schema: int
+    stage: str
+    key: str
+    shard: int | None
+    attempt: str
+    files: dict[str, FileRecord]
+    digest: str
+    volatile: list[str]
+    ingredients: dict[str, Any]
+    inputs: dict[str, list[dict[str, str]]]
+    version: str
+    host: str
+    started: float
+    seconds: float
+    metrics: dict[str, Any]
+
+    def to_json(self) -> bytes:
+        """The manifest as it is stored."""
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: str) -> Manifest:
+        """Reads and checks a manifest.
+
+        Args:
+            where: named in errors.
+
+        Raises:
+            Malformed: it is damaged.
+            DataError: a newer version wrote it.
+        """
+        try:
+            raw = json.loads(data)
+        except ValueError:
+            raise Malformed(f"{where} is not JSON") from None
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            written = f"has format {schema}, written by moe-asr {raw.get('version')}; this one knows up to {SCHEMA}"
+            raise DataError(f"{where} {written}: upgrade moe-asr, or use another store")
+        return _validated(data, where)
+
+
+def _validated(data: bytes, where: str) -> Manifest:
+    from pydantic import ValidationError
+
+    try:
+        manifest: Manifest = _manifest_type().validate_json(data, strict=True)
+        for name in (f"{manifest.attempt}/", *manifest.files):
+            check_key(name)  # a manifest may come from anywhere: none may point out of its own folder
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Malformed(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except DataError as error:
+        raise Malformed(f"{where}: {error}") from None
+    return manifest
+
+
+@lru_cache(maxsize=1)
+def _manifest_type() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is known of a key.
+
+    Attributes:
+        reason: of `missing` and `damaged`.
+        raw: the manifest's bytes as they were judged.
+    """
+
+    status: Literal["done", "missing", "damaged"]
+    reason: str = ""
+    manifest: Manifest | None = None
+    raw: bytes = field(default=b"", repr=False)
+
+
+def make_key(stage: str, format_version: int, values: Mapping[str, Any], inputs: Mapping[str, str]) -> Key:
+    """The key of a stage.
+
+    Args:
+        format_version: of the stage's output.
+        values: every configuration value that the stage reads, by its dotted path.
+        inputs: name → key or digest of each input.
+    """
+    ingredients = {"stage": stage, "format": format_version, "values": dict(values), "inputs": dict(inputs)}
+    text = _canonical(ingredients)
+    return Key(stage, hashlib.sha256(text).hexdigest()[:32], json.loads(text))
+
+
+def shard_key(group: Key, index: int) -> Key:
+    """The key of one piece of a stage that fans out."""
+    digest = hashlib.sha256(_canonical({"group": group.digest, "index": index})).hexdigest()[:32]
+    return Key(group.stage, digest, {**group.ingredients, "shard": index})
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    """One text for equal values, whatever the order of names."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def inspect(store: Store, key: Key, *, deep: bool = False) -> State:
+    """Whether an artifact is there and whole.
+
+    Args:
+        deep: re-hash all files; otherwise names and sizes are compared.
+
+    Raises:
+        DataError: a newer version wrote it.
+    """
+    where = f"{store.url}/{key.prefix}{MANIFEST}"
+    try:
+        raw = store.read(key.prefix + MANIFEST)
+    except NotFound:
+        return State("missing", "not made yet")
+    try:
+        manifest = Manifest.from_json(raw, where)
+    except Malformed as error:
+        return State("damaged", str(error), None, raw)
+    if (manifest.stage, manifest.key) != (key.stage, key.digest):
+        return State("damaged", f"{where} belongs to {manifest.stage}/{manifest.key}", manifest, raw)
+    damage = _find_damage(store, f"{key.prefix}{manifest.attempt}/", manifest, deep)
+    return State("damaged" if damage else "done", damage, manifest, raw)
+
+
+def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> str:
+    """The first file that is not as the manifest says; empty when all are."""
+    sizes = {entry.key[len(folder) :]: entry.size for entry in store.list(folder)}
+    for name, file in sorted(manifest.files.items()):
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != file.size:
+            return f"{name} has {sizes[name]:,} bytes instead of {file.size:,}"
+    if deep:
+        with ThreadPoolExecutor(PARALLEL if store.local_path("") is None else 2) as pool:
+            altered = pool.map(lambda pair: _is_altered(store, folder + pair[0], pair[1]), manifest.files.items())
+            return next((f"{name} is altered" for name, bad in zip(manifest.files, altered, strict=True) if bad), "")
+    return ""
+
+
+def _is_altered(store: Store, key: str, expected: FileRecord) -> bool:
+    """Whether a stored file hashes wrong, twice: the first time it may have suffered on its way."""
+    return all(_stored_hash(store, key, expected.size) != expected.sha256 for _ in range(2))
+
+
+def _stored_hash(store: Store, key: str, size: int) -> str:
+    path = store.local_path(key)
+    if path is not None:
+        return file_hash(path)
+    digest = hashlib.sha256()
+    for start in range(0, size, HASH_BYTES):
+        digest.update(store.read_range(key, start, min(HASH_BYTES, size - start)))
+    return digest.hexdigest()
+
+
+def new_attempt(store: Store, key: Key, scratch: Path) -> Path:
+    """An empty folder for the outputs: in the store itself where that is a folder, else under `scratch`."""
+    attempt = secrets.token_hex(6)
+    folder = store.local_path(f"{key.prefix}{attempt}") or scratch / attempt
+    with explained(folder):
+        make_folders(folder)
+    return folder
+
+
+def commit(
+    store: Store,
+    key: Key,
+    folder: Path,
+    *,
+    shard: int | None,
+    volatile: Sequence[str],
+    inputs: Mapping[str, Sequence[Mapping[str, str]]],
+    version: str,
+    host: str,
+    started: float,
+    seconds: float,
+    metrics: Mapping[str, Any],
+) -> Manifest:
+    """Makes an attempt the artifact: hashes and stores its files, then its manifest, unless another one was faster.
+
+    Args:
+        folder: from `new_attempt`.
+        volatile: patterns of files that are no part of the content digest.
+        inputs: argument name → key and digest of each artifact that was read.
+
+    Returns:
+        The manifest that counts: this one, or that of the writer who won (then this attempt is deleted).
+    """
+    paths = {name: folder / name for name in folder_files(folder)}
+    files = {name: FileRecord(path.stat().st_size, file_hash(path)) for name, path in paths.items()}
+    manifest = Manifest(
+        schema=SCHEMA,
+        stage=key.stage,
+        key=key.digest,
+        shard=shard,
+        attempt=folder.name,
+        files=files,
+        digest=content_digest(files, volatile),
+        volatile=list(volatile),
+        ingredients=dict(key.ingredients),
+        inputs={name: [dict(one) for one in used] for name, used in inputs.items()},
+        version=version,
+        host=host,
+        started=started,
+        seconds=seconds,
+        metrics=dict(metrics),
+    )
+    own = f"{key.prefix}{folder.name}/"
+    store.put_folder(folder, own)
+    for _ in range(TRIES):
+        if store.put_if_absent(key.prefix + MANIFEST, manifest.to_json()):
+            return manifest
+        state = inspect(store, key)
+        if state.status == "done" and state.manifest:
+            log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
+            for entry in list(store.list(own)):
+                store.delete(entry.key)
+            shutil.rmtree(folder, ignore_errors=True)
+            return state.manifest
+        if state.status == "damaged":
+            set_aside(store, key, state)
+    raise RetryableError(f"{store.url}/{key.prefix}{MANIFEST} is taken and cannot be read: run it again")
+
+
+def content_digest(files: Mapping[str, FileRecord], volatile: Sequence[str]) -> str:
+    """sha256 over sorted names and hashes of the files that match none of the patterns."""
+    kept = [[name, file.sha256] for name, file in sorted(files.items()) if not any(fnmatch(name, p) for p in volatile)]
+    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode()).hexdigest()
+
+
+def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
+    """Brings an artifact's files here, each with its hash checked.
+
+    Args:
+        into: for a remote store; files that are there and right are not brought again.
+
+    Returns:
+        The folder with the files: the store's own where that is a folder, else `into`.
+
+    Raises:
+        RetryableError: a file is damaged; the artifact has been set aside and will be made again.
+    """
+    prefix = f"{key.prefix}{manifest.attempt}/"
+    folder = store.local_path(prefix) or into
+
+    def bring(name: str) -> str:
+        """Empty when the file is right."""
+        for _ in range(2):  # what is wrong once may have suffered on its way
+            if _is_right(folder / name, manifest.files[name]):
+                return ""
+            if store.size(prefix + name) is None:
+                return f"{name} is missing"
+            if folder == into:
+                store.get(prefix + name, into / name)
+        return "" if _is_right(folder / name, manifest.files[name]) else f"{name} is altered"
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
+    if damage:
+        state = inspect(store, key)
+        if state.manifest == manifest:  # else somebody has already put it right
+            set_aside(store, key, state)
+        name = f"{key.stage}/{key.digest[:8]} in {store.url}"
+        raise RetryableError(f"{name} is damaged ({damage}): it is set aside and has to be made again")
+    return folder
+
+
+def _is_right(path: Path, expected: FileRecord) -> bool:
+    return path.is_file() and path.stat().st_size == expected.size and file_hash(path) == expected.sha256
+
+
+def set_aside(store: Store, key: Key, state: State) -> None:
+    """Renames the manifest that was judged, if it is still the same one: the key counts as missing from then on."""
+    aside = f"{key.prefix}manifest.{hashlib.sha256(state.raw).hexdigest()[:8]}.damaged.json"
+    store.move_aside(key.prefix + MANIFEST, aside, state.raw)
+
+
+def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
+    """Files that nothing refers to: attempts that lost or were killed, manifests that were set aside, checkpoints and
+    parts of finished stages, temporary files.
+
+    Args:
+        older_than_hours: a key under which something was written since is left alone: an attempt may be running.
+    """
+    before = time.time() - 3600 * older_than_hours
+    by_key: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    for entry in store.list(ROOT):
+        parts = entry.key.split("/")
+        if len(parts) >= 4:
+            by_key[tuple(parts[1:3])].append(entry)
+    found = [entry for entry in store.leftovers() if entry.modified < before]
+    for (stage, digest), entries in by_key.items():
+        if all(entry.modified < before for entry in entries):
+            found += _unreferenced(store, Key(stage, digest), entries)
+    return found
+
+
+def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
+    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
+    try:
+        kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
+    except NotFound:
+        pass
+    except DataError:  # not ours to judge
+        return
+    for entry in entries:
+        if entry.key[len(key.prefix) :].partition("/")[0] not in kept:
+            yield entry
+
+
+def verify(store: Store) -> Iterator[tuple[str, State]]:
+    """Re-hashes every artifact of a store; yields `stage/key` and what was found."""
+    for entry in store.list(ROOT):
+        parts = entry.key.split("/")
+        if len(parts) == 4 and parts[3] == MANIFEST:
+            yield f"{parts[1]}/{parts[2]}", inspect(store, Key(parts[1], parts[2]), deep=True)

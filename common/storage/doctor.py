@@ -1,0 +1,160 @@
+"""Tries on a store what the pipeline relies on, and says what the store promises."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common.errors import DataError, MoeAsrError, StoreError
+from common.files import NotFound, file_hash
+from common.storage.store import Store
+
+MANY = 1_050  # more keys than one answer of an S3 server lists
+LARGE = 40 * 2**20  # bytes; more than goes in one part
+RACES = 16
+CLOCK_SECONDS = 300.0
+
+Check = Callable[[Store, str], str]  # (store, prefix) → what it promises
+
+
+def check_store(store: Store) -> Iterator[tuple[str, bool, str]]:
+    """Runs all checks under a name of their own, which is removed afterwards.
+
+    Yields:
+        Name of the check, whether it held, and what was found.
+    """
+    prefix = f"doctor-{secrets.token_hex(6)}/"
+    try:
+        for name, check in CHECKS.items():
+            try:
+                yield name, True, check(store, prefix)
+            except StoreError as error:
+                yield name, False, str(error)
+                return  # without rights or space, the others would say the same
+            except MoeAsrError as error:
+                yield name, False, str(error)
+    finally:
+        _clean_up(store, prefix)
+
+
+def _clean_up(store: Store, prefix: str) -> None:
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(store.delete, [entry.key for entry in store.list(prefix)]))
+    except MoeAsrError:  # the checks have told
+        return
+
+
+def _write_and_read(store: Store, prefix: str) -> str:
+    for body in (b"one", b"two"):
+        store.write(f"{prefix}small", body)
+        _expect(store.read(f"{prefix}small") == body, "a read after a write gives other bytes")
+    return "a read sees the last write"
+
+
+def _absent(store: Store, prefix: str) -> str:
+    _expect(store.size(f"{prefix}absent") is None, "a key that was never written has a size")
+    try:
+        store.read(f"{prefix}absent")
+    except NotFound:
+        return "a missing key is told apart from a refusal"
+    raise DataError("a key that was never written can be read")
+
+
+def _clock(store: Store, prefix: str) -> str:
+    store.write(f"{prefix}clock", b"")
+    ahead = next(store.list(f"{prefix}clock")).modified - time.time()
+    _expect(abs(ahead) < CLOCK_SECONDS, f"its clock and this machine's differ by {ahead:.0f} s: set them")
+    return f"within {max(1.0, abs(ahead)):.0f} s of this machine's"
+
+
+def _many_keys(store: Store, prefix: str) -> str:
+    keys = [f"{prefix}many/{i:05d}" for i in range(MANY)]
+    started = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.write(key, b"x"), keys))
+    rate = MANY / (time.monotonic() - started)
+    _expect(
+        [entry.key for entry in store.list(f"{prefix}many/")] == keys, f"a listing of {MANY:,} keys is not complete"
+    )
+    return f"{MANY:,} keys listed, in order; {rate:,.0f} small writes/s"
+
+
+def _large_file(store: Store, prefix: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        source.write_bytes(os.urandom(2**20) * (LARGE // 2**20))
+        started = time.monotonic()
+        store.put(f"{prefix}large", source)
+        put = LARGE / 1e6 / (time.monotonic() - started)
+        started = time.monotonic()
+        store.get(f"{prefix}large", target)
+        got = LARGE / 1e6 / (time.monotonic() - started)
+        _expect(file_hash(source) == file_hash(target), "a file of 40 MiB comes back altered")
+    return f"40 MiB in parts; {put:,.0f} MB/s up, {got:,.0f} MB/s down"
+
+
+def _ranges(store: Store, prefix: str) -> str:
+    body = hashlib.sha256(b"seed").digest() * 4096
+    store.write(f"{prefix}ranges", body)
+    for start, length in ((0, 1), (70_000, 1_000), (len(body) - 5, 5)):
+        found = store.read_range(f"{prefix}ranges", start, length)
+        _expect(found == body[start : start + length], f"bytes {start}+{length} are not those that were written")
+    return "any range of bytes"
+
+
+def _race(store: Store, prefix: str) -> str:
+    """Two writers at once, again and again: the first manifest must win."""
+    for number in range(RACES):
+        bodies = [f"{number} {who}".encode() for who in ("a", "b")]
+        with ThreadPoolExecutor(2) as pool:
+            won = list(pool.map(lambda body, key=f"{prefix}race/{number}": store.put_if_absent(key, body), bodies))
+        _expect(won.count(True) == 1, f"of two racing create-only writes {won.count(True)} succeed")
+        _expect(
+            store.read(f"{prefix}race/{number}") == bodies[won.index(True)], "the loser of a race overwrote the winner"
+        )
+    return f"{RACES} races of two create-only writes, one winner each"
+
+
+def _move_aside(store: Store, prefix: str) -> str:
+    store.write(f"{prefix}judged", b"new")
+    _expect(not store.move_aside(f"{prefix}judged", f"{prefix}aside", b"old"), "a key with other bytes was moved aside")
+    _expect(store.move_aside(f"{prefix}judged", f"{prefix}aside", b"new"), "a key cannot be moved aside")
+    _expect(store.size(f"{prefix}judged") is None, "a key that was moved aside is still there")
+    return "a damaged manifest can be put aside"
+
+
+def _delete(store: Store, prefix: str) -> str:
+    store.delete(f"{prefix}small")
+    store.delete(f"{prefix}small")
+    _expect(store.size(f"{prefix}small") is None, "a deleted key is still there")
+    return "gone at once; deleting twice is fine"
+
+
+def _leftovers(store: Store, prefix: str) -> str:
+    return f"{sum(1 for _ in store.leftovers())} unfinished writes lie about (`moe-asr gc`)"
+
+
+def _expect(held: bool, otherwise: str) -> None:
+    if not held:
+        raise DataError(otherwise)
+
+
+CHECKS: dict[str, Check] = {
+    "write and read": _write_and_read,
+    "missing keys": _absent,
+    "clock": _clock,
+    "many keys": _many_keys,
+    "large file": _large_file,
+    "ranges": _ranges,
+    "create-only writes": _race,
+    "moving aside": _move_aside,
+    "delete": _delete,
+    "unfinished writes": _leftovers,
+}

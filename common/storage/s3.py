@@ -1,0 +1,340 @@
+"""A bucket of AWS S3 or of an S3-compatible server as a store.
+
+Endpoint, region and credentials come from the usual AWS variables, profile or role. Requests are repeated with backoff
+on throttling, server errors and dropped connections; what cannot be mended by repeating becomes one clear line, built
+from the error's code alone so that no credential can be in it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from common.errors import DataError, RetryableError
+from common.files import NotFound, explained, moment, new_file
+from common.storage.local import folder_files, remove_others
+from common.storage.s3_errors import broke_off, error_code, explain, is_connection, malformed
+from common.storage.s3_parts import all_or_none, download, upload
+from common.storage.store import Entry, check_key, is_current
+
+if TYPE_CHECKING:
+    from boto3.session import Session
+    from mypy_boto3_s3 import S3Client
+
+CONNECTIONS = 10
+ATTEMPTS = 10  # of one request: about a minute of patience with botocore's backoff
+OPENING_SECONDS = 120
+READ_SECONDS = 60.0  # between two packets of an answer
+STREAM_PAUSES = (0.3, 1.0, 3.0, 9.0)  # seconds between tries of an answer that broke off
+UPLOAD_MARK = "?upload="  # in keys of unfinished uploads
+
+T = TypeVar("T")
+
+
+class S3Store:
+    """Keys below a prefix of a bucket. May be pickled and used after a fork: each process opens its own connections."""
+
+    def __init__(
+        self, bucket: str, prefix: str = "", *, endpoint_url: str | None = None, region: str | None = None
+    ) -> None:
+        prefix = prefix.strip("/")
+        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+        self.endpoint_url, self.region = endpoint_url, region
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._opened: tuple[int, S3Client, ThreadPoolExecutor] | None = None
+        self._opening = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(S3Store, self.bucket, self.prefix, endpoint_url=self.endpoint_url, region=self.region), ()
+
+    def read(self, key: str) -> bytes:
+        """See Store."""
+        return self._read(key)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See Store."""
+        if length == 0:
+            return b""
+        data = self._read(key, Range=f"bytes={start}-{start + length - 1}")
+        if len(data) != length:
+            raise DataError(f"{self._name(key)} ends before byte {start + length:,}: it is truncated")
+        return data
+
+    def get(self, key: str, path: Path) -> None:
+        """See Store."""
+        full = self._full(key)
+        with explained(path), new_file(path) as temporary:
+            self._ask(key, lambda: download(self._client, self._pool, self._stream(key), self.bucket, full, temporary))
+
+    def put(self, key: str, path: Path) -> None:
+        """See Store."""
+        if not path.is_file():
+            raise NotFound(f"{path} is not there")
+        with explained(path):
+            self._ask(key, lambda: upload(self._client, self._pool, self.bucket, self._full(key), path))
+
+    def write(self, key: str, data: bytes) -> None:
+        """See Store."""
+        self._ask(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """See Store.
+
+        An answer may be lost on its way while the write was done. The repeated request then meets its own result, so
+        after a repetition the bytes that are there decide.
+        """
+        from botocore.exceptions import ClientError
+
+        client, repeated = self._client, False
+        for pause in (*STREAM_PAUSES, None):
+            try:
+                client.put_object(Bucket=self.bucket, Key=self._full(key), Body=data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                repeated = repeated or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
+                code = error_code(error)
+                if code in ("PreconditionFailed", "412"):
+                    return repeated and self.read(key) == data
+                if code in ("NotImplemented", "501"):  # no conditions here: the best that is left
+                    return self._put_if_none_seen(key, data)
+                if code not in ("ConditionalRequestConflict", "OperationAborted", "409") or pause is None:
+                    raise explain(error, self._name(key), self._endpoint) from None
+            except Exception as error:
+                raise explain(error, self._name(key), self._endpoint) from None
+            time.sleep(pause * random.uniform(0.5, 1))
+        raise AssertionError("unreachable")
+
+    def _put_if_none_seen(self, key: str, data: bytes) -> bool:
+        if self.size(key) is not None:
+            return False
+        self.write(key, data)
+        return True
+
+    def move_aside(self, key: str, to: str, data: bytes) -> bool:
+        """See Store."""
+        from botocore.exceptions import ClientError
+
+        full = self._full(key)
+        try:
+            found = self._ask(key, lambda: self._client.get_object(Bucket=self.bucket, Key=full))
+        except NotFound:
+            return False
+        if found["Body"].read() != data:
+            return False
+        self.write(to, data)
+        try:
+            self._client.delete_object(Bucket=self.bucket, Key=full, IfMatch=found["ETag"])
+        except ClientError as error:
+            if error_code(error) in ("NotImplemented", "501"):
+                self.delete(key)
+                return True
+            if error_code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+                self.delete(to)
+                return False
+            raise explain(error, self._name(key), self._endpoint) from None
+        return True
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """See Store."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
+        parts = iter(pages)
+        while True:
+            page = self._ask(prefix, lambda: next(parts, None))
+            if page is None:
+                return
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # consoles make such objects to show folders
+                    yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["LastModified"].timestamp())
+
+    def leftovers(self) -> Iterator[Entry]:
+        """See Store: uploads in parts that nobody completed; their size is not known."""
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix)
+        parts = iter(pages)
+        while True:
+            page = self._ask("", lambda: next(parts, None))
+            if page is None:
+                return
+            for item in page.get("Uploads", ()):
+                key = item["Key"][len(self.prefix) :]
+                yield Entry(f"{key}{UPLOAD_MARK}{item['UploadId']}", 0, item["Initiated"].timestamp())
+
+    def delete(self, key: str) -> None:
+        """See Store."""
+        name, _, upload = key.partition(UPLOAD_MARK)
+        full = self._full(name)
+        try:
+            if upload:
+                self._ask(
+                    name, lambda: self._client.abort_multipart_upload(Bucket=self.bucket, Key=full, UploadId=upload)
+                )
+            else:
+                self._ask(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=full))
+        except NotFound:
+            return
+
+    def size(self, key: str) -> int | None:
+        """See Store."""
+        try:
+            return self._ask(key, lambda: self._client.head_object(Bucket=self.bucket, Key=self._full(key)))[
+                "ContentLength"
+            ]
+        except NotFound:
+            return None
+
+    def local_path(self, key: str) -> None:
+        """See Store."""
+        return
+
+    def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
+        """See Store."""
+        entries = list(self.list(prefix))
+        paths = {entry: into / check_key(entry.key[len(prefix) :]) for entry in entries}
+        stale = [entry for entry in entries if not is_current(entry, paths[entry])]
+        with ThreadPoolExecutor(CONNECTIONS) as files:
+            all_or_none(files, lambda i: self.get(stale[i].key, paths[stale[i]]), range(len(stale)))
+        for entry in stale:
+            os.utime(paths[entry], (entry.modified, entry.modified))
+        if exact:
+            remove_others(into, {entry.key[len(prefix) :] for entry in entries})
+
+    def put_folder(self, folder: Path, prefix: str) -> None:
+        """See Store."""
+        prefix = prefix.rstrip("/") + "/" if prefix else ""
+        names = folder_files(folder)
+        with ThreadPoolExecutor(CONNECTIONS) as files:
+            all_or_none(files, lambda i: self.put(prefix + names[i], folder / names[i]), range(len(names)))
+
+    def _full(self, key: str) -> str:
+        return self.prefix + check_key(key)
+
+    def _name(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self.prefix}{key}"
+
+    @property
+    def _client(self) -> S3Client:
+        return self._open()[1]
+
+    @property
+    def _pool(self) -> ThreadPoolExecutor:
+        """For the parts of large files; whole files have pools of their own, so that none waits for itself."""
+        return self._open()[2]
+
+    @property
+    def _endpoint(self) -> str:
+        """The server's address without credentials."""
+        url = self.endpoint_url or (self._opened[1].meta.endpoint_url if self._opened else "") or "AWS"
+        parts = urlsplit(url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else url
+
+    def _open(self) -> tuple[int, S3Client, ThreadPoolExecutor]:
+        if self._opened is not None and self._opened[0] == os.getpid():
+            return self._opened
+        got = self._opening.acquire(timeout=OPENING_SECONDS)  # a fork may have copied it locked
+        try:
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = self._connect()
+            return self._opened
+        except ValueError:
+            raise malformed(f"{self.url} at {self._endpoint}") from None
+        except Exception as error:
+            raise explain(error, self.url, self._endpoint) from None
+        finally:
+            if got:
+                self._opening.release()
+
+    def _connect(self) -> tuple[int, S3Client, ThreadPoolExecutor]:
+        """Opens connections, and asks a first time with little patience: a typing error is told in seconds."""
+        import boto3
+
+        session = boto3.session.Session()
+        client = make_client(self.endpoint_url, self.region, attempts=3, session=session)
+        try:
+            client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        except Exception as error:
+            told = explain(error, self.url, self._endpoint)
+            if not isinstance(told, RetryableError) or is_connection(error):  # a busy server is left to later
+                raise told from None
+        client = make_client(self.endpoint_url, self.region, session=session)
+        return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
+
+    def _ask(self, key: str, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except Exception as error:
+            raise explain(error, self._name(key), self._endpoint) from None
+
+    def _stream(self, key: str) -> Callable[[Callable[[], T]], T]:
+        """The same for requests whose answer may break off after it began: these botocore does not repeat."""
+
+        def patiently(request: Callable[[], T]) -> T:
+            for pause in (*STREAM_PAUSES, None):
+                try:
+                    return request()
+                except Exception as error:
+                    if pause is None or not broke_off(error):
+                        raise explain(error, self._name(key), self._endpoint) from None
+                time.sleep(pause * random.uniform(0.5, 1))
+            raise AssertionError("unreachable")
+
+        return patiently
+
+    def _read(self, key: str, **options: Any) -> bytes:
+        full = self._full(key)
+        ask = self._stream(key)
+        return ask(lambda: self._client.get_object(Bucket=self.bucket, Key=full, **options)["Body"].read())
+
+
+def make_client(
+    endpoint_url: str | None,
+    region: str | None = None,
+    *,
+    attempts: int | None = None,
+    session: Session | None = None,
+) -> S3Client:
+    """A client with settings that S3-compatible servers understand, where the server is not AWS itself.
+
+    Args:
+        attempts: at each request; by default AWS_MAX_ATTEMPTS, else ten.
+        session: where clients share one, only the first takes long to make.
+    """
+    import boto3
+    from botocore.config import Config
+
+    session = session or boto3.session.Session()
+    attempts = attempts or int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+    options: dict[str, Any] = {
+        "retries": {"mode": "standard", "total_max_attempts": attempts},
+        "connect_timeout": 10,
+        "read_timeout": READ_SECONDS,
+        "max_pool_connections": 2 * CONNECTIONS,
+        "tcp_keepalive": True,
+    }
+    region = region or session.region_name or "us-east-1"
+    client = session.client("s3", region_name=region, endpoint_url=endpoint_url, config=Config(**options))
+    address = client.meta.endpoint_url
+    if not (urlsplit(address).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):
+        options |= {"signature_version": "s3v4", "s3": {"addressing_style": "path"}}
+        options |= {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+        client = session.client("s3", region_name=region, endpoint_url=address, config=Config(**options))
+    if os.environ.get("MOE_ASR_DIE_AT_STORE_OP"):
+        client.meta.events.register("before-send.s3", _count_request)
+        client.meta.events.register("response-received.s3", _count_answer)
+    return client
+
+
+def _count_request(request: Any, **_: Any) -> None:
+    if request.method in ("PUT", "POST", "DELETE"):
+        moment()
+
+
+def _count_answer(event_name: str, **_: Any) -> None:
+    if not event_name.rpartition(".")[2].startswith(("Get", "Head", "List")):
+        moment()

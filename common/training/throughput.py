@@ -1,0 +1,105 @@
+"""What passes through a training loop, and how long the device waited for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common import telemetry
+from common.telemetry import StageTelemetry
+
+
+class TrainBatch(Protocol):
+    """What the loop needs to know of a batch."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def weight(self) -> Tensor: ...  # scalar; what the batch's summed loss is divided by
+    @property
+    def padding(self) -> float: ...
+    def __len__(self) -> int: ...
+    def part(self, start: int, stop: int) -> Any: ...  # its own type
+
+
+class Throughput:
+    """Counts what passed through the loop and how long the device waited for data."""
+
+    def __init__(self, device: torch.device, live: StageTelemetry | None = None) -> None:
+        self.device, self.live = device, live
+        self.samples = 0
+        self.audio = self.slots = self.waited = self.paused = 0.0
+        self.started = self._since = self._stepped = time.monotonic()
+        self._waited = 0.0  # within this step: shown when it ends, so that waiting is never more than the steps
+        self._tokens = torch.zeros((), device=device)  # read with the rates, since that waits for the device
+
+    def waiting(self) -> _Stopwatch:
+        """A context whose time counts as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, batches: Sequence[TrainBatch]) -> None:
+        """Counts the batches of one step."""
+        samples = sum(len(batch) for batch in batches)
+        audio = sum(batch.seconds for batch in batches)
+        slots = sum(batch.seconds / max(1e-9, 1 - batch.padding) for batch in batches)
+        self.samples, self.audio, self.slots = self.samples + samples, self.audio + audio, self.slots + slots
+        if self.live is None:
+            return
+        for batch in batches:
+            self._tokens += batch.weight
+        now = time.monotonic()
+        self.live.observe(telemetry.STEP, now - self._stepped)
+        self._stepped = now
+        self.live.add(telemetry.DATA_WAIT, self._waited)
+        self._waited = 0.0
+        for metric, amount in ((telemetry.SAMPLES, samples), (telemetry.AUDIO, audio), (telemetry.PADDED, slots)):
+            self.live.add(metric, amount)
+
+    def wait(self, seconds: float) -> None:
+        """Counts time in which the loop waited for data."""
+        self.waited += seconds
+        self._waited += seconds
+
+    def pause(self) -> None:
+        """Stops the clock (evaluation)."""
+        self._since = time.monotonic()
+        if self.live is not None:
+            self.live.set(telemetry.EVALUATING, 1)
+
+    def resume(self) -> None:
+        """Starts it again."""
+        self._stepped = time.monotonic()
+        self.paused += self._stepped - self._since
+        if self.live is not None:
+            self.live.set(telemetry.EVALUATING, 0)
+
+    def rates(self) -> dict[str, float]:
+        """The figures so far, per second of training."""
+        if self.live is not None:
+            self.live.add(telemetry.TOKENS, float(self._tokens))
+            self._tokens.zero_()
+        seconds = max(1e-9, time.monotonic() - self.started - self.paused)
+        return {
+            "samples_per_second": self.samples / seconds,
+            "audio_seconds_per_second": self.audio / seconds,
+            "padding_percent": 100 * (1 - self.audio / self.slots) if self.slots else 0.0,
+            "data_wait_percent": 100 * self.waited / seconds,
+            "peak_memory_bytes": float(
+                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+            ),
+        }
+
+
+class _Stopwatch:
+    def __init__(self, meter: Throughput) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.meter.wait(time.monotonic() - self.since)

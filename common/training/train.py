@@ -1,0 +1,381 @@
+"""The training loop, once, for gate, experts, joint training and recipes.
+
+It reads top to bottom: load the step's batches, forward, backward, clip, step, log, evaluate, checkpoint. What differs
+between tasks comes in as plain functions. One process or several (torchrun), by accelerate.
+
+A step's loss is the sum over its micro-batches and processes divided by their common weight (tokens), so that the same
+utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.errors import DataError, Preempted, RetryableError
+from common.harness.metrics import MetricsLog
+from common.progress import progress
+from common.storage.checkpoint import Checkpointer
+from common.training.schedules import learning_rate_factor
+from common.training.state import Kept, averaged, copies, keep, put, restore, snapshot
+from common.training.throughput import Throughput, TrainBatch
+
+LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
+MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
+
+
+B = TypeVar("B", bound=TrainBatch)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """Plain numbers of one training; names as in `common.config.TrainConfig` and `RuntimeConfig`."""
+
+    epochs: int
+    accumulate: int = 1
+    max_steps: int | None = None
+    warmup_ratio: float = 0.1
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    patience: int = 3
+    eval_every_n_epochs: int = 1
+    select_by: str = "loss"
+    select_from: float = 0.0  # share of the steps before which evaluations look at the loss only
+    average: int = 1  # how many evaluated weights are averaged at the end
+    average_of: Literal["best", "last"] = "best"
+    save_every_n_epochs: int = 5
+    checkpoint_minutes: float = 10.0
+    save_only_best: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What became of a training; the model holds the selected weights.
+
+    Attributes:
+        value: the WER or loss of the weights that are left in the model.
+        parameters: how many were trained.
+        averaged: how many evaluated weights the result is the mean of; 0 where the best alone was kept.
+        throughput: samples_per_second, audio_seconds_per_second, padding_percent, data_wait_percent,
+            peak_memory_bytes, of this process since its start (not of a run before a resume).
+    """
+
+    steps: int
+    best_step: int
+    value: float
+    throughput: dict[str, float]
+    parameters: int
+    averaged: int
+
+
+def make_accelerator(precision: str, device: str = "auto", *, unused_parameters: bool = False) -> Accelerator:
+    """An accelerator for this process; several stages may follow each other in one.
+
+    Args:
+        precision: `auto` (bf16 where the device has it, fp16 on older GPUs, fp32 on CPU), fp32, fp16 or bf16.
+        device: `auto`, `cpu` or `cuda`.
+    """
+    if PartialState._shared_state and torch.distributed.is_initialized():
+        AcceleratorState._reset_state()  # keeps the process group
+    else:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if precision == "auto":
+        precision = "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if on_cpu and precision == "fp16":
+        raise DataError("precision fp16 needs a GPU; on a CPU use fp32 or bf16")
+    torch.set_float32_matmul_precision("high")  # TF32
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        cpu=on_cpu,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=unused_parameters,
+                broadcast_buffers=False,  # embedding tables are the same everywhere and change with the split
+            )
+        ],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an epoch's end is judged by, perhaps later: its weights and scores, or the function that waits for them."""
+
+    step: int
+    epoch: int
+    full: bool
+    weights: dict[str, Tensor]
+    scores: Mapping[str, float] | Callable[[], Mapping[str, float]]
+
+
+def train(
+    model: nn.Module,
+    *,
+    accelerator: Accelerator,
+    groups: Sequence[dict[str, Any]],
+    plan_epoch: Callable[[int], list[list[int]]],
+    load: Callable[[Sequence[list[int]]], Iterator[B]],
+    evaluate: Callable[[nn.Module, bool], Mapping[str, float] | Callable[[], Mapping[str, float]]],
+    options: TrainOptions,
+    checkpointer: Checkpointer | None = None,
+    metrics: MetricsLog | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    after_step: Callable[[int, int], None] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    label: str = "train",
+) -> TrainResult:
+    """Trains the parameters of `groups` and leaves the selected weights in the model.
+
+    Args:
+        model: `model(batch)` returns (summed loss, {name: summed value} to log); its loss is divided by `batch.weight`.
+        groups: AdamW parameter groups, each with `params`, `lr` and `weight_decay`.
+        plan_epoch: epoch → its batches, as lists of example numbers; the same for the same epoch, always of one count.
+        load: yields the batches of such lists, on the device.
+        evaluate: (model, full) → metrics of dev: `loss` always, `wer` too when `full` and decoded selection is wished.
+            Called by all processes. It may return a function that gives them instead: then the next epoch goes on
+            meanwhile, and the outcome is the same but for steps after the one that should have been the last.
+        options: numbers.
+        checkpointer: where the state goes and comes from; none for throw-away trainings.
+        metrics: rows for metrics.jsonl.
+        stopping: asked at every step; true ends the training with a checkpoint.
+        after_step: told the number of the step just done and of all, its gradients still there if they were finite.
+        extra: tensors that `after_step` changes in place and the next step depends on: checkpointed too.
+        label: of the progress bar.
+
+    Raises:
+        Preempted: `stopping` became true; a checkpoint is written.
+        RetryableError: the loss is not finite twice in a row even after skipping, or memory does not suffice for one
+            utterance.
+    """
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], fused=fused)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    extra = extra or {}
+
+    batches = plan_epoch(0)
+    per_step = options.accumulate * world
+    steps_per_epoch = math.ceil(len(batches) / per_step)
+    total = options.epochs * steps_per_epoch
+    total = min(total, options.max_steps or total)
+    log_every = max(1, total // LOGGED)
+    running = torch.zeros((), device=device)  # loss since the last row
+
+    step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
+    best_value, best = math.inf, copies(trained)
+    kept: list[Kept] = []
+    saved_at = time.monotonic()
+    meter = Throughput(device, metrics.live if metrics else None)
+
+    pending: Evaluation | None = None
+
+    def look(at: int, epoch: int) -> Evaluation:
+        """Begins to evaluate the weights as they are, those of step `at`."""
+        due = (epoch + 1) % options.eval_every_n_epochs == 0 and at >= options.select_from * total
+        full = due or at >= total
+        model.eval()
+        with torch.no_grad():
+            scores = evaluate(wrapped, full)
+        return Evaluation(at, epoch, full, copies(trained), scores)
+
+    def judge() -> bool:
+        """Takes in the evaluation under way, if there is one; tells whether it is the best so far."""
+        nonlocal pending, best, best_value, best_step, bad, kept
+        if pending is None:
+            return False
+        seen, pending = pending, None
+        scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
+        if metrics:
+            metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
+        value = scores.get(options.select_by, math.inf) if seen.full else math.inf
+        if seen.full and options.average > 1:
+            kept = keep(kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)
+        if value < best_value:
+            best, best_value, best_step, bad = seen.weights, value, seen.step, 0
+            return True
+        bad += seen.full
+        return False
+
+    found = checkpointer.latest() if checkpointer else None
+    if found:
+        step, tensors, state = found
+        if at := state["unjudged"]:  # its scores were still being computed: once more
+            put(trained, tensors, "model." if at == step else "unjudged.")
+            pending = look(at, state["evaluated"] - 1)
+        restore(trained, optimizer, accelerator, tensors, state)
+        best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
+        evaluated = state["evaluated"]
+        running += state["running"]
+        best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
+        for number, (at, value) in enumerate(state["kept"]):
+            kept.append(Kept(at, value, {name: tensors[f"kept{number}.{name}"] for name in trained}))
+        put(extra, tensors, "extra.")
+        if metrics:
+            metrics.restore(state["rows"])
+
+    def save(*, wait: bool = False) -> None:
+        if checkpointer is None or rank:
+            return
+        tensors, state = snapshot(trained, optimizer, accelerator)
+        if best_step != step:  # a best that equals the last is not written twice
+            tensors |= {f"best.{name}": value for name, value in best.items()}
+        for number, one in enumerate(kept):
+            tensors |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
+        tensors |= {f"extra.{name}": value for name, value in extra.items()}
+        state |= {"best_value": best_value, "best_step": best_step, "bad": bad}
+        state |= {"evaluated": evaluated, "running": running.item(), "kept": [(one.step, one.value) for one in kept]}
+        state["unjudged"] = pending.step if pending else None
+        if pending and pending.step != step:
+            tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
+        state["rows"] = metrics.rows if metrics else []
+        checkpointer.save(step, tensors, state, wait=wait)
+
+    bar = progress(total, label, initial=step, unit="steps", hidden=options.quiet or rank > 0)
+    for epoch in range(evaluated, math.ceil(total / steps_per_epoch)):
+        if bad >= options.patience:
+            break
+        model.train()
+        batches = plan_epoch(epoch)
+        assert math.ceil(len(batches) / per_step) == steps_per_epoch
+        done = step - epoch * steps_per_epoch
+        mine = [batches[i] for i in range(done * per_step + rank, len(batches), world)]
+        # All processes exchange gradients: one that the last step leaves without a batch gets one that counts nothing.
+        filler = (steps_per_epoch - 1) * per_step + rank >= len(batches)
+        loaded = load([*mine, batches[0]] if filler else mine)
+        while step < min(total, (epoch + 1) * steps_per_epoch):
+            with meter.waiting():
+                micro = [b for b in (next(loaded, None) for _ in range(options.accumulate)) if b is not None]
+            counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
+            weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
+            weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
+            divisor = weight if counts else torch.full_like(weight, math.inf)
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
+            while True:
+                loss, logs, fits = forward_backward(wrapped, micro, divisor, accelerator, 2**split)
+                if fits:
+                    break
+                optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
+                split += 1
+                if 2**split > MAX_SPLIT:
+                    raise RetryableError("out of memory even with single utterances; use a smaller model or GPU preset")
+                tqdm.write(f"{label}: out of memory at step {step}: batches are split in {2**split} from here on")
+            norm = accelerator.clip_grad_norm_(list(trained.values()), options.max_grad_norm)
+            # A loss or gradient that is not finite must not reach the weights (fp16's scaler does the same).
+            if accelerator.scaler is None and not math.isfinite(float(norm)):
+                optimizer.zero_grad()
+                tqdm.write(f"{label}: gradient is not finite at step {step}: the step is skipped")
+                if metrics:
+                    metrics.event("nonfinite_steps")
+            optimizer.step()
+            step += 1
+            if after_step:
+                after_step(step, total)
+            optimizer.zero_grad()
+            running += loss
+            meter.add(micro if counts else [])
+            bar.update()
+            if metrics:
+                metrics.progress(step, total)
+            if step % log_every == 0 or step == total:
+                row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
+                mean = accelerator.reduce(running, "sum").item() / log_every
+                row |= {"loss": mean, "grad_norm": float(norm)} | {k: float(v / weight) for k, v in logs.items()}
+                running.zero_()
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                if metrics:
+                    metrics.log(row, meter.rates())
+            if agree(stopping(), accelerator, step):
+                save(wait=True)
+                bar.close()
+                raise Preempted(f"{label}: told to stop at step {step} of {total}; a checkpoint is written")
+            if checkpointer and time.monotonic() - saved_at > 60 * options.checkpoint_minutes:
+                save()
+                saved_at = time.monotonic()
+
+        meter.pause()
+        improved = judge()  # of the epoch before, if its scores were computed beside this one
+        if bad >= options.patience:
+            break
+        pending = look(step, epoch)
+        evaluated = epoch + 1
+        if step >= total or not callable(pending.scores):
+            improved |= judge()
+        meter.resume()
+        if ((epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best) or improved:
+            save()
+            saved_at = time.monotonic()
+    bar.close()
+    if checkpointer:
+        checkpointer.wait()
+    model.eval()
+    mean_of = 0
+    if len(kept) > 1:  # their mean is judged as they were: it stays only where it is not worse than the best
+        put(trained, averaged([one.weights for one in kept]))
+        with torch.no_grad():
+            found_scores = evaluate(wrapped, True)
+        scores = dict(found_scores() if callable(found_scores) else found_scores)
+        if metrics:
+            metrics.log({"step": step, "split": "average", "of": len(kept), **scores}, {})
+        if (value := scores.get(options.select_by, math.inf)) <= best_value:
+            best, best_value, mean_of = copies(trained), value, len(kept)
+    put(trained, best)
+    return TrainResult(step, best_step, best_value, meter.rates(), sum(p.numel() for p in trained.values()), mean_of)
+
+
+def forward_backward(
+    model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
+) -> tuple[Tensor, dict[str, Tensor], bool]:
+    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
+    total = torch.zeros((), device=accelerator.device)
+    logs: dict[str, Tensor] = {}
+    parts = [part for batch in micro for part in halves(batch, split)]
+    try:
+        for number, part in enumerate(parts):
+            with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
+                loss, values = model(part)
+                accelerator.backward(loss / weight * accelerator.num_processes)
+            total += loss.detach().float() / weight
+            logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
+    except torch.OutOfMemoryError:
+        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
+            raise RetryableError("out of memory on one of several processes; lower the batch size") from None
+        torch.cuda.empty_cache()
+        return total, logs, False
+    return total, logs, True
+
+
+def no_sync(model: nn.Module, wanted: bool) -> Any:
+    """Leaves out the gradient exchange of all but a step's last part."""
+    if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return torch.enable_grad()
+
+
+def halves(batch: TrainBatch, split: int) -> list[TrainBatch]:
+    """The batch in at most `split` parts of equal size."""
+    size = -(-len(batch) // split)
+    return [batch] if split == 1 else [batch.part(i, i + size) for i in range(0, len(batch), size)]
+
+
+def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
+    """Whether any process wishes to stop; several processes ask each other every tenth step only."""
+    if accelerator.num_processes == 1:
+        return wish
+    if step % 10:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)

@@ -1,0 +1,346 @@
+"""Clustering: what is found, merged, filled in, refused and reported."""
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy.cluster.hierarchy import fcluster, linkage
+from sklearn.cluster import SpectralClustering
+from sklearn.decomposition import PCA
+from sklearn.metrics import adjusted_rand_score
+
+from common.clustering import cluster as module
+from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.errors import DataError
+
+OPTIONS = {"algorithm": "hdbscan", "reduce": "none", "reduce_dim": 50, "allow_reduce": True, "seed": 0}
+
+
+def blobs(groups: int, each: int, D: int = 12, seed: int = 0, apart: float = 12.0) -> tuple[np.ndarray, np.ndarray]:
+    """Equal balls of points and the ball of each point, shuffled."""
+    rng = np.random.default_rng(seed)
+    truth_N = rng.permutation(np.repeat(np.arange(groups), each))
+    centre_GD = rng.normal(size=(groups, D))
+    centre_GD *= apart / np.linalg.norm(centre_GD, axis=1, keepdims=True)
+    return (centre_GD[truth_N] + rng.normal(size=(len(truth_N), D))).astype(np.float32), truth_N
+
+
+# ---- reduction ----
+
+
+def test_pca_equals_scikit_learn_up_to_its_signs(monkeypatch):
+    points_ND, _ = blobs(5, 60, D=30)
+    points_ND += 1000.0  # a mean far larger than the spread
+    monkeypatch.setattr("common.clustering.reduction.CHUNK", 37)
+    ours_NP = reduce_dimensions(points_ND, method="pca", dim=7, seed=0)
+    theirs_NP = PCA(7, svd_solver="full").fit_transform(points_ND.astype(np.float64))
+    np.testing.assert_allclose(np.abs(ours_NP), np.abs(theirs_NP), atol=2e-3)
+
+
+def test_pca_reads_a_memory_map_and_does_not_depend_on_the_sign_of_the_solver(tmp_path, monkeypatch):
+    points_ND, _ = blobs(3, 40)
+    np.save(tmp_path / "points.npy", points_ND)
+    mapped_ND = np.load(tmp_path / "points.npy", mmap_mode="r")
+    first_NP = reduce_dimensions(mapped_ND, method="pca", dim=4, seed=0)
+    from scipy import linalg
+
+    eigh = linalg.eigh
+    monkeypatch.setattr(
+        linalg, "eigh", lambda *args, **options: (eigh(*args, **options)[0], -eigh(*args, **options)[1])
+    )
+    np.testing.assert_array_equal(first_NP, reduce_dimensions(points_ND, method="pca", dim=4, seed=0))
+
+
+@pytest.mark.parametrize(("N", "D", "dim", "width"), [(10, 30, 50, 9), (40, 6, 50, 6), (40, 6, 3, 3)])
+def test_a_width_that_the_data_cannot_fill_is_lowered(N, D, dim, width):
+    points_ND = np.random.default_rng(0).normal(size=(N, D))
+    assert reduce_dimensions(points_ND, method="pca", dim=dim, seed=0).shape == (N, width)
+
+
+# ---- known groups ----
+
+
+def test_groups_that_the_corpus_names_are_clusters_by_size():
+    points_ND, truth_N = blobs(3, 20)
+    names_N = ["slow", "fast", "fast"]
+    found = known_groups(points_ND, [names_N[i] for i in truth_N], reduce="pca", reduce_dim=5, seed=0)
+    np.testing.assert_array_equal(found.labels_N, truth_N == 0)  # "fast", twice as many, is cluster 0
+    np.testing.assert_allclose(found.centroids_KD[1], points_ND[truth_N == 0].mean(0), rtol=1e-4)
+    assert not found.noise_N.any() and found.reduced_NP.shape == (60, 5)
+
+
+def test_one_group_is_no_clustering():
+    points_ND, _ = blobs(2, 5)
+    with pytest.raises(DataError, match="all utterances have the etiology 'same'"):
+        known_groups(points_ND, ["same"] * 10, reduce="none", reduce_dim=5, seed=0)
+
+
+# ---- clusters ----
+
+
+def test_groups_within_two_regions_are_found_as_leaves():
+    """Two regions far apart with three groups each: HDBSCAN by persistence sees the regions alone."""
+    rng = np.random.default_rng(0)
+    truth_N = rng.permutation(np.repeat(np.arange(6), 80))
+    centre_GD = np.zeros((6, 12))
+    centre_GD[:, 0] = np.where(np.arange(6) < 3, -60.0, 60.0)
+    centre_GD[np.arange(6), 1 + np.arange(6)] = 7.0
+    points_ND = (centre_GD[truth_N] + rng.normal(size=(480, 12))).astype(np.float32)
+    found = cluster(points_ND, num_clusters=6, **OPTIONS)
+    assert {attempt["clusters"] for attempt in found.attempts if "leaves" not in attempt} == {2}
+    assert found.attempts[-1]["leaves"] == 1
+    assert adjusted_rand_score(truth_N, found.labels_N) > 0.95
+    assert len(cluster(points_ND, num_clusters=2, **OPTIONS).centroids_KD) == 2
+
+
+@pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
+def test_clear_groups_are_found_whole(algorithm):
+    points_ND, truth_N = blobs(4, 50)
+    found = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm, "reduce": "pca", "reduce_dim": 5})
+    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
+    assert found.algorithm == algorithm
+    assert found.merged_from is None
+    assert found.centroids_KD.shape == (4, points_ND.shape[1])
+    for k in range(4):
+        np.testing.assert_allclose(found.centroids_KD[k], points_ND[found.labels_N == k].mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
+@pytest.mark.parametrize("reduce", ["none", "pca"])
+def test_the_same_input_gives_the_same_labels_twice(algorithm, reduce):
+    points_ND, _ = blobs(6, 30, apart=5.0)
+    first, second = (
+        cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm, "reduce": reduce}) for _ in range(2)
+    )
+    np.testing.assert_array_equal(first.labels_N, second.labels_N)
+    np.testing.assert_array_equal(first.centroids_KD, second.centroids_KD)
+
+
+def test_smaller_cluster_sizes_are_tried_until_there_are_enough():
+    points_ND, truth_N = blobs(6, 4)
+    found = cluster(points_ND, num_clusters=6, **OPTIONS, min_samples=2)
+    assert [attempt["min_cluster_size"] for attempt in found.attempts] == [5, 4]
+    assert found.attempts[-1]["clusters"] == 6
+    assert found.min_cluster_size == 4
+    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
+
+
+def test_too_few_clusters_are_accepted_only_when_allowed():
+    points_ND, _ = blobs(3, 40)
+    found = cluster(points_ND, num_clusters=8, **OPTIONS)
+    assert [a["min_cluster_size"] for a in found.attempts if "leaves" not in a] == [5, 4, 3, 2]
+    assert len(found.centroids_KD) == found.labels_N.max() + 1 == max(a["clusters"] for a in found.attempts) < 8
+    with pytest.raises(
+        DataError, match=r"found \d clusters in 120 utterances where --num-experts wants 8.*no-reduce-experts"
+    ):
+        cluster(points_ND, num_clusters=8, **OPTIONS | {"allow_reduce": False})
+
+
+def test_no_cluster_at_all_falls_back_to_spectral_only_when_allowed():
+    points_ND = np.random.default_rng(0).normal(size=(10, 8))
+    found = cluster(points_ND, num_clusters=3, **OPTIONS)
+    assert {attempt["clusters"] for attempt in found.attempts} == {0}
+    assert found.algorithm == "spectral"
+    assert found.min_cluster_size is None
+    assert len(found.centroids_KD) == 3
+    assert not found.noise_N.any()
+    with pytest.raises(DataError, match="found 0 clusters in 10 utterances"):
+        cluster(points_ND, num_clusters=3, **OPTIONS | {"allow_reduce": False})
+
+
+def test_too_many_clusters_are_merged_with_their_neighbours():
+    points_ND, truth_N = blobs(12, 25, apart=15.0, D=20)
+    side_N = truth_N % 3
+    points_ND[:, :3] += 40.0 * np.eye(3)[side_N]
+    found = cluster(points_ND, num_clusters=3, **OPTIONS)
+    assert found.merged_from == 12
+    assert adjusted_rand_score(side_N, found.labels_N) == 1.0
+
+
+def test_merging_equals_ward_linkage_where_every_cluster_has_one_point():
+    points_ND = np.random.default_rng(2).normal(size=(40, 5))
+    merged_N = module._merge(points_ND, np.arange(40), 6)
+    expected_N = fcluster(linkage(points_ND, "ward"), 6, "maxclust")
+    assert adjusted_rand_score(expected_N, merged_N) == 1.0
+
+
+def test_noise_joins_the_nearest_centroid_and_stays_marked():
+    points_ND, _ = blobs(2, 40, apart=20.0)
+    stray_SD = points_ND[:3] + np.array([[30.0], [-30.0], [40.0]], np.float32) * np.eye(12, dtype=np.float32)[9:12]
+    found = cluster(np.concatenate([points_ND, stray_SD]), num_clusters=2, **OPTIONS)
+    noise = np.flatnonzero(found.noise_N)
+    assert set(range(80, 83)) <= set(noise.tolist())
+    assert (found.probability_N[noise] == 0).all()
+    core_KD = np.stack([points_ND[(found.labels_N == k)[:80] & ~found.noise_N[:80]].mean(0) for k in range(2)])
+    nearest_S = np.linalg.norm(stray_SD[:, None] - core_KD, axis=2).argmin(1)
+    np.testing.assert_array_equal(found.labels_N[80:], nearest_S)
+
+
+def test_clusters_are_numbered_from_the_largest():
+    points_ND, truth_N = blobs(3, 60)
+    kept = np.concatenate([np.flatnonzero(truth_N == g)[: 20 + 15 * g] for g in range(3)])
+    found = cluster(points_ND[kept], num_clusters=3, **OPTIONS)
+    assert np.bincount(found.labels_N).tolist() == [50, 35, 20]
+
+
+def test_one_expert_takes_everything():
+    points_ND, _ = blobs(3, 10)
+    found = cluster(points_ND, num_clusters=1, **OPTIONS)
+    assert found.labels_N.tolist() == [0] * 30
+    assert found.algorithm == "hdbscan"
+
+
+def test_spectral_clustering_agrees_with_scikit_learn():
+    points_ND, _ = blobs(5, 60, apart=6.5)
+    found = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs_N = SpectralClustering(5, affinity="nearest_neighbors", random_state=0).fit_predict(points_ND)
+    assert adjusted_rand_score(theirs_N, found.labels_N) >= 0.97
+
+
+def test_spectral_clustering_is_the_same_whether_the_graph_is_decomposed_whole_or_not(monkeypatch):
+    points_ND, _ = blobs(5, 60, apart=6.5)
+    whole = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
+    monkeypatch.setattr(module, "DENSE_UP_TO", 0)
+    partly = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
+    np.testing.assert_array_equal(whole.labels_N, partly.labels_N)
+
+
+@pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
+@pytest.mark.parametrize(("N", "wanted"), [(2, 2), (3, 2), (5, 5), (10, 8)])
+def test_a_handful_of_utterances_is_enough(algorithm, N, wanted):
+    points_ND = np.random.default_rng(N).normal(size=(N, 16)).astype(np.float32)
+    found = cluster(points_ND, num_clusters=wanted, **OPTIONS | {"algorithm": algorithm, "reduce": "pca"})
+    assert sorted(np.unique(found.labels_N)) == list(range(len(found.centroids_KD)))
+    assert np.isfinite(found.centroids_KD).all()
+
+
+@pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
+def test_copies_of_few_utterances_make_as_many_clusters(algorithm):
+    points_ND = np.repeat(np.eye(3, 6, dtype=np.float32), 12, axis=0)
+    found = cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm})
+    assert adjusted_rand_score(np.repeat(np.arange(3), 12), found.labels_N) == 1.0
+    with pytest.raises(DataError, match="found 3 clusters in 36"):
+        cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm, "allow_reduce": False})
+
+
+# ---- refusals ----
+
+
+def nan_in_row_7(points_ND):
+    points_ND[7, 3] = np.nan
+    return points_ND
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda points_ND: points_ND[:1], "at least two utterances and got 1"),
+        (lambda points_ND: points_ND[:3], "4 experts for 3 utterances"),
+        (lambda points_ND: np.ones_like(points_ND), "all 40 embeddings are equal"),
+        (nan_in_row_7, "1 of 40 embeddings are NaN.*first in row 7"),
+        (lambda points_ND: points_ND * np.float32(1e30), "40 of 40 embeddings are NaN, infinite or absurdly large"),
+    ],
+)
+def test_what_cannot_be_clustered_is_refused_with_its_numbers(spoil, message):
+    points_ND, _ = blobs(4, 10)
+    with pytest.raises(DataError, match=message):
+        cluster(spoil(points_ND), num_clusters=4, **OPTIONS)
+
+
+# ---- report ----
+
+
+def clustering_of(labels_N: np.ndarray) -> Clustering:
+    N = len(labels_N)
+    return Clustering(
+        labels_N=labels_N.astype(np.int32),
+        noise_N=np.arange(N) % 4 == 0,
+        probability_N=np.ones(N, np.float32),
+        centroids_KD=np.zeros((int(labels_N.max()) + 1, 2), np.float32),
+        attempts=({"min_cluster_size": 5, "clusters": 2},),
+        algorithm="hdbscan",
+        merged_from=None,
+        min_cluster_size=5,
+        reduced_NP=np.zeros((N, 2), np.float32),
+    )
+
+
+def test_the_report_counts_and_compares():
+    points_ND, truth_N = blobs(2, 20, apart=30.0)
+    half = np.array(["a", "b"])[np.arange(40) % 2]
+    groups = {"etiology": [f"e{g}" for g in truth_N], "speaker": half.tolist(), "site": ["one"] * 40}
+    report = cluster_report(clustering_of(truth_N), points_ND, groups=groups, seed=0)
+    assert report["sizes"] == [20, 20]
+    assert report["clusters"] == 2
+    assert report["noise_share"] == 0.25
+    assert report["silhouette"] > 0.8
+    assert report["purity"]["etiology"] == report["adjusted_rand"]["etiology"] == report["purity"]["site"] == 1.0
+    assert report["purity"]["speaker"] == max(np.mean(half[truth_N == 0] == "a"), np.mean(half[truth_N == 0] == "b"))
+    assert abs(report["adjusted_rand"]["speaker"]) < 0.2
+    assert report["attempts"] == [{"min_cluster_size": 5, "clusters": 2}]
+
+
+def test_the_silhouette_of_a_sample_is_near_that_of_all_and_repeats(monkeypatch):
+    points_ND, truth_N = blobs(4, 100, apart=6.0)
+    whole, *_ = (cluster_report(clustering_of(truth_N), points_ND, groups={}, seed=0) for _ in range(1))
+    monkeypatch.setattr(module, "SILHOUETTE_SAMPLE", 200)
+    first, second = (cluster_report(clustering_of(truth_N), points_ND, groups={}, seed=0) for _ in range(2))
+    assert first == second
+    assert first["silhouette"] == pytest.approx(whole["silhouette"], abs=0.05)
+
+
+def test_a_single_cluster_has_no_silhouette():
+    points_ND, _ = blobs(1, 9)
+    assert cluster_report(clustering_of(np.zeros(9, int)), points_ND, groups={}, seed=0)["silhouette"] is None
+
+
+def test_a_group_of_another_length_is_a_programming_error():
+    with pytest.raises(ValueError, match="'speaker' has 1 values for 9"):
+        cluster_report(clustering_of(np.zeros(9, int)), np.zeros((9, 2)), groups={"speaker": ["x"]}, seed=0)
+
+
+# ---- the plane ----
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.parametrize(("N", "D"), [(2, 1), (4, 3), (6, 1), (60, 12)])
+def test_every_size_can_be_drawn_and_the_same_way_twice(method, N, D):
+    points_ND = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
+    first_N2, second_N2 = (project(points_ND, method=method, seed=1) for _ in range(2))
+    assert first_N2.shape == (N, 2)
+    assert np.isfinite(first_N2).all()
+    np.testing.assert_array_equal(first_N2, second_N2)
+
+
+def test_umap_keeps_groups_apart_on_a_plane_and_in_a_reduction():
+    points_ND, truth_N = blobs(3, 15, apart=30.0)
+    first_N2, second_N2 = (project(points_ND, method="umap", seed=1) for _ in range(2))
+    np.testing.assert_array_equal(first_N2, second_N2)
+    reduced_NP = reduce_dimensions(points_ND, method="umap", dim=3, seed=1)
+    assert reduced_NP.shape == (45, 3)
+    for points_NP in (first_N2, reduced_NP):
+        centre_GP = np.stack([points_NP[truth_N == g].mean(0) for g in range(3)])
+        nearest_N = np.linalg.norm(points_NP[:, None] - centre_GP, axis=2).argmin(1)
+        np.testing.assert_array_equal(nearest_N, truth_N)
+    assert project(points_ND[:6], method="umap", seed=1).shape == (6, 2)
+
+
+def test_the_compiler_cache_goes_where_it_can_be_written(monkeypatch, tmp_path):
+    from common.clustering.reduction import _numba_cache
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "kept")
+    _numba_cache()
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _numba_cache()
+    import os
+
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "cache" / "moe-asr" / "numba")
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _numba_cache()
+    assert os.environ["NUMBA_CACHE_DIR"].startswith(str(tmp_path / "moe-asr-numba-"))

@@ -1,0 +1,198 @@
+"""Importing: tables of several shapes become one corpus; faults are named by file and line and leave nothing behind."""
+
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from common.data.audio import write_wav
+from common.data.audit import audit
+from common.data.corpus import Utterance, read_corpus
+from common.data.importers import import_audiofolder, import_table, split_by_speaker
+from common.errors import DataError, UsageError
+
+HEADING = ("path", "transcript", "speaker", "etiology")
+
+
+@pytest.fixture
+def audio(tmp_path):
+    folder = tmp_path / "audio"
+    for i in range(6):
+        write_wav(folder / f"{i}.wav", np.random.default_rng(i).uniform(-0.3, 0.3, 16000 + 1600 * i))
+    return folder
+
+
+def rows() -> list[dict[str, str]]:
+    return [dict(zip(HEADING, (f"{i}.wav", f"text, {i}", f"s{i}", "ab"[i % 2]), strict=True)) for i in range(6)]
+
+
+def write_table(path, records: list[dict[str, str]], separator: str = ","):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        return path
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(records)
+    return path
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.csv", ";"), ("t.tsv", "\t"), ("t.jsonl", "")])
+def test_a_table_becomes_a_corpus(tmp_path, audio, name, separator):
+    corpus = import_table(write_table(audio / name, rows(), separator), tmp_path / "out")
+    assert [u.id for u in corpus.utterances] == [str(i) for i in range(6)]
+    first = corpus.utterances[3]
+    assert (first.text, first.speaker, first.etiology, first.duration) == ("text, 3", "s3", "b", 1.3)
+    assert corpus.path(first) == audio / "3.wav"
+    assert audit(corpus, threads=1) == []
+    assert corpus == read_corpus(tmp_path / "out")
+
+
+def test_copied_audio_makes_a_corpus_that_can_move(tmp_path, audio):
+    corpus = import_table(write_table(audio / "t.csv", rows()), tmp_path / "out", copy_audio=True)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = read_corpus(tmp_path / "moved")
+    assert moved.digest == corpus.digest
+    assert audit(moved, threads=1) == []
+
+
+def test_columns_and_audio_root_can_be_named(tmp_path, audio):
+    records = [{"clip": r["path"], "said": r["transcript"], "who": "x", "said2": "other", "set": "val"} for r in rows()]
+    table = write_table(tmp_path / "t.csv", records)
+    columns = {"audio_filepath": "clip", "text": "said", "speaker": "who", "text_alt": "said2", "split": "set"}
+    corpus = import_table(table, tmp_path / "out", audio_root=audio, columns=columns)
+    assert {(u.speaker, u.text_alt, u.split) for u in corpus.utterances} == {("x", "other", "dev")}
+
+
+def test_stretches_of_a_long_file_get_ids_of_their_own(tmp_path, audio):
+    records = [{"path": "5.wav", "text": "a", "offset": str(o), "duration": "0.5"} for o in (0, 0.5, 1.25)]
+    corpus = import_table(write_table(audio / "t.csv", records), tmp_path / "out")
+    assert [(u.id, u.offset, u.duration) for u in corpus.utterances] == [
+        ("5", 0.0, 0.5),
+        ("5@0.5", 0.5, 0.5),
+        ("5@1.25", 1.25, 0.25),
+    ]
+
+
+def changed(number: int, **changes: str) -> list[dict[str, str]]:
+    records = [{**row, "split": "", "offset": ""} for row in rows()]
+    records[number] |= changes
+    return records
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (changed(1, path="gone.wav"), r"t\.csv:3: cannot read .*gone\.wav"),
+        (changed(1, path="t.csv"), r"t\.csv:3: .*t\.csv"),
+        (changed(2, transcript=" "), r"t\.csv:4: column 'transcript' is empty"),
+        (changed(0, path=""), r"t\.csv:2: column 'path' is empty"),
+        (changed(2, split="holdout"), r"t\.csv:4: split 'holdout' is none of train"),
+        (changed(2, split="test"), r"t\.csv:2: no split, but other rows have one"),
+        (changed(2, offset="soon"), r"t\.csv:4: offset 'soon' is not a number"),
+        (changed(2, offset="60"), r"t\.csv:4: offset 60 s, but .* lasts 1\.20 s"),
+        (changed(2, path="1.wav"), r"t\.csv:4: id '1' is already at .*t\.csv:3"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_left(tmp_path, audio, records, message):
+    table = write_table(audio / "t.csv", records)
+    with pytest.raises(DataError, match=message):
+        import_table(table, tmp_path / "deep" / "out")
+    assert not any((tmp_path / "deep").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ("path,text\n", "no rows"),
+        ("clip,text\n0.wav,a\n", "no column for 'audio_filepath'.*clip, text"),
+        ("path,text\n0.wav\n", "t.csv:2: .*cells"),
+        ("path,text\n0.wav,a,b\n", "t.csv:2: .*cells"),
+        ('path,text\n0.wav,"a\n', "t.csv:2: .*quotes"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, audio, content, message):
+    (audio / "t.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        import_table(audio / "t.csv", tmp_path / "out")
+
+
+def test_unknown_columns_and_fields_name_those_that_exist(tmp_path, audio):
+    table = write_table(audio / "t.csv", rows())
+    with pytest.raises(DataError, match="no column 'Diagnosis' for 'etiology': it has path, transcript, speaker"):
+        import_table(table, tmp_path / "out", columns={"etiology": "Diagnosis"})
+    with pytest.raises(UsageError, match=r"'diagnosis'.*etiology"):
+        import_table(table, tmp_path / "out", columns={"diagnosis": "etiology"})
+
+
+def test_missing_and_mistyped_tables_are_refused(tmp_path, audio):
+    (audio / "t.jsonl").write_text("[1]\n", encoding="utf-8")
+    (audio / "t.csv").write_bytes("path,text\n0.wav,größer\n".encode("latin-1"))
+    for name, message in (("gone.csv", "cannot read"), ("t.jsonl", r"t\.jsonl:1"), ("t.csv", "utf-8")):
+        with pytest.raises(DataError, match=message):
+            import_table(audio / name, tmp_path / "out")
+
+
+def test_an_audiofolder_with_splits(tmp_path, audio):
+    for split, numbers in (("train", (0, 1)), ("validation", (2,)), ("test", (3,))):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        for i in numbers:
+            (folder / f"{i}.wav").write_bytes((audio / f"{i}.wav").read_bytes())
+        records = [{"file_name": f"{i}.wav", "transcription": f"text {i}"} for i in numbers]
+        write_table(folder / ("metadata.csv" if split == "train" else "metadata.jsonl"), records)
+    corpus = import_audiofolder(tmp_path / "data", tmp_path / "out")
+    assert {u.id: u.split for u in corpus.utterances} == {"0": "train", "1": "train", "2": "dev", "3": "test"}
+    with pytest.raises(DataError, match=r"metadata\.csv"):
+        import_audiofolder(audio, tmp_path / "none")
+
+
+def people(sizes: dict[str, int]) -> list[Utterance]:
+    speakers = [(name, i) for name, size in sizes.items() for i in range(size)]
+    return [
+        Utterance(f"{name}{i}-{k}", "a.wav", 1.0, "text", speaker=f"{name}{i}", etiology=name)
+        for name, i in speakers
+        for k in range(3)
+    ]
+
+
+def test_speakers_are_dealt_whole_and_in_every_etiology():
+    dealt = split_by_speaker(people({"a": 20, "b": 5, "c": 2, "d": 1}), fractions=(0.8, 0.1, 0.1), seed=1)
+    assert len({(u.speaker, u.split) for u in dealt}) == 28
+    counts = Counter((u.etiology, u.split) for u in dealt)
+    assert counts == {
+        ("a", "train"): 48,
+        ("a", "dev"): 6,
+        ("a", "test"): 6,
+        ("b", "train"): 9,
+        ("b", "dev"): 3,
+        ("b", "test"): 3,
+        ("c", "train"): 3,
+        ("c", "test"): 3,
+        ("d", "train"): 3,
+    }
+
+
+def test_dealing_depends_on_the_seed_and_not_on_the_order():
+    utterances = people({"a": 12, "b": 9})
+
+    def dealt(order: list[Utterance], seed: int) -> dict[str, str]:
+        return {u.speaker: u.split for u in split_by_speaker(order, fractions=(0.6, 0.2, 0.2), seed=seed)}
+
+    assert dealt(utterances, 1) == dealt(utterances[::-1], 1)
+    assert dealt(utterances, 1) != dealt(utterances, 2)
+
+
+def test_utterances_without_speakers_are_dealt_one_by_one():
+    utterances = [Utterance(f"u{i}", "a.wav", 1.0, "text") for i in range(50)]
+    counts = Counter(u.split for u in split_by_speaker(utterances, fractions=(0.8, 0.1, 0.1), seed=1))
+    assert counts == {"train": 40, "dev": 5, "test": 5}
+
+
+@pytest.mark.parametrize("fractions", [(1, 1, 1), (0.5, 0.5), (1.2, -0.1, -0.1)])
+def test_fractions_that_do_not_sum_to_one_are_refused(fractions):
+    with pytest.raises(UsageError, match="summing to 1"):
+        split_by_speaker(people({"a": 3}), fractions=fractions, seed=1)

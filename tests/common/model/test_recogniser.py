@@ -1,0 +1,51 @@
+"""The whole model: what options change, and what they must not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.model.moe import Gate, add_mixture
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_whisper
+from common.training.batch_search import hardest_batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def batch():
+    """Four utterances of two seconds, of noise."""
+    torch.manual_seed(1)
+    return replace(hardest_batch(4, seconds=2.0, tokens=12, device=CPU), row_B=torch.arange(4))
+
+
+def build(model):
+    """A mixture of four experts whose deltas are not zero, with a gate."""
+    torch.manual_seed(3)
+    whisper = load_whisper(model)
+    slot = add_mixture(whisper, targets=("q_proj", "fc1"), num_experts=4, rank=2, alpha=4)
+    for parameter in whisper.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    width = whisper.config.d_model
+    return Recogniser(whisper, slot=slot, gate=Gate(width, 8, 4, 0.0), embeddings_ND=torch.randn(4, width)).train()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at everything, also at what warns
+def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model, batch):
+    found = []
+    for compiled in (False, True):
+        recogniser = build(micro_model)
+        if compiled:
+            recogniser.compile_blocks("aot_eager")  # the same graphs, without a minute of generating C++
+        loss, _ = recogniser(batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in recogniser.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+    (plain, plain_gradients), (compiled_loss, compiled_gradients) = found
+    torch.testing.assert_close(compiled_loss, plain, rtol=1e-5, atol=0)
+    assert plain_gradients.keys() == compiled_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5)

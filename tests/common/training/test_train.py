@@ -1,0 +1,242 @@
+"""The loop: the same gradient however a step is split, the same end however often it is interrupted."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import DataError, Preempted, RetryableError
+from common.harness.metrics import MetricsLog
+from common.storage import open_store
+from common.storage.checkpoint import Checkpointer
+from common.training.schedules import learning_rate_factor
+from common.training.train import TrainOptions, make_accelerator, train
+
+POINTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+TARGETS = POINTS @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of a regression."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    seconds: float = 1.0
+    padding: float = 0.25
+
+    @property
+    def weight(self):
+        return torch.tensor(float(len(self.y)))
+
+    def part(self, start, stop):
+        return Points(self.x[start:stop], self.y[start:stop])
+
+    def __len__(self):
+        return len(self.y)
+
+
+class Line(nn.Module):
+    """Linear regression with dropout, so that random states matter; breaks on batches over `limit`."""
+
+    def __init__(self, dropout=0.2, limit=None):
+        super().__init__()
+        torch.manual_seed(7)
+        self.linear, self.dropout, self.limit = nn.Linear(3, 1), nn.Dropout(dropout), limit
+
+    def forward(self, batch):
+        if self.limit and len(batch) > self.limit and self.training:
+            raise torch.OutOfMemoryError("simulated")
+        loss = (self.linear(self.dropout(batch.x))[:, 0] - batch.y).square().sum()
+        return loss, {"ce": loss.detach()}
+
+
+def plan_epoch(size):
+    def plan(epoch):
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(epoch)).tolist()
+        return [order[i : i + size] for i in range(0, 24, size)]
+
+    return plan
+
+
+def load(batches):
+    for numbers in batches:
+        yield Points(POINTS[numbers], TARGETS[numbers])
+
+
+def evaluate(model, full):
+    loss, _ = model(Points(POINTS, TARGETS))
+    return {"loss": loss.item() / 24} | ({"wer": loss.item() / 24} if full else {})
+
+
+OPTIONS = TrainOptions(epochs=4, patience=9, quiet=True, save_every_n_epochs=1)
+
+
+def fit(model, options=OPTIONS, *, size=4, folder=None, stop_at=None, scores=evaluate):
+    log = MetricsLog(None)
+    steps = iter(range(1, 10_000))
+    result = train(
+        model,
+        accelerator=make_accelerator("fp32", "cpu"),
+        groups=[{"params": list(model.parameters()), "lr": 0.05, "weight_decay": 0.01}],
+        plan_epoch=plan_epoch(size),
+        load=load,
+        evaluate=scores,
+        options=options,
+        checkpointer=Checkpointer(open_store(folder), "checkpoints/", scratch=folder) if folder else None,
+        metrics=log,
+        stopping=lambda: stop_at is not None and next(steps) == stop_at,
+    )
+    return result, log.rows
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_loss_falls_and_the_best_weights_are_left_in_the_model():
+    model = Line(dropout=0.0)
+    result, rows = fit(model, replace(OPTIONS, epochs=20))
+    dev = [row["loss"] for row in rows if row["split"] == "dev"]
+    assert dev[-1] < 0.2 * dev[0]
+    assert result.value == min(dev) == evaluate(model, True)["loss"]
+
+
+@pytest.mark.parametrize("rows_logged", [2000, 8])  # of 24 steps: each, and means over three
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 7, 13, 23])
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, stop_at, rows_logged, monkeypatch):
+    monkeypatch.setattr("common.training.train.LOGGED", rows_logged)
+    whole = Line()
+    _, expected = fit(whole)
+    with pytest.raises(Preempted):
+        fit(Line(), folder=tmp_path, stop_at=stop_at)
+    resumed = Line()
+    torch.manual_seed(99)  # the checkpoint's random state must win
+    _, rows = fit(resumed, folder=tmp_path)
+    assert rows == expected
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(("size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_gives_the_gradient_of_the_large_batch(size, accumulate):
+    large, small = Line(dropout=0.0), Line(dropout=0.0)
+    fit(large, size=8)
+    fit(small, replace(OPTIONS, accumulate=accumulate), size=size)
+    torch.testing.assert_close(weights(large), weights(small), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_too_large_for_memory_is_split_and_the_step_repeated():
+    roomy, tight = Line(dropout=0.0), Line(dropout=0.0, limit=3)
+    fit(roomy, size=8)
+    fit(tight, size=8)
+    torch.testing.assert_close(weights(roomy), weights(tight), rtol=1e-5, atol=1e-6)
+
+
+def test_memory_too_small_for_one_row_is_said():
+    with pytest.raises(RetryableError, match="out of memory even with single utterances"):
+        fit(Line(limit=0.5))
+
+
+def test_patience_ends_training_and_keeps_the_best():
+    model = Line(dropout=0.0)
+    values = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    result, rows = fit(model, replace(OPTIONS, epochs=6, patience=2), scores=lambda m, full: {"loss": next(values)})
+    assert (result.value, result.best_step) == (1.0, 12)
+    assert sum(row["split"] == "dev" for row in rows) == 4
+
+
+def test_epochs_between_full_evaluations_look_at_the_loss_only():
+    asked = []
+    fit(Line(), replace(OPTIONS, eval_every_n_epochs=3), scores=lambda m, full: asked.append(full) or evaluate(m, full))
+    assert asked == [False, False, True, True]
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch():
+    result, _ = fit(Line(), replace(OPTIONS, max_steps=8))
+    assert result.steps == 8
+
+
+def test_selection_by_wer_ignores_evaluations_that_only_saw_the_loss():
+    scores = iter([{"loss": 0.1}, {"loss": 5.0, "wer": 0.5}, {"loss": 0.1}, {"loss": 9.0, "wer": 0.4}])
+    options = replace(OPTIONS, select_by="wer", eval_every_n_epochs=2)
+    result, _ = fit(Line(), options, scores=lambda m, full: next(scores))
+    assert result.value == 0.4
+
+
+def remembering(seen, value=lambda loss: loss):
+    """An evaluation that keeps the weights it saw, by their value."""
+
+    def look(model, full):
+        scores = evaluate(model, full)
+        found = value(scores["loss"])
+        seen.append((found, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return {"loss": found}
+
+    return look
+
+
+def mean_by_hand(rows, name):
+    return sum(weights[name] for _, weights in rows) / len(rows)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_mean_of_n_evaluated_weights_is_left_when_it_is_not_worse(which):
+    seen = []
+    model = Line(dropout=0.0)
+    noisy = replace(OPTIONS, epochs=8, average=3, average_of=which, schedule="none")
+    result, rows = fit(model, noisy, size=2, scores=remembering(seen))
+    chosen = sorted(seen[:8], key=lambda one: one[0])[:3] if which == "best" else seen[5:8]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, mean_by_hand(chosen, name))
+    assert result.averaged == 3 and len(seen) == 9
+    assert result.value == seen[-1][0] == evaluate(model, True)["loss"] <= min(value for value, _ in seen[:8])
+    assert [(row["split"], row["of"]) for row in rows if "of" in row] == [("average", 3)]
+
+
+def test_a_mean_that_is_worse_than_the_best_is_not_taken():
+    seen = []
+    values = iter([3.0, 1.0, 2.0, 2.0, 1.5])
+    model = Line(dropout=0.0)
+    result, _ = fit(model, replace(OPTIONS, average=2), scores=remembering(seen, lambda loss: next(values)))
+    assert (result.value, result.averaged) == (1.0, 0)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, seen[1][1][name])
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+@pytest.mark.parametrize("stop_at", [7, 13, 20])
+def test_an_interrupted_training_averages_the_same(tmp_path, which, stop_at):
+    options = replace(OPTIONS, average=3, average_of=which)
+    whole, resumed = Line(), Line()
+    expected, rows = fit(whole, options)
+    with pytest.raises(Preempted):
+        fit(Line(), options, folder=tmp_path, stop_at=stop_at)
+    found, again = fit(resumed, options, folder=tmp_path)
+    assert again == rows
+    assert (found.value, found.averaged) == (expected.value, expected.averaged)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
+    class Broken(Line):
+        def forward(self, batch):
+            loss, logs = super().forward(batch)
+            return (loss * float("nan"), logs) if self.training else (loss, logs)
+
+    model = Broken()
+    before = weights(model)
+    fit(model, replace(OPTIONS, epochs=1))
+    assert torch.equal(weights(model), before)
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(DataError, match="fp16 needs a GPU"):
+        make_accelerator("fp16", "cpu")
+
+
+def test_learning_rate_warms_up_then_falls_to_zero():
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[-1] < 0.001
