@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from bench.setting import SHAPES
-from common.data.audio import Samples, write_wav
+from common.data.audio import SAMPLE_RATE, Samples, write_wav
 from common.data.batches import Batch, Example, collate
-from common.data.features import SAMPLE_RATE, context_positions
+from common.data.features import context_positions
 
 TOKENS_PER_SECOND = 3.0  # of read English in Whisper's vocabulary
 MARGIN = 64

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from common.config import Config, validate
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus
@@ -14,12 +12,13 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import load_codec, load_whisper
 from common.training.speech import decoding_options, speech_examples
 from common.training.train import make_accelerator
+from stages.pipeline import cache_folder
 
 
-def base_wer(corpus: Corpus, model: str) -> dict[str, dict[str, float]]:
+def base_wer(corpus: Corpus, model: str, endpoint_url: str | None = None) -> dict[str, dict[str, float]]:
     """etiology → clipped and unclipped WER of the base model, and utterances, over all splits."""
-    config: Config = validate({"model": {"name": model}})
-    folder = locate_model(config, Path.home() / ".cache" / "moe-asr")
+    config: Config = validate({"model": {"name": model}, "endpoint_url": endpoint_url})
+    folder = locate_model(config, cache_folder())
     accelerator = make_accelerator("auto")
     codec = load_codec(folder)
     examples = speech_examples(config, corpus, corpus.utterances, codec)

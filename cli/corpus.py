@@ -136,7 +136,7 @@ def stats(path: str, model: str | None, endpoint_url: str | None, as_json: bool)
     if model is not None:
         from cli.base_wer import base_wer
 
-        figures["wer"] = base_wer(data, model)
+        figures["wer"] = base_wer(data, model, endpoint_url)
     if as_json:
         click.echo(json.dumps(figures, indent=1))
         return

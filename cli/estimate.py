@@ -45,9 +45,11 @@ def estimate(
         rates = measured_rates(config, source)
         rows, basis = cost.from_rates(config, hours=hours, rates=rates), f"measured by run {source}"
     else:
-        gpu = str(options["gpu"])
+        gpu = str(options["gpu"] or "")
         if gpu not in cost.PEAK:
-            raise UsageError(f"--gpu {gpu}: name one of {', '.join(cost.PEAK)}, or give --from RUN with measured rates")
+            raise UsageError(
+                f"--gpu {gpu or 'is missing'}: name one of {', '.join(cost.PEAK)}, or give --from RUN with its rates"
+            )
         rate = cost.PEAK[gpu] * cost.ASSUMED_SHARE
         shape = cost.SHAPES[shape_name(config.model.name)]
         rows = cost.estimate(config, hours=hours, mean_seconds=mean_seconds, shape=shape, operations_per_second=rate)

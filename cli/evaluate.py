@@ -156,6 +156,8 @@ def compare(
         for name, members in named_systems(runs, groups).items()
     }
     if with_base:
+        if "base" in systems:
+            raise UsageError("with --with-base, base is the model before training: name the run by --group NAME=RUN")
         first = next(iter(systems.values()))[0]
         systems = {"base": [before_training(first)], **systems}
     made = make_comparison(systems, reference=reference, shared_only=shared_only, resamples=resamples)

@@ -15,6 +15,7 @@ from cli.table import text_table
 from common.config import Config, validate
 from common.console import coloured
 from common.errors import DataError, StoreError
+from common.files import make_folders
 from common.harness.runs import run_names, run_record, stage_folders
 from common.options import config_from, config_options
 from common.storage import open_store
@@ -241,7 +242,7 @@ def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Pat
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     folders = stage_folders(store, run_record(store, run), {"clusters": "cluster"}.get(what, what), cache_folder())
-    out.mkdir(parents=True, exist_ok=True)
+    make_folders(out)
     single = {"clusters": plot_clusters, "gating": plot_gating, "asr": plot_asr}
     drawn = plot_experts(folders, out) if what == "experts" else single[what](folders[0], out)
     for path in drawn:

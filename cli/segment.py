@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -58,7 +59,7 @@ def segment(
     target = open_store(place, endpoint_url=endpoint_url)
     if target.size(name) is not None and not overwrite:
         raise UsageError(f"{place}/{name} is already there: --overwrite replaces it, DEST names another")
-    if elsewhere := place != folder_of(source):
+    if elsewhere := not same_place(place, folder_of(source)):
         check_movable(corpus, place)
     model = open_model(
         model_name,
@@ -100,11 +101,16 @@ def destination(source: str, dest: str | None) -> tuple[str, str]:
     """
     place, name = folder_of(source), DEFAULT_NAME
     if dest is not None:
-        place, name = folder_of(dest), dest.rpartition("/")[2] if dest.endswith(".jsonl") else INDEX_NAME
+        place, name = folder_of(dest), dest.rpartition("/")[2] if dest.endswith((".json", ".jsonl")) else INDEX_NAME
     own = source.rpartition("/")[2] if source.endswith((".json", ".jsonl")) else INDEX_NAME
-    if (place, name) == (folder_of(source), own):
+    if name == own and same_place(place, folder_of(source)):
         raise UsageError(f"{place}/{name} is the corpus's own index: name another file")
     return place, name
+
+
+def same_place(a: str, b: str) -> bool:
+    """Whether two spellings name one folder."""
+    return a == b or ("://" not in a + b and Path(a).resolve() == Path(b).resolve())
 
 
 def check_movable(corpus: Corpus, place: str) -> None:

@@ -83,7 +83,7 @@ def parse_seeds(text: str) -> list[int]:
         UsageError: not such numbers.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
         raise UsageError(f"--seeds {text}: give different whole numbers with commas between, as 0,1,2")
     return [int(part) for part in parts]
 

@@ -90,7 +90,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file.
 
     Raises:
-        ConfigError: the file is missing, is not YAML or holds no mapping.
+        ConfigError: the file cannot be read, is not YAML or holds no mapping.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,6 +98,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file {path} does not exist") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {path} holds no mapping of sections (found {type(tree).__name__})")
     return tree

@@ -7,11 +7,13 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
-from common.errors import MoeAsrError, StoreError
+from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, MoeAsrError, StoreError
 
 
 def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
@@ -60,10 +62,10 @@ def run_command(command: click.Command) -> None:
         error.show()
         sys.exit(64)
     except click.Abort:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except MoeAsrError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
@@ -71,11 +73,19 @@ def run_command(command: click.Command) -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
-            raise
+            _crash()
         _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or mend the rights, then run it again", 74)
+    except Exception:
+        _crash()
 
 
-def _fail(message: str, code: int) -> None:
+def _crash() -> NoReturn:
+    """A fault of the program: the traceback, and a code of its own, so that no cluster tries it again."""
+    traceback.print_exc()
+    sys.exit(EXIT_FAULT)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     _tell_cluster(message)
     if logging.getLogger().handlers:
         logging.getLogger("moe-asr").error("error: %s", message)

@@ -37,7 +37,7 @@ SHAPES: Mapping[str, Shape] = {
     "turbo": Shape(1280, 32, 4),
 }
 
-# Dense bf16 (fp32 for cpu) operations per second that the makers state; none is stated for a CPU.
+# Dense bf16 operations per second that the makers state; none is stated for a CPU.
 PEAK: Mapping[str, float] = {"a100-40": 312e12, "a100-80": 312e12, "h100-80": 989e12, "h200-141": 989e12}
 ASSUMED_SHARE = 0.15  # of the peak, where nothing was measured: about what good fine-tuning of a large Whisper reaches
 

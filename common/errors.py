@@ -1,10 +1,11 @@
 """Errors that a user can act on, each with the exit code its process ends with.
 
 Exit codes follow BSD's sysexits where one fits, so that a workflow engine can tell what to retry:
-64, 65 and 78 are the user's to mend and are never retried; 75 and 143 are worth another try.
+64, 65, 74 and 78 are the user's to mend and are never retried; 75 and 143 are worth another try.
 """
 
 EXIT_DONE = 0
+EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 143
 
@@ -12,7 +13,7 @@ EXIT_PREEMPTED = 143
 class MoeAsrError(Exception):
     """Base of all errors that end in one line on stderr instead of a traceback."""
 
-    exit_code = 70
+    exit_code = EXIT_FAULT
 
 
 class UsageError(MoeAsrError):
@@ -54,6 +55,6 @@ class StageFailed(MoeAsrError):  # noqa: N818 - as the user reads it
 
 
 class Preempted(MoeAsrError):  # noqa: N818 - what happened, not what is wrong
-    """The process was told to end (SIGTERM) and has written a checkpoint."""
+    """The process was told to end (SIGTERM, or Ctrl-C in a training); what is finished is saved."""
 
     exit_code = EXIT_PREEMPTED

@@ -82,6 +82,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
     Raises:
         UsageError: something is in the way.
     """
+    path = path.absolute()  # `.` has no name to put another folder beside
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise UsageError(f"{path} is there already: name another folder, or give --overwrite")

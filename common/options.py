@@ -112,11 +112,14 @@ BASE_OPTIONS = (
 def click_option(flag: str, path: str, text: str, value: Any = None) -> Callable[[F], F]:
     name = flag.removeprefix("--").replace("-", "_")
     if value is not None:
-        return click.option(flag, name, is_flag=True, default=False, help=f"{text.capitalize()}.")
+        return click.option(flag, name, is_flag=True, default=False, help=f"{_sentence(text)}.")
     field = field_of(path)
-    return click.option(
-        flag, name, type=_click_type(field), default=None, help=f"{text.capitalize() or path} [{path}].".lstrip()
-    )
+    return click.option(flag, name, type=_click_type(field), default=None, help=f"{_sentence(text) or path} [{path}].")
+
+
+def _sentence(text: str) -> str:
+    """With a capital first letter; the rest keeps its names and abbreviations."""
+    return text[:1].upper() + text[1:]
 
 
 def field_of(path: str) -> FieldInfo:

@@ -80,7 +80,7 @@ class ExtractConfig(Section):
     """Pooled embeddings of the frozen encoder."""
 
     layer: int = Field(
-        -1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block"
+        -1, ge=-1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block"
     )
     pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="over the utterance's own frames")
     keep_frames: bool = Field(False, description="also write fp16 embeddings of every valid frame")
@@ -177,6 +177,7 @@ class GatingConfig(TrainConfig):
     hidden: int = Field(256, gt=0, description="width of its hidden layer")
     dropout: float = Field(0.1, ge=0, lt=1, description="in training")
     class_weights: bool = Field(True, description="weigh clusters by the inverse of their size")
+    select_by: Literal["loss"] = Field("loss", description="figure on dev that selects the checkpoint and stops early")
 
 
 class ExpertsConfig(SpeechTrainConfig):
@@ -184,6 +185,7 @@ class ExpertsConfig(SpeechTrainConfig):
 
     epochs: int = Field(3, gt=0, description="at most; early stopping may end before")
     learning_rate: float = Field(5e-4, gt=0, description="of AdamW, at its highest")
+    select_by: Literal["loss"] = Field("loss", description="figure on dev that selects the checkpoint and stops early")
 
 
 class AsrConfig(SpeechTrainConfig):
@@ -221,7 +223,7 @@ class DecodeConfig(Section):
     """How text is decoded, in the selection of checkpoints, in evaluation and in transcription."""
 
     batch_size: int = Field(16, gt=0, description="utterances that are decoded at once")
-    max_new_tokens: int = Field(224, gt=0, le=444, description="where a transcript that does not end is cut")
+    max_new_tokens: int = Field(224, gt=0, le=443, description="where a transcript that does not end is cut")
     num_beams: int = Field(1, gt=0, le=64, description="hypotheses of beam search; 1 is greedy")
     length_penalty: float = Field(1.0, description="beams compare log-probability / length ** this")
     temperatures: tuple[float, ...] = Field(
@@ -240,7 +242,7 @@ class DecodeConfig(Section):
 class RuntimeConfig(Section):
     """What no result depends on: never part of a key."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda, cuda:1 …")
     num_workers: int = Field(4, ge=0, description="loader processes")
     log_file: str | None = Field(None, description="also log to this file")
     save_every_n_epochs: int = Field(5, gt=0, description="checkpoint at least this often")

@@ -14,8 +14,8 @@ from stages import STAGES
 # Codes that no exception stands for.
 OTHER_CODES = (
     (errors.EXIT_DONE, "", "done"),
-    (70, "any other exception", "a fault of the program: a traceback, worth a report"),
-    (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C; a training has written a checkpoint"),
+    (errors.EXIT_FAULT, "any other exception", "a fault of the program: a traceback, worth a report"),
+    (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C outside of a training, or a second time"),
     (137, "", "killed from outside, mostly for want of memory"),
     (141, "", "whoever read the output has closed it (`moe-asr … | head`)"),
 )

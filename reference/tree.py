@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,19 +25,30 @@ LONGEST = 92  # characters of a phrase
 
 
 def tree() -> list[str]:
-    """One line per Python file: its path and its phrase; a folder's own phrase comes first."""
+    """A line for each folder and Python file: name and phrase, indented by depth; files before folders."""
     lines = ["```text"]
     for folder in FOLDERS:
-        files = sorted(p for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
-        told = [(path.relative_to(ROOT).as_posix().removesuffix("__init__.py"), phrase(path)) for path in files]
+        told = [("  " * depth + name, phrase(path)) for depth, name, path in entries(ROOT / folder)]
         width = max(len(name) for name, _ in told)
-        lines += [f"{name:<{width}}  {text}".rstrip() for name, text in told if text] + [""]
+        lines += [f"{name:<{width}}  {text}".rstrip() for name, text in told] + [""]
     lines[-1] = "```"
     return lines
 
 
+def entries(folder: Path, depth: int = 0) -> Iterator[tuple[int, str, Path]]:
+    """(depth, name, file that tells of it) of a folder, its Python files, and the same of its folders that have any."""
+    yield depth, f"{folder.name}/", folder / "__init__.py"
+    for path in sorted(folder.glob("*.py")):
+        if path.name != "__init__.py":
+            yield depth + 1, path.name, path
+    for inner in sorted(p for p in folder.iterdir() if p.is_dir() and any(p.rglob("*.py"))):
+        yield from entries(inner, depth + 1)
+
+
 def phrase(path: Path) -> str:
-    """The first sentence of a module's docstring, or the first line of a long one, without markup."""
+    """The first sentence of a module's docstring, or the first line of a long one, without markup; "" for no file."""
+    if not path.is_file():
+        return ""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     first = " ".join(text.split("\n\n")[0].split())
     sentence = re.split(r"(?<=[a-z)`])[.](?: |$)", first)[0].rstrip(".")

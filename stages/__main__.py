@@ -17,6 +17,7 @@ from common.console import run_command, set_up_logging
 from common.errors import DataError, UsageError
 from common.harness.contract import Contract
 from common.harness.plan import Planned
+from common.harness.runs import run_names
 from common.harness.stage import hand_out, heed_signals
 from common.options import click_option, config_from, config_options
 from common.storage import open_store
@@ -124,8 +125,7 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
     if "://" not in store_url and not Path(store_url).is_dir():
         return None
     store = open_store(store_url, endpoint_url=endpoint_url)
-    names = {entry.key.split("/")[0] for entry in store.list("") if entry.key.endswith("/run.json")}
-    records = [record for name in names if (record := read_record(store, name))]
+    records = [record for name in run_names(store) if (record := read_record(store, name))]
     return max(records, key=lambda record: record["updated"], default=None)
 
 

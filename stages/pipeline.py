@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from common import __version__
 from common.config import Config, flatten, to_yaml
 from common.data.corpus import Corpus
 from common.data.sources import model_digest
-from common.errors import ConfigError, RetryableError, StageFailed
+from common.errors import EXIT_PREEMPTED, ConfigError, Preempted, RetryableError, StageFailed
 from common.files import explained, make_folders
 from common.harness.plan import Plan, Planned, Task, make_plan
 from common.harness.runs import read_record as read_record
@@ -143,10 +146,11 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
                 except RetryableError as error:  # a result of an earlier run turned out damaged when it was fetched
                     log.warning("%s", error)
                     plan = _run_stages(run, stopping)
+            return finish(run, plan)
         except BaseException as error:
-            run.save("stopped" if not isinstance(error, Exception) else "failed", run.plan())
+            stopped = isinstance(error, Preempted) or not isinstance(error, Exception)
+            run.save("stopped" if stopped else "failed", run.plan())
             raise
-        return finish(run, plan)
 
 
 def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
@@ -177,13 +181,24 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
     mine = [p for p in waiting if p.task.contract.name == stage]
     slots = parallel_slots(run.config) if len(mine) > 1 else []
     if len(slots) > 1:
-        run_in_processes(run, mine, slots)
+        try:
+            run_in_processes(run, mine, slots, stopping)
+        finally:  # where one failed, the others are done all the same
+            _note_made(run, mine)
         return
     for one in mine:
         log.info("%s: started", one.task.label)
         manifest = run_one(run, one, stopping)
         run.note(one.task, manifest, ran=True)
         log.info("%s: done in %.0f s", one.task.label, manifest.seconds)
+
+
+def _note_made(run: Run, planned: Sequence[Planned]) -> None:
+    """Notes those of the tasks that other processes have made."""
+    for one in planned:
+        state = inspect(run.store, one.task.key)
+        if state.status == "done" and state.manifest and state.manifest != one.manifest:
+            run.note(one.task, state.manifest, ran=True)
 
 
 def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None) -> Manifest:
@@ -219,42 +234,84 @@ def parallel_slots(config: Config) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each process that may train at once; empty strings on CPU."""
     import torch
 
-    gpus = torch.cuda.device_count() if config.runtime.device in ("auto", "cuda") else 0
+    device = config.runtime.device
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the user's choice: its names, not their places in it
+    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(gpus)]
+    if device.startswith("cuda:"):  # counts among all that are visible
+        return [",".join(names)] * (config.runtime.parallel_experts or 1)
     wanted = config.runtime.parallel_experts or max(1, gpus)
-    return [str(i % gpus) if gpus else "" for i in range(wanted)]
+    return [names[i % gpus] if gpus else "" for i in range(wanted)]
 
 
-def run_in_processes(run: Run, planned: Sequence[Planned], slots: Sequence[str]) -> None:
+def run_in_processes(
+    run: Run, planned: Sequence[Planned], slots: Sequence[str], stopping: Callable[[], bool] = lambda: False
+) -> None:
     """Runs shards side by side, one process each, at most one per slot.
 
+    Args:
+        slots: CUDA_VISIBLE_DEVICES of each process.
+        stopping: once true, what runs is told to end, with a checkpoint, and no more is started.
+
     Raises:
-        MoeAsrError: the first shard that failed; the others are finished first.
+        StageFailed: the first shard that failed; the others are finished first.
+        Preempted: told to stop.
     """
     free = list(enumerate(slots))
     port = run.config.runtime.metrics_port
     file = run.cache / f"{run.config.run}-{os.getpid()}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(run.config), encoding="utf-8")
+    at_once = threading.Event()  # told a second time: no more checkpoints
 
     def one(planned: Planned) -> int:
+        if stopping():
+            return EXIT_PREEMPTED
         number, device = free.pop()
         try:
             command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
             command += ["--shard", str(planned.task.shard)]
             if port:  # this process keeps the first; each slot has one of its own
                 command += ["--metrics-port", str(port + 1 + number)]
-            return subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, check=False).returncode
+            return _run_until(command, os.environ | {"CUDA_VISIBLE_DEVICES": device}, stopping, at_once)
         finally:
             free.append((number, device))
 
     stage = run.telemetry.stage(planned[0].task.contract.name)
-    with ThreadPoolExecutor(len(slots)) as pool, stage.marked(RUNNING):
-        codes = list(pool.map(one, planned))
-    file.unlink(missing_ok=True)
+    # A Ctrl-C at the terminal would reach processes beside our SIGTERM, and a second signal ends a stage at once: what
+    # these threads start inherits their mask. It stays in our process group, to be killed or hung up with us.
+    alone = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with ThreadPoolExecutor(len(slots), initializer=alone) as pool, stage.marked(RUNNING):
+            try:
+                codes = list(pool.map(one, planned))
+            except BaseException:
+                at_once.set()
+                raise
+    finally:
+        file.unlink(missing_ok=True)
     for planned_one, code in zip(planned, codes, strict=True):
-        if code:
+        if code and not (stopping() and code in (EXIT_PREEMPTED, -signal.SIGTERM)):
             label = planned_one.task.label
             raise StageFailed(f"{label} ended with exit code {code}; its own message is above", code)
+    if any(codes):
+        raise Preempted("told to stop; what was under way had time for a checkpoint")
+
+
+def _run_until(
+    command: Sequence[str], environment: Mapping[str, str], stopping: Callable[[], bool], at_once: threading.Event
+) -> int:
+    """Runs a command to its end and returns its exit code; passes on by SIGTERM that it is to stop, then at once."""
+    told = 0
+    with subprocess.Popen(command, env=environment) as process:
+        while True:
+            try:
+                return process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                wanted = 2 if at_once.is_set() else int(stopping())
+                if wanted > told:
+                    process.terminate()
+                    told = wanted
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
@@ -267,7 +324,8 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         assert one.manifest is not None
         name = one.task.contract.name
         seconds[name] = round(seconds.get(name, 0.0) + one.manifest.seconds, 2)
-        if not any(r["stage"] == name for r in run.record["timeline"]):
+        shard = None if one.task.shard is None else str(one.task.shard)
+        if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
             run.note(one.task, one.manifest, ran=False)
         folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
         folders.setdefault(one.task.contract.output, []).append(folder)

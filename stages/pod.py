@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -238,4 +239,5 @@ def _post(url: str, outcome: Mapping[str, Any]) -> None:
     try:
         urllib.request.urlopen(request, timeout=10).close()
     except (OSError, ValueError) as error:
-        log.warning("webhook %s: %s", url, error)
+        # Of the address its host alone: chat services put their secret into the path.
+        log.warning("webhook at %s: %s", urlsplit(url).hostname, type(error).__name__)

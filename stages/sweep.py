@@ -23,6 +23,7 @@ from stages.experts import pretrains_experts
 from stages.pipeline import Run, differences, read_record, run_one, run_pipeline
 
 log = logging.getLogger(__name__)
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Regime:
     """What makes a regime: settings, and the rank of its one dense adapter against an expert's."""
 
     summary: str
-    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    settings: Mapping[str, Any] = field(default_factory=lambda: NONE)
     dense: str = ""  # "trained" or "active": whose parameters the dense adapter has as many of
 
 
@@ -104,25 +105,39 @@ def plan_sweep(
         found = {
             name: count_clusters(_with(common, dict(REGIMES[name].settings) | dict(settings.get(name, {}))))
             for name in regimes
-            if is_pretrained(_regime(common, name))
+            if is_pretrained(_regime(common, name, settings.get(name, {})))
         }
         clusters = next(iter(found.values()), common.num_experts or 1)
         for name in regimes:
             mine = found.get(name, clusters)
-            budget = regime_settings(common, name, clusters=mine, steps=steps, pretrain_share=pretrain_share)
-            chosen = budget | dict(settings.get(name, {})) | {"run": f"{base.run}-{name}-s{seed}"}
+            own = settings.get(name, {})
+            budget = regime_settings(
+                common, name, clusters=mine, steps=steps, pretrain_share=pretrain_share, settings=own
+            )
+            chosen = budget | dict(own) | {"run": f"{base.run}-{name}-s{seed}"}
             runs.append(SweepRun(name, seed, _with(common, chosen)))
     return runs
 
 
-def regime_settings(base: Config, name: str, *, clusters: int, steps: int, pretrain_share: float) -> dict[str, Any]:
+def regime_settings(
+    base: Config,
+    name: str,
+    *,
+    clusters: int,
+    steps: int,
+    pretrain_share: float,
+    settings: Mapping[str, Any] = NONE,
+) -> dict[str, Any]:
     """`section.key` → value of one regime within the budget of steps.
+
+    Args:
+        settings: the regime's own, which may decide whether experts are pre-trained; they are not in the result.
 
     Raises:
         UsageError: too few steps.
     """
     regime = REGIMES[name]
-    alone = pretrains_experts(_regime(base, name))
+    alone = pretrains_experts(_regime(base, name, settings))
     each = int(steps * pretrain_share) // clusters if alone else 0
     joint = steps - each * clusters
     if joint < 1 or (each < 1 and alone):
@@ -144,9 +159,9 @@ def regime_settings(base: Config, name: str, *, clusters: int, steps: int, pretr
     return found | dict(regime.settings)
 
 
-def _regime(base: Config, name: str) -> Config:
+def _regime(base: Config, name: str, settings: Mapping[str, Any]) -> Config:
     regime = REGIMES[name]
-    return _with(base, ({"num_experts": 1} if regime.dense else {}) | dict(regime.settings))
+    return _with(base, ({"num_experts": 1} if regime.dense else {}) | dict(regime.settings) | dict(settings))
 
 
 def _with(base: Config, settings: Mapping[str, Any]) -> Config:

@@ -87,3 +87,10 @@ def micro_corpus(
             )
     write_index(folder, rows)
     return folder
+
+
+def heard_texts(opened, batch, decoding) -> list[str]:
+    """Text of each utterance of a batch."""
+    from common.recognition.opened import hear
+
+    return [one.text for one in hear(opened, batch, decoding).decoded]

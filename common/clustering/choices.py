@@ -31,7 +31,7 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """What all ways have in common; names as in `common.config`."""
+    """What all ways have in common; names as in `common.config.Config` and `common.sections.ClusterConfig`."""
 
     num_experts: int
     reduce_dim: int
@@ -54,7 +54,7 @@ def embed_layers(
 
     Args:
         loader: of these examples.
-        layers, poolings: as of `common.config.ExtractConfig`.
+        layers, poolings: as of `common.sections.ExtractConfig`.
         batch_seconds: padded audio per batch.
 
     Returns:

@@ -66,7 +66,7 @@ def read_audio(
 
 
 def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
-    """Duration, rate and channels without decoding (formats that need PyAV without a stated duration are decoded).
+    """Duration, rate and channels without decoding (formats that need PyAV are decoded).
 
     Raises:
         DataError: a missing or undecodable file; it names the file.

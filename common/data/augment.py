@@ -18,7 +18,7 @@ from common.data.features import SAMPLES_PER_POSITION
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What is done to training batches; names as in `common.config.AugmentConfig`.
+    """What is done to training batches; names as in `common.sections.AugmentConfig`.
 
     Attributes:
         speeds: factors, one of which is drawn for each utterance; empty for none.

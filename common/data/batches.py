@@ -82,6 +82,10 @@ class Batch:
         """The same batch on a device."""
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's loader asks for it, and knows tensors and containers alone."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
+
     def part(self, start: int, stop: int) -> Batch:
         """Utterances start…stop-1; their seconds in proportion."""
         share = (stop - start) / len(self.ids)
@@ -118,7 +122,8 @@ def make_examples(
         stretch: leave room for utterances that augmentation makes longer by this factor.
 
     Raises:
-        DataError: an utterance is over 30 s, or its text over 448 tokens, or empty.
+        DataError: an utterance is over 30 s, or its text over 448 tokens, or empty, or holds one of Whisper's own
+            tokens as `<|startoftranscript|>`.
     """
     examples: list[Example] = []
     for utterance in utterances:
@@ -131,6 +136,11 @@ def make_examples(
         if not utterance.text.strip() or len(inputs) > MAX_TOKENS:
             problem = "has no text" if not utterance.text.strip() else f"has {len(inputs)} tokens, over {MAX_TOKENS}"
             raise DataError(f"utterance {utterance.id} {problem}: mend or remove it (`moe-asr corpus audit` finds all)")
+        if any(label >= codec.end for label in labels[:-1]):
+            raise DataError(
+                f"utterance {utterance.id}: its text holds a special token of the model, as <|startoftranscript|> or "
+                "<|0.00|>: take it out"
+            )
         examples.append(
             Example(
                 id=utterance.id,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-SAMPLE_RATE = 16_000  # Hz
+from common.data.audio import SAMPLE_RATE
+
 N_FFT = 400  # samples: 25 ms
 HOP_LENGTH = 160  # samples: 10 ms
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution strides by 2: 20 ms a position

@@ -187,10 +187,10 @@ def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split:
     unknown = sorted(set(columns) - set(KNOWN_COLUMNS))
     if unknown:
         raise UsageError(f"no field {unknown[0]!r} to take from a column: the fields are {', '.join(KNOWN_COLUMNS)}")
-    chosen: dict[str, str] | None = None
-    for where, record in _json_records(table) if table.suffix in (".jsonl", ".json") else _csv_records(table):
-        if chosen is None:
-            chosen = _choose_columns(table, list(record), columns)
+    records = list(_json_records(table) if table.suffix in (".jsonl", ".json") else _csv_records(table))
+    present = list(dict.fromkeys(name for _, record in records for name in record))  # a JSON line may leave some out
+    chosen = _choose_columns(table, present, columns) if records else {}
+    for where, record in records:
         values = {field: _as_text(record.get(column)) for field, column in chosen.items()}
         values = {"split": split, **{field: value for field, value in values.items() if value}}
         for field in ("audio_filepath", "text"):

@@ -66,8 +66,8 @@ def locate_model(config: Config, cache: Path) -> Path:
     """
     name = config.model.name
     if name.startswith("s3://"):
-        folder = cache / "model" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        open_store(name, endpoint_url=config.endpoint_url).get_folder("", folder)
+        folder = cache / "model" / hashlib.sha256(f"{config.endpoint_url}\0{name}".encode()).hexdigest()[:16]
+        open_store(name, endpoint_url=config.endpoint_url).get_folder("", folder, exact=True)
         return folder
     if Path(name).is_dir():
         return Path(name)

@@ -132,7 +132,7 @@ def describe_evaluation(
     """The object of evaluation.json: what was evaluated and how, and the rates (`breakdown.breakdown`).
 
     Args:
-        left_out: utterances over 30 s that were dropped.
+        left_out: utterances of the split, all of it, over 30 s that were dropped.
         seconds: that decoding took.
     """
     info, audio = opened.info, sum(row["duration"] for row in rows)
@@ -202,8 +202,8 @@ def evaluate(
     """
     with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
         utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples, seed=seed)
-        everything = len(corpus.utterances) if split == "all" else len(corpus.split(split))
-        left_out = 0 if samples else everything - len(utterances)
+        everything = corpus.utterances if split == "all" else corpus.split(split)
+        left_out = sum(u.duration > MAX_SECONDS for u in everything) if long_audio == "drop" else 0
         started = time.monotonic()
         windows = long_audio == "windows"
         rows = decode_corpus(

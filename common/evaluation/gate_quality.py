@@ -22,7 +22,7 @@ from common.clustering.embeddings import EmbeddingTable
 from common.data.batches import BatchLoader, Example
 from common.data.corpus import Utterance
 from common.evaluation.gate_report import gate_report
-from common.evaluation.score import decode_set, score_set
+from common.evaluation.score import decode_set, score_set, speakers_of_set
 from common.evaluation.wer import bootstrap_interval, cer, wer
 from common.model.moe import Gate, router_entropy, routing_report
 from common.model.recogniser import Recogniser
@@ -168,7 +168,7 @@ def _row(
     data: DecodingSet, choice: tuple[int, str], texts: Mapping[str, str], own: Mapping[str, str], trained: bool
 ) -> dict[str, Any]:
     scores = score_set(data.utterances, texts, data.language)
-    speakers = {u.id: u.speaker or u.id for u in data.utterances}
+    speakers = speakers_of_set(data.utterances)
     return {
         "top_k": choice[0],
         "route_by": choice[1],

@@ -173,7 +173,8 @@ def _sensitivity(run: _Run, tables: dict[str, EmbeddingTable], counts: Sequence[
         language=opened.language,
     )
     wanted = sorted({min(count, info.num_experts) for count in counts})
-    return sensitivity(opened.recogniser, data, tables, counts=wanted, trained=(info.top_k, info.route_by))
+    trained = (min(info.top_k, info.num_experts), info.route_by)  # clustering may have found fewer than top_k
+    return sensitivity(opened.recogniser, data, tables, counts=wanted, trained=trained)
 
 
 def _choices(run: _Run, asked: GateQuestions) -> list[Row]:

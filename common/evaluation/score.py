@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.data.corpus import Utterance
 from common.data.features import log_mel
-from common.evaluation.breakdown import references, scored_row
+from common.evaluation.breakdown import references, scored_row, speakers_of
 from common.evaluation.wer import Score, bootstrap_interval, cer, score, wer
 from common.model.recogniser import Recogniser
 from common.model.whisper import TextCodec, encode
@@ -67,6 +67,11 @@ def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], languag
     return [score(u.id, texts[u.id], references(u), language) for u in utterances]
 
 
+def speakers_of_set(utterances: Sequence[Utterance]) -> dict[str, str]:
+    """Utterance id → speaker, as `breakdown.speakers_of` has it."""
+    return speakers_of({"id": u.id, "speaker": u.speaker} for u in utterances)
+
+
 def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
     """The scores of each etiology, in alphabetical order; those of none are "unknown" and come first."""
     groups: dict[str, list[Score]] = {}
@@ -80,26 +85,30 @@ def prediction_rows(
     utterances: Sequence[Utterance],
     before: Mapping[str, str],
     after: Mapping[str, str],
-    language: str,
+    scores_before: Sequence[Score],
+    scores_after: Sequence[Score],
     routing: Mapping[str, tuple[list[int], list[float]]],
 ) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl: what was said, what was heard before and after, by which experts."""
+    """Rows of predictions.jsonl: what was said, what was heard before and after, by which experts.
+
+    Args:
+        before, after: the texts.
+        scores_before, scores_after: of these, from `score_set`.
+    """
     rows = []
-    scored = zip(
-        utterances, score_set(utterances, before, language), score_set(utterances, after, language), strict=True
-    )
-    for u, old, new in scored:
+    for u, old, new in zip(utterances, scores_before, scores_after, strict=True):
         row = scored_row(u, after[u.id], new, routing.get(u.id, ((), ())))
         rows.append(row | {"hypothesis_before": before[u.id], "errors_before": old.word_errors})
     return rows
 
 
-def summarise(
-    utterances: Sequence[Utterance], before: Mapping[str, str], after: Mapping[str, str], language: str
-) -> dict[str, Any]:
-    """summary.json: overall and by etiology, with bootstrap intervals over speakers."""
-    old, new = score_set(utterances, before, language), score_set(utterances, after, language)
-    speakers = {u.id: u.speaker or u.id for u in utterances}
+def summarise(utterances: Sequence[Utterance], old: Sequence[Score], new: Sequence[Score]) -> dict[str, Any]:
+    """summary.json: overall and by etiology, with bootstrap intervals over speakers.
+
+    Args:
+        old, new: scores before and after, from `score_set`.
+    """
+    speakers = speakers_of_set(utterances)
     old_groups, new_groups = by_etiology(utterances, old), by_etiology(utterances, new)
     return _rates(old, new, speakers) | {
         "wer_before_unclipped": wer(old, clipped=False),

@@ -27,7 +27,7 @@ from common import __version__
 from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
-from common.errors import DataError, MoeAsrError, Preempted, RetryableError
+from common.errors import DataError, Preempted, RetryableError
 from common.harness.contract import VOLATILE
 from common.harness.metrics import MetricsLog
 from common.harness.plan import Task
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from common.storage.checkpoint import Checkpointer
 
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30
+GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
 
 
 class StopFlag:
@@ -83,8 +83,8 @@ def heed_signals() -> Iterator[StopFlag]:
 class Parts:
     """Finished parts of a stage, in its store, each whole or absent: what a killed extraction goes on from."""
 
-    def __init__(self, store: Store, prefix: str, scratch: Path) -> None:
-        self.store, self.prefix, self.scratch = store, prefix, scratch
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.store, self.prefix = store, prefix
 
     def names(self) -> list[str]:
         """Parts that are there, without their digests."""
@@ -260,7 +260,7 @@ def _context(
 
     return Context(
         shard=task.shard,
-        parts=Parts(store, f"{prefix}parts/", work),
+        parts=Parts(store, f"{prefix}parts/"),
         checkpointer=checkpointer,
         metrics=MetricsLog(output / "metrics.jsonl", live),
         stopping=stopping,
@@ -306,10 +306,3 @@ def _clear_unfinished(key: Key, store: Store) -> None:
     for folder in ("checkpoints/", "parts/"):
         for entry in list(store.list(key.prefix + folder)):
             store.delete(entry.key)
-
-
-def exit_code(error: BaseException) -> int:
-    """The code that a process ends with after this exception."""
-    if isinstance(error, MoeAsrError):
-        return error.exit_code
-    return 130 if isinstance(error, KeyboardInterrupt) else 70

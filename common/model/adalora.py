@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.model.adapters import replace_layer
 from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
-from common.model.moe import MixtureLinear, RoutingSlot, linear_layers
+from common.model.moe import MixtureLinear, RoutingSlot, linear_layers, replace_layer
 from common.training.schedules import rank_budget
 
 SMOOTHING = 0.85  # β₁ and β₂ of the paper
@@ -29,7 +28,7 @@ SMOOTHING = 0.85  # β₁ and β₂ of the paper
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """How many ranks there are, and when; names as in `common.config.AdaloraConfig`.
+    """How many ranks there are, and when; names as in `common.sections.AdaloraConfig`.
 
     Attributes:
         init_rank: of each layer at the start.

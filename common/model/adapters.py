@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError
-from common.model.moe import MixtureLinear, mixture_layers
+from common.model.moe import mixture_layers, replace_layer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -106,13 +106,12 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def merge_expert(model: nn.Module, expert: int) -> None:
-    """Adds one expert's delta to the base weights and takes all mixtures out, leaving a plain dense model."""
-    merge_experts(model, {expert: 1.0})
-
-
 def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
-    """The same for a weighted sum of experts (number E is the shared one): what a fixed routing computes."""
+    """Adds a weighted sum of experts to the base weights and takes all mixtures out, leaving a plain dense model.
+
+    Args:
+        weights: of each expert (number E is the shared one), as a fixed routing would give them.
+    """
     for name, layer in list(mixture_layers(model)):
         with torch.no_grad():
             for expert, weight in weights.items():
@@ -120,18 +119,7 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
         replace_layer(model, name, layer.base)
 
 
-def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts `layer` where the module called `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def copy_experts(source: Sequence[Path], model: nn.Module) -> None:
     """Loads the adapters of `source`, in order, into experts 0, 1, …; further experts keep their start values."""
     for expert, folder in enumerate(source):
         load_expert(model, expert, folder)
-
-
-def is_mixture(model: nn.Module) -> bool:
-    """Whether any layer of the model is a mixture."""
-    return any(isinstance(layer, MixtureLinear) for layer in model.modules())

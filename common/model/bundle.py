@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError
@@ -72,16 +73,16 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
     """Reads a gate.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is damaged.
     """
     try:
         sizes = json.loads((folder / "gate.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "gate.safetensors")
-    except (OSError, ValueError) as error:
-        raise DataError(f"gate in {folder} cannot be read: {error}") from None
-    gate = Gate(sizes["dim"], sizes["hidden"], sizes["num_experts"], dropout)
-    gate.load_state_dict(tensors)
-    return gate
+        gate = Gate(sizes["dim"], sizes["hidden"], sizes["num_experts"], dropout)
+        gate.load_state_dict(load_file(folder / "gate.safetensors"))
+        return gate
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        # A missing key or tensor alone would say no more than its name.
+        raise DataError(f"gate in {folder} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> None:

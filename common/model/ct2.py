@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from common.data.audio import SAMPLE_RATE
 from common.errors import DataError, StoreError, UsageError
 from common.files import let_others_read
 from common.model.ct2_file import Array, Ct2Model, read_model
 
-SAMPLE_RATE = 16_000  # Hz
 HOP_LENGTH = 160  # samples between mel frames
 N_FFT = 400  # samples in a window
 SECONDS_PER_POSITION = 0.02  # of the encoder, and the step of the timestamp tokens

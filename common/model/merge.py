@@ -145,7 +145,7 @@ def _truncate_layer(a_CI: Tensor, b_OC: Tensor, rank: int) -> tuple[tuple[Tensor
     """By QR of both, so that nothing of the size O × I is ever made; values of all C ranks."""
     left_OC, up_CC = torch.linalg.qr(b_OC.double())
     right_IC, down_CC = torch.linalg.qr(a_CI.double().t())
-    u_CC, value_C, v_CC = torch.linalg.svd(up_CC @ down_CC.t())
+    u_CC, value_C, v_CC = torch.linalg.svd(up_CC @ down_CC.t(), full_matrices=False)
     root_R = value_C[:rank].sqrt()
     b_OR = left_OC @ (u_CC[:, :rank] * root_R)
     a_RI = (v_CC[:rank] * root_R[:, None]) @ right_IC.t()

@@ -28,7 +28,7 @@ class Routing:
 
     Attributes:
         topk_ids_BK: int64 expert numbers, in 0…E-1.
-        topk_weights_BK: weights, summing to 1 in each row; they carry the gate's gradient.
+        topk_weights_BK: weights, summing to 1 in each row (to 2 with a shared expert); they carry the gate's gradient.
     """
 
     topk_ids_BK: Tensor
@@ -309,7 +309,7 @@ def add_mixture(
     Args:
         model: any module; changed in place.
         targets: last parts of module names, as PEFT's `target_modules` (`q_proj`, `fc1`, …).
-        within: only layers whose full name holds this (`encoder.` or `decoder.`); everywhere when empty.
+        within: only layers whose full name holds this (`encoder.layers` or `decoder.layers`); everywhere when empty.
 
     Returns:
         The slot that decides the routing of all replaced layers.
@@ -320,12 +320,17 @@ def add_mixture(
     slot = RoutingSlot()
     model.requires_grad_(False)
     for name, layer in linear_layers(model, targets, within):
-        parent, _, child = name.rpartition(".")
         mixture = MixtureLinear(
             layer, slot, num_experts=num_experts, rank=rank, alpha=alpha, dropout=dropout, shared=shared
         )
-        setattr(model.get_submodule(parent), child, mixture)
+        replace_layer(model, name, mixture)
     return slot
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:

@@ -24,7 +24,7 @@ Mixture = Literal["blend", "loss", "hard"]
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """How utterances are given to experts; names as in `common.config.AsrConfig`."""
+    """How utterances are given to experts; names as in `common.sections.AsrConfig`."""
 
     mixture: Mixture = "blend"
     top_k: int = 2

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +44,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
     """A Whisper checkpoint in Hugging Face's format.
 
     Raises:
-        DataError: the folder is not one.
+        DataError: the folder is not one, or its weights are damaged.
     """
     transformers_logging.disable_progress_bar()
     whisper_config(folder)
@@ -51,7 +52,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
         return WhisperForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"model {folder} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
@@ -90,7 +91,6 @@ class TextCodec:
         tokens = self.encode(text)
         inputs = [*self.prompt, *tokens]
         labels = [IGNORED] * (len(self.prompt) - 1) + [*tokens, self.end]
-        assert self.prompt[0] not in tokens, "a start token inside the labels"
         return inputs, labels
 
     def length(self, text: str) -> int:
@@ -151,11 +151,10 @@ def encode(
         hidden_BTD with T = F / 2, of B · copies rows.
 
     Raises:
-        ValueError: the encoder has fewer blocks than `layer`.
+        DataError: the encoder has no such layer.
     """
     encoder = model.model.encoder
-    if layer > len(encoder.layers):
-        raise ValueError(f"extract.layer is {layer}, but the encoder has {len(encoder.layers)} blocks")
+    _check_layers(model, [layer])
     x_BDT = F.gelu(encoder.conv1(mel_BMF.to(encoder.conv1.weight.dtype)))
     x_BTD: Tensor = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
     x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
@@ -170,13 +169,12 @@ def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layer
     """What `encode` returns for each of several layers, in one pass.
 
     Raises:
-        ValueError: the encoder has fewer blocks than one of them.
+        DataError: the encoder has not all of them.
     """
     encoder = model.model.encoder
+    _check_layers(model, layers)
     found = {0: encode(model, mel_BMF, layer=0)}
     x_BTD, last = found[0], len(encoder.layers) if -1 in layers else max(layers)
-    if max(layers) > len(encoder.layers) or min(layers) < -1:
-        raise ValueError(f"layers {sorted(layers)}: the encoder has {len(encoder.layers)} blocks; -1 is after the last")
     for number, block in enumerate(encoder.layers[:last], start=1):
         x_BTD = _run_block(block, x_BTD)
         if number in layers:
@@ -184,6 +182,17 @@ def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layer
     if -1 in layers:
         found[-1] = encoder.layer_norm(x_BTD)
     return {layer: found[layer] for layer in layers}
+
+
+def _check_layers(model: WhisperForConditionalGeneration, layers: Sequence[int]) -> None:
+    """Raises DataError where the encoder has not all of these layers."""
+    count = len(model.model.encoder.layers)
+    for layer in layers:
+        if not -1 <= layer <= count:
+            raise DataError(
+                f"layer {layer} (extract.layer): the encoder has {count} blocks; give 0 to {count}, or -1 for the last "
+                "after its norm"
+            )
 
 
 def _run_block(block: nn.Module, x_BTD: Tensor) -> Tensor:

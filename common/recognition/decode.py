@@ -29,7 +29,7 @@ LEAST_PROBABLE = -1.0  # mean log-probability of a text's tokens: below, it is a
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How text is decoded; names as in `common.config.DecodeConfig`.
+    """How text is decoded; names as in `common.sections.DecodeConfig`.
 
     Attributes:
         batch_size: utterances that are decoded at once.

@@ -146,7 +146,7 @@ def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | 
         return folder
     if run := find_run(name, store):
         return stage_folders(*run, "asr", cache)[0]
-    if "://" in name or is_hub_name(name):
+    if name.startswith("s3://") or is_hub_name(name):
         return _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
     where = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
     problem = "holds no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
@@ -277,8 +277,3 @@ def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, pooled_BD: torch
         hidden_BTD = recogniser.encode_batch(own_rows)
         decoded = decode_hidden(recogniser.whisper, hidden_BTD, opened.codec, decoding, recogniser.slot)
     return Heard(decoded, hidden_BTD, routing)
-
-
-def transcribe_opened(opened: OpenedModel, batch: Batch, decoding: Decoding) -> list[str]:
-    """Text of each utterance of a batch (see `hear`)."""
-    return [one.text for one in hear(opened, batch, decoding).decoded]

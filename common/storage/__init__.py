@@ -18,7 +18,7 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         endpoint_url: of an S3-compatible server; AWS and the AWS variables and profiles where it is not given.
 
     Raises:
-        ConfigError: another scheme, no bucket, or credentials in an address.
+        ConfigError: another scheme, no bucket, a malformed address, or credentials in it.
     """
     text = str(url)
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
@@ -31,7 +31,11 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         raise ConfigError(f"store {scheme[1]}://…: only folders and s3://bucket/prefix are known (with endpoint_url)")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise ConfigError("store s3://…: what follows s3:// must be a bucket's name, without credentials or port")
-    if endpoint_url and "@" in urlsplit(endpoint_url).netloc:  # it would be in the record of every run
+    try:
+        server = urlsplit(endpoint_url or "").netloc
+    except ValueError:
+        raise ConfigError("endpoint_url is malformed: write it as http://host:port") from None
+    if "@" in server:  # it would be in the record of every run
         raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     from common.storage.s3 import S3Store
 

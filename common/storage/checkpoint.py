@@ -157,9 +157,9 @@ class Checkpointer:
     def _load(self, name: str, entries: Mapping[str, Entry]) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         if MANIFEST not in entries:
             raise _TornError("it was not finished")
-        manifest = _read_manifest(self.store.read(entries[MANIFEST].key))
         into = self.scratch / f"checkpoint-{name}"
         try:
+            manifest = _read_manifest(self.store.read(entries[MANIFEST].key))
             paths = {}
             for file, (size, sha256) in manifest["files"].items():
                 if file not in entries or entries[file].size != size:

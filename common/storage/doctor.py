@@ -69,7 +69,10 @@ def _absent(store: Store, prefix: str) -> str:
 
 def _clock(store: Store, prefix: str) -> str:
     store.write(f"{prefix}clock", b"")
-    ahead = next(store.list(f"{prefix}clock")).modified - time.time()
+    entry = next(store.list(f"{prefix}clock"), None)
+    if entry is None:
+        raise DataError("a key that was just written is not listed")
+    ahead = entry.modified - time.time()
     _expect(abs(ahead) < CLOCK_SECONDS, f"its clock and this machine's differ by {ahead:.0f} s: set them")
     return f"within {max(1.0, abs(ahead)):.0f} s of this machine's"
 

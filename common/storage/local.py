@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import DataError
@@ -83,14 +84,18 @@ class LocalStore:
         """See Store."""
         path, aside = self.local_path(key), self.local_path(to)
         with explained(path):
-            if not path.is_file() or path.read_bytes() != data:
+            try:
+                if path.read_bytes() != data:
+                    return False
+                moment()
+                path.rename(aside)
+            except FileNotFoundError:  # there is none, or another process was faster
                 return False
-            moment()
-            path.rename(aside)
             moment()
             same = aside.read_bytes() == data
             if not same:  # replaced just between the two lines: give it back, unless there is a third one already
-                os.link(aside, path)
+                with suppress(FileExistsError):
+                    os.link(aside, path)
                 aside.unlink()
             sync(path.parent)
         return same

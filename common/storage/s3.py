@@ -123,20 +123,28 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         full = self._full(key)
+
+        def look() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self.bucket, Key=full)
+            return answer["Body"].read(), answer["ETag"]
+
         try:
-            found = self._ask(key, lambda: self._client.get_object(Bucket=self.bucket, Key=full))
+            found, tag = self._stream(key)(look)
         except NotFound:
             return False
-        if found["Body"].read() != data:
+        if found != data:
             return False
         self.write(to, data)
         try:
-            self._client.delete_object(Bucket=self.bucket, Key=full, IfMatch=found["ETag"])
-        except ClientError as error:
-            if error_code(error) in ("NotImplemented", "501"):
+            self._client.delete_object(Bucket=self.bucket, Key=full, IfMatch=tag)
+        except Exception as error:
+            code = error_code(error) if isinstance(error, ClientError) else ""
+            if code in ("NotImplemented", "501"):
                 self.delete(key)
                 return True
-            if error_code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            if code in ("NoSuchKey", "404"):  # another process was faster, and gave it the same name
+                return False
+            if code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
                 self.delete(to)
                 return False
             raise explain(error, self._name(key), self._endpoint) from None

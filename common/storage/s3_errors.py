@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from common.errors import ConfigError, DataError, MoeAsrError, RetryableError, StoreError
@@ -51,14 +52,13 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
         name: full name of the key.
     """
     from botocore import exceptions as boto
-    from urllib3.exceptions import NameResolutionError
 
     if isinstance(error, MoeAsrError):
         return error
     where = f"{name} at {endpoint}"
     if isinstance(error, boto.ClientError):
         return _explain_answer(error, where)
-    if isinstance(error, boto.EndpointConnectionError) and isinstance(error.kwargs["error"], NameResolutionError):
+    if isinstance(error, boto.EndpointConnectionError) and _is_unknown_host(error.kwargs["error"]):
         return StoreError(f"{where}: this host name is not known; check endpoint_url and AWS_REGION")
     if isinstance(error, boto.SSLError):
         return StoreError(f"{where}: no trusted TLS connection; check https in endpoint_url, and AWS_CA_BUNDLE")
@@ -116,3 +116,10 @@ def is_connection(error: Exception) -> bool:
     from botocore.exceptions import HTTPClientError
 
     return isinstance(error, NoConnection | HTTPClientError)
+
+
+def _is_unknown_host(error: Exception) -> bool:
+    """Whether a name has no address; not a name server that does not answer now, as one that is just being replaced."""
+    from urllib3.exceptions import NameResolutionError
+
+    return isinstance(error, NameResolutionError) and getattr(error.__cause__, "errno", None) != socket.EAI_AGAIN

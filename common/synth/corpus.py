@@ -112,7 +112,7 @@ def synthesize_bench(
     Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
     and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
     sixth to dev, a third to test; all of dev and all of test speak a tenth of train's time each. A fifth of the
-    content words are never in train (`synth_sentences.held_out`), and no pair of neighbouring content words is in two
+    content words are never in train (`sentences.held_out`), and no pair of neighbouring content words is in two
     splits.
 
     Args:

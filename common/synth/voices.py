@@ -110,7 +110,7 @@ def replace_sounds(spoken: str, sounds: Mapping[str, str], rng: random.Random, s
     """Says some words with other sounds.
 
     Args:
-        spoken: phonemes, `|` between them and spaces between words (`synth.to_phonemes`).
+        spoken: phonemes, `|` between them and spaces between words (as espeak-ng writes them).
         sounds: phoneme → what is said in its place.
         share: of the words that this happens to, by chance.
     """

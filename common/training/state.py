@@ -53,7 +53,10 @@ def snapshot(
     optimizer: Any,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the next step depends on: weights, moments, random states, scaler."""
+    """Everything that the next step depends on: weights, moments, random states, scaler.
+
+    The random states are those of rank 0, which alone writes: after a resume several processes draw alike.
+    """
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     moments = optimizer.state
     for name, p in trained.items():

@@ -4,7 +4,9 @@ It reads top to bottom: load the step's batches, forward, backward, clip, step, 
 between tasks comes in as plain functions. One process or several (torchrun), by accelerate.
 
 A step's loss is the sum over its micro-batches and processes divided by their common weight (tokens), so that the same
-utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory.
+utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory. One
+term is an exception: the load-balance loss (`moe.balance_loss`) is a product of two means over a batch, so that with
+`balance_weight` above 0 the gradient depends a little on the split.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import DataError, Preempted, RetryableError
+from common.errors import DataError, Preempted, RetryableError, UsageError
 from common.harness.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
@@ -39,7 +41,7 @@ B = TypeVar("B", bound=TrainBatch)
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """Plain numbers of one training; names as in `common.config.TrainConfig` and `RuntimeConfig`."""
+    """Plain numbers of one training; names as in `common.sections.TrainConfig` and `RuntimeConfig`."""
 
     epochs: int
     accumulate: int = 1
@@ -84,15 +86,25 @@ def make_accelerator(precision: str, device: str = "auto", *, unused_parameters:
 
     Args:
         precision: `auto` (bf16 where the device has it, fp16 on older GPUs, fp32 on CPU), fp32, fp16 or bf16.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda`, or one GPU as `cuda:1`.
+
+    Raises:
+        UsageError: the machine has no such device.
+        DataError: fp16 on a CPU.
     """
+    if device.startswith("cuda"):
+        _choose_gpu(device)
+    elif device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: choose one of auto, cpu, cuda, cuda:0, cuda:1 …")
     if PartialState._shared_state and torch.distributed.is_initialized():
         AcceleratorState._reset_state()  # keeps the process group
     else:
         AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
-        precision = "fp32" if on_cpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Older GPUs emulate bf16, many times slower than they compute fp16.
+        has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if on_cpu else "bf16" if has_bf16 else "fp16"
     if on_cpu and precision == "fp16":
         raise DataError("precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     torch.set_float32_matmul_precision("high")  # TF32
@@ -106,6 +118,19 @@ def make_accelerator(precision: str, device: str = "auto", *, unused_parameters:
             )
         ],
     )
+
+
+def _choose_gpu(device: str) -> None:
+    """Makes `cuda:1` this process's GPU; plain `cuda` leaves the choice as it is."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UsageError(f"--device {device}: this machine offers no CUDA device; use cpu or auto")
+    _, colon, number = device.partition(":")
+    if not colon:
+        return
+    if not number.isdigit() or int(number) >= count:
+        raise UsageError(f"--device {device}: this machine's CUDA devices are cuda:0 to cuda:{count - 1}")
+    torch.cuda.set_device(int(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +180,8 @@ def train(
 
     Raises:
         Preempted: `stopping` became true; a checkpoint is written.
-        RetryableError: the loss is not finite twice in a row even after skipping, or memory does not suffice for one
-            utterance.
+        RetryableError: memory does not suffice for one utterance.
+        DataError: no evaluation gave a finite figure to select by: the training diverged.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     fused = device.type == "cuda"
@@ -176,6 +201,7 @@ def train(
     running = torch.zeros((), device=device)  # loss since the last row
 
     step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
+    overflows = 0  # steps in a row whose gradient was not finite
     best_value, best = math.inf, copies(trained)
     kept: list[Kept] = []
     saved_at = time.monotonic()
@@ -201,7 +227,7 @@ def train(
         scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
         if metrics:
             metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
-        value = scores.get(options.select_by, math.inf) if seen.full else math.inf
+        value = scores[options.select_by] if seen.full else math.inf
         if seen.full and options.average > 1:
             kept = keep(kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)
         if value < best_value:
@@ -215,11 +241,13 @@ def train(
         step, tensors, state = found
         if at := state["unjudged"]:  # its scores were still being computed: once more
             put(trained, tensors, "model." if at == step else "unjudged.")
+            meter.pause()
             pending = look(at, state["evaluated"] - 1)
+            meter.resume()
         restore(trained, optimizer, accelerator, tensors, state)
         best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
-        evaluated = state["evaluated"]
-        running += state["running"]
+        evaluated, split = state["evaluated"], state["split"]
+        running += state["running"] if not rank else 0  # what is saved is that of rank 0
         best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
         for number, (at, value) in enumerate(state["kept"]):
             kept.append(Kept(at, value, {name: tensors[f"kept{number}.{name}"] for name in trained}))
@@ -238,7 +266,7 @@ def train(
         tensors |= {f"extra.{name}": value for name, value in extra.items()}
         state |= {"best_value": best_value, "best_step": best_step, "bad": bad}
         state |= {"evaluated": evaluated, "running": running.item(), "kept": [(one.step, one.value) for one in kept]}
-        state["unjudged"] = pending.step if pending else None
+        state |= {"unjudged": pending.step if pending else None, "split": split}
         if pending and pending.step != step:
             tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
         state["rows"] = metrics.rows if metrics else []
@@ -275,13 +303,19 @@ def train(
                     raise RetryableError("out of memory even with single utterances; use a smaller model or GPU preset")
                 tqdm.write(f"{label}: out of memory at step {step}: batches are split in {2**split} from here on")
             norm = accelerator.clip_grad_norm_(list(trained.values()), options.max_grad_norm)
-            # A loss or gradient that is not finite must not reach the weights (fp16's scaler does the same).
-            if accelerator.scaler is None and not math.isfinite(float(norm)):
-                optimizer.zero_grad()
-                tqdm.write(f"{label}: gradient is not finite at step {step}: the step is skipped")
+            # A gradient that is not finite must not reach the weights; fp16's scaler skips such a step by itself.
+            finite, scaled = math.isfinite(float(norm)), accelerator.scaler is not None
+            overflows = 0 if finite else overflows + 1
+            if not finite:
+                if not scaled or overflows > 1:  # a scaler finds its scale by one overflow now and then
+                    tqdm.write(f"{label}: gradient is not finite at step {step}: the step is skipped")
                 if metrics:
                     metrics.event("nonfinite_steps")
+                if not scaled:
+                    optimizer.zero_grad()
             optimizer.step()
+            if not finite:
+                optimizer.zero_grad()  # the scaler leaves them, and `after_step` must not see them
             step += 1
             if after_step:
                 after_step(step, total)
@@ -293,8 +327,9 @@ def train(
                 metrics.progress(step, total)
             if step % log_every == 0 or step == total:
                 row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
-                mean = accelerator.reduce(running, "sum").item() / log_every
-                row |= {"loss": mean, "grad_norm": float(norm)} | {k: float(v / weight) for k, v in logs.items()}
+                mean = accelerator.reduce(running, "sum").item() / (step % log_every or log_every)
+                shown = {name: accelerator.reduce(value * counts, "sum") / weight for name, value in logs.items()}
+                row |= {"loss": mean, "grad_norm": float(norm)} | {name: float(value) for name, value in shown.items()}
                 running.zero_()
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 if metrics:
@@ -310,6 +345,7 @@ def train(
         meter.pause()
         improved = judge()  # of the epoch before, if its scores were computed beside this one
         if bad >= options.patience:
+            meter.resume()
             break
         pending = look(step, epoch)
         evaluated = epoch + 1
@@ -326,13 +362,17 @@ def train(
     mean_of = 0
     if len(kept) > 1:  # their mean is judged as they were: it stays only where it is not worse than the best
         put(trained, averaged([one.weights for one in kept]))
+        meter.pause()
         with torch.no_grad():
             found_scores = evaluate(wrapped, True)
         scores = dict(found_scores() if callable(found_scores) else found_scores)
+        meter.resume()
         if metrics:
             metrics.log({"step": step, "split": "average", "of": len(kept), **scores}, {})
-        if (value := scores.get(options.select_by, math.inf)) <= best_value:
+        if (value := scores[options.select_by]) <= best_value:
             best, best_value, mean_of = copies(trained), value, len(kept)
+    if not math.isfinite(best_value):
+        raise DataError(f"{label}: no evaluation gave a finite {options.select_by}; lower the learning rate")
     put(trained, best)
     return TrainResult(step, best_step, best_value, meter.rates(), sum(p.numel() for p in trained.values()), mean_of)
 

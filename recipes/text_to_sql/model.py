@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -51,8 +52,8 @@ def pretrained(name: str, queries: Sequence[str]) -> tuple[TextToSql, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        t5 = T5ForConditionalGeneration.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        t5 = T5ForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"--model {name} is no T5 that can be loaded ({first}): give a folder, or a hub name") from None
     add_missing(tokenizer, queries)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,8 @@ def run(
     }
     if table is not None and config.asr.route_by == "speaker":
         table = speaker_means(table, [u for which in sets.values() for u in which.utterances])
-    recogniser = build(config, model, table, gate, experts).to(accelerator.device)
+    heard = [u.id for u in sets["train"].utterances]
+    recogniser = build(config, model, table, gate, experts, fit=heard).to(accelerator.device)
     if config.asr.compile:
         recogniser.compile_blocks()
     result = _train(config, context, recogniser, sets, table, codec, accelerator)
@@ -111,9 +112,20 @@ def _speech_set(
 
 
 def build(
-    config: Config, model: Path, table: EmbeddingTable | None, gate: Sequence[Path], experts: Sequence[Path]
+    config: Config,
+    model: Path,
+    table: EmbeddingTable | None,
+    gate: Sequence[Path],
+    experts: Sequence[Path],
+    *,
+    fit: Sequence[str] | None = None,
 ) -> Recogniser:
-    """The model to train: pre-trained gate and experts where they are given, random ones otherwise."""
+    """The model to train: pre-trained gate and experts where they are given, random ones otherwise.
+
+    Args:
+        table: embeddings of the utterances that a gate chooses experts for.
+        fit: the utterances that a random gate takes its scale from; all of the table when None.
+    """
     options = config.asr
     torch.manual_seed(config.seed)
     whisper = load_whisper(model)
@@ -139,7 +151,7 @@ def build(
     return Recogniser(
         whisper,
         slot=slot,
-        gate=_gate(config, table, gate, count),
+        gate=_gate(config, table, gate, count, fit),
         options=router,
         remat=options.gradient_checkpointing,
         augmentation=augmentation(config),
@@ -164,14 +176,16 @@ def _build_adalora(config: Config, whisper: WhisperForConditionalGeneration) -> 
     )
 
 
-def _gate(config: Config, table: EmbeddingTable | None, gate: Sequence[Path], count: int) -> Gate | None:
+def _gate(
+    config: Config, table: EmbeddingTable | None, gate: Sequence[Path], count: int, fit: Sequence[str] | None
+) -> Gate | None:
     if count == 1:
         return None
     if gate:
         return load_gate(gate[0], config.gating.dropout)
     assert table is not None
     random = Gate(table.vectors_ND.shape[1], config.gating.hidden, count, config.gating.dropout)
-    random.fit_scale(torch.from_numpy(table.vectors_ND))
+    random.fit_scale(torch.from_numpy(table.vectors_ND if fit is None else table.rows(fit)))
     return random
 
 
@@ -209,21 +223,64 @@ def _train(
     codec: TextCodec,
     accelerator: Accelerator,
 ) -> TrainResult:
-    dev, seconds = sets["dev"], config.runtime.extract_batch_seconds
-    decoding = decoding_options(config)
+    options = train_options(config.asr, config)
+    if config.asr.adapt == "adalora":
+        options = replace(options, select_from=1 - rank_plan(config).final)  # before, it is not the model wished for
+    after_step, extra = _after_step(config, recogniser)
+    _look_at(recogniser, sets["train"], table)
+    return train(
+        recogniser,
+        accelerator=accelerator,
+        groups=parameter_groups(recogniser, config),
+        plan_epoch=epoch_planner(sets["train"].examples, config.asr, config.seed),
+        load=sets["train"].loader,
+        evaluate=_make_evaluate(config, context, recogniser, sets, table, codec, accelerator),
+        options=options,
+        checkpointer=context.checkpointer(),
+        metrics=context.metrics,
+        stopping=context.stopping,
+        after_step=after_step,
+        extra=extra,
+        label="asr",
+    )
+
+
+def _after_step(
+    config: Config, recogniser: Recogniser
+) -> tuple[Callable[[int, int], None] | None, Mapping[str, torch.Tensor]]:
+    """What a regime does after each step, and the tensors that it changes."""
+    if config.asr.adapt == "adalora":
+        return partial(adalora.allocate, recogniser, plan=rank_plan(config)), adalora.importance_tensors(recogniser)
+    if recogniser.slot is not None and recogniser.slot.tied is not None:
+        return partial(part_after, recogniser.slot, config.asr.common_share), {"tied": recogniser.slot.tied}
+    return None, {}
+
+
+def _look_at(recogniser: Recogniser, which: SpeechSet, table: EmbeddingTable | None) -> None:
+    """Points the gate, where there is one, at the embeddings of a split: a batch's rows are places in it."""
+    if recogniser.gate is not None and table is not None:
+        device = recogniser.whisper.proj_out.weight.device
+        recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in which.examples])).to(device)
+
+
+def _make_evaluate(
+    config: Config,
+    context: Context,
+    recogniser: Recogniser,
+    sets: Mapping[str, SpeechSet],
+    table: EmbeddingTable | None,
+    codec: TextCodec,
+    accelerator: Accelerator,
+) -> Callable[[nn.Module, bool], dict[str, float]]:
+    """A function for the loop: dev's loss, and the WER of a part of it where checkpoints are selected by that."""
+    dev, seconds, decoding = sets["dev"], config.runtime.extract_batch_seconds, decoding_options(config)
     decoded = dev.some(config.asr.select_samples, config.seed)
     wanted = {u.id for u in decoded}
     subset = [example for example in dev.examples if example.id in wanted]
     subset_loader = BatchLoader(subset, num_workers=min(1, config.runtime.num_workers), device=accelerator.device)
 
-    def look_at(which: SpeechSet) -> None:
-        if recogniser.gate is not None and table is not None:
-            recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in which.examples])).to(
-                accelerator.device
-            )
-
     def evaluate(module: nn.Module, full: bool) -> dict[str, float]:
-        look_at(dev)
+        _look_at(recogniser, dev, table)
         _show_routing(recogniser, config, context)
         scores = {"loss": mean_loss(module, dev.examples, dev.loader, accelerator, seconds)}
         if full and config.asr.select_by == "wer":
@@ -234,34 +291,10 @@ def _train(
                 labels = {"split": "dev", "etiology": name, "model": "after"}
                 context.metrics.live.set(telemetry.WER, wer(group), **labels)
                 context.metrics.live.set(telemetry.CER, cer(group), **labels)
-        look_at(sets["train"])
+        _look_at(recogniser, sets["train"], table)
         return scores
 
-    look_at(sets["train"])
-    options, after_step = train_options(config.asr, config), None
-    if config.asr.adapt == "adalora":
-        ranks = rank_plan(config)
-        options = replace(options, select_from=1 - ranks.final)  # before, it is not the model that was wished for
-        after_step = partial(adalora.allocate, recogniser, plan=ranks)
-    extra = adalora.importance_tensors(recogniser)
-    if recogniser.slot is not None and recogniser.slot.tied is not None:
-        after_step = partial(part_after, recogniser.slot, config.asr.common_share)
-        extra = {"tied": recogniser.slot.tied}
-    return train(
-        recogniser,
-        accelerator=accelerator,
-        groups=parameter_groups(recogniser, config),
-        plan_epoch=epoch_planner(sets["train"].examples, config.asr, config.seed),
-        load=sets["train"].loader,
-        evaluate=evaluate,
-        options=options,
-        checkpointer=context.checkpointer(),
-        metrics=context.metrics,
-        stopping=context.stopping,
-        after_step=after_step,
-        extra=extra,
-        label="asr",
-    )
+    return evaluate
 
 
 def _show_routing(recogniser: Recogniser, config: Config, context: Context) -> None:
@@ -327,8 +360,9 @@ def _evaluate(
     if not accelerator.is_main_process:
         return
     language = config.model.language
-    rows = prediction_rows(test.utterances, before, after, language, routing)
-    summary = summarise(test.utterances, before, after, language)
+    old, new = (score_set(test.utterances, texts, language) for texts in (before, after))
+    rows = prediction_rows(test.utterances, before, after, old, new, routing)
+    summary = summarise(test.utterances, old, new)
     report |= {
         "mixture": config.asr.mixture if config.asr.adapt == "lora" else "none",
         "trained_parameters": result.parameters,
@@ -356,8 +390,8 @@ def _routing(
     """Experts and weights of each test utterance, and the summary of them; points the model at test's embeddings."""
     if recogniser.gate is None or table is None:
         return {}, {"experts": 1 if recogniser.slot else 0, "top_k": 1}
-    device = recogniser.whisper.proj_out.weight.device
-    recogniser.embeddings_ND = torch.from_numpy(table.rows([e.id for e in test.examples])).to(device)
+    _look_at(recogniser, test, table)
+    assert recogniser.embeddings_ND is not None
     with torch.no_grad():
         logits_NE = recogniser.gate(recogniser.embeddings_ND)
     top_k = 1 if config.asr.mixture != "blend" else config.asr.top_k

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
@@ -34,9 +34,8 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
         )
     options = config.cluster
     found = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
-    reduced_NP = reduce_dimensions(points_ND, method=options.reduce, dim=options.reduce_dim, seed=config.seed)
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
-    report = cluster_report(found, reduced_NP, groups=groups, seed=config.seed)
+    report = cluster_report(found, found.reduced_NP, groups=groups, seed=config.seed)
     rows = [
         {"id": u.id, "cluster": int(label), "noise": bool(noise), "probability": round(float(probability), 6)}
         for u, label, noise, probability in zip(
@@ -47,7 +46,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     np.save(output / "centroids.npy", found.centroids_KD, allow_pickle=False)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot != "none":
-        _draw(options.plot, reduced_NP, utterances, rows, config.seed, output)
+        _draw(options.plot, found.reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances))
     context.summary |= {"clusters": len(found.centroids_KD), "noise_share": report["noise_share"]}
 

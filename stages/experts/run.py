@@ -47,27 +47,9 @@ def run(
     """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`."""
     expert = context.shard or 0
     options = config.experts
-    table, router = read_tables(embeddings), load_gate(gate[0]).eval()
-    mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
-    if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
-        cluster_of = read_jsonl_column(clusters[0] / "assignments.jsonl", "cluster")
-        mine = [u for u in corpus.split("train") if cluster_of.get(u.id) == expert]
-    dev = evaluation_subset(config, corpus, "dev")
-    dev = assigned(dev, table, router, expert) or dev
-
+    mine, dev = _utterances(config, corpus, embeddings, clusters[0], gate[0], expert)
     accelerator = make_accelerator(config.precision, config.runtime.device)
-    torch.manual_seed(config.seed + expert)
-    whisper = load_whisper(model)
-    slot = add_mixture(
-        whisper,
-        targets=config.lora.targets,
-        num_experts=1,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        within=lora_scope(config.lora.modules),
-    )
-    recogniser = Recogniser(whisper, slot=slot, augmentation=augmentation(config)).to(accelerator.device)
+    recogniser = _recogniser(config, model, expert).to(accelerator.device)
     if options.compile:
         recogniser.compile_blocks()
     codec = load_codec(model, language=config.model.language, task=config.model.task)
@@ -99,7 +81,7 @@ def run(
         stopping=context.stopping,
         label=f"expert {expert}",
     )
-    save_expert(whisper, 0, output, base_model=config.model.name, alpha=config.lora.alpha)
+    save_expert(recogniser.whisper, 0, output, base_model=config.model.name, alpha=config.lora.alpha)
     report = {
         "cluster": expert,
         "utterances": len(train_set),
@@ -110,6 +92,35 @@ def run(
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     context.summary |= {"utterances": len(train_set), "steps": result.steps, "throughput": result.throughput}
+
+
+def _utterances(
+    config: Config, corpus: Corpus, embeddings: Sequence[Path], clusters: Path, gate: Path, expert: int
+) -> tuple[list[Utterance], list[Utterance]]:
+    """What the expert is trained on, and what of dev it is judged by."""
+    table, router = read_tables(embeddings), load_gate(gate).eval()
+    mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
+    if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
+        cluster_of = read_jsonl_column(clusters / "assignments.jsonl", "cluster")
+        mine = [u for u in corpus.split("train") if cluster_of.get(u.id) == expert]
+    dev = evaluation_subset(config, corpus, "dev")
+    return mine, assigned(dev, table, router, expert) or dev
+
+
+def _recogniser(config: Config, model: Path, expert: int) -> Recogniser:
+    """The base model with one new expert."""
+    torch.manual_seed(config.seed + expert)
+    whisper = load_whisper(model)
+    slot = add_mixture(
+        whisper,
+        targets=config.lora.targets,
+        num_experts=1,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        within=lora_scope(config.lora.modules),
+    )
+    return Recogniser(whisper, slot=slot, augmentation=augmentation(config))
 
 
 def assigned(utterances: Sequence[Utterance], table: EmbeddingTable, gate: Gate, expert: int) -> list[Utterance]:

@@ -86,7 +86,9 @@ def test_the_page_needs_no_network_and_its_players_find_the_audio(base):
     players = page.all("audio")
     assert players and all(player["aria-label"] for player in players)
     for player in players:
-        assert not player["src"].startswith("/") and (base / unquote(player["src"])).is_file()
+        path, _, part = player["src"].partition("#t=")
+        assert not path.startswith("/") and (base / unquote(path)).is_file()
+        assert float(part.split(",")[1]) > float(part.split(",")[0]) == 0
 
 
 def test_a_packed_corpus_has_its_audio_in_the_page(micro_model, tones, tmp_path):
@@ -130,6 +132,9 @@ def test_long_utterances_are_refused_or_dropped_and_counted(micro_model, tones, 
     call(*words, "--long-audio", "drop")
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (found["left_out"], found["overall"]["utterances"]) == (1, 3)
+    call(*words, "--long-audio", "drop", "--samples", 2, "--overwrite")
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (found["left_out"], found["overall"]["utterances"]) == (1, 2)
     assert "1 utterances left out" in Page((tmp_path / "out" / "report.html").read_text()).words
 
 
@@ -224,6 +229,7 @@ def test_comparisons_that_make_no_sense_are_refused(evaluated, micro_run, micro_
         (("micro", "--group", "alone"), UsageError, "--group alone: write it as NAME=RUN,RUN,RUN"),
         (("micro", other), DataError, "other lacks 7 of 12 and has 0 others"),
         (("micro", "--reference", "moon"), UsageError, "--reference moon: not among micro"),
+        (("--group", "base=micro", "--with-base"), UsageError, "base is the model before training"),
         ((evaluated, "--with-base"), DataError, "does not hold what its base model heard"),
     ]
     for words, kind, message in refused:

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import click
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from common.console import run_command
 from tests.stages.test_pipeline import micro_config
 
 OPTIONS = """
@@ -40,6 +43,9 @@ def moe_asr(*words, cwd, module="cli.main"):
         (["run", "--data-percent", "0"], 64, "--data-percent 0.0"),
         (["run", "--config", "missing.yaml"], 78, "missing.yaml does not exist"),
         (["run", "--corpus", "nowhere"], 65, "nowhere"),
+        (["run", "--config", "."], 78, "configuration file . cannot be read"),
+        (["runs", "list", "--store", "s3://bucket", "--endpoint-url", "http://[x"], 78, "endpoint_url is malformed"),
+        (["sweep", "--regimes", "dense", "--max-steps", "8", "--seeds", "²"], 64, "--seeds ²"),
         (["status", "nothing"], 65, "no run 'nothing'"),
         (["run", "--frobnicate"], 64, "No such option"),
         (["model", "import-ct2", "nowhere", "out"], 65, "nowhere"),
@@ -51,6 +57,18 @@ def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, words, code, messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_the_program_has_a_traceback_and_a_code_that_no_cluster_tries_again(capsys):
+    for fault in (ZeroDivisionError("x"), OSError(5, "Input/output error")):
+
+        @click.command()
+        def broken(fault=fault):
+            raise fault
+
+        with patch.object(sys, "argv", ["broken"]), pytest.raises(SystemExit) as ended:
+            run_command(broken)
+        assert ended.value.code == 70 and "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.harness.plan", "common.harness.contract"])

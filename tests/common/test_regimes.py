@@ -41,3 +41,24 @@ def test_adalora_ends_with_the_ranks_of_lora_unless_told_otherwise():
 def test_adalora_settings_that_cannot_be_are_refused(adalora, message):
     with pytest.raises(ConfigError, match=message):
         validate({"adalora": adalora})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("gating.select_by", "wer"),  # neither is decoded
+        ("experts.select_by", "wer"),
+        ("runtime.device", "gpu"),
+        ("runtime.device", "cuda:"),
+        ("extract.layer", -2),
+        ("decode.max_new_tokens", 444),  # prompt 4 and end 1: 449 of the decoder's 448 positions
+    ],
+)
+def test_what_no_stage_could_do_is_refused_at_once(path, value):
+    with pytest.raises(ConfigError, match=path):
+        resolve("full", options={path: value})
+
+
+def test_devices_that_there_may_be_are_let_through():
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:11"):
+        assert resolve("full", options={"runtime.device": device}).runtime.device == device

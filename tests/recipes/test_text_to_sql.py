@@ -1,5 +1,6 @@
 """The recipe: hostile queries harm nobody, metrics are what one computes by hand, resumed equals uninterrupted."""
 
+import copy
 import hashlib
 import json
 import sqlite3
@@ -23,7 +24,7 @@ from recipes.text_to_sql.data import epoch_batches, find_database, make_examples
 from recipes.text_to_sql.flights import make_pairs, write_demo
 from recipes.text_to_sql.generate import generate
 from recipes.text_to_sql.metrics import record_f1, score
-from recipes.text_to_sql.model import add_missing, from_scratch, make_tokenizer, pretrained, save
+from recipes.text_to_sql.model import TextToSql, add_missing, from_scratch, make_tokenizer, pretrained, save
 from recipes.text_to_sql.settings import Settings
 from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries
 
@@ -329,6 +330,22 @@ def test_characters_that_a_vocabulary_lacks_are_added():
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     assert add_missing(wrapped, ["x < 5", "x > 5"]) == ["<", ">"]
     assert wrapped.unk_token_id not in wrapped("x<5")["input_ids"] and add_missing(wrapped, ["x < 5"]) == []
+
+
+def test_a_checkpoint_of_half_precision_is_trained_in_fp32(micro, tmp_path):
+    model, tokenizer, _, texts = micro
+    save(TextToSql(copy.deepcopy(model.t5).bfloat16()), tokenizer, tmp_path)
+    loaded, _ = pretrained(str(tmp_path), texts[1])
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_a_truncated_checkpoint_is_refused(micro, tmp_path):
+    model, tokenizer, _, texts = micro
+    save(model, tokenizer, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"is no T5 that can be loaded"):
+        pretrained(str(tmp_path), texts[1])
 
 
 def test_what_is_no_t5_is_refused_by_name(tmp_path):

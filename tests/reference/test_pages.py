@@ -18,7 +18,7 @@ from reference.__main__ import generated
 from reference.blocks import fill, table
 from reference.commands import _commands
 from reference.settings import read_by
-from reference.tree import FOLDERS, ROOT, tree
+from reference.tree import FOLDERS, ROOT, entries, phrase, tree
 from stages import STAGES
 
 MADE = generated()
@@ -64,11 +64,21 @@ def test_every_exit_code_of_an_error_stands_in_the_table():
 
 
 def test_every_module_tells_what_it_is():
-    lines = {line.split()[0] for line in tree() if line and not line.startswith("```")}
     for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            name = path.relative_to(ROOT).as_posix().removesuffix("__init__.py")
-            assert name in lines or not path.read_text(encoding="utf-8").strip(), name
+        files = {path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
+        told = [(name, path) for _, name, path in entries(ROOT / folder) if not name.endswith("/")]
+        assert sorted(path for _, path in told) == sorted(files)
+        assert [name for name, path in told if not phrase(path)] == []
+
+
+def test_the_tree_shows_folders_behind_the_files_beside_them():
+    lines = tree()
+    common = lines[1 : lines.index("")]
+    assert common[0].startswith("common/ ") and common[1].startswith("  config.py ")
+    assert next(line for line in common[1:] if not line.endswith(".py") and "/ " in line[:20]).startswith(
+        "  clustering/"
+    )
+    assert any(line.startswith("    hdbscan.py ") for line in common)
 
 
 def test_a_block_is_filled_between_its_marks_and_nothing_else_changes():

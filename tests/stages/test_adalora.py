@@ -18,10 +18,11 @@ from common.model.adapters import read_adapter
 from common.model.export import probe
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
-from common.recognition.opened import open_model, transcribe_opened
+from common.recognition.opened import open_model
 from common.storage import open_store
 from stages import run_function
 from stages.pipeline import Run, run_pipeline
+from tests.factories import heard_texts
 from tests.stages.test_pipeline import digests, micro_config, stop_after
 
 
@@ -72,7 +73,7 @@ def test_read_back_it_hears_what_the_run_heard(made, tmp_path, tones):
     loader = BatchLoader(examples, num_workers=0, device=torch.device("cpu"))
     heard = {}
     for batch in loader(epoch_batches(examples, batch_size=16, shuffle=False)):
-        heard |= zip(batch.ids, transcribe_opened(opened, batch, Decoding(16, 6)), strict=True)
+        heard |= zip(batch.ids, heard_texts(opened, batch, Decoding(16, 6)), strict=True)
     assert heard == {row["id"]: row["hypothesis"] for row in rows}
 
 

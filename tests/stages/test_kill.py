@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import common.files
-import common.storage.store
+import common.storage.local
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages.pipeline import run_pipeline
@@ -50,7 +50,7 @@ def states(tmp_path_factory, micro_model, tones):
         seen.append(folder / f"{len(seen):04d}")
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (common.files, common.storage.store):
+        for module in (common.files, common.storage.local):
             patch.setattr(module, "moment", remember)
         run_pipeline(quick_config(store, micro_model, tones))
     remember()

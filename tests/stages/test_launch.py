@@ -53,8 +53,9 @@ def finished(run: Run) -> Path:
 
 
 def curve(folder: Path) -> list[float]:
+    """All losses in turn, and of the training's rows the cross-entropies too."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows]
+    return [row[name] for row in rows for name in ("loss", "ce") if name in row]
 
 
 def test_two_processes_learn_as_one_with_the_same_global_batch(tmp_path, micro_model, tones):

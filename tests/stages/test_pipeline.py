@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 
 from common.config import validate
-from common.errors import ConfigError, DataError, Preempted
+from common.errors import ConfigError, DataError, Preempted, RetryableError
+from common.harness.plan import Planned, Task
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages import STAGES
-from stages.pipeline import Run, run_pipeline
+from stages.pipeline import Run, parallel_slots, run_in_processes, run_pipeline
 from tests.servers import free_port
 
 RUNTIME = {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False}
@@ -225,15 +227,117 @@ def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finishe
     store, _ = again
     for manifest in (store / "artifacts" / "experts").glob("*/manifest.json"):
         manifest.unlink()
+    record = json.loads((store / "micro" / "run.json").read_text())
+    old = [row | {"host": "elsewhere"} for row in record["timeline"]]
+    (store / "micro" / "run.json").write_text(json.dumps(record | {"timeline": old}))
     port = free_port()
     runtime = RUNTIME | {"parallel_experts": 2, "metrics_port": port, "metrics_linger_seconds": 5}
     with watched(port + 1, port + 2) as served:
         run_pipeline(micro_config(store, micro_model, tones, runtime=runtime))
     assert digests(store) == digests(finished[0])
+    timeline = json.loads((store / "micro" / "run.json").read_text())["timeline"]
+    made = sorted((r["shard"], r["status"], r["host"] != "elsewhere") for r in timeline if r["stage"] == "experts")
+    assert made == [("0", "run", True), ("1", "run", True)]
     assert [{name for name in ("0", "1") if f'shard="{name}"' in text} for text in served.values()] in (
         [{"0"}, {"1"}],
         [{"1"}, {"0"}],
     )
+
+
+def test_a_shard_that_the_timeline_lost_is_in_it_again(again):
+    store, config = again
+    record = json.loads((store / "micro" / "run.json").read_text())
+    kept = [r for r in record["timeline"] if (r["stage"], r["shard"]) != ("experts", "1")]
+    (store / "micro" / "run.json").write_text(json.dumps(record | {"timeline": kept}))
+    run_pipeline(config)
+    found = json.loads((store / "micro" / "run.json").read_text())["timeline"]
+    assert found[:-1] == kept
+    assert (found[-1]["stage"], found[-1]["shard"], found[-1]["status"]) == ("experts", "1", "skipped")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "parallel", "expected"),
+    [
+        (None, "auto", None, ["0", "1"]),
+        ("2,3", "auto", None, ["2", "3"]),
+        ("GPU-ab, GPU-cd", "cuda", 3, ["GPU-ab", "GPU-cd", "GPU-ab"]),
+        ("2,3", "cuda:1", 2, ["2,3", "2,3"]),
+        ("2,3", "cpu", 2, ["", ""]),
+    ],
+)
+def test_processes_get_the_gpus_that_the_user_left_visible(monkeypatch, visible, device, parallel, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    config = validate({"runtime": {"device": device, "parallel_experts": parallel}})
+    assert parallel_slots(config) == expected
+
+
+STAGE = """#!{python} -S
+import signal, sys, time
+
+def write(name, text):
+    with open(f"{{__file__}}.{{name}}", "a") as file:
+        file.write(f"{{text}}\\n")
+
+def told(*_):
+    write("said", "told")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, told)
+write("started", signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+while True:
+    time.sleep(0.05)
+"""
+
+
+def test_a_stop_reaches_the_processes_and_no_more_are_started(tmp_path, micro_model, tones, monkeypatch):
+    program = tmp_path / "stage"
+    program.write_text(STAGE.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr("stages.pipeline.sys.executable", str(program))
+    run = Run(micro_config(tmp_path / "store", micro_model, tones))
+    contract = next(one for one in STAGES if one.name == "experts")
+    planned = [Planned(Task(contract, i, Key("experts", str(i)), {}), "todo", "", None) for i in range(3)]
+    started, said = Path(f"{program}.started"), Path(f"{program}.said")
+
+    def stopping():
+        return started.is_file() and started.read_text().count("\n") == 2
+
+    with pytest.raises(Preempted, match="told to stop"):
+        run_in_processes(run, planned, ["", ""], stopping)
+    assert said.read_text() == "told\n" * 2
+    assert started.read_text() == "True\n" * 2  # whether SIGINT is blocked: a Ctrl-C is ours alone to pass on
+    assert not list(run.cache.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(Preempted("told"), "stopped"), (KeyboardInterrupt(), "stopped"), (DataError("x"), "failed")]
+)
+@pytest.mark.parametrize("place", ["_run_stages", "finish"])
+def test_how_a_run_ended_is_recorded(again, monkeypatch, error, status, place):
+    store, config = again
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(f"stages.pipeline.{place}", fail)
+    with pytest.raises(type(error)):
+        run_pipeline(config)
+    assert json.loads((store / "micro" / "run.json").read_text())["status"] == status
+
+
+def test_results_that_stay_damaged_end_a_run_as_failed(again, monkeypatch):
+    store, config = again
+
+    def fail(*_):
+        raise RetryableError("damaged")
+
+    monkeypatch.setattr("stages.pipeline.finish", fail)
+    with pytest.raises(RetryableError):
+        run_pipeline(config)
+    assert json.loads((store / "micro" / "run.json").read_text())["status"] == "failed"
 
 
 def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):

@@ -137,3 +137,12 @@ def test_a_setting_of_one_regime_reaches_it_alone(swept):
     assert [run.name for run in runs] == ["s-regular-s1", "s-full-s1", "s-regular-s2", "s-full-s2"]
     assert {run.config.asr.learning_rate for run in runs if run.regime == "full"} == {1e-5}
     assert {run.config.asr.learning_rate for run in runs if run.regime == "regular"} == {2e-4}
+
+
+def test_a_setting_that_switches_clustering_off_is_heeded_when_clusters_are_counted(swept):
+    own = {"moe": {"asr.pretrained": False}}
+    (alone,) = plan_sweep(swept[1], ["moe"], seeds=[1], steps=STEPS, settings=own)
+    assert (alone.config.asr.pretrained, alone.config.asr.max_steps) == (False, STEPS)
+    assert alone.config.experts.max_steps is None
+    both = plan_sweep(swept[1], ["moe", "shared"], seeds=[1], steps=STEPS, settings=own)
+    assert [run.config.asr.max_steps for run in both] == [STEPS, STEPS - 2 * both[1].config.experts.max_steps]

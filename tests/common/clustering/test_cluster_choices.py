@@ -8,6 +8,7 @@ from common.clustering.choices import ClusterOptions, compare_clusterings, embed
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.features import log_mel
+from common.errors import DataError
 from common.model.recogniser import Recogniser
 from common.model.whisper import encode, encode_layers, load_codec, load_whisper
 from common.training.train import make_accelerator
@@ -77,8 +78,10 @@ def test_one_pass_gives_every_layer(encoder):
         for layer, hidden_BTD in found.items():
             torch.testing.assert_close(hidden_BTD, encode(recogniser.whisper, mel_BMF, layer=layer))
     for wrong in ([3], [-2], [0, 7]):
-        with pytest.raises(ValueError, match="the encoder has 2 blocks"):
+        with pytest.raises(DataError, match="the encoder has 2 blocks"):
             encode_layers(recogniser.whisper, mel_BMF, wrong)
+        with pytest.raises(DataError, match="the encoder has 2 blocks"):
+            encode(recogniser.whisper, mel_BMF, layer=wrong[-1])
 
 
 def test_embeddings_of_many_layers_equal_those_of_the_extract_stage(encoder):

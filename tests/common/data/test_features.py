@@ -14,6 +14,7 @@ from common.data.features import (
     log_mel,
     valid_positions,
 )
+from common.errors import DataError
 from common.model.whisper import encode, load_codec, load_whisper, pool
 
 
@@ -76,8 +77,9 @@ def test_pooling_ignores_what_lies_behind_the_utterance():
 
 
 def test_layer_beyond_the_encoder_is_refused(micro_model):
-    with pytest.raises(ValueError, match="has 2 blocks"):
-        encode(load_whisper(micro_model), torch.randn(1, 80, 128), layer=3)
+    for layer in (3, -2):
+        with pytest.raises(DataError, match="has 2 blocks"):
+            encode(load_whisper(micro_model), torch.randn(1, 80, 128), layer=layer)
 
 
 def test_labels_hold_one_start_token_and_no_prompt(micro_model):

@@ -50,6 +50,14 @@ def test_a_table_becomes_a_corpus(tmp_path, audio, name, separator):
     assert corpus == read_corpus(tmp_path / "out")
 
 
+def test_a_line_of_json_may_leave_out_what_another_one_has(tmp_path, audio):
+    first, second = {"audio": "0.wav", "text": "x"}, {"audio": "1.wav", "text": "y", "split": "test", "speaker": "s"}
+    corpus = import_table(write_table(audio / "t.jsonl", [first | {"split": "train"}, second]), tmp_path / "out")
+    assert [(u.split, u.speaker) for u in corpus.utterances] == [("train", ""), ("test", "s")]
+    with pytest.raises(DataError, match=r"t\.jsonl:1: no split, but other rows have one"):
+        import_table(write_table(audio / "t.jsonl", [first, second]), tmp_path / "other")
+
+
 def test_copied_audio_makes_a_corpus_that_can_move(tmp_path, audio):
     corpus = import_table(write_table(audio / "t.csv", rows()), tmp_path / "out", copy_audio=True)
     (tmp_path / "out").rename(tmp_path / "moved")

@@ -1,13 +1,17 @@
 """The gate's report: hand-computed calibration, votes of neighbours, one routing per speaker, numbers of experts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from common.clustering.embeddings import EmbeddingTable, speaker_means
+from common.config import validate
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Utterance, read_corpus
 from common.errors import DataError
+from common.evaluation import gate_run
 from common.evaluation.gate_quality import (
     DecodingSet,
     NearestClusters,
@@ -164,3 +168,23 @@ def test_a_mixture_that_is_not_blended_has_one_expert_always(trained):
     finally:
         recogniser.options = RouterOptions(top_k=2)
     assert [(row["top_k"], row["trained"]) for row in rows] == [(0, False), (1, True)]
+
+
+def test_more_experts_per_utterance_than_clusters_were_found_count_as_all_of_them(trained, tones, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(gate_run, "sensitivity", lambda *_, **given: asked.update(given) or [])
+    recogniser, data, _ = trained
+    info = SimpleNamespace(num_experts=EXPERTS, top_k=8, route_by="utterance")
+    opened = SimpleNamespace(
+        recogniser=recogniser,
+        info=info,
+        codec=data.codec,
+        context="dynamic",
+        margin=64,
+        accelerator=data.accelerator,
+        language="en",
+    )
+    split = {"test": list(data.utterances)}
+    run = SimpleNamespace(opened=opened, corpus=read_corpus(tones), split=split, config=validate({}))
+    gate_run._sensitivity(run, {}, (0, 1, 8))
+    assert asked == {"counts": [0, 1, EXPERTS], "trained": (EXPERTS, "utterance")}

@@ -247,6 +247,13 @@ def test_folders_appear_whole_and_only_our_own_are_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "precious").is_file()
 
 
+def test_the_current_folder_can_be_written_if_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with new_folder(tmp_path.relative_to(tmp_path)) as folder:  # "."
+        (folder / "a").write_text("1")
+    assert (tmp_path / "a").read_text() == "1"
+
+
 def test_pages_have_no_gap():
     table = {
         "base": "b", "adapters": ["expert-0"], "rank": 4, "mixture": "hard", "top_k": 1, "language": "en",

@@ -72,6 +72,17 @@ def test_a_smaller_rank_is_the_closest_and_tells_its_error(two, tmp_path):
     assert read_info(tmp_path / "small").rank == 3
 
 
+def test_a_rank_over_a_layers_width_loses_nothing(tmp_path, micro_model):
+    """The micro model is 32 wide: matrices of 40 ranks together are no longer square after the QR."""
+    runs = [make_bundle(tmp_path / str(seed), micro_model, experts=1, rank=20, seed=seed) for seed in (1, 2)]
+    made = merge_models(runs, [0.5, 0.5], tmp_path / "cut", rank=36)
+    merge_models(runs, [0.5, 0.5], tmp_path / "exact")
+    assert made.rank == 36 and made.error < 1e-6
+    exact = delta(tmp_path / "exact")
+    for name, added in delta(tmp_path / "cut").items():
+        torch.testing.assert_close(added, exact[name], rtol=1e-4, atol=1e-5)
+
+
 def test_the_mean_of_the_matrices_is_not_the_mean_of_the_models(two, tmp_path, micro_model):
     same_rank = make_bundle(tmp_path / "c", micro_model, experts=1, rank=4, seed=3)
     merge_models([two[0], same_rank], [0.5, 0.5], tmp_path / "out")

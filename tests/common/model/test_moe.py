@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common.errors import DataError
-from common.model.adapters import load_expert, merge_expert, save_expert
+from common.model.adapters import load_expert, merge_experts, save_expert
 from common.model.moe import (
     Gate,
     MixtureLinear,
@@ -134,7 +134,7 @@ def test_merged_equals_unmerged(mixed, mel_BMF):
     whisper, slot = mixed
     slot.routing = routing_of([[1]] * 3, [[1.0]] * 3)
     merged = copy.deepcopy(whisper)
-    merge_expert(merged, 1)
+    merge_experts(merged, {1: 1.0})
     assert not list(mixture_layers(merged))
     torch.testing.assert_close(encode(whisper, mel_BMF), encode(merged, mel_BMF), rtol=1e-4, atol=1e-5)
 

@@ -15,10 +15,11 @@ from common.data.corpus import Utterance
 from common.data.features import context_positions
 from common.evaluation.wer import normalise
 from common.recognition.decode import Decoding
-from common.recognition.opened import open_model, transcribe_opened
+from common.recognition.opened import open_model
 from common.recognition.segment import divide
 from common.recognition.transcribe import make_batch, segments_of, transcribe_audio
 from common.synth.corpus import synthesize
+from tests.factories import heard_texts
 
 DECODING = Decoding(batch_size=4, max_new_tokens=224)
 
@@ -144,7 +145,7 @@ def test_a_short_recording_is_one_window_with_the_text_of_evaluation(opened, spo
     found = transcribe_audio(opened, audios, DECODING)
     for samples, windows in zip(audios, found, strict=True):
         length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
-        expected = transcribe_opened(opened, make_batch(opened, [(samples, length)]), DECODING)
+        expected = heard_texts(opened, make_batch(opened, [(samples, length)]), DECODING)
         assert [window.decoded.text for window in windows] == expected
 
 

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from common.storage import open_store
 from common.storage.doctor import check_store
 from common.storage.local import LocalStore
 from common.storage.s3 import S3Store
+from common.storage.s3_errors import explain
 from common.storage.store import Entry
 from tests.servers import ACCESS, SECRET, free_port
 
@@ -127,6 +129,17 @@ def test_moving_aside_needs_the_bytes_that_were_judged(any_store):
     assert any_store.move_aside("m", "m.old", b"one")
     assert names(any_store) == ["m.old"]
     assert not any_store.move_aside("m", "m.old", b"one")
+
+
+def test_moving_aside_what_another_process_moves_meanwhile_is_no_fault(any_store, monkeypatch):
+    any_store.write("m", b"one")
+    if isinstance(any_store, LocalStore):
+        monkeypatch.setattr("common.storage.local.moment", lambda: (any_store.root / "m").unlink(missing_ok=True))
+    else:
+        write = S3Store.write
+        monkeypatch.setattr(S3Store, "write", lambda self, *words: (write(self, *words), self.delete("m")))
+    any_store.move_aside("m", "m.old", b"one")
+    assert "m" not in names(any_store)
 
 
 def test_folders_travel_both_ways_and_again_only_what_changed(any_store, tmp_path):
@@ -527,7 +540,19 @@ def test_a_host_that_does_not_exist_is_told(s3_environment, impatient):
         open_store("s3://bucket", endpoint_url="http://no-such-host.invalid").read("a")
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "ftp//x"])
+@pytest.mark.parametrize(("code", "kind"), [(socket.EAI_NONAME, StoreError), (socket.EAI_AGAIN, RetryableError)])
+def test_a_name_server_that_is_away_for_a_moment_is_worth_another_try(code, kind):
+    from botocore.exceptions import EndpointConnectionError
+    from urllib3.exceptions import NameResolutionError
+
+    cause = socket.gaierror(code, "x")
+    failure = NameResolutionError("host", None, cause)
+    failure.__cause__ = cause
+    error = explain(EndpointConnectionError(endpoint_url="http://host", error=failure), "s3://b/k", "http://host")
+    assert type(error) is kind and "check endpoint_url" in str(error)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "ftp//x", "http://[x"])
 def test_a_malformed_endpoint_is_told(s3_environment, endpoint):
     with pytest.raises(ConfigError, match=r"endpoint_url.*malformed"):
         open_store("s3://bucket", endpoint_url=endpoint).read("a")

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import DataError, Preempted, RetryableError
+from common.errors import DataError, Preempted, RetryableError, UsageError
 from common.harness.metrics import MetricsLog
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
 from common.training.schedules import learning_rate_factor
+from common.training.throughput import Throughput
 from common.training.train import TrainOptions, make_accelerator, train
 
 POINTS = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
@@ -228,6 +229,131 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights():
     before = weights(model)
     fit(model, replace(OPTIONS, epochs=1))
     assert torch.equal(weights(model), before)
+
+
+def test_what_fp16s_scaler_skips_is_counted_and_after_step_sees_no_gradient_of_it():
+    class Overflows(Line):
+        """Its loss overflows in the first three steps, as with a loss scale that is still too large."""
+
+        steps = 0
+
+        def forward(self, batch):
+            loss, logs = super().forward(batch)
+            self.steps += self.training
+            return (loss * float("inf"), logs) if self.training and self.steps <= 3 else (loss, logs)
+
+    accelerator = make_accelerator("fp32", "cpu")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+    model, seen, log = Overflows(dropout=0.0), [], MetricsLog(None)
+    train(
+        model,
+        accelerator=accelerator,
+        groups=[{"params": list(model.parameters()), "lr": 0.05, "weight_decay": 0.0}],
+        plan_epoch=plan_epoch(4),
+        load=load,
+        evaluate=evaluate,
+        options=replace(OPTIONS, epochs=1),
+        metrics=log,
+        after_step=lambda step, total: seen.append(model.linear.weight.grad),
+    )
+    assert [grad is None for grad in seen] == [True] * 3 + [False] * 3
+    assert all(grad.isfinite().all() for grad in seen[3:])
+    assert accelerator.scaler.get_scale() == 2.0**7
+    assert log.events["nonfinite_steps"] == 3
+
+
+def test_a_training_that_diverged_is_refused_not_passed_off_with_the_first_weights():
+    with pytest.raises(DataError, match="train: no evaluation gave a finite loss; lower the learning rate"):
+        fit(Line(), scores=lambda model, full: {"loss": float("nan")})
+
+
+def test_a_figure_to_select_by_that_no_evaluation_gives_is_no_silent_success():
+    with pytest.raises(KeyError, match="wer"):
+        fit(Line(), replace(OPTIONS, select_by="wer"), scores=lambda model, full: {"loss": 1.0})
+
+
+def test_the_last_row_is_a_mean_over_the_steps_that_it_has(monkeypatch):
+    monkeypatch.setattr("common.training.train.LOGGED", 3)
+    options = replace(OPTIONS, max_steps=11, epochs=2, schedule="none")
+    _, rows = fit(Line(dropout=0.0), options)
+    monkeypatch.setattr("common.training.train.LOGGED", 2000)
+    _, each = fit(Line(dropout=0.0), options)
+    losses = {row["step"]: row["loss"] for row in each if row["split"] == "train"}
+    for row in (row for row in rows if row["split"] == "train"):
+        steps = range((row["step"] - 1) // 3 * 3 + 1, row["step"] + 1)
+        assert row["loss"] == pytest.approx(sum(losses[step] for step in steps) / len(steps)), row["step"]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [3, 6, 9, 11]
+
+
+def test_a_resumed_training_does_not_run_out_of_memory_again_to_learn_the_same(tmp_path, capsys):
+    with pytest.raises(Preempted):
+        fit(Line(limit=3), size=8, folder=tmp_path, stop_at=4)
+    assert "batches are split in 4" in capsys.readouterr().out
+    fit(Line(limit=3), size=8, folder=tmp_path)
+    assert "out of memory" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"average": 2}, {"patience": 1, "epochs": 6}], ids=["average", "early stop"])
+def test_no_evaluation_counts_as_training_time(monkeypatch, options):
+    paused = [False]
+
+    def note(self, value):
+        assert paused[0] != value
+        paused[0] = value
+
+    def look(model, full):
+        assert paused[0]
+        scores = evaluate(model, full) if "average" in options else {"loss": 1.0}
+        return lambda: scores  # as if computed beside the next epoch
+
+    monkeypatch.setattr(Throughput, "pause", lambda self: note(self, True))
+    monkeypatch.setattr(Throughput, "resume", lambda self: note(self, False))
+    fit(Line(), replace(OPTIONS, **options), scores=look)
+    assert not paused[0]
+
+
+class Recorded:
+    """In place of an accelerator: what it was made with."""
+
+    def __init__(self, **given):
+        self.given = given
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that says it has two GPUs; the number of the chosen one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("common.training.train.Accelerator", Recorded)
+    return chosen
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_auto_takes_bf16_only_where_the_gpu_has_it(two_gpus, monkeypatch, native, precision):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert make_accelerator("auto").given["mixed_precision"] == precision
+
+
+def test_a_gpu_is_the_one_that_was_named(two_gpus):
+    assert make_accelerator("fp32", "cuda").given["cpu"] is False
+    assert two_gpus == []
+    make_accelerator("fp32", "cuda:1")
+    assert two_gpus == [1]
+    for wrong in ("cuda:2", "cuda:x"):
+        with pytest.raises(UsageError, match=f"--device {wrong}: .*cuda:0 to cuda:1"):
+            make_accelerator("fp32", wrong)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match=f"--device {device}: this machine offers no CUDA device"):
+            make_accelerator("fp32", device)
+    with pytest.raises(UsageError, match="--device gpu: choose one of auto, cpu, cuda"):
+        make_accelerator("fp32", "gpu")
 
 
 def test_fp16_on_a_cpu_is_refused():

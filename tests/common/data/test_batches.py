@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from common.data.audio import write_wav
-from common.data.batches import BatchLoader, collate, epoch_batches, make_examples
+from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.data.features import SAMPLES_PER_POSITION
 from common.errors import DataError
@@ -85,3 +86,22 @@ def test_what_whisper_cannot_take_is_refused_by_name(tmp_path, micro_model, chan
 def test_samples_beyond_the_bucket_are_cut_not_crashed(examples):
     long = np.zeros(examples[0].positions * SAMPLES_PER_POSITION + 7, np.float32)
     assert collate([(examples[0], long)]).audio_BS.shape[1] == examples[0].positions * SAMPLES_PER_POSITION
+
+
+@pytest.mark.parametrize("token", ["<|startoftranscript|>", "<|endoftext|>"])
+def test_a_text_with_a_special_token_is_refused_by_its_utterance(micro_model, tones, token):
+    corpus = read_corpus(tones)
+    said = replace(corpus.utterances[0], text=f"so {token} it goes")
+    with pytest.raises(DataError, match=f"utterance {said.id}: its text holds a special token"):
+        make_examples(corpus, [said], load_codec(micro_model), context="dynamic", margin=64)
+
+
+def test_torchs_loader_pins_all_tensors_of_a_batch(examples, monkeypatch):
+    (batch,) = BatchLoader(examples, num_workers=0, device=CPU)([[0, 1]])
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.clone()) or pinned[-1])
+    moved = pin_memory(batch)
+    assert (moved.ids, moved.seconds) == (batch.ids, batch.seconds)
+    for name in TENSORS:
+        assert any(getattr(moved, name) is one for one in pinned)
+        assert torch.equal(getattr(moved, name), getattr(batch, name))
