@@ -1,8 +1,8 @@
 """The table of a sweep over several seeds: `moe-asr compare` on the groups that training heard, and the unseen one.
 
-python -m bench.regimes --store runs --sweep bench bench3     reads the runs bench-REGIME-sSEED, bench3-… of that store
+python -m bench.regimes --store runs --sweep bench longer     reads the runs bench-REGIME-sSEED, longer-… of that store
 
-Runs of one regime that learn at different rates are systems of their own, called `REGIME at RATE`.
+The first sweep's regimes go by their names, those of the others (another budget, another rank) by `REGIME, SWEEP`.
 
 Prints tables in Markdown and writes bench/results/regimes.json.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.regimes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--store", default="runs")
     parser.add_argument("--sweep", nargs="+", default=["bench"])
-    parser.add_argument("--against", default="moe at 0.001", help="what the others are compared with")
+    parser.add_argument("--against", default="dense", help="what the others are compared with")
     parser.add_argument("--unseen", default="island", help="etiology that no training heard")
     parser.add_argument("--results", type=Path, default=RESULTS / "regimes.json")
     options = parser.parse_args()
@@ -52,13 +52,14 @@ def main() -> None:
 
 
 def sweep_runs(store: Store, sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """`regime at rate` → its finished runs, by seed."""
+    """Regime → its finished runs, by seed."""
     found: dict[str, list[str]] = {}
-    for name in run_names(store):
-        match = re.fullmatch(rf"(?:{'|'.join(map(re.escape, sweeps))})-(.+)-s\d+", name)
-        if match and (record := run_record(store, name))["status"] == "done":
-            label = f"{match[1]} at {record['config']['asr']['learning_rate']:g}"
-            found.setdefault(label, []).append(name)
+    for sweep in sweeps:
+        for name in run_names(store):
+            match = re.fullmatch(rf"{re.escape(sweep)}-(.+)-s\d+", name)
+            if match and run_record(store, name)["status"] == "done":
+                label = match[1] if sweep == sweeps[0] else f"{match[1]}, {sweep}"
+                found.setdefault(label, []).append(name)
     return found
 
 
