@@ -21,7 +21,7 @@ from common.data.sources import open_corpus
 from common.errors import DataError, RetryableError, StoreError
 from common.model.whisper import load_codec
 from common.storage import open_store
-from tests.common.data.batches.test_shards import SHARD, load_all
+from tests.common.data.test_shards import SHARD, load_all
 from tests.common.storage.test_store import dies_at
 
 LIMIT = 10_000
