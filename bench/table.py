@@ -21,12 +21,24 @@ def short_table(without: Sequence[str] = ()) -> list[str]:
 
 def full_table() -> list[str]:
     """The same with what was asked of a row and under which settings it was measured."""
-    return _tables(("measured", "ours", "the other", "unit", "better by", "wanted", "settings"), _full, ())
+    header = ("measured", "ours", "the other", "unit", "better by", "wanted", "settings")
+    return _tables(header, _full, ("options",))
+
+
+def options_table() -> list[str]:
+    """What each option of training does to a step."""
+    header = ("option", "with it", "without", "unit", "ratio", "settings")
+    return _tables(header, lambda row: (*_short(row), row["note"]), ("options",), inverse=True)
 
 
 def _tables(
-    header: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[str]], without: Sequence[str]
+    header: Sequence[str],
+    cells: Callable[[dict[str, Any]], Sequence[str]],
+    groups: Sequence[str],
+    *,
+    inverse: bool = False,
 ) -> list[str]:
+    """A table for each file of results, without the rows of some groups, or of these alone."""
     lines = []
     for file in sorted(RESULTS.glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -34,7 +46,7 @@ def _tables(
             continue
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         lines += [f"On {found['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
-        lines += [*(_line(cells(row)) for row in found["rows"] if row.get("group") not in without), ""]
+        lines += [*(_line(cells(row)) for row in found["rows"] if (row.get("group") in groups) == inverse), ""]
     return lines[:-1]
 
 

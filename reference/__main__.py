@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench.table import full_table, short_table
+from bench.table import full_table, options_table, short_table
 from reference import commands, settings, tables
 from reference.blocks import fill
 from reference.tree import ROOT, tree
@@ -20,10 +20,10 @@ def generated() -> dict[Path, str]:
     blocks = {
         PAGES / "exit-codes.md": {"codes": tables.exit_code_rows()},
         PAGES / "artifacts.md": {"stages": tables.stage_rows(), "manifest": tables.manifest_rows()},
-        Path("docs/performance.md"): {"bench": full_table()},
+        Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
         Path("README.md"): {
             "presets": settings.preset_rows(),
-            "bench": short_table(without=("between-epochs",)),
+            "bench": short_table(without=("between-epochs", "options")),
             "files": tree(),
         },
     }
