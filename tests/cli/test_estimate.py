@@ -1,0 +1,51 @@
+"""What a corpus costs, the batch that fits, and the base model's error rate: three questions before a training."""
+
+import json
+import re
+
+import pytest
+
+from cli.main import cli
+from common.errors import UsageError
+from tests.cli.test_main import moe_asr
+
+
+def call(*words):
+    """Runs the command in this process; errors come out as they are."""
+    cli([str(word) for word in words], standalone_mode=False)
+
+
+def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run, micro_model, tones, capsys):
+    def hours_of_asr(hours):
+        place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
+        call("estimate", "--hours", hours, "--from", "micro", *place, "--json")
+        found = json.loads(capsys.readouterr().out)
+        assert "micro" in found["basis"]
+        return found["stages"]["asr"]["gpu_hours"]
+
+    assert hours_of_asr(20) == pytest.approx(2 * hours_of_asr(10)) and hours_of_asr(10) > 0
+
+
+def test_without_a_measured_run_the_gpu_must_be_named_and_the_assumption_is_said(capsys):
+    call("estimate", "--hours", 683, "--gpu", "h100-80")
+    printed = capsys.readouterr().out
+    assert "ASSUMED" in printed and re.search(r"^total +\d", printed, re.MULTILINE)
+    with pytest.raises(UsageError, match="--gpu is missing: name one of a100-40"):
+        call("estimate", "--hours", 683)
+
+
+def test_the_batch_that_fits_grows_with_memory(micro_model, tones, tmp_path):
+    def rows(gigabytes):
+        words = ("--model", micro_model, "--corpus", tones, "--device", "cpu", "--tokens", 8, "--memory", gigabytes)
+        done = moe_asr("fit-batch", *words, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["rows"]
+
+    assert 1 <= rows(1) < rows(1.4)
+
+
+def test_a_corpus_is_told_with_the_base_models_error_rate_by_etiology(micro_model, tones, capsys):
+    call("corpus", "stats", tones, "--model", micro_model, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert sum(group["utterances"] for group in found["wer"].values()) == 108
+    assert all(0 < group["wer"] <= 1 <= group["wer_unclipped"] for group in found["wer"].values())
