@@ -202,8 +202,9 @@ def summary_of(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def _bounds(values_R: Floats) -> list[float]:
+    """Interval of a rate; none is below zero, though draws that were stretched may be."""
     low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [float(low), float(high)]
+    return [max(0.0, float(low)), max(0.0, float(high))]
 
 
 def _mean_facts(facts: Sequence[Row]) -> Row:

@@ -109,6 +109,12 @@ def test_seeds_spread_the_draws_as_much_as_new_seeds_would():
     assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.25)
 
 
+def test_no_interval_of_a_rate_reaches_below_zero():
+    runs = [result(f"r{n}", wrong(n)) for n in (0, 0, 5)]
+    low, high = compare({"g": runs})["systems"][0]["wer_interval"]
+    assert low == 0 < high
+
+
 def test_other_utterances_are_refused_and_counted_unless_the_shared_ones_are_wanted():
     long, short = result("long", wrong(9)), result("short", wrong(9)[:10])
     with pytest.raises(DataError, match=r"short lacks 2 of 12 and has 0 others .*'u10'.*--common compares the 10"):
