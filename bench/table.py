@@ -16,29 +16,28 @@ def short_table(without: Sequence[str] = ()) -> list[str]:
     Args:
         without: groups of rows that are left out.
     """
-    return _tables(("measured", "ours", "the other", "unit", "better by"), _short, without)
+    header = ("measured", "ours", "the other", "unit", "better by")
+    return _tables(header, _short, lambda group: group not in without)
 
 
 def full_table() -> list[str]:
     """The same with what was asked of a row and under which settings it was measured."""
     header = ("measured", "ours", "the other", "unit", "better by", "wanted", "settings")
-    return _tables(header, _full, ("options",))
+    return _tables(header, _full, lambda group: group != "options")
 
 
 def options_table() -> list[str]:
     """What each option of training does to a step."""
     header = ("option", "with it", "without", "unit", "ratio", "settings")
-    return _tables(header, lambda row: (*_short(row), row["note"]), ("options",), inverse=True)
+    return _tables(header, lambda row: (*_short(row), row["note"]), lambda group: group == "options")
 
 
 def _tables(
     header: Sequence[str],
     cells: Callable[[dict[str, Any]], Sequence[str]],
-    groups: Sequence[str],
-    *,
-    inverse: bool = False,
+    wanted: Callable[[str | None], bool],
 ) -> list[str]:
-    """A table for each file of results, without the rows of some groups, or of these alone."""
+    """A table for each file of results, with the rows of the groups that are wanted."""
     lines = []
     for file in sorted(RESULTS.glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -46,7 +45,7 @@ def _tables(
             continue
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         lines += [f"On {found['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
-        lines += [*(_line(cells(row)) for row in found["rows"] if (row.get("group") in groups) == inverse), ""]
+        lines += [*(_line(cells(row)) for row in found["rows"] if wanted(row.get("group"))), ""]
     return lines[:-1]
 
 

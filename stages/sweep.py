@@ -103,9 +103,9 @@ def plan_sweep(
     for seed in seeds:
         common = _with(base, {"seed": seed})
         found = {
-            name: count_clusters(_with(common, dict(REGIMES[name].settings) | dict(settings.get(name, {}))))
+            name: count_clusters(config)
             for name in regimes
-            if is_pretrained(_regime(common, name, settings.get(name, {})))
+            if is_pretrained(config := _regime(common, name, settings.get(name, {})))
         }
         clusters = next(iter(found.values()), common.num_experts or 1)
         for name in regimes:

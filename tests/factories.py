@@ -94,3 +94,29 @@ def heard_texts(opened, batch, decoding) -> list[str]:
     from common.recognition.opened import hear
 
     return [one.text for one in hear(opened, batch, decoding).decoded]
+
+
+def bundle_info(model, *, rank, targets, **changes):
+    """What a trained mixture of three experts says of itself."""
+    from common.model.bundle import BundleInfo
+
+    values = {
+        "base": str(model),
+        "base_digest": "",
+        "language": "en",
+        "task": "transcribe",
+        "context": "dynamic",
+        "margin": 64,
+        "layer": -1,
+        "pooling": "mean",
+        "adapt": "lora",
+        "num_experts": 3,
+        "shared": False,
+        "mixture": "blend",
+        "top_k": 2,
+        "rank": rank,
+        "alpha": 2.0 * rank,
+        "targets": targets,
+        "within": "",
+    }
+    return BundleInfo(**(values | changes))

@@ -18,7 +18,7 @@ from common.clustering.neighbours import Floats, Ints, nearest_neighbours
 from common.clustering.reduction import CHUNK, Reduction, chunks, project, reduce_dimensions
 from common.errors import DataError
 
-__all__ = ["Clustering", "cluster", "cluster_report", "known_groups", "project", "reduce_dimensions"]
+__all__ = ["Clustering", "cluster", "cluster_report", "known_groups", "project"]
 
 Algorithm = Literal["hdbscan", "spectral", "etiology"]
 

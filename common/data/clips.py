@@ -18,8 +18,8 @@ from typing import Any
 
 from common.errors import DataError
 from common.files import TEMPORARY, new_file
-from common.storage.store import Store, check_key
 from common.storage import open_store
+from common.storage.store import Store, check_key
 
 log = logging.getLogger(__name__)
 PLACE_FIELDS = ("shard", "byte_offset", "byte_size", "sha256")

@@ -18,8 +18,8 @@ from common.config import Config
 from common.data.clips import AudioCache, Remote
 from common.data.corpus import INDEX_NAME, Corpus, read_corpus
 from common.errors import DataError, RetryableError
-from common.storage.store import is_current
 from common.storage import open_store
+from common.storage.store import is_current
 
 MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -42,7 +42,7 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
     if base.endswith((".json", ".jsonl")):
         base, _, name = base.rpartition("/")
     store = open_store(base, endpoint_url=endpoint_url)
-    index = cache / "corpus" / hashlib.sha256(f"{endpoint_url}\0{base}".encode()).hexdigest()[:16] / name
+    index = _kept(cache / "corpus", base, endpoint_url) / name
     entry = next((entry for entry in store.list(name) if entry.key == name), None)
     if entry is None:
         raise DataError(f"{base}/{name} is not there: give the address of a folder with {INDEX_NAME}")
@@ -66,7 +66,7 @@ def locate_model(config: Config, cache: Path) -> Path:
     """
     name = config.model.name
     if name.startswith("s3://"):
-        folder = cache / "model" / hashlib.sha256(f"{config.endpoint_url}\0{name}".encode()).hexdigest()[:16]
+        folder = _kept(cache / "model", name, config.endpoint_url)
         open_store(name, endpoint_url=config.endpoint_url).get_folder("", folder, exact=True)
         return folder
     if Path(name).is_dir():
@@ -74,6 +74,11 @@ def locate_model(config: Config, cache: Path) -> Path:
     if not is_hub_name(name):
         raise DataError(f"model.name {name!r} is neither a folder nor a hub name (organisation/model)")
     return _from_hub(name, config.model.revision)
+
+
+def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
+    """The folder where what lies at an address is kept: one bucket's name may stand for two, at two servers."""
+    return cache / hashlib.sha256(f"{endpoint_url}\0{address}".encode()).hexdigest()[:16]
 
 
 def is_hub_name(name: str) -> bool:

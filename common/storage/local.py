@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import DataError
-from common.files import NotFound as NotFound
 from common.files import (
+    NotFound,
     explained,
     is_temporary,
     let_others_read,

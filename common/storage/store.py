@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import DataError
-from common.files import NotFound as NotFound
 
 
 @dataclass(frozen=True, slots=True)

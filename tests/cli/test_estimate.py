@@ -5,14 +5,9 @@ import re
 
 import pytest
 
-from cli.main import cli
 from common.errors import UsageError
+from tests.cli.test_evaluate import call
 from tests.cli.test_main import moe_asr
-
-
-def call(*words):
-    """Runs the command in this process; errors come out as they are."""
-    cli([str(word) for word in words], standalone_mode=False)
 
 
 def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run, micro_model, tones, capsys):

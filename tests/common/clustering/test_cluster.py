@@ -10,7 +10,8 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from common.clustering import cluster as module
-from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project, reduce_dimensions
+from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project
+from common.clustering.reduction import reduce_dimensions
 from common.errors import DataError
 
 OPTIONS = {"algorithm": "hdbscan", "reduce": "none", "reduce_dim": 50, "allow_reduce": True, "seed": 0}

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from common.errors import DataError, UsageError
 from common.files import new_folder
-from common.model.bundle import BundleInfo, save_recogniser
+from common.model.bundle import save_recogniser
 from common.model.export import MARK, VLLM_RANKS, export_merged, export_model, fixed_routing, probe
 from common.model.export_pages import vllm_page
 from common.model.moe import Gate, Routing, add_mixture, mixture_layers
@@ -17,6 +17,7 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import encode, load_whisper
 from common.recognition.decode import greedy
 from common.recognition.opened import open_model
+from tests.factories import bundle_info
 
 TARGETS = ("q_proj", "v_proj", "fc1")
 
@@ -37,24 +38,8 @@ def make_bundle(folder, model, *, experts=3, shared=False, rank=4, adapt="lora",
         layer.lora_B.data.normal_(generator=generator).mul_(size)
     torch.manual_seed(seed)
     gate = Gate(32, 8, experts) if experts > 1 else None
-    info = BundleInfo(
-        base=str(model),
-        base_digest="",
-        language="en",
-        task="transcribe",
-        context="dynamic",
-        margin=64,
-        layer=-1,
-        pooling="mean",
-        adapt=adapt,
-        num_experts=experts,
-        shared=shared,
-        mixture="blend",
-        top_k=2,
-        rank=rank,
-        alpha=2.0 * rank,
-        targets=TARGETS,
-        within=within,
+    info = bundle_info(
+        model, rank=rank, targets=TARGETS, adapt=adapt, num_experts=experts, shared=shared, within=within
     )
     save_recogniser(Recogniser(whisper, slot=slot, gate=gate), info, folder)
     load = {"load": [0.5, 0.2, 0.3][:experts]} if experts > 1 else {}

@@ -12,7 +12,7 @@ from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.features import context_positions
 from common.evaluation.evaluate import decode_corpus
-from common.model.bundle import BundleInfo, save_recogniser
+from common.model.bundle import save_recogniser
 from common.model.moe import Gate, add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_codec, load_whisper
@@ -22,6 +22,7 @@ from common.recognition.opened import open_model
 from common.recognition.pauses import Stretch
 from common.recognition.subtitles import FORMATS, clock
 from common.recognition.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio, usual_window
+from tests.factories import bundle_info
 
 DECODING = Decoding(batch_size=3, max_new_tokens=12)
 
@@ -46,25 +47,7 @@ def trained(micro_model, tones, tmp_path_factory):
     with torch.no_grad():
         batch = next(loader([list(range(len(examples)))]))
         gate.fit_scale(Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")[0])
-    info = BundleInfo(
-        base=str(micro_model),
-        base_digest="",
-        language="en",
-        task="transcribe",
-        context="dynamic",
-        margin=64,
-        layer=-1,
-        pooling="mean",
-        adapt="lora",
-        num_experts=3,
-        shared=False,
-        mixture="blend",
-        top_k=2,
-        rank=2,
-        alpha=4,
-        targets=targets,
-        within="",
-    )
+    info = bundle_info(micro_model, rank=2, targets=targets)
     save_recogniser(Recogniser(whisper, slot=slot, gate=gate), info, folder)
     return folder
 
