@@ -13,7 +13,7 @@ from common.data.sources import is_hub_name
 from common.errors import UsageError
 
 # Parameters of their own, so not among the settings.
-PLACES = ("store", "endpoint_url", "run")
+OWN = ("store", "endpoint_url", "run", "runtime.processes")
 
 
 def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str | None) -> dict[str, str]:
@@ -31,7 +31,7 @@ def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str 
     check_reachable(config)
     base = resolve(mode or (None if file else "full"), file=file, gpu=gpu)
     before = dict(flatten(base.model_dump(mode="json")))
-    changed = {k: v for k, v in flatten(config.model_dump(mode="json")) if before[k] != v and k not in PLACES}
+    changed = {k: v for k, v in flatten(config.model_dump(mode="json")) if before[k] != v and k not in OWN}
     values = {
         "mode": mode or ("" if file else "full"),
         "config": file.read_text(encoding="utf-8") if file else "",
@@ -40,6 +40,7 @@ def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str 
         "run": config.run,
         "store": config.store,
         "endpoint-url": config.endpoint_url or "",
+        "gpus": str(config.runtime.processes) if config.runtime.processes > 1 else "",
     }
     return {name: value for name, value in values.items() if value}
 

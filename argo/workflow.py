@@ -163,10 +163,8 @@ def _stage_pod(contract: Contract) -> None:
     """The pod of one piece of a stage, with retries."""
     inputs = [Parameter(name=name) for name in POD_INPUTS]
     args = ["--shard", "{{inputs.parameters.shard}}"] if contract.fan_out else None
-    env = {"MEMO": "{{inputs.parameters.memo}}", "MODEL": MODEL} | (
-        {"GPUS": parameter("gpus")} if contract.name == "asr" else {}
-    )
-    gpus = parameter("gpus") if contract.name == "asr" else str(contract.gpus)
+    env = {"MEMO": "{{inputs.parameters.memo}}", "MODEL": MODEL}
+    gpus = parameter("gpus") if contract.together else str(contract.gpus)
     _container(
         f"{contract.name}-pod",
         contract.name,
@@ -287,7 +285,8 @@ def _container(
             limit=parameter("retries"),
             retry_policy="Always",
             expression=RETRY_EXPRESSION,
-            backoff=m.Backoff(duration="10s", factor=2, max_duration="24h"),
+            # No `max_duration`: Argo counts it from the first try's start, and ends a later try at that time too.
+            backoff=m.Backoff(duration="10s", factor=2, cap="5m"),
         ),
         pod_spec_patch=_patch(kind, gpus),
     )
@@ -296,7 +295,7 @@ def _container(
 def _env(more: Mapping[str, str]) -> list[Env]:
     values = {
         name.upper().replace("-", "_"): parameter(name)
-        for name in ("mode", "config", "gpu", "settings", "run", "store", "endpoint-url")
+        for name in ("mode", "config", "gpu", "gpus", "settings", "run", "store", "endpoint-url")
     }
     values |= {"WORKFLOW": "{{workflow.namespace}}/{{workflow.name}}", "OUTPUTS": OUTPUTS, **more}
     values |= {"CACHE": f"{SCRATCH}/cache", "TERMINATION_LOG": "/dev/termination-log"}
@@ -328,10 +327,14 @@ def _affinity() -> m.Affinity:
 
 
 def _patch(kind: str, gpus: str) -> str:
-    """What only a patch can take from parameters: quantities."""
+    """What only a patch can take from parameters: quantities.
+
+    After a try that ran out of memory the next gets twice as much, from the second retry on four times: more than that
+    few nodes have, and a pod that fits nowhere waits without an end.
+    """
     memory = (
         f"{{{{=asInt(workflow.parameters['{kind}-memory']) * "
-        "(lastRetry.exitCode == '137' ? 2 ** min(asInt(retries), 3) : 1)}}Gi"
+        "(lastRetry.exitCode == '137' ? min(2 ** asInt(retries), 4) : 1)}}Gi"
     )
     requests = {"cpu": parameter(f"{kind}-cpu"), "memory": memory}
     limits = {"memory": memory}

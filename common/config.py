@@ -174,11 +174,20 @@ def validate(tree: Mapping[str, Any]) -> Config:
         ConfigError: on the first value that does not validate; the number of further ones is said.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as failed:
         problems = failed.errors(include_url=False)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(_explain(problems[0]) + more) from None
+    batches, processes = config.asr.gradient_accumulation_steps, config.runtime.processes
+    if batches % processes:
+        raise ConfigError(
+            f"runtime.processes: {processes} processes cannot share a step's batches equally, which are {batches}; set "
+            f"--gradient-accumulation-steps {processes} or a multiple, with --asr-batch-size so much smaller"
+        )
+    if processes > 1 and config.runtime.device.startswith("cuda:"):
+        raise ConfigError(f"runtime.device: {config.runtime.device} is one GPU, and {processes} processes need as many")
+    return config
 
 
 def _explain(problem: Any) -> str:

@@ -13,7 +13,9 @@ from typing import NoReturn
 
 import click
 
-from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, MoeAsrError, StoreError
+from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MoeAsrError, RetryableError, StoreError
+
+LOST = {"AcceleratorError", "DistBackendError", "DistNetworkError"}  # torch's, when hardware or a peer fails
 
 
 def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
@@ -75,7 +77,13 @@ def run_command(command: click.Command) -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
             _crash()
         _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or mend the rights, then run it again", 74)
-    except Exception:
+    except Exception as error:
+        kinds = {one.__name__ for one in type(error).__mro__}  # by name: torch is not imported for this
+        if "OutOfMemoryError" in kinds:
+            _fail(f"{error}; set smaller batches (docs/memory.md)", ConfigError.exit_code)
+        if kinds & LOST and "assert" not in str(error):  # an assertion on the device is our fault
+            traceback.print_exc()
+            _fail("a GPU, or the connection to another process, failed (above): run it again", RetryableError.exit_code)
         _crash()
 
 

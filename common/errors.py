@@ -35,13 +35,13 @@ class StoreError(MoeAsrError):
 
 
 class RetryableError(MoeAsrError):
-    """A fault outside the program that may pass: a store that does not answer, a lost peer (EX_TEMPFAIL)."""
+    """A fault outside the program that may pass: a store that does not answer, a lost peer or GPU (EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class ConfigError(MoeAsrError):
-    """A configuration that does not validate (EX_CONFIG)."""
+    """A configuration that does not validate, or asks for more than the GPU's memory (EX_CONFIG)."""
 
     exit_code = 78
 
@@ -55,6 +55,6 @@ class StageFailed(MoeAsrError):  # noqa: N818 - as the user reads it
 
 
 class Preempted(MoeAsrError):  # noqa: N818 - what happened, not what is wrong
-    """The process was told to end (SIGTERM, or Ctrl-C in a training); what is finished is saved."""
+    """The process was told to end (SIGTERM, or Ctrl-C in a stage); what is finished is saved."""
 
     exit_code = EXIT_PREEMPTED

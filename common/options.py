@@ -42,6 +42,7 @@ RUN_OPTIONS = (
     Option("--asr-batch-size", "asr.batch_size", "utterances per batch of joint training"),
     Option("--num-workers", "runtime.num_workers", "loader processes"),
     Option("--device", "runtime.device", "auto, cpu or cuda"),
+    Option("--processes", "runtime.processes", "of joint training, one per GPU; they share the batches of a step"),
     Option("--clustering-algorithm", "cluster.algorithm", ""),
     Option("--reduce", "cluster.reduce", "before clustering"),
     Option("--reduce-dim", "cluster.reduce_dim", "dimensions to reduce to"),
@@ -68,7 +69,7 @@ RUN_OPTIONS = (
 SHARED_OPTIONS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "--gradient-accumulation-steps": (
         ("experts.gradient_accumulation_steps", "asr.gradient_accumulation_steps"),
-        "batches per optimiser step",
+        "batches per optimiser step, of all processes",
     ),
     "--eval-every-n-epochs": (
         ("gating.eval_every_n_epochs", "experts.eval_every_n_epochs", "asr.eval_every_n_epochs"),

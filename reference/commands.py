@@ -25,9 +25,9 @@ the same wherever they occur and stand [once, at the end](#options-of-a-configur
 """
 SHARED_HEAD = """## Options of a configuration
 
-`run`, `plan`, `submit`, `config show`, `estimate`, `fit-batch` and each stage alone have all of these. They merge in
-this order, later ones winning: `--mode`, `--config`, `--gpu`, the single options, `--set`. [Configuration](config.md)
-says what each setting means and which stages depend on it.
+`run`, `plan`, `sweep`, `submit`, `config show`, `estimate`, `fit-batch` and each stage alone have all of these. They
+merge in this order, later ones winning: `--mode`, `--config`, `--gpu`, the single options, `--set`.
+[Configuration](config.md) says what each setting means and which stages depend on it.
 """
 STAGES_HEAD = """## One stage alone
 

@@ -15,7 +15,7 @@ from stages import STAGES
 OTHER_CODES = (
     (errors.EXIT_DONE, "", "done"),
     (errors.EXIT_FAULT, "any other exception", "a fault of the program: a traceback, worth a report"),
-    (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C outside of a training, or a second time"),
+    (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C outside of a run's stages, or a second time"),
     (137, "", "killed from outside, mostly for want of memory"),
     (141, "", "whoever read the output has closed it (`moe-asr … | head`)"),
 )

@@ -45,12 +45,11 @@ def stage_command(contract: Contract) -> click.Command:
     own = own_options(contract)
 
     @click.option("--shard", type=int, help="Which piece of a stage that fans out; all pieces when left out.")
-    @click.option("--processes", type=click.IntRange(1), help="Train with so many processes together, one per GPU.")
     @config_options
-    def command(shard: int | None, processes: int | None, **options: Any) -> None:
+    def command(shard: int | None, **options: Any) -> None:
         given = {path: options.pop(_name(flag)) for flag, path in own.items()}
         given = {path: value for path, value in given.items() if value is not None}
-        run_stage(contract, shard, options, given, processes or int(pod.variable("GPUS", "1")))
+        run_stage(contract, shard, options, given)
 
     for flag, path in own.items():
         command = click_option(flag, path, "")(command)
@@ -70,10 +69,8 @@ def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def run_stage(
-    contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any], processes: int = 1
-) -> None:
-    """Runs the pieces of a stage that are not done, each by `processes` processes together."""
+def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any]) -> None:
+    """Runs the pieces of a stage that are not done; joint training by `runtime.processes` processes together."""
     config = pod.config_from_variables() if pod.in_pod() else stage_config(options, own)
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
     run = Run(config, pod.variable("MODEL") or None)
@@ -86,6 +83,7 @@ def run_stage(
         if not 0 <= shard < len(mine):
             raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(mine) - 1}")
         mine = [mine[shard]]
+    processes = contract.processes(config)
     if processes > 1 and RANK is None and any(one.status != "done" for one in mine):
         launch(sys.argv[1:], processes)
         return

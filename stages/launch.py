@@ -40,7 +40,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         max_restarts=0,  # a run goes on from its checkpoint when it is run again
         monitor_interval=0.2,
         shutdown_timeout=GRACE_SECONDS,
-        signals_to_handle="SIGTERM,SIGINT",
+        signals_to_handle="SIGTERM,SIGINT,SIGALRM",  # each is passed on; the last means at once
     )
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # its tables of tracebacks bury the message that matters

@@ -5,15 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,7 @@ from common import __version__
 from common.config import Config, flatten, to_yaml
 from common.data.corpus import Corpus
 from common.data.sources import model_digest
-from common.errors import EXIT_PREEMPTED, ConfigError, Preempted, RetryableError, StageFailed
+from common.errors import ConfigError, Preempted, RetryableError
 from common.files import explained, make_folders
 from common.harness.plan import Plan, Planned, Task, make_plan
 from common.harness.runs import read_record as read_record
@@ -34,6 +28,7 @@ from common.storage.artifacts import Manifest, inspect, set_aside
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
+from stages.processes import parallel_slots, run_in_processes
 
 log = logging.getLogger(__name__)
 PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")  # where, not what: may differ within a run
@@ -180,9 +175,11 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
     stage = waiting[0].task.contract.name
     mine = [p for p in waiting if p.task.contract.name == stage]
     slots = parallel_slots(run.config) if len(mine) > 1 else []
-    if len(slots) > 1:
+    together = mine[0].task.contract.processes(run.config) > 1
+    if together or len(slots) > 1:
         try:
-            run_in_processes(run, mine, slots, stopping)
+            with run.telemetry.stage(stage).marked(RUNNING):
+                run_in_processes(run.config, mine, [None] if together else slots, scratch=run.cache, stopping=stopping)
         finally:  # where one failed, the others are done all the same
             _note_made(run, mine)
         return
@@ -228,90 +225,6 @@ def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
     """The part of a process that trains a task together with the one that commits it (torchrun's rank 0)."""
     if one.status != "done":
         follow(one.task, run_function(one.task.contract.name), run.config, run.store, run.cache, stopping)
-
-
-def parallel_slots(config: Config) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each process that may train at once; empty strings on CPU."""
-    import torch
-
-    device = config.runtime.device
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the user's choice: its names, not their places in it
-    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(gpus)]
-    if device.startswith("cuda:"):  # counts among all that are visible
-        return [",".join(names)] * (config.runtime.parallel_experts or 1)
-    wanted = config.runtime.parallel_experts or max(1, gpus)
-    return [names[i % gpus] if gpus else "" for i in range(wanted)]
-
-
-def run_in_processes(
-    run: Run, planned: Sequence[Planned], slots: Sequence[str], stopping: Callable[[], bool] = lambda: False
-) -> None:
-    """Runs shards side by side, one process each, at most one per slot.
-
-    Args:
-        slots: CUDA_VISIBLE_DEVICES of each process.
-        stopping: once true, what runs is told to end, with a checkpoint, and no more is started.
-
-    Raises:
-        StageFailed: the first shard that failed; the others are finished first.
-        Preempted: told to stop.
-    """
-    free = list(enumerate(slots))
-    port = run.config.runtime.metrics_port
-    file = run.cache / f"{run.config.run}-{os.getpid()}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_yaml(run.config), encoding="utf-8")
-    at_once = threading.Event()  # told a second time: no more checkpoints
-
-    def one(planned: Planned) -> int:
-        if stopping():
-            return EXIT_PREEMPTED
-        number, device = free.pop()
-        try:
-            command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
-            command += ["--shard", str(planned.task.shard)]
-            if port:  # this process keeps the first; each slot has one of its own
-                command += ["--metrics-port", str(port + 1 + number)]
-            return _run_until(command, os.environ | {"CUDA_VISIBLE_DEVICES": device}, stopping, at_once)
-        finally:
-            free.append((number, device))
-
-    stage = run.telemetry.stage(planned[0].task.contract.name)
-    # A Ctrl-C at the terminal would reach processes beside our SIGTERM, and a second signal ends a stage at once: what
-    # these threads start inherits their mask. It stays in our process group, to be killed or hung up with us.
-    alone = partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with ThreadPoolExecutor(len(slots), initializer=alone) as pool, stage.marked(RUNNING):
-            try:
-                codes = list(pool.map(one, planned))
-            except BaseException:
-                at_once.set()
-                raise
-    finally:
-        file.unlink(missing_ok=True)
-    for planned_one, code in zip(planned, codes, strict=True):
-        if code and not (stopping() and code in (EXIT_PREEMPTED, -signal.SIGTERM)):
-            label = planned_one.task.label
-            raise StageFailed(f"{label} ended with exit code {code}; its own message is above", code)
-    if any(codes):
-        raise Preempted("told to stop; what was under way had time for a checkpoint")
-
-
-def _run_until(
-    command: Sequence[str], environment: Mapping[str, str], stopping: Callable[[], bool], at_once: threading.Event
-) -> int:
-    """Runs a command to its end and returns its exit code; passes on by SIGTERM that it is to stop, then at once."""
-    told = 0
-    with subprocess.Popen(command, env=environment) as process:
-        while True:
-            try:
-                return process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                wanted = 2 if at_once.is_set() else int(stopping())
-                if wanted > told:
-                    process.terminate()
-                    told = wanted
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def config_from_variables() -> Config:
     """
     chosen: dict[str, Any] = dict(parse_setting(line) for line in variable("SETTINGS").splitlines() if line.strip())
     places = {"store": variable("STORE"), "endpoint_url": variable("ENDPOINT_URL"), "run": variable("RUN")}
+    places |= {"runtime.processes": variable("GPUS")}  # of joint training, each of which has a process
     chosen |= {path: value for path, value in places.items() if value}
     tree = config_text(variable("CONFIG"))
     mode = variable("MODE") or (None if tree else "full")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,13 @@ from common.data.audio import read_audio
 from common.data.clips import Clip
 from common.data.corpus import Corpus, Utterance
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
-from common.errors import DataError, MoeAsrError
+from common.errors import DataError, MoeAsrError, RetryableError
 from common.limits import MAX_SECONDS, MAX_TOKENS
 from common.model.whisper import IGNORED, TextCodec
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
+STOPS = (signal.SIGINT, signal.SIGTERM)
+OUTLIVES_SECONDS = 30  # of a loader process after SIGTERM; the training itself takes 25 at most
 TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
 
 
@@ -312,10 +316,21 @@ class BatchLoader:
         Raises:
             DataError: an audio file cannot be read; the message is the reader's own.
             StoreError, RetryableError: the store that holds it does not give it.
+            RetryableError: a loader process was killed.
         """
         self._batches[:] = batches
         alone = bool(batches) and self._dataset.remote and self._loader.num_workers == 0
-        for batch in self._with_next_brought(batches) if alone else self._loader:
+        with _signals_held() if self._loader.num_workers else nullcontext():  # what is started inherits the mask
+            loaded = self._with_next_brought(batches) if alone else iter(self._loader)
+        while True:
+            try:
+                batch = next(loaded, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RetryableError(f"{error}: killed, perhaps for memory; --num-workers takes fewer") from None
+            if batch is None:
+                return
             if isinstance(batch, MoeAsrError):
                 raise batch
             yield batch.to(self.device)
@@ -346,7 +361,25 @@ class _Replaceable(Sampler[list[int]]):
 
 
 def _start_worker(environment: Mapping[str, str], _: int) -> None:
-    """One thread, and this process's environment: the server that forks workers has that of the first loader."""
+    """One thread, and this process's environment: the server that forks workers has that of the first loader.
+
+    Who stops a job often signals all its processes, but the training needs its loader to end in order: a worker lives
+    on for a while.
+    """
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that stop wait meanwhile, in the processes that are started too."""
+    resource_tracker.ensure_running()  # multiprocessing's own; when it starts, it lets the signals in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

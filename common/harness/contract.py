@@ -36,6 +36,7 @@ class Contract:
             without is one piece.
         active: whether a configuration needs the stage.
         gpus: GPUs that it asks for on a cluster; 0 runs on CPU nodes.
+        together: whether `runtime.processes` processes work on it together, with a GPU each.
     """
 
     name: str
@@ -48,6 +49,11 @@ class Contract:
     fan_out: FanOut | None = None
     active: Callable[[Config], bool] = lambda config: True
     gpus: int = 0
+    together: bool = False
+
+    def processes(self, config: Config) -> int:
+        """How many processes work on one piece of it."""
+        return config.runtime.processes if self.together else 1
 
     def settings(self) -> dict[str, Any]:
         """The declaration in plain values, for help texts and drift tests."""

@@ -43,23 +43,30 @@ if TYPE_CHECKING:
     from common.storage.checkpoint import Checkpointer
 
 log = logging.getLogger(__name__)
+ECHO_SECONDS = 5  # in which SIGTERM may come twice
 GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
 
 
 class StopFlag:
-    """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once."""
+    """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once.
+
+    A second SIGTERM within seconds is the same wish: SLURM and systemd tell all processes, and so does our parent.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.since = 0.0
 
     def __call__(self) -> bool:
         return self.requested
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        if self.requested and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
+            return
         if self.requested or number == signal.SIGALRM:
             raise KeyboardInterrupt if number == signal.SIGINT else Preempted("told to stop; no checkpoint was due")
-        self.requested = True
+        self.requested, self.since = True, time.monotonic()
         signal.alarm(GRACE_SECONDS)
 
 

@@ -227,7 +227,9 @@ class Gate(nn.Module):
         self.std_D.copy_(embeddings_ND.std(0, correction=0).clamp_min(1e-6))
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
-        logits_BE: Tensor = self.net((embedding_BD.float() - self.mean_D) / self.std_D)
+        # In fp32 wherever it is asked: half precision would give some utterances other experts than the report says.
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            logits_BE: Tensor = self.net((embedding_BD.float() - self.mean_D) / self.std_D)
         return logits_BE
 
 

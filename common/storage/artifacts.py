@@ -296,6 +296,8 @@ def commit(
         if store.put_if_absent(key.prefix + MANIFEST, manifest.to_json()):
             return manifest
         state = inspect(store, key)
+        if state.manifest and state.manifest.attempt == folder.name:
+            return state.manifest  # written, but a network file system or a repeated request said that it was taken
         if state.status == "done" and state.manifest:
             log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
             for entry in list(store.list(own)):

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.storage.s3_errors import error_code
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -41,11 +43,23 @@ def upload(client: S3Client, pool: ThreadPoolExecutor, bucket: str, key: str, pa
                 return {"PartNumber": number, "ETag": answer["ETag"]}
 
             sent = all_or_none(pool, send, range(1, -(-size // length) + 1))
-        client.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})  # type: ignore[arg-type]
+        _complete(client, target, sent, size)
     except BaseException:
         with suppress(Exception):  # parts that stay are found by `moe-asr gc`
             client.abort_multipart_upload(**target)  # type: ignore[arg-type]
         raise
+
+
+def _complete(client: S3Client, target: dict[str, Any], sent: list[Any], size: int) -> None:
+    """Makes one file of the parts. Where the answer was lost, the repeated request finds no such upload any more."""
+    try:
+        client.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
+    except client.exceptions.ClientError as error:
+        if error_code(error) != "NoSuchUpload":
+            raise
+        found = client.head_object(Bucket=target["Bucket"], Key=target["Key"])
+        if found["ContentLength"] != size:
+            raise
 
 
 def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucket: str, key: str, path: Path) -> None:

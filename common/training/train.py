@@ -44,7 +44,7 @@ class TrainOptions:
     """Plain numbers of one training; names as in `common.sections.TrainConfig` and `RuntimeConfig`."""
 
     epochs: int
-    accumulate: int = 1
+    accumulate: int = 1  # batches of a step; several processes share them, so that their number changes no result
     max_steps: int | None = None
     warmup_ratio: float = 0.1
     schedule: str = "cosine"
@@ -180,6 +180,7 @@ def train(
 
     Raises:
         Preempted: `stopping` became true; a checkpoint is written.
+        UsageError: a step's batches cannot be shared equally among the processes.
         RetryableError: memory does not suffice for one utterance.
         DataError: no evaluation gave a finite figure to select by: the training diverged.
     """
@@ -192,8 +193,10 @@ def train(
     trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     extra = extra or {}
 
+    if options.accumulate % world:
+        raise UsageError(f"{world} processes cannot share {options.accumulate} batches per step equally")
     batches = plan_epoch(0)
-    per_step = options.accumulate * world
+    per_step = options.accumulate
     steps_per_epoch = math.ceil(len(batches) / per_step)
     total = options.epochs * steps_per_epoch
     total = min(total, options.max_steps or total)
@@ -286,10 +289,12 @@ def train(
         loaded = load([*mine, batches[0]] if filler else mine)
         while step < min(total, (epoch + 1) * steps_per_epoch):
             with meter.waiting():
-                micro = [b for b in (next(loaded, None) for _ in range(options.accumulate)) if b is not None]
+                micro = [b for b in (next(loaded, None) for _ in range(per_step // world)) if b is not None]
             counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
-            weight = accelerator.reduce(weight, "sum").clamp_min(1e-9)
+            wish = torch.tensor(float(world > 1 and stopping()), device=device)
+            weight, wishes = accelerator.reduce(torch.stack([weight, wish]), "sum").unbind()
+            weight = weight.clamp_min(1e-9)
             divisor = weight if counts else torch.full_like(weight, math.inf)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
@@ -334,7 +339,7 @@ def train(
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 if metrics:
                     metrics.log(row, meter.rates())
-            if agree(stopping(), accelerator, step):
+            if wishes > 0 or (world == 1 and stopping()):  # several processes stop together, one knows at once
                 save(wait=True)
                 bar.close()
                 raise Preempted(f"{label}: told to stop at step {step} of {total}; a checkpoint is written")
@@ -410,12 +415,3 @@ def halves(batch: TrainBatch, split: int) -> list[TrainBatch]:
     """The batch in at most `split` parts of equal size."""
     size = -(-len(batch) // split)
     return [batch] if split == 1 else [batch.part(i, i + size) for i in range(0, len(batch), size)]
-
-
-def agree(wish: bool, accelerator: Accelerator, step: int) -> bool:
-    """Whether any process wishes to stop; several processes ask each other every tenth step only."""
-    if accelerator.num_processes == 1:
-        return wish
-    if step % 10:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), "sum") > 0)

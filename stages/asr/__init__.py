@@ -29,4 +29,5 @@ CONTRACT = Contract(
         "gating.dropout",
     ),
     gpus=1,
+    together=True,
 )

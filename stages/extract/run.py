@@ -39,7 +39,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
     loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
     bar = progress(len(examples), "extract", unit="utterances", hidden=config.runtime.quiet)
     for number, part in enumerate(parts):
-        name = f"part-{number:06d}"
+        name = part_name(every, number)
         if name not in done:
             context.check_stop()
             with torch.inference_mode(), accelerator.autocast():
@@ -52,8 +52,13 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
         bar.update(len(part))
         context.metrics.progress(number * every + len(part), len(examples))
     bar.close()
-    _write(output, parts, [done[f"part-{number:06d}"] for number in range(len(parts))])
+    _write(output, parts, [done[part_name(every, number)] for number in range(len(parts))])
     context.summary |= {"utterances": len(examples), "audio_seconds": sum(example.duration for example in examples)}
+
+
+def part_name(every: int, number: int) -> str:
+    """Of a part among parts of `every` utterances: a try with other parts must not take these for its own."""
+    return f"part-{every}-{number:06d}"
 
 
 def _encode_part(

@@ -43,6 +43,12 @@ def test_a_file_goes_along_as_it_is(tmp_path):
     assert made["metadata"]["generateName"] == "moe-asr-mine-1-2-"
 
 
+def test_processes_of_joint_training_are_gpus_of_its_pod():
+    made = parameters(dry_run("--mode", "full", *PLACES, "--processes", "4"))
+    assert made["gpus"] == "4"
+    assert "runtime" not in made["settings"]
+
+
 def test_workflow_parameters_pass_through():
     made = dry_run(*PLACES, "-p", "parallelism=8", "-p", "webhook=http://host/path?a=b", "--resume")
     assert {"parallelism": "8", "webhook": "http://host/path?a=b", "resume": "true"}.items() <= parameters(made).items()

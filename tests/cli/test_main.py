@@ -71,6 +71,33 @@ def test_a_fault_of_the_program_has_a_traceback_and_a_code_that_no_cluster_tries
         assert ended.value.code == 70 and "Traceback" in capsys.readouterr().err
 
 
+class AcceleratorError(RuntimeError):
+    """Named as torch's own."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """The same."""
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (AcceleratorError("CUDA error: uncorrectable ECC error encountered"), 75),
+        (AcceleratorError("CUDA error: device-side assert triggered"), 70),
+        (OutOfMemoryError("CUDA out of memory"), 78),
+    ],
+)
+def test_faults_of_a_gpu_are_told_from_faults_of_the_program(fault, code, capsys, caplog):
+    @click.command()
+    def broken():
+        raise fault
+
+    with patch.object(sys, "argv", ["broken"]), pytest.raises(SystemExit) as ended:
+        run_command(broken)
+    assert ended.value.code == code
+    assert str(fault) in capsys.readouterr().err + caplog.text
+
+
 @pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.harness.plan", "common.harness.contract"])
 def test_help_and_contracts_load_without_torch(module, tmp_path):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

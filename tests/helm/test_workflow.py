@@ -136,7 +136,7 @@ def test_a_stage_may_differ_and_still_doubles_its_memory(rich):
         pod_patch(workflow, f"{n}-pod")["containers"][0]["resources"] for n in ("asr", "experts", "cluster")
     )
     assert asr["requests"]["cpu"] == "16"
-    assert "{{=128 * (lastRetry.exitCode == '137' ? 2 **" in asr["limits"]["memory"]
+    assert "{{=128 * (lastRetry.exitCode == '137' ? min(2 **" in asr["limits"]["memory"]
     assert "{{=32 * (" in cluster["requests"]["memory"]
     assert "gpu-stage-memory" in experts["limits"]["memory"]
     assert templates(workflow)["asr-pod"]["nodeSelector"] == {"pool": "large", "zone": "a"}

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from common.clustering.embeddings import read_tables
-from common.errors import DataError, StoreError
+from common.errors import DataError, Preempted, StoreError
+from common.harness.stage import StopFlag
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages.pipeline import Run, run_pipeline
@@ -202,3 +203,21 @@ def test_a_checkpoint_that_is_replaced_by_a_pickle_costs_a_warning_and_a_fresh_s
     (folder / "manifest.json").write_text(json.dumps({"schema": 1, "step": 1, "files": files}))
     run_pipeline(config)
     assert digests(again) == digests(finished)
+
+
+def test_two_signals_at_once_are_one_wish_and_later_ones_end_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("common.harness.stage.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("common.harness.stage.signal.alarm", lambda seconds: 0)
+    flag = StopFlag()
+    flag.handle(signal.SIGTERM, None)
+    now[0] += 1
+    flag.handle(signal.SIGTERM, None)  # as SLURM and systemd tell all processes, and the parent its children
+    assert flag()
+    with pytest.raises(KeyboardInterrupt):
+        flag.handle(signal.SIGINT, None)
+    with pytest.raises(Preempted):
+        flag.handle(signal.SIGALRM, None)
+    now[0] += 10
+    with pytest.raises(Preempted):
+        flag.handle(signal.SIGTERM, None)

@@ -1,9 +1,12 @@
 """The five stages on one machine: what a run leaves, what a second one skips, what a broken one loses."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,10 +17,12 @@ import pytest
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.harness.plan import Planned, Task
+from common.harness.stage import heed_signals
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages import STAGES
-from stages.pipeline import Run, parallel_slots, run_in_processes, run_pipeline
+from stages.pipeline import Run, run_pipeline
+from stages.processes import parallel_slots, run_in_processes
 from tests.servers import free_port
 
 RUNTIME = {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False}
@@ -296,8 +301,8 @@ def test_a_stop_reaches_the_processes_and_no_more_are_started(tmp_path, micro_mo
     program = tmp_path / "stage"
     program.write_text(STAGE.format(python=sys.executable))
     program.chmod(0o755)
-    monkeypatch.setattr("stages.pipeline.sys.executable", str(program))
-    run = Run(micro_config(tmp_path / "store", micro_model, tones))
+    monkeypatch.setattr("stages.processes.sys.executable", str(program))
+    config = micro_config(tmp_path / "store", micro_model, tones)
     contract = next(one for one in STAGES if one.name == "experts")
     planned = [Planned(Task(contract, i, Key("experts", str(i)), {}), "todo", "", None) for i in range(3)]
     started, said = Path(f"{program}.started"), Path(f"{program}.said")
@@ -306,10 +311,56 @@ def test_a_stop_reaches_the_processes_and_no_more_are_started(tmp_path, micro_mo
         return started.is_file() and started.read_text().count("\n") == 2
 
     with pytest.raises(Preempted, match="told to stop"):
-        run_in_processes(run, planned, ["", ""], stopping)
+        run_in_processes(config, planned, ["", ""], scratch=tmp_path, stopping=stopping)
     assert said.read_text() == "told\n" * 2
     assert started.read_text() == "True\n" * 2  # whether SIGINT is blocked: a Ctrl-C is ours alone to pass on
-    assert not list(run.cache.glob("*.yaml"))
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_second_wish_to_stop_reaches_the_processes_as_an_alarm(tmp_path, micro_model, tones, monkeypatch):
+    """SIGTERM twice within seconds is taken for one wish."""
+    program = tmp_path / "stage"
+    program.write_text(STAGE.format(python=sys.executable).replace("sys.exit(143)", "pass"))
+    program.chmod(0o755)
+    monkeypatch.setattr("stages.processes.sys.executable", str(program))
+    config = micro_config(tmp_path / "store", micro_model, tones)
+    contract = next(one for one in STAGES if one.name == "experts")
+    planned = [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)]
+    started, said = Path(f"{program}.started"), Path(f"{program}.said")
+
+    def interrupt():
+        for sign in (started, said):
+            while not sign.is_file():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    impatient = threading.Thread(target=interrupt)
+    with heed_signals() as stopping, pytest.raises(KeyboardInterrupt):
+        impatient.start()
+        run_in_processes(config, planned, [""], scratch=tmp_path, stopping=stopping)
+    impatient.join()
+    assert said.read_text() == "told\n"
+
+
+def test_a_process_gets_the_configuration_it_is_given_and_tells_what_may_pass(
+    tmp_path, micro_model, tones, monkeypatch
+):
+    program = tmp_path / "stage"
+    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/seen\nexit 75\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("stages.processes.sys.executable", str(program))
+    monkeypatch.setenv("MOE_ASR_STORE", "elsewhere")
+    monkeypatch.setenv("MOE_ASR_CACHE", "kept")
+    config = micro_config(tmp_path / "store", micro_model, tones)
+    contract = next(one for one in STAGES if one.name == "experts")
+    with pytest.raises(RetryableError, match="exit code 75"):
+        run_in_processes(
+            config, [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)], ["3"], scratch=tmp_path
+        )
+    seen = (tmp_path / "seen").read_text()
+    assert "MOE_ASR_STORE" not in seen
+    assert "MOE_ASR_CACHE=kept\n" in seen
+    assert "CUDA_VISIBLE_DEVICES=3\n" in seen
 
 
 @pytest.mark.parametrize(
@@ -397,6 +448,22 @@ def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_m
     np.testing.assert_allclose(
         np.load(tmp_path / task.key.prefix / whole.attempt / "embeddings.npy"), reference, rtol=1e-4, atol=1e-5
     )
+
+
+def test_parts_of_another_size_are_not_taken_for_ones_own(tmp_path, finished, micro_model, tones):
+    """`extract.checkpoint_every` is in no key: another try may have another one."""
+    from common.harness.stage import execute
+    from stages import run_function
+
+    for every, stop in ((20, stop_after(3)), (7, lambda: False)):
+        config = micro_config(tmp_path, micro_model, tones, extract__checkpoint_every=every)
+        run = Run(config)
+        task = run.plan().planned[0].task
+        with suppress(Preempted):
+            made = execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s", stopping=stop)
+    reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
+    found = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
+    np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_contracts_name_only_what_exists():

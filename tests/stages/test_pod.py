@@ -11,7 +11,7 @@ from common.harness.plan import Plan, Planned, Task
 from common.storage import open_store
 from common.storage.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from stages import STAGES
-from stages.pod import config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
+from stages.pod import config_from_variables, config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
 
 GROUP = make_key("experts", 1, {"seed": 1}, {})
 EXPERTS = next(contract for contract in STAGES if contract.name == "experts")
@@ -46,6 +46,22 @@ def make(store, tmp_path, number=0, **metrics):
 @pytest.fixture
 def store(tmp_path):
     return open_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [("", 1), ("1", 1), ("4", 4)])
+def test_a_pod_trains_with_a_process_for_each_of_its_gpus(monkeypatch, gpus, processes):
+    monkeypatch.setenv("MOE_ASR_STORE", "s3://bucket/runs")
+    monkeypatch.setenv("MOE_ASR_GPU", "h100-80")
+    monkeypatch.setenv("MOE_ASR_GPUS", gpus)
+    assert config_from_variables().runtime.processes == processes
+
+
+def test_gpus_that_cannot_share_a_step_are_refused_in_the_plan(monkeypatch):
+    monkeypatch.setenv("MOE_ASR_STORE", "s3://bucket/runs")
+    monkeypatch.setenv("MOE_ASR_GPU", "h100-80")
+    monkeypatch.setenv("MOE_ASR_GPUS", "3")
+    with pytest.raises(ConfigError, match="3 processes cannot share"):
+        config_from_variables()
 
 
 def test_what_is_done_keeps_the_name_under_which_it_was_made(store, tmp_path):

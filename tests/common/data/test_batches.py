@@ -1,5 +1,7 @@
 """Batches are a pure function of seed and epoch, hold every example once, and read what the index says."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ from common.data.audio import write_wav
 from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.data.features import SAMPLES_PER_POSITION
-from common.errors import DataError
+from common.errors import DataError, RetryableError
 from common.model.whisper import load_codec
 
 CPU = torch.device("cpu")
@@ -105,3 +107,45 @@ def test_torchs_loader_pins_all_tensors_of_a_batch(examples, monkeypatch):
     for name in TENSORS:
         assert any(getattr(moved, name) is one for one in pinned)
         assert torch.equal(getattr(moved, name), getattr(batch, name))
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from common.data.batches import BatchLoader, make_examples
+from common.data.corpus import read_corpus
+from common.harness.stage import heed_signals
+from common.model.whisper import load_codec
+
+if __name__ == "__main__":
+    codec = load_codec(Path(sys.argv[1]))
+    corpus = read_corpus(sys.argv[2])
+    examples = make_examples(corpus, corpus.split("train"), codec, context="dynamic", margin=64)
+    loader = BatchLoader(examples, num_workers=1, device=torch.device("cpu"))
+    with heed_signals() as stopping:
+        batches = loader([[i] for i in range(20)])
+        next(batches)
+        os.killpg(0, getattr(signal, sys.argv[3]))
+        count = 1 + sum(1 for _ in batches)
+        assert stopping()
+    print(count)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_all_processes_of_a_job_leaves_the_loader_its_batches(micro_model, tones, name):
+    """So that a training that is told to stop gets as far as its checkpoint."""
+    command = [sys.executable, "-c", STOPPED, str(micro_model), str(tones), name]
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
+
+
+def test_a_loader_process_that_is_killed_is_worth_another_try(examples):
+    loader = BatchLoader(examples, num_workers=1, device=CPU)
+    batches = loader([[i % len(examples)] for i in range(40)])
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    worker.kill()
+    with pytest.raises(RetryableError, match="--num-workers"):
+        list(batches)

@@ -189,6 +189,14 @@ def test_gate_gets_gradients_through_the_blend(mixed, mel_BMF):
     assert gate.net[0].weight.grad.abs().sum() > 0
 
 
+def test_a_gate_gives_the_same_logits_in_half_precision():
+    """Else an utterance could be routed otherwise than its report says."""
+    gate, embedding_BD = Gate(6, 4, 3), torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BE = gate(embedding_BD)
+    assert torch.equal(logits_BE, gate(embedding_BD))
+
+
 def test_balance_is_one_when_even_and_counts_experts_when_collapsed():
     even = torch.eye(4) * 20
     assert balance_loss(even, even.argmax(1, keepdim=True)) == pytest.approx(1.0, abs=1e-4)

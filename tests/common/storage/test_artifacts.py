@@ -116,6 +116,15 @@ def test_the_second_of_two_writers_finds_its_work_done(any_store, tmp_path):
     assert {key.split("/")[3] for key in keys(any_store)} == {"manifest.json", first.attempt}
 
 
+def test_a_manifest_that_was_written_though_the_store_says_it_was_taken_is_ours(any_store, tmp_path, monkeypatch):
+    """A network file system, or a request that was repeated, may answer so."""
+    put = any_store.put_if_absent
+    monkeypatch.setattr(type(any_store), "put_if_absent", lambda self, *given: put(*given) and False)
+    made = make(any_store, tmp_path)
+    assert inspect(any_store, KEY, deep=True).manifest == made
+    assert inspect(any_store, KEY, deep=True).status == "done"
+
+
 def test_of_many_racing_writers_all_get_the_same_whole_artifact(any_store, tmp_path):
     start = threading.Barrier(6)
 

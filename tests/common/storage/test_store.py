@@ -441,6 +441,15 @@ def test_large_files_go_in_parts_and_survive_a_broken_one(broken_store, proxy, t
     assert hashlib.sha256((tmp_path / "g").read_bytes()).digest() == hashlib.sha256(body).digest()
 
 
+def test_an_upload_whose_last_answer_is_lost_is_there_all_the_same(broken_store, proxy, tmp_path):
+    """The request is repeated, and the server knows no such upload any more."""
+    (tmp_path / "f").write_bytes(os.urandom(2**20) * 40)
+    lost = proxy.break_next("lose", times=1, method="POST", path="uploadId=")
+    broken_store.put("big", tmp_path / "f")
+    assert broken_store.size("big") == 40 * 2**20
+    assert [path for method, path, _ in proxy.seen if method == "POST" and "uploadId" in path][1:], lost
+
+
 def test_unfinished_uploads_are_found_and_ended(bucket, s3_server):
     from common.storage.s3 import make_client
 
