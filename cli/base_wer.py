@@ -15,12 +15,12 @@ from common.training.train import make_accelerator
 from stages.pipeline import cache_folder
 
 
-def base_wer(corpus: Corpus, model: str, endpoint_url: str | None = None) -> dict[str, dict[str, float]]:
+def base_wer(corpus: Corpus, model: str, language: str, endpoint_url: str | None) -> dict[str, dict[str, float]]:
     """etiology → clipped and unclipped WER of the base model, and utterances, over all splits."""
-    config: Config = validate({"model": {"name": model}, "endpoint_url": endpoint_url})
+    config: Config = validate({"model": {"name": model, "language": language}, "endpoint_url": endpoint_url})
     folder = locate_model(config, cache_folder())
     accelerator = make_accelerator("auto")
-    codec = load_codec(folder)
+    codec = load_codec(folder, language=language)
     examples = speech_examples(config, corpus, corpus.utterances, codec)
     loader = BatchLoader(examples, num_workers=0, device=accelerator.device)
     recogniser = Recogniser(load_whisper(folder)).to(accelerator.device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from cli.shared import language_option
 from cli.table import text_table
 from common.errors import DataError, UsageError
 
@@ -120,9 +121,10 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 @corpus.command()
 @click.argument("path")
 @click.option("--model", help="Also the WER of this base model, by etiology.")
+@language_option
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def stats(path: str, model: str | None, endpoint_url: str | None, as_json: bool) -> None:
+def stats(path: str, model: str | None, language: str, endpoint_url: str | None, as_json: bool) -> None:
     """Counts utterances, hours and speakers; with --model also the base model's WER by etiology.
 
     \b
@@ -136,7 +138,7 @@ def stats(path: str, model: str | None, endpoint_url: str | None, as_json: bool)
     if model is not None:
         from cli.base_wer import base_wer
 
-        figures["wer"] = base_wer(data, model, endpoint_url)
+        figures["wer"] = base_wer(data, model, language, endpoint_url)
     if as_json:
         click.echo(json.dumps(figures, indent=1))
         return

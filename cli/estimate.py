@@ -85,7 +85,7 @@ def shape_name(model: str) -> str:
 
 
 def measured_rates(config: Config, name: str) -> dict[str, float]:
-    """Seconds of speech per second of each stage of a finished run, the mean of its pieces.
+    """Seconds of speech per second and GPU of each stage of a finished run, the mean of its pieces.
 
     Raises:
         UsageError: the run measured none.
@@ -98,7 +98,8 @@ def measured_rates(config: Config, name: str) -> dict[str, float]:
         manifest = inspect(store, Key(task["stage"], task["key"])).manifest
         if manifest is None:
             continue
-        rate = manifest.metrics.get("throughput", {}).get("audio_seconds_per_second")
+        pace = manifest.metrics.get("throughput", {})
+        rate = pace.get("audio_seconds_per_second", 0) / pace.get("processes", 1)
         rate = rate or (manifest.metrics.get("audio_seconds", 0) / max(manifest.seconds, 1e-9))
         if rate:
             found.setdefault(task["stage"], []).append(rate)

@@ -79,7 +79,6 @@ def evaluate(
         split=split,
         long_audio=long_audio,
         samples=samples,
-        seed=config.seed,
         overwrite=overwrite,
         num_workers=config.runtime.num_workers,
         quiet=quiet or config.runtime.quiet,
@@ -111,7 +110,7 @@ def _rates(name: str, rates: Mapping[str, Any]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", text.rstrip("/").rpartition("/")[2]).strip("._") or "model"
+    return re.sub(r"[^\w.-]+", "_", text.rstrip("/").rpartition("/")[2]).strip("._") or "model"
 
 
 @click.command()

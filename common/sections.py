@@ -11,6 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
+def text_language(language: str, task: str) -> str:
+    """The language of a model's texts: Whisper translates to English only."""
+    return "en" if task == "translate" else language
+
+
 class Section(BaseModel):
     """One frozen section; an unknown name is refused."""
 
@@ -32,6 +37,11 @@ class ModelConfig(Section):
     task: Literal["transcribe", "translate"] = Field(
         "transcribe", description="what Whisper is asked to do; translate goes to English"
     )
+
+    @property
+    def text_language(self) -> str:
+        """The language of its texts."""
+        return text_language(self.language, self.task)
 
 
 class AudioConfig(Section):

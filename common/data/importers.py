@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.data.audio import audio_info
 from common.data.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, read_jsonl, write_index
@@ -40,11 +40,15 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as text by our field names (an empty `split` has to be there), where it stands, and its audio."""
+    """A row as text by our field names (an empty `split` has to be there), where it stands, and its audio.
+
+    `folder` comes before the path where an id is made of it.
+    """
 
     where: str
     values: dict[str, str]
     audio: Path
+    folder: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,8 @@ def import_audiofolder(
     for part in (source, *sorted(p for p in source.glob("*/") if p.name in SPLIT_NAMES)):
         for metadata in (part / "metadata.csv", part / "metadata.jsonl"):
             if metadata.is_file():
-                rows += _read_rows(metadata, part, columns or {}, split="" if part == source else part.name)
+                split = "" if part == source else part.name
+                rows += _read_rows(metadata, part, columns or {}, split=split, folder=Path(split))
     if not rows:
         raise DataError(
             f"{source} holds no metadata.csv or metadata.jsonl, at its top or in train/, validation/, test/"
@@ -183,7 +188,9 @@ def _deal(count: int, fractions: Sequence[float]) -> list[str]:
     return (["test"] * test + ["dev"] * dev + ["train"] * count)[:count]
 
 
-def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split: str = "") -> Iterator[Row]:
+def _read_rows(
+    table: Path, audio_root: Path, columns: Mapping[str, str], split: str = "", folder: Path = Path()
+) -> Iterator[Row]:
     unknown = sorted(set(columns) - set(KNOWN_COLUMNS))
     if unknown:
         raise UsageError(f"no field {unknown[0]!r} to take from a column: the fields are {', '.join(KNOWN_COLUMNS)}")
@@ -197,7 +204,7 @@ def _read_rows(table: Path, audio_root: Path, columns: Mapping[str, str], split:
             if field not in values:
                 raise DataError(f"{where}: column {chosen[field]!r} is empty: fill it, or take the row out")
         audio = audio_root / values["audio_filepath"]
-        yield Row(where, values, audio.resolve())
+        yield Row(where, values, audio.resolve(), folder)
 
 
 def _choose_columns(table: Path, present: list[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -226,10 +233,14 @@ def _csv_records(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             file.seek(0)
             # Spreadsheets of many countries separate by semicolons.
             separator = max((",", ";", "\t"), key=heading.count)
-            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            # Where tabs separate, a quote is mostly a character of the text, as in Common Voice.
+            quoting: Literal[0, 3] = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+            reader = csv.DictReader(file, delimiter=separator, strict=True, quoting=quoting)
             for record in reader:
                 if None in record or None in record.values():
                     raise DataError(f"{table}:{reader.line_num}: the row has not as many cells as the heading")
+                if quoting == csv.QUOTE_NONE:
+                    record = {_unquoted(name): _unquoted(cell) for name, cell in record.items()}
                 yield f"{table}:{reader.line_num}", record
     except csv.Error as error:
         raise DataError(f"{table}:{reader.reader.line_num}: {error}: check quotes and separators") from error
@@ -237,6 +248,10 @@ def _csv_records(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"{table} is not utf-8 text ({error.reason}): save it as utf-8") from error
     except OSError as error:
         raise DataError(f"cannot read the table {table}: {error.strerror}: check the path and its rights") from error
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
 
 def _json_records(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -281,9 +296,12 @@ def build_corpus(
 
 
 def _measure(rows: Sequence[Row], broken: Counter[str] | None) -> tuple[list[Row], list[Utterance]]:
+    files = Counter(row.audio for row in rows)
+    stretches = any("offset" in row.values for row in rows)  # an offset that is not given is 0 then
+
     def one(row: Row) -> Utterance | DataError:
         try:
-            return _to_utterance(row)
+            return _to_utterance(row, stretch=stretches or files[row.audio] > 1)
         except DataError as error:
             return error
 
@@ -304,7 +322,8 @@ def _measure(rows: Sequence[Row], broken: Counter[str] | None) -> tuple[list[Row
     return kept, utterances
 
 
-def _to_utterance(row: Row) -> Utterance:
+def _to_utterance(row: Row, *, stretch: bool) -> Utterance:
+    """The utterance of a row; of a stretch of a file, the row's duration counts, otherwise the file's own."""
     values = row.values
     try:
         file_seconds = audio_info(row.audio).duration
@@ -314,7 +333,7 @@ def _to_utterance(row: Row) -> Utterance:
     if offset >= file_seconds:
         raise DataError(f"{row.where}: offset {offset:g} s, but {row.audio} lasts {file_seconds:.2f} s: correct it")
     duration = file_seconds - offset
-    if "offset" in values and "duration" in values:
+    if stretch and "duration" in values:
         duration = min(duration, _seconds(row, "duration"))
     split = values["split"].lower()
     if split and split not in SPLIT_NAMES:
@@ -350,7 +369,7 @@ def _unique_ids(rows: Sequence[Row], utterances: Sequence[Utterance]) -> list[Ut
     where_of: dict[str, str] = {}
     for row, u in zip(rows, utterances, strict=True):
         suffix = f"@{u.offset:g}" if u.offset else ""
-        name = u.id or Path(row.values["audio_filepath"]).with_suffix("").as_posix().lstrip("./") + suffix
+        name = u.id or (row.folder / row.values["audio_filepath"]).with_suffix("").as_posix().lstrip("./") + suffix
         if name in where_of:
             raise DataError(f"{row.where}: id {name!r} is already at {where_of[name]}: give each row an id of its own")
         where_of[name] = row.where

@@ -8,6 +8,7 @@ from common.config import Config
 from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.errors import DataError
 
+TEST_SEED = 42  # of the part of test that is looked at: the same for every run, so that runs can be compared
 Purpose = Literal["embeddings", "experts", "asr"]
 
 
@@ -26,14 +27,15 @@ def training_subset(config: Config, corpus: Corpus, purpose: Purpose) -> list[Ut
 
 
 def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "test"]) -> list[Utterance]:
-    """The looked-at part of dev or test, sorted by id.
+    """The looked-at part of dev or test, sorted by id; of test the same for every seed, so that runs can be compared.
 
     Raises:
         DataError: the corpus has no such utterances.
     """
     pool = _usable(corpus, split)
     samples = config.subsets.dev_samples if split == "dev" else config.subsets.test_samples
-    return stratified_subset(pool, count=min(samples or len(pool), len(pool)), seed=config.seed)
+    seed = config.seed if split == "dev" else TEST_SEED
+    return stratified_subset(pool, count=min(samples or len(pool), len(pool)), seed=seed)
 
 
 def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:

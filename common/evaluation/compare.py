@@ -28,6 +28,7 @@ from common.sections import DecodeConfig
 
 RESULT, PAGE = "comparison.json", "compare.html"
 LEVEL = 0.95
+UNTOLD = {"low": None, "high": None, "p": None, "better": None}
 METRICS: tuple[Metric, ...] = ("wer", "cer")
 Systems = Mapping[str, Sequence[Result]]
 
@@ -55,7 +56,7 @@ def compare(
     Returns:
         Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that not all have),
         `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference
-        (None for itself) and `facts` (means over its results).
+        (None for itself) and `facts` (means over its results). Intervals and p are None where there is one speaker.
 
     Raises:
         UsageError: no system of the reference's name.
@@ -137,10 +138,11 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
     size = {"utterances": len(ids), "speakers": len({speakers[name] for name in ids})}
     found = {}
     for name, mean in means.items():
-        bounds = {f"{metric}_interval": _bounds(draws[metric][name]) for metric in METRICS}
+        several = size["speakers"] > 1  # all draws of one speaker are alike, and would make any difference certain
+        bounds = {f"{metric}_interval": _bounds(draws[metric][name]) if several else None for metric in METRICS}
         differences = {
             metric: {"delta": mean[metric] - means[reference][metric]}
-            | _against(draws[metric][name] - draws[metric][reference])
+            | (_against(draws[metric][name] - draws[metric][reference]) if several else UNTOLD)
             for metric in METRICS
         }
         found[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
@@ -255,17 +257,18 @@ def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     rows = []
     for one in comparison["systems"]:
         facts, delta = one["facts"], (one["difference"] or {}).get("wer")
-        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta else ""
+        alone = one["speakers"] == 1
+        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta and not alone else ""
         rows.append(
             (
                 one["name"],
                 str(len(one["runs"])),
                 percent(one["wer"]),
-                interval(one["wer_interval"]),
+                "one speaker" if alone else interval(one["wer_interval"]),
                 percent(one["cer"]),
                 points(delta["delta"]) if delta else "",
                 bounds,
-                f"{delta['p']:.3f}" if delta else "",
+                f"{delta['p']:.3f}" if delta and not alone else "",
                 *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
                 number(facts.get("trained_parameters")),
                 number(facts.get("samples_per_second"), 1),

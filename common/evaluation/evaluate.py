@@ -17,6 +17,7 @@ from common.clustering.embeddings import EmbeddingTable, speaker_means
 from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.subsets import TEST_SEED
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row, write_table
 from common.evaluation.wer import score
@@ -33,9 +34,9 @@ RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
 
 
 def choose_utterances(
-    corpus: Corpus, split: str, *, long_audio: str = "error", samples: int | None = None, seed: int = 42
+    corpus: Corpus, split: str, *, long_audio: str = "error", samples: int | None = None
 ) -> list[Utterance]:
-    """The utterances of a split, as the asr stage chooses them: a stratified part where `samples` is given.
+    """The utterances of a split, of test as the asr stage chooses them: a stratified part where `samples` is given.
 
     Raises:
         DataError: there is none.
@@ -48,7 +49,7 @@ def choose_utterances(
         found = [u for u in found if u.duration <= MAX_SECONDS]
     if not found:
         raise DataError(f"all utterances of split {split!r} last over {MAX_SECONDS:.0f} s")
-    return stratified_subset(found, count=min(samples or len(found), len(found)), seed=seed)
+    return stratified_subset(found, count=min(samples or len(found), len(found)), seed=TEST_SEED)
 
 
 def decode_corpus(
@@ -181,7 +182,6 @@ def evaluate(
     split: str = "test",
     long_audio: str = "error",
     samples: int | None = None,
-    seed: int = 42,
     overwrite: bool = False,
     num_workers: int = 0,
     quiet: bool = True,
@@ -190,7 +190,7 @@ def evaluate(
 
     Args:
         long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
-        samples, seed: a stratified part of the split.
+        samples: of a stratified part of the split, the same for every model.
         overwrite: replace an evaluation that is there.
 
     Returns:
@@ -201,7 +201,7 @@ def evaluate(
         DataError: as `choose_utterances` and `decode_corpus`.
     """
     with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
-        utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples, seed=seed)
+        utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples)
         everything = corpus.utterances if split == "all" else corpus.split(split)
         left_out = sum(u.duration > MAX_SECONDS for u in everything) if long_audio == "drop" else 0
         started = time.monotonic()

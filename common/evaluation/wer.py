@@ -66,7 +66,12 @@ def normalise(text: str, language: str = "en") -> str:
         text: reference or hypothesis.
         language: code of the language, such as "en"; a region after it ("en-GB", "en_us") is ignored.
     """
-    return _normalise(text, language.replace("_", "-").split("-")[0].lower())
+    return _normalise(text, base_language(language))
+
+
+def base_language(language: str) -> str:
+    """A language's code without the region after it: "en" of "en-GB" and "en_us"."""
+    return language.replace("_", "-").split("-")[0].lower()
 
 
 @lru_cache(maxsize=1 << 16)  # references come again with every evaluation
@@ -105,22 +110,25 @@ def score(id: str, hypothesis: str, references: Sequence[str], language: str = "
     if not references:
         raise DataError(f"utterance {id!r} has no reference to score against: give its text in the corpus index")
     said = normalise(hypothesis, language)
-    candidates = [_score(id, said, normalise(text, language), i) for i, text in enumerate(references)]
+    spaced = base_language(language) not in UNSPACED_LANGUAGES
+    candidates = [_score(id, said, normalise(text, language), i, spaced) for i, text in enumerate(references)]
     return min(candidates, key=_rate)  # min keeps the first of equals
 
 
-def _score(id: str, said: str, meant: str, reference: int) -> Score:
+def _score(id: str, said: str, meant: str, reference: int, spaced: bool) -> Score:
     said_words, words = said.split(), meant.split()
+    # Where words are not spaced, the normaliser has put a space between all characters.
+    said_letters, letters = (said, meant) if spaced else ("".join(said_words), "".join(words))
     if said == meant:
-        return Score(id, len(words), 0, 0, len(meant), 0, reference)
+        return Score(id, len(words), 0, 0, len(letters), 0, reference)
     edits = Levenshtein.editops(words, said_words)
     return Score(
         id,
         words=len(words),
         word_errors=len(edits),
         word_insertions=sum(edit.tag == "insert" for edit in edits),
-        chars=len(meant),
-        char_errors=Levenshtein.distance(meant, said),
+        chars=len(letters),
+        char_errors=Levenshtein.distance(letters, said_letters),
         reference=reference,
         loop=is_hallucination_loop(said, meant),
     )

@@ -15,9 +15,9 @@ def render_comparison(comparison: Row) -> str:
     """The page as one HTML string, from what `compare.compare` gives."""
     systems: Sequence[Row] = comparison["systems"]
     etiologies = [name for name in systems[0]["by_etiology"] if name != UNKNOWN]
-    ends = [end for one in systems for end in (one["wer"], *one["wer_interval"])]
+    ends = [end for one in systems for end in (one["wer"], *(one["wer_interval"] or ()))]
     differences = [one["difference"]["wer"] for one in systems if one["difference"]]
-    reach = max((abs(end) for d in differences for end in (d["delta"], d["low"], d["high"])), default=0.0)
+    reach = max((abs(end or 0.0) for d in differences for end in (d["delta"], d["low"], d["high"])), default=0.0)
     return render_page(
         "compare.html",
         comparison=comparison,
@@ -43,6 +43,8 @@ def _etiology(systems: Sequence[Row], name: str) -> Row:
 def _verdict(comparison: Row) -> str:
     """Which systems are told apart from the reference, in words."""
     reference = comparison["reference"]
+    if comparison["speakers"] == 1:
+        return "Whether a difference is more than chance cannot be said: that takes two or more speakers."
     told: dict[str, list[str]] = {"lower": [], "higher": [], "same": []}
     for one in comparison["systems"]:
         if one["difference"]:

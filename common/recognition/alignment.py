@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from common.data.features import POSITIONS_PER_SECOND
-from common.evaluation.wer import UNSPACED_LANGUAGES
+from common.evaluation.wer import UNSPACED_LANGUAGES, base_language
 from common.model.whisper import TextCodec
 
 SMOOTHING = 7  # positions of the median filter over time
@@ -161,7 +161,7 @@ def monotone_path(score_UT: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def unspaced(language: str) -> bool:
     """Whether a language is written without spaces between words."""
-    return language.split("-")[0].lower() in UNSPACED_LANGUAGES
+    return base_language(language) in UNSPACED_LANGUAGES
 
 
 def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float64], language: str) -> list[Word]:
@@ -169,13 +169,16 @@ def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float6
 
     Args:
         times_U: from `align`.
-        language: some are written without spaces; there every character is a word.
+        language: some are written without spaces; there every character is a word, and keeps a space before it.
     """
-    starts = _word_starts(codec, tokens, spaced=not unspaced(language))
-    words = []
+    spaced = not unspaced(language)
+    starts = _word_starts(codec, tokens, spaced=spaced)
+    words: list[Word] = []
     for first, last in pairwise([*starts, len(tokens)]):
         text = codec.decode(list(tokens[first:last]))
         if text:
+            piece: str = codec.tokenizer.decode(list(tokens[first:last]), skip_special_tokens=True)
+            text = " " + text if words and not spaced and piece.startswith(" ") else text
             words.append(Word(text, float(times_U[first]), float(times_U[last])))
     return words
 

@@ -160,7 +160,7 @@ def _say_once(line: str) -> None:
 
 def _kept_rows(config: Config, corpus: Corpus, found: Sequence[Utterance], cache: Path) -> dict[str, Row]:
     """The table of pieces: from the store, where it is; else made, and kept there for all other processes."""
-    settings = [config.model.language, config.audio.context, config.audio.margin]
+    settings = [config.model.language, config.model.task, config.audio.context, config.audio.margin]
     key = table_key(corpus, model_digest(config, cache), settings)
     store = open_store(config.store, endpoint_url=config.endpoint_url)
     name = f"segmented/{key}.jsonl"
@@ -175,6 +175,7 @@ def _kept_rows(config: Config, corpus: Corpus, found: Sequence[Utterance], cache
             device=config.runtime.device,
             precision=config.precision,
             language=config.model.language,
+            task=config.model.task,
             context=config.audio.context,
             margin=config.audio.margin,
         )

@@ -29,7 +29,7 @@ from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_i
 from common.model.recogniser import Recogniser
 from common.model.whisper import TextCodec, load_codec, load_whisper
 from common.recognition.decode import Decoded, Decoding, decode_hidden
-from common.sections import AudioConfig
+from common.sections import AudioConfig, text_language
 from common.storage.artifacts import MANIFEST, Manifest
 from common.storage.store import Store
 from common.training.train import make_accelerator
@@ -49,7 +49,7 @@ class OpenedModel:
         base: folder of the base weights, tokenizer included.
         name: as it was asked for.
         context, margin: how audio becomes encoder input, as in training.
-        language: of its texts, for the normaliser of scores.
+        language: of its texts, for the normaliser of scores; English where it translates.
         accelerator: its device and precision.
     """
 
@@ -112,7 +112,7 @@ def open_model(
         name=name,
         context=context or str(AudioConfig().context),
         margin=AudioConfig().margin if margin is None else margin,
-        language=language,
+        language=text_language(language, task),
         accelerator=accelerator,
     )
 

@@ -14,6 +14,7 @@ guess would move all that follows.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -141,8 +142,8 @@ def _division(
 
 
 def split_words(text: str, language: str) -> list[str]:
-    """The words of a transcript as they are written; characters where words are not spaced."""
-    return list("".join(text.split())) if unspaced(language) else text.split()
+    """The words of a transcript as they are written; where words are not spaced, characters, after a space if any."""
+    return re.findall(r" ?\S", " ".join(text.split())) if unspaced(language) else text.split()
 
 
 def _key(word: str) -> str:

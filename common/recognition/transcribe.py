@@ -206,8 +206,8 @@ def snap(words: Sequence[Word], pauses: Sequence[Stretch]) -> list[Word]:
 
 
 def join_words(words: Sequence[str], language: str) -> str:
-    """A text from its words."""
-    return ("" if unspaced(language) else " ").join(words)
+    """A text from its words; where they are not spaced, each brings the space before it, if there is one."""
+    return "".join(words).strip() if unspaced(language) else " ".join(words)
 
 
 def segments_of(windows: Sequence[HeardWindow], language: str) -> list[Segment]:

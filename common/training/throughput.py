@@ -27,10 +27,14 @@ class TrainBatch(Protocol):
 
 
 class Throughput:
-    """Counts what passed through the loop and how long the device waited for data."""
+    """Counts what passed through the loop and how long the device waited for data.
 
-    def __init__(self, device: torch.device, live: StageTelemetry | None = None) -> None:
-        self.device, self.live = device, live
+    Args:
+        processes: how many train together. They do as much as this one, nearly: what passes through it counts for all.
+    """
+
+    def __init__(self, device: torch.device, live: StageTelemetry | None = None, processes: int = 1) -> None:
+        self.device, self.live, self.processes = device, live, processes
         self.samples = 0
         self.audio = self.slots = self.waited = self.paused = 0.0
         self.started = self._since = self._stepped = time.monotonic()
@@ -43,14 +47,14 @@ class Throughput:
 
     def add(self, batches: Sequence[TrainBatch]) -> None:
         """Counts the batches of one step."""
-        samples = sum(len(batch) for batch in batches)
-        audio = sum(batch.seconds for batch in batches)
-        slots = sum(batch.seconds / max(1e-9, 1 - batch.padding) for batch in batches)
+        samples = self.processes * sum(len(batch) for batch in batches)
+        audio = self.processes * sum(batch.seconds for batch in batches)
+        slots = self.processes * sum(batch.seconds / max(1e-9, 1 - batch.padding) for batch in batches)
         self.samples, self.audio, self.slots = self.samples + samples, self.audio + audio, self.slots + slots
         if self.live is None:
             return
         for batch in batches:
-            self._tokens += batch.weight
+            self._tokens += self.processes * batch.weight
         now = time.monotonic()
         self.live.observe(telemetry.STEP, now - self._stepped)
         self._stepped = now
@@ -87,6 +91,7 @@ class Throughput:
             "samples_per_second": self.samples / seconds,
             "audio_seconds_per_second": self.audio / seconds,
             "padding_percent": 100 * (1 - self.audio / self.slots) if self.slots else 0.0,
+            "processes": float(self.processes),
             "data_wait_percent": 100 * self.waited / seconds,
             "peak_memory_bytes": float(
                 torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0

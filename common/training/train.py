@@ -70,7 +70,8 @@ class TrainResult:
         parameters: how many were trained.
         averaged: how many evaluated weights the result is the mean of; 0 where the best alone was kept.
         throughput: samples_per_second, audio_seconds_per_second, padding_percent, data_wait_percent,
-            peak_memory_bytes, of this process since its start (not of a run before a resume).
+            peak_memory_bytes, of this process since its start (not of a run before a resume), and processes; samples
+            and audio are those of all processes.
     """
 
     steps: int
@@ -208,7 +209,7 @@ def train(
     best_value, best = math.inf, copies(trained)
     kept: list[Kept] = []
     saved_at = time.monotonic()
-    meter = Throughput(device, metrics.live if metrics else None)
+    meter = Throughput(device, metrics.live if metrics else None, world)
 
     pending: Evaluation | None = None
 

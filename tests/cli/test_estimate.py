@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from tests.cli.test_evaluate import call
 from tests.cli.test_main import moe_asr
 
@@ -40,6 +40,8 @@ def test_the_batch_that_fits_grows_with_memory(micro_model, tones, tmp_path):
 
 
 def test_a_corpus_is_told_with_the_base_models_error_rate_by_etiology(micro_model, tones, capsys):
+    with pytest.raises(DataError, match=r"speaks English only; model\.language is 'de'"):
+        call("corpus", "stats", tones, "--model", micro_model, "--language", "de")
     call("corpus", "stats", tones, "--model", micro_model, "--json")
     found = json.loads(capsys.readouterr().out)
     assert sum(group["utterances"] for group in found["wer"].values()) == 108

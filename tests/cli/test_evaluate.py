@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from cli.evaluate import _slug
 from cli.main import cli
 from common.data.audio import read_audio, write_wav
 from common.data.corpus import read_corpus, write_index
@@ -237,3 +238,27 @@ def test_comparisons_that_make_no_sense_are_refused(evaluated, micro_run, micro_
             call("compare", *words, *store)
     call("compare", "micro", other, "--common", *store)
     shutil.rmtree(other)
+
+
+def test_folders_of_evaluations_keep_letters_of_all_languages():
+    assert [_slug(name) for name in ("runs/модель", "模型/", "a b/c:d.e", "...")] == [
+        "модель",
+        "模型",
+        "c_d.e",
+        "model",
+    ]
+
+
+def test_results_are_verified_as_the_run_recorded_them(micro_run, tmp_path, capsys):
+    """Not as they would be made from a corpus that has grown since, or is gone."""
+    store = shutil.copytree(micro_run[0], tmp_path / "store")
+    record = json.loads((store / "micro" / "run.json").read_text())
+    record["config"]["corpus"]["path"] = str(tmp_path / "gone")
+    (store / "micro" / "run.json").write_text(json.dumps(record))
+    call("verify", "micro", "--store", store, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert {row["state"] for row in found} == {"whole"} and len(found) == len(record["tasks"])
+    weights = next((store / "artifacts" / "gating").rglob("gate.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"1 of {len(found)} results"):
+        call("verify", "micro", "--store", store)

@@ -137,7 +137,7 @@ if __name__ == "__main__":
 def test_a_signal_to_all_processes_of_a_job_leaves_the_loader_its_batches(micro_model, tones, name):
     """So that a training that is told to stop gets as far as its checkpoint."""
     command = [sys.executable, "-c", STOPPED, str(micro_model), str(tones), name]
-    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr
 
 

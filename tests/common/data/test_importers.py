@@ -153,9 +153,42 @@ def test_an_audiofolder_with_splits(tmp_path, audio):
         records = [{"file_name": f"{i}.wav", "transcription": f"text {i}"} for i in numbers]
         write_table(folder / ("metadata.csv" if split == "train" else "metadata.jsonl"), records)
     corpus = import_audiofolder(tmp_path / "data", tmp_path / "out")
-    assert {u.id: u.split for u in corpus.utterances} == {"0": "train", "1": "train", "2": "dev", "3": "test"}
+    assert {u.id: u.split for u in corpus.utterances} == {
+        "train/0": "train",
+        "train/1": "train",
+        "validation/2": "dev",
+        "test/3": "test",
+    }
     with pytest.raises(DataError, match=r"metadata\.csv"):
         import_audiofolder(audio, tmp_path / "none")
+
+
+def test_splits_of_an_audiofolder_may_use_the_same_names(tmp_path, audio):
+    for split in ("train", "test"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        (folder / "0001.wav").write_bytes((audio / "0.wav").read_bytes())
+        write_table(folder / "metadata.csv", [{"file_name": "0001.wav", "transcription": split}])
+    corpus = import_audiofolder(tmp_path / "data", tmp_path / "out")
+    assert {u.id: u.text for u in corpus.utterances} == {"train/0001": "train", "test/0001": "test"}
+
+
+def test_a_stretch_without_an_offset_begins_at_0_and_has_its_own_duration(tmp_path, audio):
+    first = {"id": "a", "audio": "5.wav", "text": "first", "offset": "", "duration": "0.4", "split": "train"}
+    second = first | {"id": "b", "text": "second", "offset": "0.4", "duration": "1.1"}
+    for name in ("t.csv", "t.jsonl"):
+        corpus = import_table(write_table(audio / name, [first, second]), tmp_path / name)
+        assert [(u.offset, u.duration) for u in corpus.utterances] == [(0, 0.4), (0.4, 1.1)]
+    again = import_table(tmp_path / "t.csv" / "index.jsonl", tmp_path / "again")  # which leaves out an offset of 0
+    assert [(u.offset, u.duration) for u in again.utterances] == [(0, 0.4), (0.4, 1.1)]
+
+
+def test_quotes_in_a_table_with_tabs_are_part_of_the_text(tmp_path, audio):
+    texts = ["plain", '"Quote starts here', 'ends here"', '"Yes," she said', '"all of ""it"" quoted"']
+    lines = ["path\tsentence", *(f"{i}.wav\t{text}" for i, text in enumerate(texts))]
+    (audio / "t.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    corpus = import_table(audio / "t.tsv", tmp_path / "out")
+    assert [u.text for u in corpus.utterances] == [*texts[:4], 'all of "it" quoted']
 
 
 def people(sizes: dict[str, int]) -> list[Utterance]:

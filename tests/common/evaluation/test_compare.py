@@ -101,9 +101,9 @@ def test_a_group_counts_by_its_mean_over_seeds_and_is_less_certain_than_its_runs
 
 
 def test_seeds_spread_the_draws_as_much_as_new_seeds_would():
-    """One speaker: what is left is the variance of a mean of three seeds, which draws of 3 out of 3 understate."""
+    """Speakers err alike: what is left is the variance of a mean of three seeds, which 3 draws of 3 understate."""
     rates = (4, 12, 20)
-    runs = [result(f"r{n}", ["river lamp seven green"] * (24 - n) + ["moon"] * n, speaker="one") for n in rates]
+    runs = [result(f"r{n}", ["river lamp seven green"] * (24 - n) + ["moon"] * n) for n in rates]
     low, high = compare({"g": runs}, resamples=20_000)["systems"][0]["wer_interval"]
     standard_error = np.std([n / 24 for n in rates], ddof=1) / np.sqrt(3)
     assert (high - low) / 2 == pytest.approx(1.96 * standard_error, rel=0.25)
@@ -169,6 +169,20 @@ def test_the_page_needs_no_network_and_keeps_hostile_names_as_text(tmp_path):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == made
     with pytest.raises(UsageError, match="already"):
         write_comparison(made, tmp_path / "out")
+
+
+def test_of_one_speaker_no_difference_is_told_from_chance(tmp_path):
+    systems = {"a": [result("a", wrong(9), speaker="s")], "b": [result("b", wrong(3), speaker="s")]}
+    made = compare(systems)
+    found = made["systems"][1]
+    assert found["difference"]["wer"] == {"delta": -0.125, "low": None, "high": None, "p": None, "better": None}
+    assert found["wer_interval"] is None and found["by_etiology"]["low"]["wer_interval"] is None
+    header, rows = table_rows(made)
+    assert rows[1][header.index("95% interval")] == "one speaker" and rows[1][header.index("p")] == ""
+    write_comparison(made, tmp_path / "out")
+    words = Page((tmp_path / "out" / "compare.html").read_text()).words
+    assert "cannot be said: that takes two or more speakers" in words
+    assert "WER is lower" not in words
 
 
 def test_the_terminal_table_has_a_row_for_each_system():

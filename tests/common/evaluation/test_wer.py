@@ -20,6 +20,7 @@ from common.evaluation.wer import (
     summarise,
     wer,
 )
+from common.sections import ModelConfig
 
 WORDS = ["river", "house", "the", "stood", "quiet", "name", "old", "nobody", "near", "a", "remembered"]
 
@@ -276,3 +277,15 @@ def test_duration_buckets(seconds, bucket):
 def test_duration_buckets_sort_by_duration():
     names = [duration_bucket(seconds / 2) for seconds in range(100)]
     assert names == sorted(names)
+
+
+@pytest.mark.parametrize(("said", "errors"), [("你不吗", 1), ("你吗", 1), ("你好吗呢", 1), ("你好吗", 0)])
+def test_letters_of_languages_without_spaces_are_counted_without_the_normalisers(said, errors):
+    found = score("u", said, ["你好吗"], "zh-CN")
+    assert (found.chars, found.char_errors, found.words, found.word_errors) == (3, errors, 3, errors)
+
+
+def test_a_translation_is_scored_as_english():
+    config = ModelConfig(language="ja", task="translate")
+    assert (config.text_language, ModelConfig(language="ja").text_language) == ("en", "ja")
+    assert score("u", "Hello, world", ["hello world"], config.text_language).words == 2

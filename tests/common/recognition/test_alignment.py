@@ -91,6 +91,7 @@ def test_times_never_decrease_and_do_not_depend_on_the_batch(micro_model, tones)
         ("He said: yes, do!", "en", ["He", "said:", "yes,", "do!"]),
         ("naïve café — 3 o'clock", "en", ["naïve", "café —", "3", "o'clock"]),
         ("你好。", "zh", ["你", "好。"]),
+        ("用 iP", "zh", ["用", " i", "P"]),
     ],
 )
 def test_words_keep_their_punctuation_and_whole_characters(micro_model, text, language, expected):

@@ -23,6 +23,7 @@ from common.recognition.long_audio import (
 )
 from common.recognition.opened import open_model
 from common.recognition.segment import anchors, estimate_starts, split_words
+from common.recognition.transcribe import join_words
 from common.storage import open_store
 from stages.pipeline import run_pipeline
 from tests.stages.test_pipeline import micro_config
@@ -176,7 +177,12 @@ def test_anchors_are_words_heard_as_written():
     assert (np.diff(starts_U) >= 0).all()
     assert starts_U[[0, 1, 3, 4, 5]].tolist() == [0, 1, 3, 4, 5]
     assert 1 < starts_U[2] < 3
-    assert split_words("你好 吗", "zh") == ["你", "好", "吗"]
+    assert split_words("你好 吗", "zh") == ["你", "好", " 吗"]
+
+
+@pytest.mark.parametrize(("text", "language"), [("我 用 iPhone Pro 手机", "zh"), ("The cat, sat", "en")])
+def test_words_make_the_text_they_came_from(text, language):
+    assert join_words(split_words(text, language), language) == text
 
 
 def test_rows_are_kept_without_loss():

@@ -366,3 +366,16 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[-1] < 0.001
+
+
+def test_what_passes_through_one_of_several_processes_counts_for_all():
+    rates = []
+    for processes in (1, 4):
+        meter = Throughput(torch.device("cpu"), processes=processes)
+        meter.started -= 100
+        meter.add([Points(POINTS[:2], TARGETS[:2])] * 2)
+        rates.append(meter.rates())
+    assert rates[1]["samples_per_second"] == pytest.approx(4 * rates[0]["samples_per_second"], rel=1e-2)
+    assert rates[1]["audio_seconds_per_second"] == pytest.approx(4 * rates[0]["audio_seconds_per_second"], rel=1e-2)
+    assert (rates[0]["processes"], rates[1]["processes"]) == (1, 4)
+    assert rates[0]["padding_percent"] == rates[1]["padding_percent"]
