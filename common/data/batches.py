@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from common.model.whisper import IGNORED, TextCodec
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
 STOPS = (signal.SIGINT, signal.SIGTERM)
-OUTLIVES_SECONDS = 30  # of a loader process after SIGTERM; the training itself takes 25 at most
 TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
 
 
@@ -305,7 +305,7 @@ class BatchLoader:
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
             persistent_workers=num_workers > 0,
-            worker_init_fn=partial(_start_worker, dict(os.environ)),
+            worker_init_fn=partial(_start_worker, dict(os.environ), os.getpid()),
             generator=torch.Generator(),  # else every epoch and every resume would draw from the model's random state
             multiprocessing_context="forkserver" if num_workers else None,
         )
@@ -325,10 +325,11 @@ class BatchLoader:
         while True:
             try:
                 batch = next(loaded, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it is killed while it sends
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
-                raise RetryableError(f"{error}: killed, perhaps for memory; --num-workers takes fewer") from None
+                told = "a loader process was killed, perhaps for want of memory: --num-workers takes fewer"
+                raise RetryableError(f"{told} ({str(error) or type(error).__name__})") from None
             if batch is None:
                 return
             if isinstance(batch, MoeAsrError):
@@ -360,18 +361,23 @@ class _Replaceable(Sampler[list[int]]):
         return len(self.batches)
 
 
-def _start_worker(environment: Mapping[str, str], _: int) -> None:
+def _start_worker(environment: Mapping[str, str], owner: int, _: int) -> None:
     """One thread, and this process's environment: the server that forks workers has that of the first loader.
 
-    Who stops a job often signals all its processes, but the training needs its loader to end in order: a worker lives
-    on for a while.
+    Who stops a job often signals all its processes, but the training needs its loader to end in order: a worker heeds
+    SIGTERM from its owner alone.
     """
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLIVES_SECONDS))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as inherited; in the thread too
+    Thread(target=_heed_owner, args=(owner,), daemon=True).start()
+
+
+def _heed_owner(owner: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
+        pass
+    os._exit(0)
 
 
 @contextmanager
