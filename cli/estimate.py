@@ -10,7 +10,7 @@ import click
 from cli.table import text_table
 from common.config import Config
 from common.errors import UsageError
-from common.harness.runs import run_record
+from common.harness.runs import recorded_states, run_record
 from common.options import config_from, config_options
 from common.storage import open_store
 
@@ -90,19 +90,17 @@ def measured_rates(config: Config, name: str) -> dict[str, float]:
     Raises:
         UsageError: the run measured none.
     """
-    from common.storage.artifacts import Key, inspect
-
     store = open_store(config.store, endpoint_url=config.endpoint_url)
     found: dict[str, list[float]] = {}
-    for task in run_record(store, name)["tasks"].values():
-        manifest = inspect(store, Key(task["stage"], task["key"])).manifest
+    for _, key, state in recorded_states(store, run_record(store, name)):
+        manifest = state.manifest
         if manifest is None:
             continue
         pace = manifest.metrics.get("throughput", {})
         rate = pace.get("audio_seconds_per_second", 0) / pace.get("processes", 1)
         rate = rate or (manifest.metrics.get("audio_seconds", 0) / max(manifest.seconds, 1e-9))
         if rate:
-            found.setdefault(task["stage"], []).append(rate)
+            found.setdefault(key.stage, []).append(rate)
     if not found:
         raise UsageError(f"--from {name}: no stage of this run measured its throughput; is it finished?")
     return {stage: sum(rates) / len(rates) for stage, rates in found.items()}

@@ -16,10 +16,9 @@ from common.config import Config
 from common.console import coloured
 from common.errors import DataError, StoreError
 from common.files import make_folders
-from common.harness.runs import run_names, run_record, stage_folders
+from common.harness.runs import recorded_states, run_names, run_record, stage_folders
 from common.options import config_from, config_options
 from common.storage import open_store
-from common.storage.artifacts import Key, inspect
 from common.storage.store import Store
 from stages.pipeline import Run, cache_folder
 
@@ -141,8 +140,7 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     """
     store = open_store(store_url, endpoint_url=endpoint_url)
     found = []
-    for label, task in run_record(store, run)["tasks"].items():  # as recorded: the corpus may have grown since
-        seen = inspect(store, Key(task["stage"], task["key"]), deep=True)
+    for label, _, seen in recorded_states(store, run_record(store, run), deep=True):
         found.append((label, "whole" if seen.status == "done" else seen.status, seen.reason))
     bad = [label for label, state, _ in found if state != "whole"]
     if as_json:

@@ -66,10 +66,15 @@ def normalise(text: str, language: str = "en") -> str:
         text: reference or hypothesis.
         language: code of the language, such as "en"; a region after it ("en-GB", "en_us") is ignored.
     """
-    return _normalise(text, base_language(language))
+    return _normalise(text, _base(language))
 
 
-def base_language(language: str) -> str:
+def unspaced(language: str) -> bool:
+    """Whether a language is written without spaces between words."""
+    return _base(language) in UNSPACED_LANGUAGES
+
+
+def _base(language: str) -> str:
     """A language's code without the region after it: "en" of "en-GB" and "en_us"."""
     return language.replace("_", "-").split("-")[0].lower()
 
@@ -110,7 +115,7 @@ def score(id: str, hypothesis: str, references: Sequence[str], language: str = "
     if not references:
         raise DataError(f"utterance {id!r} has no reference to score against: give its text in the corpus index")
     said = normalise(hypothesis, language)
-    spaced = base_language(language) not in UNSPACED_LANGUAGES
+    spaced = not unspaced(language)
     candidates = [_score(id, said, normalise(text, language), i, spaced) for i, text in enumerate(references)]
     return min(candidates, key=_rate)  # min keeps the first of equals
 

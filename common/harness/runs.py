@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
 from common.storage import open_store
-from common.storage.artifacts import Key, fetch, inspect
+from common.storage.artifacts import Key, State, fetch, inspect
 from common.storage.store import Store
 
 
@@ -53,6 +54,22 @@ def find_run(name: str, store: Store | None) -> tuple[Store, dict[str, Any]] | N
     return (store, record) if store and record else None
 
 
+def recorded_states(
+    store: Store, record: Mapping[str, Any], stage: str | None = None, *, deep: bool = False
+) -> Iterator[tuple[str, Key, State]]:
+    """Label, key and state of each piece of a run, as it was recorded: the corpus may have changed since.
+
+    Args:
+        record: the run's.
+        stage: whose pieces; those of all when left out.
+        deep: as of `inspect`.
+    """
+    for label, task in record["tasks"].items():
+        if stage in (None, task["stage"]):
+            key = Key(task["stage"], task["key"])
+            yield label, key, inspect(store, key, deep=deep)
+
+
 def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path) -> list[Path]:
     """Local folders of a stage's finished pieces.
 
@@ -64,16 +81,13 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path)
         DataError: the run has no such stage, or it is not done.
     """
     folders = []
-    for label, task in record["tasks"].items():
-        if task["stage"] == stage:
-            key = Key(stage, task["key"], {})
-            state = inspect(store, key)
-            if state.manifest is None or state.status != "done":
-                raise DataError(
-                    f"{label} of run {record['name']} is not done ({state.reason}): "
-                    "`moe-asr run` with its configuration goes on with it"
-                )
-            folders.append(fetch(store, key, state.manifest, cache / "inputs" / stage / key.digest))
+    for label, key, state in recorded_states(store, record, stage):
+        if state.manifest is None or state.status != "done":
+            raise DataError(
+                f"{label} of run {record['name']} is not done ({state.reason}): "
+                "`moe-asr run` with its configuration goes on with it"
+            )
+        folders.append(fetch(store, key, state.manifest, cache / "inputs" / stage / key.digest))
     if not folders:
         raise DataError(
             f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration goes on with it"

@@ -54,19 +54,18 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.requested = False
-        self.since = 0.0
+        self.since: float | None = None  # when it was set
 
     def __call__(self) -> bool:
-        return self.requested
+        return self.since is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.requested and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
+        if self.since is not None and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
             return
-        if self.requested or number == signal.SIGALRM:
+        if self.since is not None or number == signal.SIGALRM:
             raise KeyboardInterrupt if number == signal.SIGINT else Preempted("told to stop; no checkpoint was due")
-        self.requested, self.since = True, time.monotonic()
+        self.since = time.monotonic()
         signal.alarm(GRACE_SECONDS)
 
 

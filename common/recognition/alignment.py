@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from common.data.features import POSITIONS_PER_SECOND
-from common.evaluation.wer import UNSPACED_LANGUAGES, base_language
+from common.evaluation.wer import unspaced
 from common.model.whisper import TextCodec
 
 SMOOTHING = 7  # positions of the median filter over time
@@ -159,11 +159,6 @@ def monotone_path(score_UT: NDArray[np.float64]) -> NDArray[np.int64]:
     return starts_U
 
 
-def unspaced(language: str) -> bool:
-    """Whether a language is written without spaces between words."""
-    return base_language(language) in UNSPACED_LANGUAGES
-
-
 def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float64], language: str) -> list[Word]:
     """Groups tokens into words; punctuation belongs to the word before, an opening quote to the one after.
 
@@ -175,9 +170,8 @@ def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float6
     starts = _word_starts(codec, tokens, spaced=spaced)
     words: list[Word] = []
     for first, last in pairwise([*starts, len(tokens)]):
-        text = codec.decode(list(tokens[first:last]))
-        if text:
-            piece: str = codec.tokenizer.decode(list(tokens[first:last]), skip_special_tokens=True)
+        piece: str = codec.tokenizer.decode(list(tokens[first:last]), skip_special_tokens=True)
+        if text := piece.strip():
             text = " " + text if words and not spaced and piece.startswith(" ") else text
             words.append(Word(text, float(times_U[first]), float(times_U[last])))
     return words

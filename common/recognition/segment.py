@@ -27,8 +27,9 @@ from rapidfuzz.distance import Levenshtein
 from common.data.audio import SAMPLE_RATE, Samples
 from common.data.corpus import Utterance
 from common.data.features import context_positions
+from common.evaluation.wer import unspaced
 from common.limits import MAX_SECONDS, MAX_TOKENS
-from common.recognition.alignment import Word, align, unspaced
+from common.recognition.alignment import Word, align
 from common.recognition.decode import Decoding
 from common.recognition.opened import OpenedModel, route_batch
 from common.recognition.pauses import Stretch, Window, find_pauses, loudness, plan_windows

@@ -16,9 +16,10 @@ import torch
 from common.data.audio import SAMPLE_RATE, Samples
 from common.data.batches import Batch, Example, collate
 from common.data.features import context_positions
+from common.evaluation.wer import unspaced
 from common.limits import MAX_SECONDS
 from common.model.whisper import IGNORED
-from common.recognition.alignment import Word, align, unspaced, words_of
+from common.recognition.alignment import Word, align, words_of
 from common.recognition.decode import Decoded, Decoding
 from common.recognition.opened import OpenedModel, embed_batch, hear
 from common.recognition.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows

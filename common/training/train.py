@@ -293,8 +293,10 @@ def train(
                 micro = [b for b in (next(loaded, None) for _ in range(per_step // world)) if b is not None]
             counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
-            wish = torch.tensor(float(world > 1 and stopping()), device=device)
-            weight, wishes = accelerator.reduce(torch.stack([weight, wish]), "sum").unbind()
+            wishes = None  # several processes stop together: one that is told to tells all with this exchange
+            if world > 1:
+                both = torch.stack([weight, torch.full_like(weight, float(stopping()))])
+                weight, wishes = accelerator.reduce(both, "sum").unbind()
             weight = weight.clamp_min(1e-9)
             divisor = weight if counts else torch.full_like(weight, math.inf)
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -340,7 +342,7 @@ def train(
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 if metrics:
                     metrics.log(row, meter.rates())
-            if wishes > 0 or (world == 1 and stopping()):  # several processes stop together, one knows at once
+            if stopping() if wishes is None else wishes > 0:
                 save(wait=True)
                 bar.close()
                 raise Preempted(f"{label}: told to stop at step {step} of {total}; a checkpoint is written")
