@@ -227,7 +227,7 @@ def step_subsets(folder: Path, count: int, width: int, model: Path) -> list[Row]
 
 def step_plan(folder: Path, count: int, width: int, model: Path) -> list[Row]:
     """What `moe-asr plan` does, on an empty store."""
-    from stages.pipeline import Run
+    from stages.local_runner import Run
 
     rows: list[Row] = []
     with measured(rows, "plan") as row:

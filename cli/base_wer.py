@@ -12,7 +12,7 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import load_codec, load_whisper
 from common.training.speech import decoding_options, speech_examples
 from common.training.train import make_accelerator
-from stages.pipeline import cache_folder
+from stages.local_runner import cache_folder
 
 
 def base_wer(corpus: Corpus, model: str, language: str, endpoint_url: str | None) -> dict[str, dict[str, float]]:

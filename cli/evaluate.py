@@ -62,7 +62,7 @@ def evaluate(
     from common.data.sources import open_corpus
     from common.evaluation.evaluate import evaluate as run_evaluation
     from common.training.speech import decoding_options
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     config = decoding_config(model, store, settings)
@@ -147,7 +147,7 @@ def compare(
     """
     from common.evaluation.compare import before_training, read_result, table_rows, write_comparison
     from common.evaluation.compare import compare as make_comparison
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     systems = {

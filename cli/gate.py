@@ -48,8 +48,8 @@ def gate(
     """
     counts = () if no_decode else (0, *_counts(top_k))
     from common.evaluation.gate_run import GateQuestions, examine_gate
-    from common.pages.gate import render_gate
-    from stages.pipeline import cache_folder
+    from common.report.gate import render_gate
+    from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     asked = GateQuestions(counts, layers, poolings, samples)

@@ -22,8 +22,8 @@ from common.evaluation.results import read_result as read_result
 from common.evaluation.wer import Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
 from common.files import new_folder
 from common.json_files import Row
-from common.pages.compare import render_comparison
-from common.pages.page import clock, interval, number, percent, points
+from common.report.compare import render_comparison
+from common.report.page import clock, interval, number, percent, points
 from common.sections import DecodeConfig
 
 RESULT, PAGE = "comparison.json", "compare.html"

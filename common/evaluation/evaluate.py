@@ -18,17 +18,17 @@ from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.data.subsets import TEST_SEED
+from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row, write_table
 from common.evaluation.wer import score
 from common.files import new_folder
+from common.inference.load_model import OpenedModel, embed_batch, hear
+from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
 from common.limits import MAX_SECONDS
-from common.pages.evaluation import render_evaluation
 from common.progress import progress
-from common.recognition.decode import Decoding
-from common.recognition.opened import OpenedModel, embed_batch, hear
-from common.recognition.transcribe import join_words, transcribe_audio
+from common.report.evaluation import render_evaluation
 
 RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
 

@@ -16,8 +16,8 @@ from common.config import Config
 from common.data.augment import Augmentation
 from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance
+from common.decoding.decode import Decoding
 from common.model.whisper import TextCodec
-from common.recognition.decode import Decoding
 from common.sections import SpeechTrainConfig, TrainConfig
 from common.training.train import TrainOptions
 

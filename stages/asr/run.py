@@ -25,13 +25,13 @@ from common.data.sources import model_digest
 from common.data.subsets import evaluation_subset, training_subset
 from common.evaluation.score import by_etiology, decode_set, prediction_rows, score_set, summarise
 from common.evaluation.wer import cer, wer
-from common.harness.stage import Context
 from common.model import adalora
 from common.model.adapters import copy_experts
 from common.model.bundle import BundleInfo, load_gate, save_recogniser
 from common.model.moe import Gate, add_mixture, mixture_layers, part_after, route, routing_report, start_as_one
 from common.model.recogniser import Recogniser, RouterOptions
 from common.model.whisper import TextCodec, load_codec, load_whisper
+from common.pipeline.stage import Context
 from common.training.speech import (
     augmentation,
     decoding_options,
@@ -377,7 +377,7 @@ def _evaluate(
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output / "predictions.jsonl").write_text(lines, encoding="utf-8")
     if config.runtime.plots:
-        from common.pages.plots import plot_asr
+        from common.report.plots import plot_asr
 
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}

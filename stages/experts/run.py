@@ -15,12 +15,12 @@ from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
 from common.data.subsets import evaluation_subset, training_subset
-from common.harness.stage import Context
 from common.model.adapters import save_expert
 from common.model.bundle import load_gate
 from common.model.moe import Gate, add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_codec, load_whisper
+from common.pipeline.stage import Context
 from common.training.speech import (
     augmentation,
     epoch_planner,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from common.config import Config
 from common.data.corpus import Corpus
 from common.data.subsets import embedded_utterances
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from common.storage.artifacts import Manifest
 
 

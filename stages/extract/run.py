@@ -15,9 +15,9 @@ from common.config import Config
 from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
 from common.data.corpus import Corpus
 from common.data.subsets import embedded_utterances
-from common.harness.stage import Context
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_codec, load_whisper
+from common.pipeline.stage import Context
 from common.progress import progress
 from common.training.train import make_accelerator
 

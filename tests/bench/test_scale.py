@@ -6,8 +6,8 @@ import pytest
 
 from bench import scale, scale_parts
 from common.data.corpus import read_corpus
-from stages.pipeline import run_pipeline
-from tests.stages.test_pipeline import micro_config
+from stages.local_runner import run_pipeline
+from tests.stages.test_local_runner import micro_config
 
 STEPS = [
     "write the index",

@@ -14,10 +14,10 @@ from common.config import to_yaml
 from dashboards.__main__ import DASHBOARDS
 from dashboards.client import ask, query_range
 from dashboards.promql import EVERYTHING, expand
-from stages.pipeline import Run, run_one
+from stages.local_runner import Run, run_one
 from tests.dashboards.prometheus import exporters, job, prometheus
 from tests.servers import free_port
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 TEXTS = Path(__file__).parent / "exporters"
 WORKFLOW = "demo-x7k2p"

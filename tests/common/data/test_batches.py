@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
-from common.harness.stage import heed_signals
+from common.pipeline.stage import heed_signals
 from common.model.whisper import load_codec
 
 if __name__ == "__main__":

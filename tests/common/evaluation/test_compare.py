@@ -11,7 +11,7 @@ from common.evaluation.breakdown import breakdown, loops, read_table, score_of, 
 from common.evaluation.compare import compare, table_rows, write_comparison
 from common.evaluation.results import Result, before_training, read_result
 from common.evaluation.wer import bootstrap_interval, paired_bootstrap, score
-from tests.common.pages.test_report import Page
+from tests.common.report.test_report import Page
 
 WORDS = ["river", "lamp", "seven", "green", "open", "stone", "under", "paper", "voice", "moon"]
 
