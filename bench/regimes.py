@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.evaluation.compare import Result, before_training, compare, read_result
+from common.evaluation.compare import compare
+from common.evaluation.results import Result, before_training, read_result
 from common.json_files import read_object
 from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store

@@ -240,7 +240,7 @@ def step_batches(folder: Path, count: int, width: int, model: Path) -> list[Row]
     """Tokens of the training split and the batches of two epochs."""
     from common.data.batches import AudioDataset, epoch_batches, make_examples
     from common.data.subsets import training_subset
-    from common.model.whisper import load_codec
+    from common.data.tokens import load_codec
 
     rows: list[Row] = []
     corpus, config, codec = simulated(folder, count), settings(folder), load_codec(model)

@@ -169,7 +169,7 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
 
     counter = None
     if model is not None:
-        from common.model.whisper import load_codec
+        from common.data.tokens import load_codec
 
         counter = load_codec(Path(model)).length
     findings = audit_corpus(opened(path, endpoint_url), token_count=counter)

@@ -67,7 +67,7 @@ def transcribe(
     from common.inference.transcribe import transcribe_audio
     from common.progress import progress
     from common.storage import open_store
-    from common.training.speech import decoding_options
+    from stages.settings import decoding_options
 
     kinds = SUFFIXES if kind == "all" else (kind,)
     check_outputs(files, kinds, out, overwrite)

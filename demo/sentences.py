@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 
 from common.errors import DataError
-from common.evaluation.wer import normalise
+from common.text import normalise
 
 # Shares of the pair space. Only disjointness needs them; how many sentences each split gets is the caller's choice.
 _PAIR_SHARES = (("train", 0.7), ("dev", 0.85), ("test", 1.0))

@@ -14,10 +14,8 @@ from typing import Any
 from common import __version__
 from common.config import Config, flatten, to_yaml
 from common.data.corpus import Corpus
-from common.data.sources import model_digest
 from common.errors import ConfigError, Preempted, RetryableError
 from common.files import explained, make_folders
-from common.inference.long_audio import load_corpus
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
 from common.pipeline.stage import execute, follow, heed_signals
@@ -28,6 +26,7 @@ from common.storage.artifacts import Manifest, inspect, set_aside
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
+from stages.inputs import base_digest, load_corpus
 from stages.processes import parallel_slots, run_in_processes
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Run:
         self.store: Store = open_store(config.store, endpoint_url=config.endpoint_url)
         self.cache = cache_folder()
         self.corpus: Corpus = load_corpus(config, self.cache)
-        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model or model_digest(config, self.cache)}
+        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model or base_digest(config, self.cache)}
         self.record = read_record(self.store, config.run) or {}
         self.telemetry = Telemetry()
 
@@ -214,6 +213,7 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
         function,
         run.config,
         run.store,
+        corpus=run.corpus,
         scratch=run.cache,
         stopping=stopping,
         notes=notes,
@@ -224,7 +224,8 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
 def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
     """The part of a process that trains a task together with the one that commits it (torchrun's rank 0)."""
     if one.status != "done":
-        follow(one.task, run_function(one.task.contract.name), run.config, run.store, run.cache, stopping)
+        function = run_function(one.task.contract.name)
+        follow(one.task, function, run.config, run.store, corpus=run.corpus, scratch=run.cache, stopping=stopping)
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:

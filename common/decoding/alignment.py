@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from common.data.features import POSITIONS_PER_SECOND
-from common.evaluation.wer import unspaced
-from common.model.whisper import TextCodec
+from common.data.tokens import TextCodec
+from common.text import unspaced
 
 SMOOTHING = 7  # positions of the median filter over time
 OPENING = frozenset("\"'([“‘«-")  # with a space before: they begin a word

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.data.tokens import TextCodec
 from common.errors import DataError
-from common.model.whisper import TextCodec
 
 INITIAL_STEPS = 50  # a text begins within the first second: 50 timestamps of 20 ms
 

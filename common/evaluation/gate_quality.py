@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from common.clustering.embeddings import EmbeddingTable
 from common.data.batches import BatchLoader, Example
 from common.data.corpus import Utterance
+from common.data.tokens import TextCodec
 from common.decoding.decode import Decoding
 from common.evaluation.gate_report import gate_report
 from common.evaluation.score import decode_set, score_set, speakers_of_set
 from common.evaluation.wer import bootstrap_interval, cer, wer
 from common.model.moe import Gate, router_entropy, routing_report
 from common.model.recogniser import Recogniser
-from common.model.whisper import TextCodec
 
 NEIGHBOURS = 5
 CHECKED = 2000  # clustered utterances on which the rule for others is tried out

@@ -15,17 +15,16 @@ from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_me
 from common.config import Config, validate
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Corpus, Utterance, stratified_subset
-from common.data.subsets import evaluation_subset, training_subset
 from common.errors import DataError
 from common.evaluation.gate_quality import DecodingSet, NearestClusters, calibration, sensitivity, speaker_consistency
 from common.inference.load_model import OpenedModel, open_model
-from common.inference.long_audio import load_corpus
 from common.json_files import Row, read_object, read_rows
 from common.model.bundle import load_gate
 from common.model.moe import Gate
 from common.pipeline.runs import run_record, stage_folders
 from common.storage.store import Store
-from common.training.speech import decoding_options
+from stages.inputs import evaluation_subset, load_corpus, training_subset
+from stages.settings import decoding_options
 
 PRETRAINED, JOINT = "pre-trained", "after joint training"
 

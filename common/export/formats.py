@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.data.tokens import TextCodec
 from common.errors import DataError, UsageError
 from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
@@ -24,7 +25,7 @@ from common.model.adapters import Matrices, expert_matrices, merge_experts, save
 from common.model.bundle import BundleInfo, save_gate
 from common.model.moe import Routing
 from common.model.recogniser import Recogniser
-from common.model.whisper import TextCodec, encode, load_whisper
+from common.model.whisper import encode, load_whisper
 
 MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
 # What belongs to a checkpoint beside its weights; copied from the base.

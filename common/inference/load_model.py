@@ -18,16 +18,16 @@ import torch
 from accelerate import Accelerator
 from transformers import WhisperForConditionalGeneration
 
-from common.config import validate
 from common.data.batches import Batch
 from common.data.sources import folder_digest, is_hub_name, locate_model
+from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError
 from common.model.adapters import CONFIG as ADAPTER
 from common.model.adapters import read_adapter
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.recogniser import Recogniser
-from common.model.whisper import TextCodec, load_codec, load_whisper
+from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import AudioConfig, text_language
 from common.storage.artifacts import MANIFEST, Manifest
@@ -177,8 +177,7 @@ def _locate_base(
         from_hub: whether it may be a hub name; a folder that was moved has the look of one.
     """
     if name and (name.startswith("s3://") or Path(name).is_dir() or (from_hub and is_hub_name(name))):
-        tree = {"model": {"name": name, "revision": revision}, "endpoint_url": endpoint_url}
-        return locate_model(validate(tree), cache)
+        return locate_model(name, cache, revision=revision, endpoint_url=endpoint_url)
     told = name or "a base that it does not name"
     raise DataError(f"model {model!r} was trained on {told}, not found here: give --base")
 

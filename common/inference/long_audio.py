@@ -17,9 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import Config
 from common.data.corpus import Corpus, Utterance, index_digest
-from common.data.sources import locate_model, model_digest, open_corpus
+from common.data.sources import locate_model, model_digest
 from common.errors import DataError
 from common.files import explained
 from common.limits import MAX_SECONDS, MAX_TOKENS
@@ -52,40 +51,61 @@ class Row:
         return Row(**{**record, "pieces": tuple(Utterance(**piece) for piece in record["pieces"])})
 
 
-def load_corpus(config: Config, cache: Path) -> Corpus:
-    """The configured corpus (see `open_corpus`), its long utterances treated as the configuration says.
+@dataclass(frozen=True, slots=True)
+class LongAudio:
+    """How long utterances are treated, and the model that finds the words of those that are cut.
 
-    Raises:
-        DataError: it cannot be found or read, or holds long utterances and these are an error.
+    Attributes:
+        treatment: `error`, `drop`, or `segment` (cut at pauses).
+        model, revision: base model, as in `data.sources.locate_model`.
+        language, task: of the model's texts.
+        context, margin: how audio becomes encoder input.
+        device, precision: as in the configuration.
+        store, endpoint_url: where the table of pieces is kept for all processes.
+        quiet: no progress bar.
     """
-    limit = config.runtime.audio_cache_bytes
-    corpus = open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)
-    return within_limits(config, corpus, cache)
+
+    treatment: str
+    model: str
+    store: str
+    revision: str | None = None
+    language: str = "en"
+    task: str = "transcribe"
+    context: str = "dynamic"
+    margin: int = 64
+    device: str = "auto"
+    precision: str = "auto"
+    endpoint_url: str | None = None
+    quiet: bool = False
+
+    def model_folder(self, cache: Path) -> Path:
+        """The base model, brought here where it is remote."""
+        return locate_model(self.model, cache, revision=self.revision, endpoint_url=self.endpoint_url)
 
 
-def within_limits(config: Config, corpus: Corpus, cache: Path) -> Corpus:
-    """The corpus with no utterance over 30 s or 448 tokens, by the configuration's `audio.long_audio`.
+def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
+    """The corpus with no utterance over 30 s or 448 tokens.
 
     Raises:
         DataError: there are some, and they are an error.
     """
-    found = long_utterances(corpus.utterances, lambda: _token_counter(config, cache))
+    found = long_utterances(corpus.utterances, lambda: _token_counter(options, cache))
     if not found:
         return corpus
     hours = sum(u.duration for u in found) / 3600
     what = f"{len(found)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
     what += f" or {MAX_TOKENS} tokens"
-    if config.audio.long_audio == "error":
+    if options.treatment == "error":
         longest = max(found, key=lambda u: u.duration)
         raise DataError(
             f"corpus {corpus.url}: {what} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
             "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
             "leaves them out; nothing is truncated"
         )
-    if config.audio.long_audio == "drop":
+    if options.treatment == "drop":
         _say_once(f"long audio: {what}; left out (audio.long_audio=drop)")
         return with_pieces(corpus, found, {})
-    rows = _kept_rows(config, corpus, found, cache)
+    rows = _kept_rows(corpus, found, options, cache)
     _say_once(f"long audio: {what}; {summary(found, rows)}")
     return with_pieces(corpus, found, rows)
 
@@ -108,10 +128,10 @@ def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Calla
     return found
 
 
-def _token_counter(config: Config, cache: Path) -> Callable[[str], int]:
-    from common.model.whisper import load_codec
+def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
+    from common.data.tokens import load_codec
 
-    return load_codec(locate_model(config, cache), language=config.model.language, task=config.model.task).length
+    return load_codec(options.model_folder(cache), language=options.language, task=options.task).length
 
 
 def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, Row]) -> Corpus:
@@ -158,29 +178,30 @@ def _say_once(line: str) -> None:
     log.warning("%s", line)
 
 
-def _kept_rows(config: Config, corpus: Corpus, found: Sequence[Utterance], cache: Path) -> dict[str, Row]:
+def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, Row]:
     """The table of pieces: from the store, where it is; else made, and kept there for all other processes."""
-    settings = [config.model.language, config.model.task, config.audio.context, config.audio.margin]
-    key = table_key(corpus, model_digest(config, cache), settings)
-    store = open_store(config.store, endpoint_url=config.endpoint_url)
+    settings = [options.language, options.task, options.context, options.margin]
+    digest = model_digest(options.model, cache, revision=options.revision, endpoint_url=options.endpoint_url)
+    key = table_key(corpus, digest, settings)
+    store = open_store(options.store, endpoint_url=options.endpoint_url)
     name = f"segmented/{key}.jsonl"
     if store.size(name) is None:
         from common.inference.load_model import open_model
 
         log.info("%d long utterances are cut at pauses (kept as %s in %s)", len(found), name, store.url)
         opened = open_model(
-            str(locate_model(config, cache)),
+            str(options.model_folder(cache)),
             store=None,
             cache=cache,
-            device=config.runtime.device,
-            precision=config.precision,
-            language=config.model.language,
-            task=config.model.task,
-            context=config.audio.context,
-            margin=config.audio.margin,
+            device=options.device,
+            precision=options.precision,
+            language=options.language,
+            task=options.task,
+            context=options.context,
+            margin=options.margin,
         )
         unfinished = cache / "segmented" / f"{key}.jsonl"
-        rows = segment_long(opened, corpus, found, unfinished, quiet=config.runtime.quiet)
+        rows = segment_long(opened, corpus, found, unfinished, quiet=options.quiet)
         store.put_if_absent(name, "".join(_line(row) for row in rows.values()).encode())
         unfinished.unlink(missing_ok=True)
     return {row.id: row for row in _rows(store.read(name).decode())}

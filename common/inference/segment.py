@@ -30,10 +30,10 @@ from common.data.features import context_positions
 from common.decoding.alignment import Word, align
 from common.decoding.decode import Decoding
 from common.decoding.pauses import Stretch, Window, find_pauses, loudness, plan_windows
-from common.evaluation.wer import unspaced
 from common.inference.load_model import OpenedModel, route_batch
 from common.inference.transcribe import join_words, make_batch, snap, transcribe_audio
 from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.text import unspaced
 
 REACH = 12.0  # s to each side of a cut that are aligned anew, at most
 CLEAR = 1.5  # s from a cut: an anchor nearer than that may be on the other side

@@ -16,13 +16,13 @@ import torch
 from common.data.audio import SAMPLE_RATE, Samples
 from common.data.batches import Batch, Example, collate
 from common.data.features import context_positions
+from common.data.tokens import IGNORED
 from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
-from common.evaluation.wer import unspaced
 from common.inference.load_model import OpenedModel, embed_batch, hear
 from common.limits import MAX_SECONDS
-from common.model.whisper import IGNORED
+from common.text import unspaced
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
 SEGMENT_SECONDS = 12.0  # longest segment

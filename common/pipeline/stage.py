@@ -28,7 +28,6 @@ from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
 from common.errors import DataError, Preempted, RetryableError
-from common.inference.long_audio import load_corpus
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
@@ -149,6 +148,7 @@ def execute(
     config: Config,
     store: Store,
     *,
+    corpus: Corpus,
     scratch: Path,
     stopping: Callable[[], bool] = lambda: False,
     notes: Mapping[str, Any] | None = None,
@@ -158,6 +158,7 @@ def execute(
 
     Args:
         run: the stage's function: (config, context, *, corpus, model, <inputs>, output).
+        corpus: the run's, its long utterances treated.
         scratch: where inputs from a remote store and unfinished work go.
         notes: further values for the manifest's metrics.
         telemetry: the process's live metrics; their last values go into the manifest too.
@@ -180,7 +181,7 @@ def execute(
             if state.status == "damaged":
                 log.warning("%s: %s; it is made again", task.label, state.reason)
                 set_aside(measured, task.key, state)
-            manifest = _make(task, run, config, measured, scratch, stopping, notes or {}, live)
+            manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
         _clear_unfinished(task.key, store)
     return manifest
 
@@ -190,6 +191,7 @@ def _make(
     run: Callable[..., None],
     config: Config,
     store: Store,
+    corpus: Corpus,
     scratch: Path,
     stopping: Callable[[], bool],
     notes: Mapping[str, Any],
@@ -197,7 +199,7 @@ def _make(
 ) -> Manifest:
     """Runs the stage's function and commits what it wrote."""
     with _workplace(task, scratch) as work:
-        folders, used = _bring_inputs(task, config, store, scratch)
+        folders, used = _fetch_inputs(task, config, store, corpus, scratch)
         output = new_attempt(store, task.key, work)
         context = _context(task, store, work, output, stopping, live)
         started = time.time()
@@ -222,11 +224,18 @@ def _make(
 
 
 def follow(
-    task: Task, run: Callable[..., None], config: Config, store: Store, scratch: Path, stopping: Callable[[], bool]
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    *,
+    corpus: Corpus,
+    scratch: Path,
+    stopping: Callable[[], bool],
 ) -> None:
     """Runs a task beside the process that `execute`s it: the same inputs, but what it writes is thrown away."""
     with _workplace(task, scratch) as work:
-        folders, _ = _bring_inputs(task, config, store, scratch)
+        folders, _ = _fetch_inputs(task, config, store, corpus, scratch)
         output = work / "output"
         output.mkdir()
         live = Telemetry().stage(task.contract.name, task.shard)
@@ -274,15 +283,16 @@ def _context(
     )
 
 
-def _bring_inputs(
-    task: Task, config: Config, store: Store, scratch: Path
+def _fetch_inputs(
+    task: Task, config: Config, store: Store, corpus: Corpus, scratch: Path
 ) -> tuple[dict[str, Corpus | Path | list[Path]], dict[str, list[dict[str, str]]]]:
     """Corpus and folders of all inputs by argument name, and what the manifest records of them."""
     folders: dict[str, Corpus | Path | list[Path]] = {}
     if "corpus" in task.contract.sources:
-        folders["corpus"] = load_corpus(config, scratch)
+        folders["corpus"] = corpus
     if "model" in task.contract.sources:
-        folders["model"] = locate_model(config, scratch)
+        name, revision = config.model.name, config.model.revision
+        folders["model"] = locate_model(name, scratch, revision=revision, endpoint_url=config.endpoint_url)
     used: dict[str, list[dict[str, str]]] = {}
     for name, keys in task.inputs.items():
         manifests = [_require(store, key) for key in keys]

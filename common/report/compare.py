@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from common import __version__
 from common.evaluation.breakdown import UNKNOWN
+from common.files import new_folder
 from common.json_files import Row
-from common.report.page import render_page
+from common.report.page import clock, interval, number, percent, points, render_page
 from common.report.rates import axis_end, caution
+
+RESULT, PAGE = "comparison.json", "compare.html"
 
 
 def render_comparison(comparison: Row) -> str:
@@ -64,3 +69,44 @@ def _verdict(comparison: Row) -> str:
 def _round_up(reach: float) -> float:
     """Half the width of an axis of differences: a round number at or above `reach`."""
     return next((end for end in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if end >= reach), 1.0)
+
+
+def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the comparison for a terminal."""
+    reference = comparison["reference"]
+    etiologies = [name for name in comparison["systems"][0]["by_etiology"] if name != UNKNOWN]
+    header = ("", "runs", "WER", "95% interval", "CER", f"WER − {reference}", "95% interval", "p",
+              *(f"WER {name}" for name in etiologies), "parameters", "utt/s", "time")  # fmt: skip
+    rows = []
+    for one in comparison["systems"]:
+        facts, delta = one["facts"], (one["difference"] or {}).get("wer")
+        alone = one["speakers"] == 1
+        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta and not alone else ""
+        rows.append(
+            (
+                one["name"],
+                str(len(one["runs"])),
+                percent(one["wer"]),
+                "one speaker" if alone else interval(one["wer_interval"]),
+                percent(one["cer"]),
+                points(delta["delta"]) if delta else "",
+                bounds,
+                f"{delta['p']:.3f}" if delta and not alone else "",
+                *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
+                number(facts.get("trained_parameters")),
+                number(facts.get("samples_per_second"), 1),
+                clock(facts.get("seconds")),
+            )
+        )
+    return header, rows
+
+
+def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes comparison.json and compare.html into a folder, both or none.
+
+    Raises:
+        UsageError: something is in the way.
+    """
+    with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
+        (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / PAGE).write_text(render_comparison(comparison), encoding="utf-8")

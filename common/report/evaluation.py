@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from common.data.corpus import Corpus, Utterance
+from common.decoding.decode import Decoding
 from common.errors import MoeAsrError
-from common.evaluation.breakdown import UNKNOWN, loops, named
+from common.evaluation.breakdown import UNKNOWN, loops, named, write_table
+from common.evaluation.evaluate import PAGE, RESULT, TABLE, choose_utterances, decode_corpus, describe_evaluation
+from common.files import new_folder
+from common.inference.load_model import OpenedModel
 from common.json_files import Row
+from common.limits import MAX_SECONDS
 from common.report.page import clock, percent, render_page
 from common.report.rates import TABLE_ROWS, axis_end, caution, worst_section
 
@@ -142,3 +149,49 @@ def _facts(result: Row) -> list[tuple[str, str]]:
     if mixture and mixture["experts"] > 1:
         facts.append(("Mixture", f"{mixture['kind']}, top {mixture['top_k']} of {mixture['experts']}"))
     return facts
+
+
+def evaluate_to_folder(
+    opened: OpenedModel,
+    corpus: Corpus,
+    decoding: Decoding,
+    out: Path,
+    *,
+    split: str = "test",
+    long_audio: str = "error",
+    samples: int | None = None,
+    overwrite: bool = False,
+    num_workers: int = 0,
+    quiet: bool = True,
+) -> Row:
+    """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
+
+    Args:
+        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
+        samples: of a stratified part of the split, the same for every model.
+        overwrite: replace an evaluation that is there.
+
+    Returns:
+        The object of evaluation.json.
+
+    Raises:
+        UsageError: something is in the way of `out`.
+        DataError: as `choose_utterances` and `decode_corpus`.
+    """
+    with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
+        utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples)
+        everything = corpus.utterances if split == "all" else corpus.split(split)
+        left_out = sum(u.duration > MAX_SECONDS for u in everything) if long_audio == "drop" else 0
+        started = time.monotonic()
+        windows = long_audio == "windows"
+        rows = decode_corpus(
+            opened, corpus, utterances, decoding, windows=windows, num_workers=num_workers, quiet=quiet
+        )
+        seconds = time.monotonic() - started
+        result = describe_evaluation(
+            opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
+        )
+        (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_table(folder / TABLE, rows)
+        (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")
+    return result

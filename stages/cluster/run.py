@@ -13,10 +13,10 @@ from common.clustering.cluster import Clustering, cluster, cluster_report, known
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
-from common.data.subsets import training_subset
 from common.errors import DataError
 from common.pipeline.stage import Context
 from common.sections import ClusterConfig
+from stages.inputs import training_subset
 
 PLOTTED = 5000  # points of the map at most
 

@@ -19,8 +19,8 @@ from common.evaluation.gate_report import gate_report
 from common.model.bundle import save_gate
 from common.model.moe import Gate
 from common.pipeline.stage import Context
-from common.training.speech import train_options
 from common.training.train import make_accelerator, train
+from stages.settings import train_options
 
 HELD_OUT = 0.1  # of each cluster
 

@@ -14,7 +14,7 @@ from common.data.audio import audio_info, read_audio
 from common.data.audit import audit
 from common.data.corpus import read_corpus
 from common.errors import DataError, UsageError
-from common.evaluation.wer import normalise
+from common.text import normalise
 from demo import effects as synth_effects
 from demo.corpus import STAND_INS, speak, synthesize
 from demo.sentences import FUNCTION_WORDS, PATTERNS, build_lexicon, content_pairs, make_sentence

@@ -8,11 +8,12 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from common.data.tokens import IGNORED, load_codec
 from common.decoding.decode import Decoding, decode_hidden, greedy
 from common.decoding.token_rules import make_rules, timestamp_scores
 from common.errors import DataError
 from common.model.moe import Routing, add_mixture
-from common.model.whisper import IGNORED, load_codec, load_whisper
+from common.model.whisper import load_whisper
 
 DECODING = Decoding(batch_size=8, max_new_tokens=24)
 

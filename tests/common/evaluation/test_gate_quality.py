@@ -10,6 +10,7 @@ from common.clustering.embeddings import EmbeddingTable, speaker_means
 from common.config import validate
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Utterance, read_corpus
+from common.data.tokens import load_codec
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation import gate_run
@@ -25,7 +26,7 @@ from common.evaluation.gate_report import gate_report
 from common.evaluation.score import decode_set
 from common.model.moe import Gate, add_mixture, route
 from common.model.recogniser import Recogniser, RouterOptions
-from common.model.whisper import load_codec, load_whisper
+from common.model.whisper import load_whisper
 from common.training.train import make_accelerator
 
 EXPERTS = 3

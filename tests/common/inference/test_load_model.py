@@ -13,6 +13,7 @@ from safetensors.torch import load, save_file
 from common.clustering.embeddings import read_tables
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
+from common.data.tokens import IGNORED, load_codec
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.evaluate import choose_utterances, decode_corpus
@@ -21,7 +22,7 @@ from common.json_files import read_rows
 from common.model.adapters import save_expert
 from common.model.bundle import load_recogniser, save_recogniser
 from common.model.moe import add_mixture, mixture_layers
-from common.model.whisper import IGNORED, load_codec, load_whisper
+from common.model.whisper import load_whisper
 from common.pipeline.runs import run_record, stage_folders
 from common.storage import open_store
 from tests.factories import heard_texts, micro_whisper

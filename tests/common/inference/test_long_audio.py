@@ -15,7 +15,6 @@ from common.errors import DataError
 from common.inference.load_model import open_model
 from common.inference.long_audio import (
     Row,
-    load_corpus,
     long_utterances,
     segment_long,
     summary,
@@ -25,6 +24,7 @@ from common.inference.long_audio import (
 from common.inference.segment import anchors, estimate_starts, split_words
 from common.inference.transcribe import join_words
 from common.storage import open_store
+from stages.inputs import load_corpus, long_audio
 from stages.local_runner import run_pipeline
 from tests.stages.test_local_runner import micro_config
 
@@ -195,7 +195,7 @@ def test_rows_are_kept_without_loss():
 
 def test_within_limits_leaves_short_corpora_alone(tones, micro_model, tmp_path):
     corpus = read_corpus(tones)
-    assert within_limits(config_of(tones, micro_model, tmp_path), corpus, tmp_path) is corpus
+    assert within_limits(corpus, long_audio(config_of(tones, micro_model, tmp_path)), tmp_path) is corpus
 
 
 def test_a_run_trains_on_the_pieces_of_long_utterances(long_corpus, micro_model, tmp_path):

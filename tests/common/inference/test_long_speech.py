@@ -14,10 +14,10 @@ from common.data.audio import SAMPLE_RATE, read_audio
 from common.data.corpus import Utterance
 from common.data.features import context_positions
 from common.decoding.decode import Decoding
-from common.evaluation.wer import normalise
 from common.inference.load_model import open_model
 from common.inference.segment import divide
 from common.inference.transcribe import make_batch, segments_of, transcribe_audio
+from common.text import normalise
 from demo.corpus import synthesize
 from tests.factories import heard_texts
 

@@ -11,6 +11,7 @@ from common.data.audio import read_audio
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.features import context_positions
+from common.data.tokens import load_codec
 from common.decoding.alignment import Word
 from common.decoding.decode import Decoding
 from common.decoding.pauses import Stretch
@@ -21,7 +22,7 @@ from common.inference.transcribe import Segment, make_batch, segments_of, snap, 
 from common.model.bundle import save_recogniser
 from common.model.moe import Gate, add_mixture
 from common.model.recogniser import Recogniser
-from common.model.whisper import load_codec, load_whisper
+from common.model.whisper import load_whisper
 from tests.factories import bundle_info
 
 DECODING = Decoding(batch_size=3, max_new_tokens=12)
