@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.model.moe import add_mixture
 from torch import nn
 
 from bench.inputs import short_lengths, write_clips
@@ -17,7 +18,6 @@ from bench.measure import Row, row
 from bench.peers import make_trainer, peft_experts, trainer_dataset
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import BatchLoader, Example, epoch_batches
-from common.model.moe import add_mixture
 from common.model.recogniser import Recogniser
 from common.training.train import TrainOptions, make_accelerator, train
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import nn
-
 from common.model.moe import MixtureLinear, Routing, RoutingSlot, pick_kernel
+from torch import nn
 
 Computed = Literal["masked", "gathered", "grouped"]
 TOLERANCE = 1.1

@@ -43,12 +43,12 @@ def rows(setting: Setting) -> list[Row]:
         return whole_step(partial(ours_backward, changed, batch), [changed], setting)
 
     plain = step(recogniser)
-    remat = changed(recogniser, remat=True)
+    checkpointed = changed(recogniser, gradient_checkpointing=True)
     found = [
         pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded)),
         pair("attention: SDPA, against eager", plain, step(eager(recogniser))),
-        pair("gradient_checkpointing: time", step(remat), plain),
-        memory_row(step(remat, padded), step(recogniser, padded), setting),
+        pair("gradient_checkpointing: time", step(checkpointed), plain),
+        memory_row(step(checkpointed, padded), step(recogniser, padded), setting),
         pair("augment: speed and SpecAugment", step(augmented(recogniser)), plain),
         *precision_rows(pair, recogniser, short, setting),
         adamw_row(setting),
@@ -58,7 +58,9 @@ def rows(setting: Setting) -> list[Row]:
     return found
 
 
-def changed(recogniser: Recogniser, *, remat: bool = False, augmentation: Augmentation | None = None) -> Recogniser:
+def changed(
+    recogniser: Recogniser, *, gradient_checkpointing: bool = False, augmentation: Augmentation | None = None
+) -> Recogniser:
     """The same weights and gate with other options."""
     return Recogniser(
         recogniser.whisper,
@@ -66,7 +68,7 @@ def changed(recogniser: Recogniser, *, remat: bool = False, augmentation: Augmen
         gate=recogniser.gate,
         embeddings_ND=recogniser.embeddings_ND,
         options=recogniser.options,
-        remat=remat,
+        gradient_checkpointing=gradient_checkpointing,
         augmentation=augmentation,
     ).train()
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from common.model.moe import Gate, route
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -35,7 +36,6 @@ from common.data.audio import read_audio
 from common.data.batches import Batch, Example
 from common.data.tokens import IGNORED
 from common.model.adapters import expert_matrices
-from common.model.moe import Gate, route
 from common.model.recogniser import Recogniser
 
 

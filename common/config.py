@@ -129,7 +129,7 @@ def resolve(
         file: the user's own YAML, laid over the mode's.
         tree: the same, already read.
         options: `section.key` → value, from the command line.
-        data_percent: scales the subsets; with `asr.pretrained: false` the ASR subset alone.
+        data_percent: scales the subsets; with `asr.pretrain: none` the ASR subset alone.
 
     Raises:
         ConfigError: a value or name that does not validate.
@@ -203,7 +203,9 @@ def scale_subsets(config: Config, data_percent: float) -> Config:
     """`--data-percent`: keeps that share of each subset, or of the ASR data alone where nothing is pre-trained."""
     if not 0 < data_percent <= 100:
         raise UsageError(f"--data-percent {data_percent}: must be above 0 and at most 100")
-    names = ["embeddings_percent", "experts_percent", "asr_percent"] if config.asr.pretrained else ["asr_percent"]
+    names = ["embeddings_percent", "experts_percent", "asr_percent"]
+    if config.asr.pretrain == "none":
+        names = ["asr_percent"]
     scaled = {name: getattr(config.subsets, name) * data_percent / 100 for name in names}
     return config.model_copy(update={"subsets": config.subsets.model_copy(update=scaled)})
 

@@ -126,9 +126,9 @@ def audio_passes(config: Config, hours: float) -> dict[str, float]:
     held_out = 0.1 * hours  # each of dev and test
     experts, joint = config.subsets.experts_percent / 100, config.subsets.asr_percent / 100
     passes = {"extract": hours * joint + 2 * held_out}
-    if config.asr.pretrained:
+    if config.asr.pretrain != "none":
         passes["cluster"] = hours * config.subsets.embeddings_percent / 100
-        if not config.asr.common_share:  # else they start in joint training
+        if config.asr.pretrain == "alone":
             passes["experts"] = hours * experts * config.experts.epochs
     passes["asr"] = hours * joint * config.asr.epochs
     passes["evaluate"] = 2 * held_out  # test, before and after

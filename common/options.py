@@ -57,7 +57,7 @@ RUN_OPTIONS = (
     Option("--metrics-port", "runtime.metrics_port", "serve Prometheus metrics while running; 0 takes any free port"),
     Option("--no-reduce-experts", "cluster.reduce_experts", "fail when fewer clusters than experts are found", False),
     Option("--use-chunking", "audio.long_audio", "cut utterances over 30 s at pauses, their text aligned", "segment"),
-    Option("--shared-expert", "asr.shared_expert", "one more expert that every utterance uses", True),
+    Option("--no-shared-expert", "asr.shared_expert", "train routed experts without a shared one", False),
     Option("--gradient-checkpointing", "asr.gradient_checkpointing", "recompute activations, saving memory", True),
     Option("--save-only-best", "runtime.save_only_best", "keep no checkpoint but the best and the newest", True),
     Option("--quiet", "runtime.quiet", "no progress bars", True),
@@ -166,7 +166,7 @@ def config_from(
     if options.get("no_plot"):
         chosen |= {"cluster.plot": "none", "runtime.plots": False}
     if skip:
-        chosen["asr.pretrained"] = False
+        chosen["asr.pretrain"] = "none"
     chosen |= dict(parse_setting(text) for text in options.get("settings", ()))
     chosen |= dict(extra or {})
     file = options.get("config_file")

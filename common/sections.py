@@ -116,10 +116,12 @@ class ClusterConfig(Section):
 
 
 class LoraConfig(Section):
-    """The shape of one expert."""
+    """The shape of the experts."""
 
-    rank: int = Field(16, gt=0, description="rank of an expert's two factors")
-    alpha: float = Field(32, gt=0, description="an expert's output is scaled by alpha / rank")
+    rank: int = Field(16, gt=0, description="rank of each routed expert")
+    alpha: float = Field(32, gt=0, description="every expert's output is scaled by alpha / rank")
+    shared_rank: int = Field(48, gt=0, description="rank of the shared expert, which every utterance uses")
+    magnitude: bool = Field(True, description="learn a magnitude for each rank, folded into the weights when saved")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the input of each expert, in training")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
@@ -205,7 +207,11 @@ class AsrConfig(SpeechTrainConfig):
     learning_rate: float = Field(2e-4, gt=0, description="of experts, or of all weights, at its highest")
     gate_learning_rate: float = Field(1e-3, gt=0, description="of the gate")
     select_by: Literal["wer", "loss"] = Field("wer", description="decoded WER of a part of dev, or its loss")
-    pretrained: bool = Field(True, description="start from clusters, gate and experts; else random ones")
+    pretrain: Literal["gate", "alone", "none"] = Field(
+        "gate",
+        description="what is trained before joint training: the gate on clusters; gate and every expert alone on its "
+        "cluster; or nothing",
+    )
     adapt: Literal["lora", "adalora", "full"] = Field(
         "lora", description="mixture of LoRA experts, one adapter with ranks by importance, or all weights"
     )
@@ -213,16 +219,23 @@ class AsrConfig(SpeechTrainConfig):
         "blend", description="experts blended in each layer, by their losses, or the first alone"
     )
     top_k: int = Field(2, gt=0, description="experts per utterance")
-    route_by: Literal["utterance", "speaker"] = Field(
-        "utterance", description="speaker routes by the mean embedding of the speaker's utterances in the same split"
+    route_by: Literal["utterance", "speaker", "table"] = Field(
+        "utterance",
+        description="who decides on experts: the gate for each utterance, the gate for all utterances of a speaker in "
+        "a split together, or a column of the corpus",
     )
-    shared_expert: bool = Field(False, description="one more expert that every utterance uses")
-    common_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="of all steps: the first ones train the experts as one, instead of each alone before the others",
+    route_column: Literal["etiology", "severity", "speaker"] = Field(
+        "etiology", description="column of the corpus for route_by: table, with one routed expert per value in train"
     )
+    shared_expert: bool = Field(True, description="train an expert that every utterance uses beside routed ones")
+    routed_rate: float = Field(
+        0.3, gt=0, description="learning rate of routed experts beside a shared one, times the shared expert's"
+    )
+    magnitude_rate: float = Field(30, gt=0, description="learning rate of magnitudes, times their expert's")
+    abstain: bool = Field(
+        True, description="give an utterance unlike all groups the shared expert alone; the limit is set on dev"
+    )
+    drop_experts: bool = Field(True, description="drop routed experts that do not lower the loss on dev")
     balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
     entropy_weight: float = Field(0.0, ge=0, description="weight of the router's entropy (positive: sharper)")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass, saving memory")

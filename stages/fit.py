@@ -42,7 +42,7 @@ def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = 
     Raises:
         DataError: not even one utterance fits.
     """
-    from stages.asr.run import build, parameter_groups
+    from stages.asr.build import build, parameter_groups
 
     accelerator = make_accelerator(config.precision, config.runtime.device)
     device = accelerator.device

@@ -1,9 +1,9 @@
 """Several training regimes on one corpus with one budget of optimiser steps, so that they can be compared.
 
 Equal in all regimes of a sweep: corpus, splits, base model, seed, utterances per step, and the optimiser steps in all,
-those of pre-training experts counted. Where nothing is pre-trained, joint training gets all of them. Not equal: weights
-trained (`dense` has as many as the mixture, `dense-active` as many as an utterance passes through), time, and the
-steps of the gate's own training on cached embeddings, which cost a second.
+those of pre-training experts counted. Where none is pre-trained, joint training gets all of them. Not equal: weights
+trained (`dense` has as many ranks as an utterance uses in the mixture), time, and the steps of the gate's own training
+on cached embeddings, which cost a second.
 """
 
 from __future__ import annotations
@@ -28,29 +28,28 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """What makes a regime: settings, and the rank of its one dense adapter against an expert's."""
+    """What makes a regime: its settings, and whether it is one dense adapter of the mixture's active ranks."""
 
     summary: str
     settings: Mapping[str, Any] = field(default_factory=lambda: NONE)
-    dense: str = ""  # "trained" or "active": whose parameters the dense adapter has as many of
+    dense: bool = False
 
 
 REGIMES: Mapping[str, Regime] = {
-    "moe": Regime("gate and experts pre-trained on clusters, then trained jointly"),
-    "branch": Regime(
-        "gate pre-trained; the experts are trained as one for half of the steps, then apart", {"asr.common_share": 0.5}
+    "mixture": Regime("shared expert and routed ones by a gate pre-trained on clusters (the default)"),
+    "speaker": Regime("the same, one choice of experts for all utterances of a speaker", {"asr.route_by": "speaker"}),
+    "etiology": Regime("the same, experts by the corpus's etiologies", {"asr.route_by": "table"}),
+    "regular": Regime("shared expert and routed ones by a random gate", {"asr.pretrain": "none"}),
+    "dense": Regime("one LoRA adapter of as many ranks as an utterance uses in the mixture", dense=True),
+    "dense-plain": Regime("the same without learned magnitudes", {"lora.magnitude": False}, dense=True),
+    "alone": Regime(
+        "every expert pre-trained alone on its cluster, none shared, then all jointly",
+        {"asr.pretrain": "alone", "asr.shared_expert": False},
     ),
-    "regular": Regime("the same mixture with random gate and experts", {"asr.pretrained": False}),
-    "dense": Regime("one LoRA adapter for everybody, of as many weights as all experts", dense="trained"),
-    "dense-active": Regime("one LoRA adapter, of as many weights as an utterance's experts", dense="active"),
-    "etiology": Regime("as moe, with the corpus's etiologies in place of clusters", {"cluster.algorithm": "etiology"}),
-    "adalora": Regime(
-        "one adapter whose ranks are given to the layers that need them", {"asr.adapt": "adalora"}, dense="trained"
-    ),
+    "loss": Regime("as the mixture, with the experts' losses mixed, not their outputs", {"asr.mixture": "loss"}),
+    "hard": Regime("as the mixture, with one routed expert per utterance", {"asr.mixture": "hard"}),
+    "adalora": Regime("one adapter whose ranks go to the layers that need them", {"asr.adapt": "adalora"}),
     "full": Regime("all weights", {"asr.adapt": "full"}),
-    "shared": Regime("pre-trained, and one more expert for everybody", {"asr.shared_expert": True}),
-    "loss": Regime("pre-trained; the experts' losses are mixed, not their outputs", {"asr.mixture": "loss"}),
-    "hard": Regime("pre-trained; one expert per utterance", {"asr.mixture": "hard"}),
 }
 
 
@@ -153,10 +152,15 @@ def regime_settings(
         same = ("batch_size", "batch_seconds", "batch_tokens", "gradient_accumulation_steps")
         found |= {f"experts.{key}": getattr(base.asr, key) for key in same}
     if regime.dense:
-        times = clusters if regime.dense == "trained" else min(base.asr.top_k, clusters)
-        # Alpha grows alike: the scale alpha / rank, and so the meaning of the learning rate, stays.
-        found |= {"num_experts": 1, "lora.rank": base.lora.rank * times, "lora.alpha": base.lora.alpha * times}
+        found |= {"num_experts": 1, "lora.shared_rank": active_rank(base, clusters)}
+    if name == "adalora":
+        found |= {"adalora.target_rank": active_rank(base, clusters)}
     return found | dict(regime.settings)
+
+
+def active_rank(config: Config, clusters: int) -> int:
+    """The ranks that an utterance uses in the default mixture: the shared expert's and its routed experts'."""
+    return config.lora.shared_rank + config.lora.rank * min(config.asr.top_k, clusters)
 
 
 def _regime(base: Config, name: str, settings: Mapping[str, Any]) -> Config:

@@ -43,28 +43,26 @@ class EmbeddingTable:
             raise DataError(f"utterance {missing} has no embedding: was the corpus changed after `extract`?") from None
 
 
-def speaker_means(table: EmbeddingTable, utterances: Sequence[Utterance]) -> EmbeddingTable:
-    """The table in which each of these utterances has the mean embedding of its speaker's utterances in its split.
+def speaker_sums(values_NF: npt.NDArray[np.float32], utterances: Sequence[Utterance]) -> npt.NDArray[np.float32]:
+    """For each utterance the sum over its speaker's utterances in its split; its own values where it has no speaker.
 
-    A gate then gives all of a speaker's utterances one routing. This looks at utterances other than the one that is
-    recognised, so a system that does it needs some speech of the speaker beforehand. An utterance without a speaker
-    keeps its own embedding.
+    A decision by these sums is one for all of a speaker's utterances. It uses utterances other than the one that is
+    transcribed, so a system that does it needs some speech of the speaker beforehand.
 
     Args:
-        utterances: all of them that are to be routed; other rows are left out.
+        values_NF: of the utterances, in their order.
 
     Raises:
-        DataError: none has a speaker, or one is not in the table.
+        DataError: none has a speaker.
     """
     if not any(u.speaker for u in utterances):
         raise DataError("asr.route_by=speaker needs speakers, and no utterance of the corpus has one: add `speaker`")
     number_of: dict[tuple[str, str], int] = {}
     group_N = np.array([number_of.setdefault((u.split, u.speaker or f"\0{u.id}"), len(number_of)) for u in utterances])
-    vectors_ND = table.rows([u.id for u in utterances])
-    sums_GD = np.zeros((len(number_of), vectors_ND.shape[1]))
-    np.add.at(sums_GD, group_N, vectors_ND)
-    means_GD = sums_GD / np.bincount(group_N)[:, None]
-    return EmbeddingTable(tuple(u.id for u in utterances), means_GD[group_N].astype(np.float32))
+    sums_GF = np.zeros((len(number_of), values_NF.shape[1]), np.float64)
+    np.add.at(sums_GF, group_N, values_NF)
+    spread_NF: npt.NDArray[np.float32] = sums_GF[group_N].astype(np.float32)
+    return spread_NF
 
 
 def write_table(folder: Path, ids: Sequence[str], vectors_ND: npt.NDArray[np.float32]) -> None:

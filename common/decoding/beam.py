@@ -14,7 +14,7 @@ from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 
 from common.decoding.decoder_step import Found, decoder_step
 from common.decoding.token_rules import Rules
-from common.model.moe import RoutingSlot
+from common.model.routing import RoutingSlot
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from common.data.tokens import TextCodec
 from common.decoding.beam import beam_search
 from common.decoding.decoder_step import Found, decoder_step
 from common.decoding.token_rules import Rules, make_rules
-from common.model.moe import RoutingSlot
 from common.model.recogniser import Recogniser
+from common.model.routing import RoutingSlot
 
 SHRINK_AT = 0.75  # rows that must be alive for a batch to stay as it is
 MOST_REPETITIVE = 2.4  # bytes of a text over bytes of its zlib compression: above, the text is a loop

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 
-import numpy as np
 import torch
 
 from common import __version__
-from common.clustering.embeddings import EmbeddingTable, speaker_means
+from common.clustering.embeddings import speaker_sums
 from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, stratified_subset
@@ -20,10 +19,11 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row
 from common.evaluation.wer import score
-from common.inference.load_model import OpenedModel, embed_batch, hear
+from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
 from common.limits import MAX_SECONDS
+from common.model.routing import route_by_table
 from common.progress import progress
 
 RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
@@ -72,12 +72,12 @@ def decode_corpus(
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
     batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
-    means = _speaker_embeddings(opened, short, loader(batches)) if short and _routes_by_speaker(opened) else None
+    choices = _choices(opened, short, lambda: loader(batches))
     heard: dict[str, tuple[str, Routing]] = {}
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         for batch in loader(batches):
-            pooled_BD = None if means is None else torch.from_numpy(means.rows(batch.ids)).to(batch.audio_BS.device)
-            found = hear(opened, batch, decoding, pooled_BD)
+            choice = stacked([choices[name] for name in batch.ids]) if choices else None
+            found = hear(opened, batch, decoding, choice)
             routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
             for name, one, chosen in zip(batch.ids, found.decoded, routing, strict=True):
                 heard[name] = one.text, chosen
@@ -96,20 +96,33 @@ def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decodin
     return join_words([word.text for window in windows for word in window.words], opened.language)
 
 
-def _routes_by_speaker(opened: OpenedModel) -> bool:
-    return opened.recogniser.gate is not None and opened.info is not None and opened.info.route_by == "speaker"
+def _choices(
+    opened: OpenedModel, utterances: Sequence[Utterance], batches: Callable[[], Iterable[Batch]]
+) -> dict[str, Choice]:
+    """id → what chooses its experts, where that is more than the utterance itself: its speaker, or a table."""
+    info, gate = opened.info, opened.recogniser.gate
+    if info is None or not utterances:
+        return {}
+    if info.route_by == "table":
+        values = [str(getattr(u, info.column)) for u in utterances]
+        logits_NE, known_N = route_by_table(values, info.groups)
+        device = opened.accelerator.device
+        return split_choice(utterances, logits_NE.to(device), known_N.to(device))
+    if info.route_by != "speaker" or gate is None:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for batch in batches():
+        evidence_BF = gate_evidence(opened, batch)
+        assert evidence_BF is not None
+        found |= zip(batch.ids, evidence_BF, strict=True)
+    own_NF = torch.stack([found[u.id] for u in utterances])
+    sums_NF = torch.from_numpy(speaker_sums(own_NF.cpu().numpy(), utterances)).to(own_NF.device)
+    return split_choice(utterances, *gate.decide(sums_NF))
 
 
-def _speaker_embeddings(
-    opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]
-) -> EmbeddingTable:
-    """Each utterance's embedding as such a model was trained on: the mean over its speaker's utterances."""
-    found: dict[str, np.ndarray] = {}
-    for batch in batches:
-        pooled_BD = embed_batch(opened, batch)
-        assert pooled_BD is not None
-        found |= zip(batch.ids, pooled_BD.cpu().numpy(), strict=True)
-    return speaker_means(EmbeddingTable(tuple(found), np.stack(list(found.values()))), utterances)
+def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known_N: torch.Tensor) -> dict[str, Choice]:
+    """id → its row of a choice."""
+    return {u.id: (logits_NE[i : i + 1], known_N[i : i + 1]) for i, u in enumerate(utterances)}
 
 
 def _row(u: Utterance, text: str, routing: Routing, language: str) -> Row:

@@ -26,8 +26,9 @@ from common.decoding.decode import Decoding
 from common.evaluation.gate_report import gate_report
 from common.evaluation.score import decode_set, score_set, speakers_of_set
 from common.evaluation.wer import bootstrap_interval, cer, wer
-from common.model.moe import Gate, router_entropy, routing_report
+from common.model.gate import Gate
 from common.model.recogniser import Recogniser
+from common.model.routing import router_entropy, routing_report
 
 NEIGHBOURS = 5
 CHECKED = 2000  # clustered utterances on which the rule for others is tried out

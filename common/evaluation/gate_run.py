@@ -20,7 +20,7 @@ from common.evaluation.gate_quality import DecodingSet, NearestClusters, calibra
 from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row, read_object, read_rows
 from common.model.bundle import load_gate
-from common.model.moe import Gate
+from common.model.gate import Gate
 from common.pipeline.runs import run_record, stage_folders
 from common.storage.store import Store
 from stages.inputs import evaluation_subset, load_corpus, training_subset

@@ -23,8 +23,8 @@ from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
 from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
 from common.model.bundle import BundleInfo, save_gate
-from common.model.moe import Routing
 from common.model.recogniser import Recogniser
+from common.model.routing import Routing
 from common.model.whisper import encode, load_whisper
 
 MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
@@ -54,7 +54,7 @@ def fixed_routing(
     weights: Sequence[float] | None = None,
     mean: bool = False,
 ) -> dict[int, float]:
-    """The weight of each expert in a merged model, the shared one (number E) included; none without experts.
+    """The weight of each routed expert in a merged model, to which the shared one always adds; none without experts.
 
     Args:
         info: of the trained model; None for a plain Whisper.
@@ -91,8 +91,6 @@ def fixed_routing(
         routing = dict(enumerate(_mean_routing(folder, count)))
     else:
         routing = dict.fromkeys(range(count), 1.0)  # of the only one, if there is one
-    if info and info.shared:
-        routing[count] = 1.0
     return {number: weight for number, weight in routing.items() if weight}
 
 
@@ -178,9 +176,8 @@ def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float]
     mel_1MF = torch.randn(1, recogniser.mel_bands, PROBE_FRAMES, generator=generator)
     tokens_U = [*codec.prompt, *torch.randint(codec.end, (12,), generator=generator).tolist()]
     if recogniser.slot is not None:
-        count = recogniser.gate.num_experts if recogniser.gate is not None else 1
-        chosen = {i: w for i, w in routing.items() if i < count}  # the shared one comes by itself
-        recogniser.slot.routing = Routing(torch.tensor([list(chosen)]), torch.tensor([list(chosen.values())]))
+        ids_1K = torch.tensor([list(routing)], dtype=torch.int64)
+        recogniser.slot.routing = Routing(ids_1K, torch.tensor([list(routing.values())]))
     hidden_1TD = encode(whisper, mel_1MF)
     decoded_1UD = whisper.model.decoder(input_ids=torch.tensor([tokens_U]), encoder_hidden_states=hidden_1TD)
     logits_1UV: Tensor = whisper.proj_out(decoded_1UD.last_hidden_state)
@@ -209,8 +206,11 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
         raise DataError(f"ctranslate2 cannot convert {merged}: {' '.join(str(error).split())}") from None
 
 
-def adapters_of(opened: OpenedModel) -> list[Matrices]:
-    """Matrices of each expert, complete in themselves: with a shared expert, its ranks stand beside their own.
+def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
+    """Matrices of each adapter by name, complete in themselves: the shared expert's ranks stand beside a routed one's.
+
+    Returns:
+        `shared`, where there is a shared expert: what an utterance unlike all groups gets; `expert-0`, `expert-1`, …
 
     Raises:
         UsageError: the model has no experts.
@@ -218,44 +218,50 @@ def adapters_of(opened: OpenedModel) -> list[Matrices]:
     info, whisper = opened.info, opened.recogniser.whisper
     if info is None or info.adapt == "full":
         raise UsageError(f"{opened.name} has no LoRA experts: export it with --to merged or --to ctranslate2")
-    experts = [expert_matrices(whisper, number) for number in range(info.num_experts)]
-    if not info.shared:
+    experts = {f"expert-{number}": expert_matrices(whisper, number) for number in range(info.num_experts)}
+    if not info.shared_rank:
         return experts
-    shared = expert_matrices(whisper, info.num_experts)
-    return [
-        {
-            name: (torch.cat([a_RI, shared[name][0]]), torch.cat([b_OR, shared[name][1]], 1))
-            for name, (a_RI, b_OR) in expert.items()
-        }
-        for expert in experts
-    ]
+    shared = expert_matrices(whisper, None)
+    return {"shared": shared} | {name: _beside(shared, expert) for name, expert in experts.items()}
+
+
+def _beside(shared: Matrices, expert: Matrices) -> Matrices:
+    """Both adapters as one of their ranks together: exactly their sum."""
+    return {
+        name: (torch.cat([shared[name][0], a_RI]), torch.cat([shared[name][1], b_OR], 1))
+        for name, (a_RI, b_OR) in expert.items()
+    }
 
 
 def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
-    """Writes `expert-0`, `expert-1`, … as PEFT adapters, and the gate.
+    """Writes `shared`, `expert-0`, `expert-1`, … as PEFT adapters, and the gate.
 
     Returns:
-        What routing.json says too: the adapters in the order of the gate's outputs, and what the gate listens to.
+        What routing.json says too: the adapters of the gate's outputs in order, and what the gate listens to.
     """
-    experts = adapters_of(opened)
+    adapters = adapters_of(opened)
     info = opened.info
     assert info is not None
-    names = [f"expert-{number}" for number in range(len(experts))]
-    rank = len(next(iter(experts[0].values()))[0])
-    for name, matrices in zip(names, experts, strict=True):
-        save_adapter(matrices, folder / name, base_model=base_name, alpha=info.alpha / info.rank * rank)
+    ranks = {name: len(next(iter(matrices.values()))[0]) for name, matrices in adapters.items()}
+    for name, matrices in adapters.items():
+        save_adapter(matrices, folder / name, base_model=base_name, alpha=info.alpha / info.rank * ranks[name])
+    names = [name for name in adapters if name != "shared"] or list(adapters)
+    rank = max(ranks.values())
     if opened.recogniser.gate is not None:
         save_gate(opened.recogniser.gate, folder / "gate")
     table = {
         "base": base_name,
         "adapters": names,
+        "shared": "shared" if "shared" in adapters else None,
+        "route_by": info.route_by,
+        "groups": list(info.groups),
         "rank": rank,
         "mixture": info.mixture,
         "top_k": min(info.top_k, len(names)) if info.mixture == "blend" else 1,
         "embedding": {"layer": info.layer, "pooling": info.pooling},
         "audio": {"context": info.context, "margin": info.margin},
         "language": info.language,
-        "encoder_adapted": any(".encoder." in name for name in experts[0]),
+        "encoder_adapted": any(".encoder." in name for name in adapters[names[0]]),
     }
     (folder / "routing.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table

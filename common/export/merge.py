@@ -27,7 +27,7 @@ from common.model.bundle import DESCRIPTION, BundleInfo, read_info
 MARK = "merge.json"
 GATE = ("gate.json", "gate.safetensors")
 # What has to be equal for adapters to be used in place of each other.
-SAME = ("base_digest", "language", "task", "context", "margin", "num_experts", "shared", "targets", "within")
+SAME = ("base_digest", "language", "task", "context", "margin", "num_experts", "targets", "within")
 SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by")
 
 
@@ -60,22 +60,25 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
     infos = [read_info(folder) for folder in folders]
     _refuse_strangers(folders, infos)
     scales = [weight * info.alpha / info.rank for weight, info in zip(weights, infos, strict=True)]
-    total = sum(info.rank for info in infos)
-    final = min(rank or total, total)
     lost = whole = 0.0
-    parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * infos[0].shared
+    final = {"experts": 1, "shared": 0}  # ranks
+    parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * bool(infos[0].shared_rank)
     for part in parts:
         summed = _side_by_side([_matrices(folder / part) for folder in folders], scales)
-        if final < total:
-            summed, squares_lost, squares = truncate(summed, final)
+        total = len(next(iter(summed.values()))[0])
+        kept = min(rank or total, total)
+        if kept < total:
+            summed, squares_lost, squares = truncate(summed, kept)
             lost, whole = lost + squares_lost, whole + squares
-        save_adapter(summed, out / part, base_model=infos[0].base, alpha=final)
-    info = replace(infos[0], adapt="lora", rank=final, alpha=float(final))
+        final[part.split("/")[0]] = kept
+        save_adapter(summed, out / part, base_model=infos[0].base, alpha=kept)
+    routed, shared = final["experts"], final["shared"]
+    info = replace(infos[0], adapt="lora", rank=routed, alpha=float(routed), shared_rank=shared)
     (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     if info.num_experts > 1:
         for name in GATE:
             shutil.copyfile(folders[0] / name, out / name)
-    return Merged(final, math.sqrt(lost / whole) if whole else 0.0)
+    return Merged(max(final.values()), math.sqrt(lost / whole) if whole else 0.0)
 
 
 def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> None:
@@ -84,6 +87,8 @@ def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> N
     for folder, info in zip(folders, infos, strict=True):
         if info.adapt == "full":
             raise UsageError(f"{folder} is a full fine-tune: only adapters are merged here")
+        if bool(info.shared_rank) != bool(first.shared_rank):
+            raise UsageError(f"one of {folder} and {folders[0]} has a shared expert and one has none")
         for name in SAME + SAME_IN_MIXTURES * (first.num_experts > 1):
             if (theirs := getattr(info, name)) != (ours := getattr(first, name)):
                 raise UsageError(f"{folder} has {name} {theirs!r}, {folders[0]} has {ours!r}: they cannot be merged")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from common.storage.store import Store
 from common.training.train import make_accelerator
 
 log = logging.getLogger(__name__)
+Choice = tuple[torch.Tensor, torch.Tensor]  # logits_BE, known_B
 
 
 @dataclass(frozen=True)
@@ -214,37 +215,46 @@ def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> Whi
 
 
 @torch.inference_mode()
-def embed_batch(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
-    """What the gate looks at: pooled_BD of the frozen encoder, no expert added; None for a model without a gate."""
-    if opened.recogniser.gate is None or opened.info is None:
+def gate_evidence(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
+    """What each utterance says about its group (`Gate.evidence`); None for a model without a gate."""
+    gate = opened.recogniser.gate
+    if gate is None or opened.info is None:
         return None
     with opened.accelerator.autocast():
         pooled_BD, _ = opened.recogniser.frozen_embedding(batch, layer=opened.info.layer, pooling=opened.info.pooling)
-    return pooled_BD.float()
+    return gate.evidence(pooled_BD.float())
+
+
+def stacked(choices: Sequence[Choice]) -> Choice:
+    """The choices of single rows as that of a batch."""
+    return torch.cat([logits_1E for logits_1E, _ in choices]), torch.cat([known_1 for _, known_1 in choices])
 
 
 @torch.inference_mode()
 def route_batch(
-    opened: OpenedModel, batch: Batch, pooled_BD: torch.Tensor | None = None
+    opened: OpenedModel, batch: Batch, choice: Choice | None = None
 ) -> tuple[list[list[int]], list[list[float]]] | None:
     """Routes audio that is in no table of embeddings: frozen encoder, pooled embedding, gate.
 
-    Afterwards the recogniser's table holds this batch's embeddings, in its order.
+    Afterwards the recogniser's logits are this batch's, in its order.
 
     Args:
-        pooled_BD: instead of the batch's own embeddings: their speakers' means.
+        choice: (logits_BE, known_B) in place of the batch's own, for a decision by speakers or by a table.
 
     Returns:
-        Experts and weights of each utterance (B lists of K); None for a model without a gate.
+        Experts and weights of each utterance (B lists of K); None where nothing chooses.
     """
     recogniser = opened.recogniser
-    if pooled_BD is None:
-        pooled_BD = embed_batch(opened, batch)
-    if pooled_BD is None:
+    if choice is None and recogniser.gate is not None:
+        evidence_BF = gate_evidence(opened, batch)
+        assert evidence_BF is not None
+        choice = recogniser.gate.decide(evidence_BF)
+    if choice is None:
+        recogniser.choose_by()
         return None
-    recogniser.embeddings_ND = pooled_BD
-    rows_B = torch.arange(len(batch), device=pooled_BD.device)
-    routing = recogniser.set_routing(recogniser.gate_logits(rows_B), len(batch))
+    logits_BE, known_B = choice
+    recogniser.choose_by(logits_NE=logits_BE, known_N=known_B)
+    routing = recogniser.set_routing(logits_BE, len(batch), known_B)
     return routing.topk_ids_BK.tolist(), routing.topk_weights_BK.float().tolist()
 
 
@@ -264,12 +274,12 @@ class Heard:
 
 
 @torch.inference_mode()
-def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, pooled_BD: torch.Tensor | None = None) -> Heard:
+def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Heard:
     """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
 
     The slot keeps its routing.
     """
-    routing = route_batch(opened, batch, pooled_BD)
+    routing = route_batch(opened, batch, choice)
     recogniser = opened.recogniser
     own_rows = replace(batch, row_B=torch.arange(len(batch), device=batch.row_B.device))
     with opened.accelerator.autocast():

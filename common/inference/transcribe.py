@@ -20,7 +20,7 @@ from common.data.tokens import IGNORED
 from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
-from common.inference.load_model import OpenedModel, embed_batch, hear
+from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
 from common.limits import MAX_SECONDS
 from common.text import unspaced
 
@@ -105,10 +105,10 @@ def transcribe_audio(
             pieces.append(_Piece(number, window, length, part))
     found: list[list[HeardWindow]] = [[] for _ in audios]
     groups = list(_batches(pieces, decoding.batch_size))
-    means = _recording_means(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
+    choices = _recording_choices(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
     for group in groups:
-        pooled_BD = torch.stack([means[piece.audio] for piece in group]) if means else None
-        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding, pooled_BD), strict=True):
+        choice = stacked([choices[piece.audio] for piece in group]) if choices else None
+        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding, choice), strict=True):
             found[piece.audio].append(heard)
             progress(piece.window.ends - piece.window.begins)
     return [sorted(windows, key=lambda one: one.window.start) for windows in found]
@@ -151,16 +151,18 @@ def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Bat
     return batch.to(opened.accelerator.device)
 
 
-def _recording_means(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, torch.Tensor]:
-    """The mean embedding of each recording's windows: a gate trained on means of speakers takes it for its speaker."""
+def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, Choice]:
+    """The experts of each recording, by all of its windows: a recording is taken for one speaker."""
     found: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
-        pooled_BD = embed_batch(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
-        if pooled_BD is None:
+        evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
+        if evidence_BF is None:
             return {}
-        for piece, pooled_D in zip(group, pooled_BD, strict=True):
-            found[piece.audio].append(pooled_D)
-    return {audio: torch.stack(own).mean(0) for audio, own in found.items()}
+        for piece, evidence_F in zip(group, evidence_BF, strict=True):
+            found[piece.audio].append(evidence_F)
+    gate = opened.recogniser.gate
+    assert gate is not None
+    return {audio: gate.decide(torch.stack(own).sum(0, keepdim=True)) for audio, own in found.items()}
 
 
 @torch.inference_mode()
@@ -169,10 +171,10 @@ def _hear_pieces(
     pieces: Sequence[_Piece],
     pauses: Sequence[Sequence[Stretch]],
     decoding: Decoding,
-    pooled_BD: torch.Tensor | None,
+    choice: Choice | None,
 ) -> Iterator[HeardWindow]:
     batch = make_batch(opened, [(piece.samples, piece.positions) for piece in pieces])
-    heard = hear(opened, batch, decoding, pooled_BD)
+    heard = hear(opened, batch, decoding, choice)
     texts = [[token for token in one.tokens if token < opened.codec.end] for one in heard.decoded]
     with opened.accelerator.autocast():
         times = align(opened.recogniser.whisper, heard.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)

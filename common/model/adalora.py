@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
-from common.model.moe import MixtureLinear, RoutingSlot, linear_layers, replace_layer
+from common.model.mixture import MixtureLinear, linear_layers, replace_layer
+from common.model.routing import RoutingSlot
 
 SMOOTHING = 0.85  # β₁ and β₂ of the paper
 
@@ -111,7 +112,7 @@ class SvdLinear(nn.Module):
 def add_adalora(
     model: nn.Module, *, targets: Sequence[str], rank: int, scaling: float, dropout: float = 0.0, within: str = ""
 ) -> RoutingSlot:
-    """Replaces the linear layers named in `targets` by `SvdLinear`, and freezes all else; as `moe.add_mixture`.
+    """Replaces the linear layers named in `targets` by `SvdLinear`, and freezes all else; as `mixture.add_mixture`.
 
     Raises:
         ValueError: no layer matches.
@@ -204,12 +205,13 @@ def to_lora(model: nn.Module) -> dict[str, int]:
     ranks = {name: int(layer.kept_R.sum()) for name, layer in layers}
     rank = max(1, *ranks.values())
     for name, layer in layers:
-        lora = MixtureLinear(layer.base, layer.slot, num_experts=1, rank=rank, alpha=rank)
-        kept_R = layer.kept_R
-        lora.train(layer.training).lora_A.zero_()
+        mixture = MixtureLinear(layer.base, layer.slot, num_experts=0, rank=rank, alpha=rank, shared_rank=rank)
+        kept_R, lora = layer.kept_R, mixture.train(layer.training).shared
+        assert lora is not None
+        lora.lora_A.zero_()
         lora.lora_A[0, : ranks[name]] = layer.Q_RI[kept_R]
         lora.lora_B[0, :, : ranks[name]] = layer.scaling * layer.P_OR[:, kept_R] * layer.value_R[kept_R]
-        replace_layer(model, name, lora)
+        replace_layer(model, name, mixture)
     return ranks
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError
-from common.model.moe import mixture_layers, replace_layer
+from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -20,22 +20,36 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Matrices = dict[str, tuple[Tensor, Tensor]]  # layer name → (A (R, I), B (O, R)), on the CPU
 
 
-def expert_matrices(model: nn.Module, expert: int) -> Matrices:
-    """One expert's matrices by layer, as they are in training: without the scale."""
-    return {
-        name: (layer.lora_A[expert].detach().cpu(), layer.lora_B[expert].detach().cpu())
-        for name, layer in mixture_layers(model)
-    }
+def expert_stack(layer: MixtureLinear, expert: int | None) -> tuple[LoraStack, int]:
+    """Where a layer keeps an expert: (stack, number in it).
+
+    Args:
+        expert: number of a routed expert, or None for the shared one.
+    """
+    if expert is not None:
+        return layer.routed, expert
+    assert layer.shared is not None, "the mixture has no shared expert"
+    return layer.shared, 0
 
 
-def save_expert(model: nn.Module, expert: int, folder: Path, *, base_model: str, alpha: float) -> None:
-    """Writes expert number `expert` (or the shared one, number E) as a PEFT LoRA adapter.
+def expert_matrices(model: nn.Module, expert: int | None) -> Matrices:
+    """One expert's matrices by layer as plain LoRA: magnitudes folded into A, without the scaling."""
+    found: Matrices = {}
+    for name, layer in mixture_layers(model):
+        stack, number = expert_stack(layer, expert)
+        a_RI, b_OR = stack.plain(number)
+        found[name] = a_RI.detach().cpu(), b_OR.detach().cpu()
+    return found
+
+
+def save_expert(model: nn.Module, expert: int | None, folder: Path, *, base_model: str) -> None:
+    """Writes a routed expert, or the shared one (None), as a plain PEFT LoRA adapter.
 
     Args:
         base_model: what PEFT should load it on: hub name or folder.
-        alpha: LoRA's alpha, of which the scale is alpha / rank.
     """
-    save_adapter(expert_matrices(model, expert), folder, base_model=base_model, alpha=alpha)
+    stack, _ = expert_stack(next(layer for _, layer in mixture_layers(model)), expert)
+    save_adapter(expert_matrices(model, expert), folder, base_model=base_model, alpha=stack.scaling * stack.rank)
 
 
 def save_adapter(matrices: Matrices, folder: Path, *, base_model: str, alpha: float) -> None:
@@ -69,8 +83,8 @@ def _target_pattern(names: Sequence[str]) -> list[str] | str:
     return last if len(halves) != 1 else rf".*\.{halves.pop()}\..*\.({'|'.join(last)})"
 
 
-def load_expert(model: nn.Module, expert: int, folder: Path) -> None:
-    """Reads a PEFT LoRA adapter into slot `expert` of the model's mixtures.
+def load_expert(model: nn.Module, expert: int | None, folder: Path) -> None:
+    """Reads a PEFT LoRA adapter into a routed expert of the model's mixtures, or into the shared one (None).
 
     Raises:
         DataError: the folder is no such adapter, or its layers, rank or shapes are not the model's.
@@ -78,15 +92,17 @@ def load_expert(model: nn.Module, expert: int, folder: Path) -> None:
     tensors = read_adapter(folder)
     with torch.no_grad():
         for name, layer in mixture_layers(model):
-            for matrix, stack in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            stack, number = expert_stack(layer, expert)
+            stack.magnitude[number].zero_()  # folded into A when it was saved
+            for matrix, parameter in (("lora_A", stack.lora_A), ("lora_B", stack.lora_B)):
                 value = tensors.pop(f"base_model.model.{name}.{matrix}.weight", None)
-                if value is None or value.shape != stack.shape[1:]:
+                if value is None or value.shape != parameter.shape[1:]:
                     got = "nothing" if value is None else f"shape {tuple(value.shape)}"
                     raise DataError(
-                        f"adapter {folder}: {name}.{matrix} should have shape {tuple(stack.shape[1:])}, found {got}; "
-                        "was it trained with another rank, target list or base model?"
+                        f"adapter {folder}: {name}.{matrix} should have shape {tuple(parameter.shape[1:])}, found "
+                        f"{got}; was it trained with another rank, target list or base model?"
                     )
-                stack[expert].copy_(value)
+                parameter[number].copy_(value)
     if tensors:
         raise DataError(f"adapter {folder} adapts {next(iter(tensors))}, which this model leaves alone")
 
@@ -107,19 +123,15 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
-    """Adds a weighted sum of experts to the base weights and takes all mixtures out, leaving a plain dense model.
+    """Adds the shared expert and a weighted sum of routed ones to the base weights, leaving a plain dense model.
 
     Args:
-        weights: of each expert (number E is the shared one), as a fixed routing would give them.
+        weights: of routed experts, as a fixed routing would give them.
     """
     for name, layer in list(mixture_layers(model)):
         with torch.no_grad():
             for expert, weight in weights.items():
-                layer.base.weight += weight * layer.delta_weight(expert).to(layer.base.weight.dtype)
+                layer.base.weight += weight * layer.routed.delta_weight(expert).to(layer.base.weight.dtype)
+            if layer.shared is not None:
+                layer.base.weight += layer.shared.delta_weight(0).to(layer.base.weight.dtype)
         replace_layer(model, name, layer.base)
-
-
-def copy_experts(source: Sequence[Path], model: nn.Module) -> None:
-    """Loads the adapters of `source`, in order, into experts 0, 1, …; further experts keep their start values."""
-    for expert, folder in enumerate(source):
-        load_expert(model, expert, folder)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import DataError
 from common.model.adapters import load_expert, save_expert
-from common.model.moe import Gate, add_mixture
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Mixture, Recogniser, RouterOptions
 from common.model.whisper import load_whisper
 
@@ -33,7 +34,11 @@ class BundleInfo:
         base: name of the base model as configured; `base_digest` what its key was.
         layer, pooling: which embedding the gate was trained on.
         context, margin: audio context of training, to be used in transcription too.
-        route_by: whether the gate saw an utterance's own embedding, or its speaker's mean.
+        num_experts, rank: routed experts and their rank; num_experts is 0 for a dense adapter.
+        shared_rank: of the shared expert; 0 where there is none.
+        route_by: whether the gate decides for an utterance or for a speaker, or a table decides.
+        column: of the corpus that a table routes by; empty otherwise.
+        groups: values of that column, in the order of the routed experts.
         seconds: what 19 of 20 training utterances do not exceed; None in what older versions wrote.
     """
 
@@ -47,14 +52,16 @@ class BundleInfo:
     pooling: str
     adapt: str
     num_experts: int
-    shared: bool
+    shared_rank: int
     mixture: Mixture
     top_k: int
     rank: int
     alpha: float
     targets: tuple[str, ...]
     within: str
-    route_by: Literal["utterance", "speaker"] = "utterance"
+    route_by: Literal["utterance", "speaker", "table"] = "utterance"
+    column: str = ""
+    groups: tuple[str, ...] = ()
     seconds: float | None = None
 
 
@@ -95,11 +102,9 @@ def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> N
         recogniser.whisper.save_pretrained(folder / "dense")
         return
     for expert in range(info.num_experts):
-        save_expert(
-            recogniser.whisper, expert, folder / "experts" / str(expert), base_model=info.base, alpha=info.alpha
-        )
-    if info.shared:
-        save_expert(recogniser.whisper, info.num_experts, folder / "shared", base_model=info.base, alpha=info.alpha)
+        save_expert(recogniser.whisper, expert, folder / "experts" / str(expert), base_model=info.base)
+    if info.shared_rank:
+        save_expert(recogniser.whisper, None, folder / "shared", base_model=info.base)
 
 
 def read_info(folder: Path) -> BundleInfo:
@@ -110,7 +115,7 @@ def read_info(folder: Path) -> BundleInfo:
     """
     try:
         values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        return BundleInfo(**(values | {"targets": tuple(values["targets"])}))
+        return BundleInfo(**(values | {name: tuple(values[name]) for name in ("targets", "groups")}))
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {DESCRIPTION}: it is not the output of the asr stage") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -136,13 +141,14 @@ def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Rec
         num_experts=info.num_experts,
         rank=info.rank,
         alpha=info.alpha,
-        shared=info.shared,
+        shared_rank=info.shared_rank,
+        magnitude=False,  # folded into the weights
         within=info.within,
     )
     for expert in range(info.num_experts):
         load_expert(whisper, expert, folder / "experts" / str(expert))
-    if info.shared:
-        load_expert(whisper, info.num_experts, folder / "shared")
-    gate = load_gate(folder) if info.num_experts > 1 else None
+    if info.shared_rank:
+        load_expert(whisper, None, folder / "shared")
+    gate = load_gate(folder) if info.num_experts > 1 and info.route_by != "table" else None
     options = RouterOptions(mixture=info.mixture, top_k=info.top_k)
     return Recogniser(whisper, slot=slot, gate=gate, options=options).to(device).eval(), info

@@ -16,7 +16,9 @@ from transformers import WhisperForConditionalGeneration
 from common.data.augment import Augmentation
 from common.data.batches import Batch
 from common.data.features import log_mel
-from common.model.moe import Gate, Routing, RoutingSlot, balance_loss, route, route_hard, router_entropy
+from common.model.gate import Gate
+from common.model.mixture import mixture_layers
+from common.model.routing import Routing, RoutingSlot, balance_loss, route, route_to, router_entropy
 from common.model.whisper import encode, pool, token_losses
 
 Mixture = Literal["blend", "loss", "hard"]
@@ -38,15 +40,17 @@ class Recogniser(nn.Module):
     Args:
         whisper: the base; its linear layers may be mixtures (`moe.add_mixture`).
         slot: of these mixtures; None for a model without (full fine-tune, or the base itself).
-        gate: chooses among several experts; None where there is one.
+        gate: chooses among several routed experts; None where there are none, or a table chooses.
         embeddings_ND: pooled embeddings of the frozen encoder for `Batch.row_B`; never trained.
         options: of the router.
-        remat: recompute encoder blocks in the backward pass.
+        gradient_checkpointing: recompute encoder blocks in the backward pass.
         augmentation: of the audio, while training.
         orthogonality: AdaLoRA's penalty and its weight; added to the loss per token while training.
     """
 
     embeddings_ND: Tensor | None
+    logits_NE: Tensor | None
+    known_N: Tensor | None
 
     def __init__(
         self,
@@ -56,16 +60,35 @@ class Recogniser(nn.Module):
         gate: Gate | None = None,
         embeddings_ND: Tensor | None = None,
         options: RouterOptions | None = None,
-        remat: bool = False,
+        gradient_checkpointing: bool = False,
         augmentation: Augmentation | None = None,
         orthogonality: tuple[Callable[[nn.Module], Tensor], float] | None = None,
     ) -> None:
         super().__init__()
-        self.whisper, self.slot, self.gate, self.remat = whisper, slot, gate, remat
+        self.whisper, self.slot, self.gate = whisper, slot, gate
+        self.gradient_checkpointing = gradient_checkpointing
         self.options = options or RouterOptions()
         self.augmentation = augmentation or Augmentation()
         self.orthogonality = orthogonality
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
+        self.register_buffer("logits_NE", None, persistent=False)
+        self.register_buffer("known_N", None, persistent=False)
+        self.num_experts = next((layer.num_experts for _, layer in mixture_layers(whisper)), 0)
+
+    def choose_by(
+        self, *, embeddings_ND: Tensor | None = None, logits_NE: Tensor | None = None, known_N: Tensor | None = None
+    ) -> None:
+        """Sets what chooses the experts of the utterances `Batch.row_B`: the gate's embeddings, or fixed logits.
+
+        Args:
+            embeddings_ND: for the gate, which then learns with the experts.
+            logits_NE: instead of the gate's; of speakers or of a table.
+            known_N: false for utterances unlike all groups, which get the shared expert alone; None: all are known.
+        """
+        device = self.whisper.proj_out.weight.device
+        self.embeddings_ND, self.logits_NE, self.known_N = (
+            None if value is None else value.to(device) for value in (embeddings_ND, logits_NE, known_N)
+        )
 
     @property
     def mel_bands(self) -> int:
@@ -92,7 +115,7 @@ class Recogniser(nn.Module):
         if self.options.mixture == "loss":
             ce, count_B, ids_BK = self._loss_mixture(mel_BMF, batch, logits_BE)
         else:
-            routing = self.set_routing(logits_BE, len(batch))
+            routing = self.set_routing(logits_BE, len(batch), self.known(batch.row_B))
             loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
             ce, ids_BK = loss_B.sum(), routing.topk_ids_BK
         tokens = count_B.sum()
@@ -117,7 +140,8 @@ class Recogniser(nn.Module):
             block.compile(dynamic=True, backend=backend)
 
     def _losses(self, mel_BMF: Tensor, inputs_BU: Tensor, labels_BU: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
-        hidden_BTD = encode(self.whisper, mel_BMF, remat=self.remat and self.training, copies=copies)
+        recompute = self.gradient_checkpointing and self.training
+        hidden_BTD = encode(self.whisper, mel_BMF, gradient_checkpointing=recompute, copies=copies)
         return token_losses(self.whisper, hidden_BTD, inputs_BU, labels_BU)
 
     def _loss_mixture(self, mel_BMF: Tensor, batch: Batch, logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,34 +156,52 @@ class Recogniser(nn.Module):
         loss_BK = loss_N.reshape(-1, topk) * routing.topk_weights_BK
         return loss_BK.sum(), count_N.reshape(-1, topk)[:, 0], routing.topk_ids_BK
 
+    def all_choices(self) -> tuple[Tensor | None, Tensor | None]:
+        """(logits_NE, known_N) of all rows that the model routes now; None where nothing is to be chosen."""
+        if self.logits_NE is None and (self.gate is None or self.embeddings_ND is None):
+            return None, None
+        size = len(self.logits_NE if self.logits_NE is not None else self.embeddings_ND)  # type: ignore[arg-type]
+        rows_N = torch.arange(size, device=self.whisper.proj_out.weight.device)
+        with torch.no_grad():
+            return self.gate_logits(rows_N), self.known_N
+
+    def utterance_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss_B, tokens_B): each utterance's summed cross-entropy and the tokens that carry it."""
+        self.set_routing(self.gate_logits(batch.row_B), len(batch), self.known(batch.row_B))
+        return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
+
+    def known(self, row_B: Tensor) -> Tensor | None:
+        """Which rows are like one of the groups; None where all are."""
+        return None if self.known_N is None else self.known_N[row_B]
+
     def gate_logits(self, row_B: Tensor) -> Tensor | None:
-        """Logits over experts for rows of the embedding table; None without a gate."""
+        """Logits over routed experts for rows of the table; None where nothing is to be chosen."""
+        if self.logits_NE is not None:
+            return self.logits_NE[row_B]
         if self.gate is None:
             return None
         assert self.embeddings_ND is not None, "a gate needs embeddings"
         logits_BE: Tensor = self.gate(self.embeddings_ND[row_B])
         return logits_BE
 
-    def set_routing(self, logits_BE: Tensor | None, rows: int) -> Routing:
-        """Puts the routing of a batch into the slot: by the gate's logits, or all to expert 0 without a gate.
+    def set_routing(self, logits_BE: Tensor | None, rows: int, known_B: Tensor | None = None) -> Routing:
+        """Puts the routing of a batch into the slot: by logits, or to the only routed expert, if there is one.
 
         A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one.
         """
         device = self.whisper.proj_out.weight.device
         if logits_BE is None:
-            zeros_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-            routing = Routing(zeros_B1, torch.ones_like(zeros_B1, dtype=torch.float32))
-        elif self.options.mixture == "blend":
-            routing = route(logits_BE, self.options.top_k)
+            routing = route_to(0 if self.num_experts else None, rows, device)
         else:
-            routing = route_hard(logits_BE)
+            top_k = self.options.top_k if self.options.mixture == "blend" else 1
+            routing = route(logits_BE, top_k, known_B)
         if self.slot is not None:
             self.slot.routing = routing
         return routing
 
     def encode_batch(self, batch: Batch) -> Tensor:
         """Encoder output of a batch, its routing set: what decoding starts from. hidden_BTD."""
-        self.set_routing(self.gate_logits(batch.row_B), len(batch))
+        self.set_routing(self.gate_logits(batch.row_B), len(batch), self.known(batch.row_B))
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
     def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,12 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
 
 
 def encode(
-    model: WhisperForConditionalGeneration, mel_BMF: Tensor, *, layer: int = -1, remat: bool = False, copies: int = 1
+    model: WhisperForConditionalGeneration,
+    mel_BMF: Tensor,
+    *,
+    layer: int = -1,
+    gradient_checkpointing: bool = False,
+    copies: int = 1,
 ) -> Tensor:
     """Runs the encoder at the length of its input instead of 30 s.
 
@@ -45,7 +50,7 @@ def encode(
         model: with or without mixtures in its layers.
         mel_BMF: F a multiple of 2, at most 3000.
         layer: -1 all layers and the final norm; 0 the convolutions alone; n the output of the n-th block, unnormed.
-        remat: recompute blocks in the backward pass (gradient checkpointing).
+        gradient_checkpointing: recompute blocks in the backward pass (gradient checkpointing).
         copies: of each utterance, side by side, for experts of their own; the convolutions, which have none, run once.
 
     Returns:
@@ -61,7 +66,11 @@ def encode(
     x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
     x_BTD = x_BTD.repeat_interleave(copies, 0) if copies > 1 else x_BTD
     for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
-        x_BTD = checkpoint(_run_block, block, x_BTD, use_reentrant=False) if remat else _run_block(block, x_BTD)
+        x_BTD = (
+            checkpoint(_run_block, block, x_BTD, use_reentrant=False)
+            if gradient_checkpointing
+            else _run_block(block, x_BTD)
+        )
     normed_BTD: Tensor = encoder.layer_norm(x_BTD) if layer == -1 else x_BTD
     return normed_BTD
 

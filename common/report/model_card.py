@@ -131,9 +131,11 @@ def _facts(
     facts = []
     if asr.adapt != "full":
         facts.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} ({lora.modules})"))
-        start = "clusters, gate and experts that were pre-trained" if asr.pretrained else "a random gate and experts"
-        if asr.common_share:
-            start = f"one adapter for all experts, for the first {asr.common_share:.0%} of the steps"
+        start = {
+            "gate": "a gate pre-trained on clusters and new experts",
+            "alone": "clusters, gate and experts that were pre-trained",
+            "none": "a random gate and new experts",
+        }[asr.pretrain]
         facts.append(("started from", start))
     facts += [
         ("trained parameters", f"{report['trained_parameters']:,}"),

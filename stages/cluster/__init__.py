@@ -9,7 +9,7 @@ from stages.extract import has_gate
 
 def is_pretrained(config: Config) -> bool:
     """Whether gate and experts are pre-trained on clusters."""
-    return has_gate(config) and config.asr.pretrained
+    return has_gate(config) and config.asr.pretrain != "none"
 
 
 CONTRACT = Contract(

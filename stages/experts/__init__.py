@@ -18,8 +18,8 @@ def count_clusters(config: Config, corpus: Corpus, manifests: Mapping[str, Manif
 
 
 def pretrains_experts(config: Config) -> bool:
-    """Whether each expert is trained alone first; not where all of them start as one."""
-    return is_pretrained(config) and not config.asr.common_share
+    """Whether each expert is trained alone first."""
+    return is_pretrained(config) and config.asr.pretrain == "alone"
 
 
 CONTRACT = Contract(
@@ -40,6 +40,7 @@ CONTRACT = Contract(
         "subsets.dev_samples",
         "lora",
         "experts",
+        "asr.magnitude_rate",
     ),
     fan_out=count_clusters,
     active=pretrains_experts,

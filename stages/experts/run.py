@@ -17,10 +17,12 @@ from common.data.corpus import Corpus, Utterance
 from common.data.tokens import load_codec
 from common.model.adapters import save_expert
 from common.model.bundle import load_gate
-from common.model.moe import Gate, add_mixture
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.stage import Context
+from common.training.rates import adapter_groups
 from common.training.speech import mean_loss, read_jsonl_column
 from common.training.train import make_accelerator, train
 from stages.inputs import evaluation_subset, training_subset
@@ -59,13 +61,13 @@ def run(
     result = train(
         recogniser,
         accelerator=accelerator,
-        groups=[
-            {
-                "params": [p for p in recogniser.parameters() if p.requires_grad],
-                "lr": options.learning_rate,
-                "weight_decay": options.weight_decay,
-            }
-        ],
+        groups=adapter_groups(
+            recogniser,
+            learning_rate=options.learning_rate,
+            routed_rate=1.0,
+            magnitude_rate=config.asr.magnitude_rate,
+            weight_decay=options.weight_decay,
+        ),
         plan_epoch=epoch_planner(train_set, options, config.seed),
         load=BatchLoader(train_set, num_workers=workers, device=accelerator.device),
         evaluate=evaluate,
@@ -75,7 +77,7 @@ def run(
         stopping=context.stopping,
         label=f"expert {expert}",
     )
-    save_expert(recogniser.whisper, 0, output, base_model=config.model.name, alpha=config.lora.alpha)
+    save_expert(recogniser.whisper, 0, output, base_model=config.model.name)
     report = {
         "cluster": expert,
         "utterances": len(train_set),
@@ -112,6 +114,7 @@ def _recogniser(config: Config, model: Path, expert: int) -> Recogniser:
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
+        magnitude=config.lora.magnitude,
         within=lora_scope(config.lora.modules),
     )
     return Recogniser(whisper, slot=slot, augmentation=augmentation(config))

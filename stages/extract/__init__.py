@@ -12,7 +12,7 @@ from common.storage.artifacts import Manifest
 
 def has_gate(config: Config) -> bool:
     """Whether the regime routes between several experts, and so needs embeddings."""
-    return config.asr.adapt == "lora" and (config.num_experts or 0) > 1
+    return config.asr.adapt == "lora" and config.asr.route_by != "table" and (config.num_experts or 0) > 1
 
 
 def count_shards(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int:

@@ -17,7 +17,7 @@ from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.evaluation.gate_report import gate_report
 from common.model.bundle import save_gate
-from common.model.moe import Gate
+from common.model.gate import Gate
 from common.pipeline.stage import Context
 from common.training.train import make_accelerator, train
 from stages.settings import train_options
@@ -72,6 +72,7 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
     options = config.gating
     gate = Gate(embedding_ND.shape[1], options.hidden, classes, options.dropout)
     gate.fit_scale(embedding_ND[fit_N])
+    gate.fit_centers(embedding_ND[fit_N], label_N[fit_N])
     accelerator = make_accelerator("fp32", config.runtime.device)
     device = accelerator.device
     weight_K = class_weights(label_N[fit_N], classes) if options.class_weights else torch.ones(classes)

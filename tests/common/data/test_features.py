@@ -50,9 +50,9 @@ def test_recomputed_blocks_give_the_same_gradient(micro_model):
     model = load_whisper(micro_model)
     mel = torch.randn(1, 80, 128)
     gradients = []
-    for remat in (False, True):
+    for gradient_checkpointing in (False, True):
         model.zero_grad()
-        encode(model, mel, remat=remat).square().sum().backward()
+        encode(model, mel, gradient_checkpointing=gradient_checkpointing).square().sum().backward()
         gradients.append(model.model.encoder.conv1.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 

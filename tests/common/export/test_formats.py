@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from common.model.moe import Gate, Routing, add_mixture, mixture_layers
 from peft import PeftModel
 
 from common.decoding.decode import greedy
@@ -14,7 +15,6 @@ from common.export.readmes import vllm_page
 from common.files import new_folder
 from common.inference.load_model import open_model
 from common.model.bundle import save_recogniser
-from common.model.moe import Gate, Routing, add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import encode, load_whisper
 from tests.factories import bundle_info

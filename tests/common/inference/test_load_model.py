@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.model.moe import add_mixture, mixture_layers
 from safetensors.torch import load, save_file
 
 from common.clustering.embeddings import read_tables
@@ -21,7 +22,6 @@ from common.inference.load_model import find_model, hear, open_model, route_batc
 from common.json_files import read_rows
 from common.model.adapters import save_expert
 from common.model.bundle import load_recogniser, save_recogniser
-from common.model.moe import add_mixture, mixture_layers
 from common.model.whisper import load_whisper
 from common.pipeline.runs import run_record, stage_folders
 from common.storage import open_store

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.model.moe import Routing, mixture_layers
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
@@ -22,7 +23,6 @@ from common.model.adalora import (
     to_lora,
 )
 from common.model.adapters import save_expert
-from common.model.moe import Routing, mixture_layers
 from common.model.whisper import encode, load_whisper
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from common.model.moe import MixtureLinear, RoutingSlot, mixture_delta, route, with_shared_expert
 
 E, K, R, IN, OUT, B, T = 5, 2, 4, 16, 24, 3, 7

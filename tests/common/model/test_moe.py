@@ -4,10 +4,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-
-from common.errors import DataError
-from common.model.adapters import load_expert, merge_experts, save_expert
 from common.model.moe import (
     Gate,
     MixtureLinear,
@@ -21,6 +17,10 @@ from common.model.moe import (
     router_entropy,
     routing_report,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from common.errors import DataError
+from common.model.adapters import load_expert, merge_experts, save_expert
 from common.model.whisper import encode, load_whisper, token_losses
 
 TARGETS = ("q_proj", "v_proj", "fc1")

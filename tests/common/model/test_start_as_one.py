@@ -1,9 +1,8 @@
 """Experts that are trained as one at first: what they are equal to, and when they part."""
 
 import torch
-from torch import nn
-
 from common.model.moe import Routing, add_mixture, mixture_layers, part_after, start_as_one
+from torch import nn
 
 
 def mixture(num_experts, seed=0, shared=False):

@@ -1,0 +1,87 @@
+"""The gate: from the pooled embedding of the frozen encoder to one logit per routed expert.
+
+Shape letters: B utterances of a batch, N of a set, D embedding width, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an utterance belongs to none
+
+
+class Gate(nn.Module):
+    """A small MLP over standardised embeddings, which also knows where its groups lie.
+
+    Args:
+        dim: D, width of the embedding.
+        hidden: width of the hidden layer.
+        num_experts: E.
+        dropout: on the hidden layer.
+
+    Shape:
+        embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED`
+        are the groups' means in that scale and `limit` the distance beyond which an utterance is unlike all of them
+        (infinite until `calibrate`).
+    """
+
+    mean_D: Tensor
+    std_D: Tensor
+    center_ED: Tensor
+    limit: Tensor
+
+    def __init__(self, dim: int, hidden: int, num_experts: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("mean_D", torch.zeros(dim))
+        self.register_buffer("std_D", torch.ones(dim))
+        self.register_buffer("center_ED", torch.zeros(num_experts, dim))
+        self.register_buffer("limit", torch.tensor(math.inf))
+        self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
+        self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
+
+    def fit_scale(self, embeddings_ND: Tensor) -> None:
+        """Takes mean and standard deviation from embeddings, so that the MLP sees unit scale."""
+        self.mean_D.copy_(embeddings_ND.mean(0))
+        self.std_D.copy_(embeddings_ND.std(0, correction=0).clamp_min(1e-6))
+
+    def fit_centers(self, embeddings_ND: Tensor, label_N: Tensor) -> None:
+        """Takes each group's mean from embeddings and their groups."""
+        scaled_ND = self.standardise(embeddings_ND)
+        for expert in range(self.num_experts):
+            self.center_ED[expert] = scaled_ND[label_N == expert].mean(0)
+
+    def calibrate(self, embeddings_ND: Tensor) -> None:
+        """Sets the distance beyond which an utterance belongs to no group, from held-out speakers of the groups."""
+        self.limit.copy_(self.distance(embeddings_ND).quantile(FAR))
+
+    def standardise(self, embedding_BD: Tensor) -> Tensor:
+        """Embeddings in the gate's scale, fp32."""
+        return (embedding_BD.float() - self.mean_D) / self.std_D
+
+    def distance(self, embedding_BD: Tensor) -> Tensor:
+        """distance_B to the nearest group's mean, per dimension: about 1 for a member of a wide group."""
+        return torch.cdist(self.standardise(embedding_BD), self.center_ED).min(1).values / math.sqrt(self.dim)
+
+    def evidence(self, embedding_BD: Tensor) -> Tensor:
+        """What an utterance says about its group, so that sums over a speaker's utterances say it of the speaker.
+
+        Returns:
+            evidence_BF, F = E + 2: log-probabilities, distance to the nearest group, and 1 as the count.
+        """
+        log_probs_BE = self(embedding_BD).log_softmax(1)
+        distance_B1 = self.distance(embedding_BD)[:, None]
+        return torch.cat([log_probs_BE, distance_B1, torch.ones_like(distance_B1)], 1)
+
+    def decide(self, evidence_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits_BE, known_B) of utterances or of speakers, from the sums of their `evidence`."""
+        logits_BE, distance_B, count_B = evidence_BF[:, :-2], evidence_BF[:, -2], evidence_BF[:, -1]
+        return logits_BE, distance_B <= self.limit * count_B
+
+    def forward(self, embedding_BD: Tensor) -> Tensor:
+        # Always in fp32: half precision would give some utterances other experts than the report says.
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            logits_BE: Tensor = self.net(self.standardise(embedding_BD))
+        return logits_BE

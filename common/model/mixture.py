@@ -1,0 +1,311 @@
+"""The mixture: in every adapted layer a shared LoRA expert, always on, and routed experts that add to it.
+
+Shape letters: B utterances (rows) of a batch, T positions, I/O input/output features of a layer, E routed experts,
+K experts per utterance, R rank; G groups of rows (1 or B) that share C columns of experts.
+
+LoRA: Hu et al. 2021 (arXiv:2106.09685). Shared expert: Dai et al. 2024, DeepSeekMoE (arXiv:2401.06066).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
+from common.model.routing import Routing, RoutingSlot
+
+Kernel = Literal["auto", "masked", "gathered", "grouped"]
+
+
+class LoraStack(nn.Module):
+    """E low-rank adapters of one linear layer: delta_e = scaling · B[e] diag(1 + s[e]) A[e].
+
+    The magnitude s of each rank starts at 0 and learns with a rate of its own (`training.rates`).
+
+    Args:
+        experts: E, 0 or more.
+        rank: R.
+        scaling: of every delta (LoRA's alpha / rank).
+        magnitude: learn s; otherwise it stays 0.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        rank: int,
+        in_features: int,
+        out_features: int,
+        *,
+        scaling: float,
+        magnitude: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.rank, self.scaling = experts, rank, scaling
+        self.lora_A = nn.Parameter(torch.empty(experts, rank, in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(experts, out_features, rank, device=device, dtype=torch.float32))
+        zeros_ER = torch.zeros(experts, rank, device=device, dtype=torch.float32)
+        self.magnitude = nn.Parameter(zeros_ER, requires_grad=magnitude)
+        for expert_RI in self.lora_A.data:  # as PEFT does: each expert is initialised like a linear layer
+            nn.init.kaiming_uniform_(expert_RI, a=math.sqrt(5))
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(a_ERI, b_EOR) with delta_e = b[e] a[e]: magnitude and scaling are in a."""
+        scale_ER1 = ((1 + self.magnitude) * self.scaling).unsqueeze(2)
+        return (self.lora_A * scale_ER1).to(dtype), self.lora_B.to(dtype)
+
+    def plain(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(A (R, I), B (O, R)) of one expert as plain LoRA: the magnitude is in A, the scaling in neither."""
+        return self.lora_A[expert] * (1 + self.magnitude[expert]).unsqueeze(1), self.lora_B[expert]
+
+    def delta_weight(self, expert: int) -> Tensor:
+        """The dense weight (O, I) that one expert adds to the base layer's."""
+        a_RI, b_OR = self.plain(expert)
+        return self.scaling * (b_OR @ a_RI)
+
+
+class MixtureLinear(nn.Module):
+    """A frozen linear layer, plus the shared expert, plus the weighted sum of its utterance's routed experts.
+
+    y = W x + b + delta_shared x + Σ_k weight_k · delta_{e_k} x
+
+    With no routed experts it is dense LoRA; with no shared one, a mixture of routed experts alone. Where the routing
+    has K = 0 or weights of 0, an utterance gets the shared expert alone.
+
+    Args:
+        base: the layer to adapt; its parameters are frozen.
+        slot: where the model puts the batch's routing.
+        num_experts: E, routed experts.
+        rank: R of each routed expert.
+        alpha: every delta is scaled by alpha / rank, the shared one too.
+        shared_rank: rank of the shared expert; 0 for none.
+        dropout: probability of zeroing an input feature of the experts, in training.
+        magnitude: learn a magnitude per rank (`LoraStack`).
+        kernel: how the deltas are computed (`pick_kernel`).
+
+    Shape:
+        x_BTI → y_BTO.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        slot: RoutingSlot,
+        *,
+        num_experts: int,
+        rank: int,
+        alpha: float,
+        shared_rank: int = 0,
+        dropout: float = 0.0,
+        magnitude: bool = True,
+        kernel: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.slot, self.kernel = slot, kernel
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        shape = base.in_features, base.out_features
+        device, scaling = base.weight.device, alpha / rank
+        self.routed = LoraStack(num_experts, rank, *shape, scaling=scaling, magnitude=magnitude, device=device)
+        self.shared = (
+            LoraStack(1, shared_rank, *shape, scaling=scaling, magnitude=magnitude, device=device)
+            if shared_rank
+            else None
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """E, routed experts."""
+        return self.routed.experts
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        routing = self.slot.routing
+        if routing is None:
+            plain_BTO: Tensor = self.base(x_BTI)
+            return plain_BTO
+        dtype = compute_dtype(x_BTI)
+        x_BTI = x_BTI.to(dtype)
+        terms, grouped_BTO = self._terms(x_BTI, routing, dtype)
+        if not terms or (self.training and isinstance(self.dropout, nn.Dropout)):
+            y_BTO: Tensor = self.base(x_BTI)
+            if terms:
+                dropped_BTI = self.dropout(x_BTI)
+                y_BTO = y_BTO + sum(low_rank_delta(dropped_BTI, columns) for columns in terms)
+        else:
+            y_BTO = low_rank_linear(x_BTI, self.base.weight, self.base.bias, terms[0])
+            for columns in terms[1:]:
+                y_BTO = y_BTO + low_rank_delta(x_BTI, columns)
+        return y_BTO if grouped_BTO is None else y_BTO + grouped_BTO
+
+    def _terms(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[list[Columns], Tensor | None]:
+        """Low-rank pairs whose deltas add up, and the routed experts' delta where it is computed in groups."""
+        shared: Columns | None = None
+        if self.shared is not None:
+            a_1RI, b_1OR = self.shared.factors(dtype)
+            shared = a_1RI, b_1OR.transpose(1, 2), None
+        if not self.routed.experts or not routing.topk_ids_BK.shape[1]:
+            return [shared] if shared else [], None
+        a_ERI, b_EOR = self.routed.factors(dtype)
+        kernel = pick_kernel(x_BTI, a_ERI, routing) if self.kernel == "auto" else self.kernel
+        if kernel == "grouped":
+            dropped_BTI = self.dropout(x_BTI)
+            return [shared] if shared else [], _grouped_delta(dropped_BTI, a_ERI, b_EOR, routing)
+        routed = mixture_columns(a_ERI, b_EOR, routing, kernel)
+        if shared is None:
+            return [routed], None
+        return ([_side_by_side(shared, routed)] if kernel == "masked" else [shared, routed]), None
+
+
+def _side_by_side(shared: Columns, routed: Columns) -> Columns:
+    """Shared and routed columns as one pair: one product in place of two."""
+    (a_1RI, b_1RO, _), (a_1CI, b_1CO, scale_B1C) = shared, routed
+    assert scale_B1C is not None
+    ones_B1R = scale_B1C.new_ones(len(scale_B1C), 1, a_1RI.shape[1])
+    return torch.cat([a_1RI, a_1CI], 1), torch.cat([b_1RO, b_1CO], 1), torch.cat([ones_B1R, scale_B1C], 2)
+
+
+def mixture_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Kernel = "auto") -> Tensor:
+    """Σ_k weight_k · b[e_k] a[e_k] x for each row, by one of three equal computations.
+
+    Args:
+        x_BTI: inputs.
+        a_ERI, b_EOR: the stacked experts (`LoraStack.factors`), in the dtype of `x_BTI`.
+        routing: K experts and weights of each of the B rows.
+        kernel: `masked` multiplies with all experts side by side and zeroes those not chosen (two GEMMs; wins while
+            E·R is small), `gathered` copies each row's experts and multiplies batched, `grouped` sorts the rows by
+            expert and multiplies in groups (bf16 on compute capability 9). `auto` chooses by `pick_kernel`.
+
+    Returns:
+        delta_BTO.
+    """
+    if kernel == "auto":
+        kernel = pick_kernel(x_BTI, a_ERI, routing)
+    if kernel == "grouped":
+        return _grouped_delta(x_BTI, a_ERI, b_EOR, routing)
+    return low_rank_delta(x_BTI, mixture_columns(a_ERI, b_EOR, routing, kernel))
+
+
+def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["masked", "gathered"]:
+    """The kernel that measures fastest for a shape (`bench/kernels.py`)."""
+    experts, rank, _ = a_ERI.shape
+    wanted = routing.topk_ids_BK.shape[1] * rank
+    if x_BTI.shape[1] == 1 and not torch.is_grad_enabled():  # decoding step by step: the fewest launches
+        return "masked"
+    # On a GPU the masked product costs no more time than one launch up to about 128 columns.
+    cheap_columns = 128 if x_BTI.is_cuda else wanted
+    return "masked" if experts * rank <= cheap_columns else "gathered"
+
+
+def mixture_columns(a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Literal["masked", "gathered"]) -> Columns:
+    """The routed experts side by side as one low-rank pair: delta = ((x aᵀ) · scale) b, with C columns between.
+
+    Returns:
+        (a_GCI, b_GCO, scale_B1C): G is 1 where all rows share the columns and `scale` zeroes those not chosen
+        (`masked`, C = E·R), and B where each row has its own, already weighted in `b` (`gathered`, C = K·R, no scale).
+    """
+    ids_BK, weights_BK = routing.topk_ids_BK, routing.topk_weights_BK.to(a_ERI.dtype)
+    (experts, rank, features), outputs, (rows, topk) = a_ERI.shape, b_EOR.shape[1], ids_BK.shape
+    if kernel == "masked":
+        weights_BE = weights_BK.new_zeros(rows, experts).scatter_add(1, ids_BK, weights_BK)
+        b_GCO = b_EOR.transpose(1, 2).reshape(1, experts * rank, outputs)
+        return a_ERI.reshape(1, experts * rank, features), b_GCO, weights_BE.repeat_interleave(rank, 1).unsqueeze(1)
+    # Chosen by products with one-hot rows: their gradient is one more product, where an index's is a sort on a GPU.
+    chosen_BKE = (ids_BK.unsqueeze(2) == torch.arange(experts, device=ids_BK.device)).to(a_ERI.dtype)
+    a_BCI = (chosen_BKE @ a_ERI.reshape(experts, -1)).reshape(rows, topk * rank, features)
+    b_BKOR = ((chosen_BKE * weights_BK.unsqueeze(2)) @ b_EOR.reshape(experts, -1)).reshape(rows, topk, outputs, rank)
+    return a_BCI, b_BKOR.transpose(2, 3).reshape(rows, topk * rank, outputs), None
+
+
+def _grouped_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing) -> Tensor:
+    rows, topk = routing.topk_ids_BK.shape
+    experts, _, _ = a_ERI.shape
+    positions = x_BTI.shape[1]
+    order_N = routing.topk_ids_BK.reshape(-1).argsort(stable=True)  # (row, k) pairs sorted by expert
+    row_N = order_N.div(topk, rounding_mode="floor")
+    counts_E = torch.bincount(routing.topk_ids_BK.reshape(-1), minlength=experts)
+    ends_E = (counts_E * positions).cumsum(0).to(torch.int32)
+    sorted_PI = x_BTI[row_N].reshape(rows * topk * positions, -1)
+    hidden_PR = F.grouped_mm(sorted_PI, a_ERI.transpose(1, 2), offs=ends_E)
+    out_NTO = F.grouped_mm(hidden_PR, b_EOR.transpose(1, 2), offs=ends_E).reshape(rows * topk, positions, -1)
+    weights_N = routing.topk_weights_BK.to(x_BTI.dtype).reshape(-1)[order_N]
+    zeros_BTO = out_NTO.new_zeros(rows, positions, out_NTO.shape[-1])
+    return zeros_BTO.index_add(0, row_N, out_NTO * weights_N[:, None, None])
+
+
+def add_mixture(
+    model: nn.Module,
+    *,
+    targets: Sequence[str],
+    num_experts: int,
+    rank: int,
+    alpha: float,
+    shared_rank: int = 0,
+    dropout: float = 0.0,
+    magnitude: bool = True,
+    within: str = "",
+) -> RoutingSlot:
+    """Replaces the linear layers named in `targets` by mixtures around them, and freezes all else.
+
+    Args:
+        model: any module; changed in place.
+        targets: last parts of module names, as PEFT's `target_modules` (`q_proj`, `fc1`, …).
+        num_experts, rank, alpha, shared_rank, dropout, magnitude: as in `MixtureLinear`.
+        within: only layers whose full name holds this (`encoder.layers` or `decoder.layers`); everywhere when empty.
+
+    Returns:
+        The slot that decides the routing of all replaced layers.
+
+    Raises:
+        ValueError: no layer matches, or there is no expert.
+    """
+    if not num_experts and not shared_rank:
+        raise ValueError("a mixture needs a shared expert or at least one routed expert")
+    slot = RoutingSlot()
+    model.requires_grad_(False)
+    for name, layer in linear_layers(model, targets, within):
+        mixture = MixtureLinear(
+            layer,
+            slot,
+            num_experts=num_experts,
+            rank=rank,
+            alpha=alpha,
+            shared_rank=shared_rank,
+            dropout=dropout,
+            magnitude=magnitude,
+        )
+        replace_layer(model, name, mixture)
+    return slot
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:
+    """(name, layer) of the linear layers that `targets` and `within` mean, as in `add_mixture`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets and within in name
+    ]
+    if not found:
+        raise ValueError(f"no linear layer of the model is named {', '.join(targets)}")
+    return found
+
+
+def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:
+    """(name in the model without mixtures, layer) of every mixture, in module order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, MixtureLinear):
+            yield name, layer

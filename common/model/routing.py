@@ -1,0 +1,132 @@
+"""Which experts an utterance uses: routing from logits, its losses, and how a set of utterances used the experts.
+
+Shape letters: B utterances (rows) of a batch, N utterances of a set, E routed experts, K experts per utterance.
+
+Load-balance loss: Fedus et al. 2021 (arXiv:2101.03961), eq. 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = -1e4  # logit of an expert that a table does not choose
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which routed experts each utterance uses, and how much. The shared expert is on for every utterance.
+
+    Attributes:
+        topk_ids_BK: int64 expert numbers, in 0…E-1; K is 0 where there are no routed experts.
+        topk_weights_BK: weights, summing to 1 in each row, or to 0 where the router abstains; they carry the gate's
+            gradient.
+    """
+
+    topk_ids_BK: Tensor
+    topk_weights_BK: Tensor
+
+    def rows(self, index_N: Tensor) -> Routing:
+        """The routing of the utterances `index_N`, in that order."""
+        return Routing(self.topk_ids_BK[index_N], self.topk_weights_BK[index_N])
+
+
+class RoutingSlot:
+    """Holds the routing of the running batch; every layer of one model reads the same slot.
+
+    `None` means that no expert adds anything, not even the shared one: the frozen base model.
+    """
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+
+
+def route_to(expert: int | None, rows: int, device: torch.device) -> Routing:
+    """All rows to one routed expert at unit weight, or (None) to the shared expert alone."""
+    ids_BK = torch.full((rows, 0 if expert is None else 1), expert or 0, dtype=torch.int64, device=device)
+    return Routing(ids_BK, torch.ones_like(ids_BK, dtype=torch.float32))
+
+
+def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routing:
+    """The K experts of highest probability, with their softmax weights renormalised to sum to 1.
+
+    Args:
+        known_B: false for utterances unlike all groups: their weights are 0, so that they get the shared expert alone.
+    """
+    top_k = min(top_k, logits_BE.shape[1])
+    best_BK, ids_BK = logits_BE.float().topk(top_k, dim=1)
+    weights_BK = best_BK.softmax(1)
+    return Routing(ids_BK, weights_BK if known_B is None else weights_BK * known_B[:, None])
+
+
+def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Fixed logits that give each utterance its group's expert.
+
+    Args:
+        values: group of each of N utterances, by the corpus.
+        groups: the groups that have an expert, in the experts' order.
+
+    Returns:
+        (logits_NE, known_N); an utterance of another group is not known, and gets the shared expert alone.
+    """
+    number_of = {group: number for number, group in enumerate(groups)}
+    logits_NE = torch.full((len(values), len(groups)), NEVER)
+    known_N = torch.tensor([value in number_of for value in values])
+    for row, value in enumerate(values):
+        if value in number_of:
+            logits_NE[row, number_of[value]] = 0.0
+    return logits_NE, known_N
+
+
+def balance_loss(logits_BE: Tensor, ids_BK: Tensor) -> Tensor:
+    """E · Σ_e (share of assignments to e) · (mean probability of e): 1 when balanced, E when collapsed."""
+    experts = logits_BE.shape[1]
+    share_E = torch.bincount(ids_BK.reshape(-1), minlength=experts).float() / ids_BK.numel()
+    return experts * (share_E * logits_BE.float().softmax(1).mean(0)).sum()
+
+
+def router_entropy(logits_BE: Tensor) -> Tensor:
+    """Mean entropy of the routing probabilities, in nats: 0 certain, log E undecided."""
+    log_probs_BE = logits_BE.float().log_softmax(1)
+    return -(log_probs_BE.exp() * log_probs_BE).sum(1).mean()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """How a set of utterances used the experts.
+
+    Attributes:
+        load: share of the total weight that each expert got; sums to 1 (0 where all utterances abstain).
+        entropy: mean entropy of the router, in nats.
+        top1_share: mean weight of the first choice.
+        abstained: share of utterances that got the shared expert alone.
+        collapsed: one expert took over 90% of the weight although there are several, or half the experts got under
+            a tenth of their fair share.
+    """
+
+    load: tuple[float, ...]
+    entropy: float
+    top1_share: float
+    abstained: float
+    collapsed: bool
+
+
+def routing_report(logits_NE: Tensor, top_k: int, known_N: Tensor | None = None) -> RoutingReport:
+    """Summarises the routing of N utterances."""
+    routing = route(logits_NE, top_k, known_N)
+    experts = logits_NE.shape[1]
+    weights_NK = routing.topk_weights_BK.detach().float().cpu()
+    load_E = torch.zeros(experts).scatter_add(0, routing.topk_ids_BK.reshape(-1).cpu(), weights_NK.reshape(-1))
+    load_E = load_E / load_E.sum().clamp_min(1e-9)
+    idle = int((load_E < 0.1 / experts).sum())
+    collapsed = experts > 1 and (float(load_E.max()) > 0.9 or idle * 2 >= experts)
+    return RoutingReport(
+        load=tuple(load_E.tolist()),
+        entropy=float(router_entropy(logits_NE)),
+        top1_share=float(weights_NK[:, 0].mean()),
+        abstained=float((weights_NK.sum(1) == 0).float().mean()),
+        collapsed=collapsed,
+    )

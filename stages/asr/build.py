@@ -1,0 +1,187 @@
+"""The model that joint training starts from, its parameter groups, and what its bundle says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import WhisperForConditionalGeneration
+
+from common.clustering.embeddings import EmbeddingTable
+from common.config import Config
+from common.model import adalora
+from common.model.adapters import load_expert
+from common.model.bundle import BundleInfo, load_gate
+from common.model.gate import Gate
+from common.model.mixture import add_mixture, mixture_layers
+from common.model.recogniser import Recogniser, RouterOptions
+from common.model.whisper import load_whisper
+from common.training.rates import adapter_groups
+from stages.settings import augmentation, lora_scope
+
+
+def build(
+    config: Config,
+    model: Path,
+    table: EmbeddingTable | None,
+    gate: Sequence[Path],
+    experts: Sequence[Path],
+    *,
+    groups: Sequence[str] = (),
+    fit: Sequence[str] | None = None,
+) -> Recogniser:
+    """The model to train: pre-trained gate and experts where they are given, new ones otherwise.
+
+    Args:
+        table: embeddings of the utterances that a gate chooses experts for.
+        groups: values of the corpus's column that a table routes by, one routed expert for each.
+        fit: the utterances that a random gate takes its scale from; all of the table when None.
+    """
+    options = config.asr
+    torch.manual_seed(config.seed)
+    whisper = load_whisper(model)
+    checkpointing = options.gradient_checkpointing
+    if options.adapt == "full":
+        return Recogniser(whisper, gradient_checkpointing=checkpointing, augmentation=augmentation(config))
+    if options.adapt == "adalora":
+        return _build_adalora(config, whisper)
+    count = len(groups) or len(experts) or (load_gate(gate[0]).num_experts if gate else config.num_experts or 1)
+    routed, shared_rank = experts_and_shared_rank(config, count, routed=count > 1 or bool(groups))
+    slot = add_mixture(
+        whisper,
+        targets=config.lora.targets,
+        num_experts=routed,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        shared_rank=shared_rank,
+        dropout=config.lora.dropout,
+        magnitude=config.lora.magnitude,
+        within=lora_scope(config.lora.modules),
+    )
+    for number, folder in enumerate(experts):
+        load_expert(whisper, number, folder)
+    return Recogniser(
+        whisper,
+        slot=slot,
+        gate=None if groups or not routed else _gate(config, table, gate, count, fit),
+        options=RouterOptions(options.mixture, options.top_k, options.balance_weight, options.entropy_weight),
+        gradient_checkpointing=checkpointing,
+        augmentation=augmentation(config),
+    )
+
+
+def experts_and_shared_rank(config: Config, count: int, *, routed: bool) -> tuple[int, int]:
+    """(routed experts, rank of the shared one). A single adapter for everybody is a shared expert without others."""
+    if routed:
+        return count, config.lora.shared_rank if config.asr.shared_expert else 0
+    return 0, config.lora.shared_rank if config.asr.shared_expert else config.lora.rank
+
+
+def _build_adalora(config: Config, whisper: WhisperForConditionalGeneration) -> Recogniser:
+    slot = adalora.add_adalora(
+        whisper,
+        targets=config.lora.targets,
+        rank=rank_plan(config).init_rank,
+        scaling=config.lora.alpha / config.lora.rank,
+        dropout=config.lora.dropout,
+        within=lora_scope(config.lora.modules),
+    )
+    return Recogniser(
+        whisper,
+        slot=slot,
+        gradient_checkpointing=config.asr.gradient_checkpointing,
+        augmentation=augmentation(config),
+        orthogonality=(adalora.orthogonality, config.adalora.orthogonality),
+    )
+
+
+def _gate(
+    config: Config, table: EmbeddingTable | None, gate: Sequence[Path], count: int, fit: Sequence[str] | None
+) -> Gate:
+    if gate:
+        return load_gate(gate[0], config.gating.dropout)
+    assert table is not None
+    random = Gate(table.vectors_ND.shape[1], config.gating.hidden, count, config.gating.dropout)
+    random.fit_scale(torch.from_numpy(table.vectors_ND if fit is None else table.rows(fit)))
+    return random
+
+
+def rank_plan(config: Config) -> adalora.RankPlan:
+    """AdaLoRA's numbers; a mean rank of `lora.rank` unless another is set."""
+    options = config.adalora
+    target = options.target_rank or config.lora.rank
+    first = options.init_rank or math.ceil(1.5 * target)
+    return adalora.RankPlan(first, target, options.warmup, options.final, options.interval)
+
+
+def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, Any]]:
+    """Experts (or all weights) and gate, each with its learning rate; biases, norms and values are not decayed."""
+    options = config.asr
+    if options.adapt == "full":
+        recogniser.requires_grad_(True)
+        recogniser.whisper.model.encoder.embed_positions.requires_grad_(False)  # sinusoids
+    gate = [p for name, p in recogniser.named_parameters() if name.startswith("gate.") and p.requires_grad]
+    gate_group = {"params": gate, "lr": options.gate_learning_rate, "weight_decay": options.weight_decay}
+    if options.adapt == "lora":
+        groups = adapter_groups(
+            recogniser,
+            learning_rate=options.learning_rate,
+            routed_rate=options.routed_rate,
+            magnitude_rate=options.magnitude_rate,
+            weight_decay=options.weight_decay,
+        )
+        return [*groups, *([gate_group] if gate else [])]
+    trained = [p for p in recogniser.parameters() if p.requires_grad]
+    flat_rate = options.learning_rate * (config.adalora.value_rate if options.adapt == "adalora" else 1)
+    return [
+        {
+            "params": [p for p in trained if p.ndim > 1],
+            "lr": options.learning_rate,
+            "weight_decay": options.weight_decay,
+        },
+        {"params": [p for p in trained if p.ndim == 1], "lr": flat_rate, "weight_decay": 0.0},
+    ]
+
+
+def describe(
+    config: Config, recogniser: Recogniser, base_digest: str, *, groups: Sequence[str], seconds: float
+) -> BundleInfo:
+    """What has to be known to use the trained model.
+
+    Args:
+        groups: that a table routes by.
+        seconds: what 19 of 20 training utterances do not exceed.
+    """
+    layer = next((layer for _, layer in mixture_layers(recogniser)), None)  # none after a full fine-tune
+    shared = layer.shared if layer is not None else None
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if config.asr.adapt == "adalora" and shared is not None:
+        rank = shared.rank
+        alpha = rank  # the scale is in the weights
+    routed = recogniser.num_experts > 1
+    return BundleInfo(
+        base=config.model.name,
+        base_digest=base_digest,
+        language=config.model.language,
+        task=config.model.task,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        layer=config.extract.layer,
+        pooling=config.extract.pooling,
+        adapt=config.asr.adapt,
+        num_experts=recogniser.num_experts,
+        shared_rank=shared.rank if shared is not None else 0,
+        mixture=config.asr.mixture,
+        top_k=config.asr.top_k,
+        rank=rank,
+        alpha=alpha,
+        targets=config.lora.targets,
+        within=lora_scope(config.lora.modules),
+        route_by=config.asr.route_by if routed else "utterance",
+        column=config.asr.route_column if groups else "",
+        groups=tuple(groups),
+        seconds=seconds,
+    )

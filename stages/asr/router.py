@@ -1,0 +1,86 @@
+"""What chooses the experts of each split's utterances: the gate by utterance or by speaker, or a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.clustering.embeddings import EmbeddingTable, speaker_sums
+from common.data.corpus import Utterance
+from common.errors import DataError
+from common.model.gate import Gate
+from common.model.recogniser import Recogniser
+from common.model.routing import route_by_table
+
+
+@dataclass(frozen=True)
+class Router:
+    """How utterances get their experts.
+
+    Attributes:
+        by: `utterance`, `speaker` or `table`.
+        table: pooled embeddings of all splits; None where no gate chooses.
+        column: of the corpus that a table routes by.
+        groups: its values that have an expert.
+    """
+
+    by: Literal["utterance", "speaker", "table"]
+    table: EmbeddingTable | None
+    column: str = ""
+    groups: tuple[str, ...] = ()
+
+    def embeddings(self, utterances: Sequence[Utterance]) -> Tensor:
+        """embedding_ND of utterances, in their order."""
+        assert self.table is not None
+        return torch.from_numpy(self.table.rows([u.id for u in utterances]))
+
+    def point_at(self, recogniser: Recogniser, utterances: Sequence[Utterance], *, training: bool = False) -> None:
+        """Lets the model route a split: a batch's rows are places in it.
+
+        In training every utterance counts as known, since the groups were found in what is trained on.
+        """
+        if self.by == "table" and self.groups:
+            logits_NE, known_N = route_by_table([column_value(u, self.column) for u in utterances], self.groups)
+            recogniser.choose_by(logits_NE=logits_NE, known_N=known_N)
+        elif recogniser.gate is not None:
+            self._by_gate(recogniser, recogniser.gate, utterances, training)
+
+    def _by_gate(self, recogniser: Recogniser, gate: Gate, utterances: Sequence[Utterance], training: bool) -> None:
+        embedding_ND = self.embeddings(utterances).to(gate.mean_D.device)
+        with torch.no_grad():
+            was_training = gate.training
+            evidence_NF = gate.eval().evidence(embedding_ND)
+            gate.train(was_training)
+            if self.by == "speaker":
+                sums_NF = speaker_sums(evidence_NF.cpu().numpy(), utterances)
+                evidence_NF = torch.from_numpy(sums_NF).to(embedding_ND.device)
+            logits_NE, known_N = gate.decide(evidence_NF)
+        known = None if training else known_N
+        if self.by == "speaker":
+            recogniser.choose_by(logits_NE=logits_NE, known_N=known)
+        else:
+            recogniser.choose_by(embeddings_ND=embedding_ND, known_N=known)
+
+
+def column_value(u: Utterance, column: str) -> str:
+    """An utterance's value in a column of the corpus."""
+    return str(getattr(u, column))
+
+
+def table_groups(utterances: Sequence[Utterance], column: str) -> tuple[str, ...]:
+    """The values of a column in training, one routed expert for each.
+
+    Raises:
+        DataError: there is none.
+    """
+    groups = tuple(sorted({column_value(u, column) for u in utterances} - {""}))
+    if not groups:
+        raise DataError(
+            f"asr.route_by=table routes by the corpus's column {column!r}, which is empty in train: "
+            "give another column (asr.route_column) or route by utterance or speaker"
+        )
+    return groups
