@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.model.moe import add_mixture
 from torch import nn
 
 from bench.inputs import short_lengths, write_clips
@@ -18,6 +17,7 @@ from bench.measure import Row, row
 from bench.peers import make_trainer, peft_experts, trainer_dataset
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import BatchLoader, Example, epoch_batches
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
 from common.training.train import TrainOptions, make_accelerator, train
 
@@ -76,7 +76,9 @@ def make_dense(adapt: str, setting: Setting) -> Recogniser:
     whisper = make_whisper(setting.dense_model, setting.device)
     if adapt == "full":
         return Recogniser(whisper)
-    slot = add_mixture(whisper, targets=TARGETS, num_experts=1, rank=setting.rank, alpha=2 * setting.rank)
+    slot = add_mixture(
+        whisper, targets=TARGETS, num_experts=0, rank=setting.rank, alpha=2 * setting.rank, shared_rank=setting.rank
+    )
     return Recogniser(whisper, slot=slot)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.model.moe import Gate
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
@@ -25,6 +24,7 @@ from bench.setting import Setting, make_whisper
 from common.clustering.embeddings import read_tables, write_table
 from common.data.batches import Batch, BatchLoader, Example, collate, epoch_batches
 from common.data.features import log_mel
+from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 
 

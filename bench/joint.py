@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common.model.moe import Gate, add_mixture
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ from bench.measure import Row, rounds, row
 from bench.peers import copy_into_peft, features_of, loop_backward, lora_backward, peft_experts
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import Batch
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser, RouterOptions
 
 SHORT_BATCHES = 3  # of different lengths, as the sampler's buckets give them

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from common.model.moe import MixtureLinear, Routing, RoutingSlot, pick_kernel
 from torch import nn
+
+from common.model.mixture import MixtureLinear, pick_kernel
+from common.model.routing import Routing, RoutingSlot
 
 Computed = Literal["masked", "gathered", "grouped"]
 TOLERANCE = 1.1
@@ -63,7 +65,8 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, repeat: i
                 layer.kernel = kernel
                 _synchronize(device)
                 started = time.perf_counter()
-                x_BTI.grad = layer.lora_A.grad = layer.lora_B.grad = None
+                x_BTI.grad = None
+                layer.zero_grad()
                 y_BTO = layer(x_BTI)
                 torch.autograd.backward(y_BTO, torch.ones_like(y_BTO))
                 _synchronize(device)
@@ -112,7 +115,7 @@ def main() -> None:
         taken = measure(shape, dtype, device, repeat=2 if options.quick else 20 if device.type == "cuda" else 7)
         layer, x_BTI = make_layer(shape, dtype, device)
         assert layer.slot.routing is not None
-        chosen = pick_kernel(x_BTI, layer.lora_A, layer.slot.routing)
+        chosen = pick_kernel(x_BTI, layer.routed.lora_A, layer.slot.routing)
         fastest = min(taken, key=lambda kernel: taken[kernel])
         good = taken[chosen] <= TOLERANCE * taken[fastest]
         right, total = right + good, total + 1

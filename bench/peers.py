@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from common.model.moe import Gate, route
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -36,7 +35,9 @@ from common.data.audio import read_audio
 from common.data.batches import Batch, Example
 from common.data.tokens import IGNORED
 from common.model.adapters import expert_matrices
+from common.model.gate import Gate
 from common.model.recogniser import Recogniser
+from common.model.routing import route
 
 
 def features_of(batch: Batch, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from stages.local_runner import Run, differences, read_record, run_one, run_pipe
 
 log = logging.getLogger(__name__)
 NONE: Mapping[str, Any] = MappingProxyType({})
+MIXTURE = {"asr.pretrain": "gate", "asr.shared_expert": True, "asr.route_by": "utterance"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +37,18 @@ class Regime:
 
 
 REGIMES: Mapping[str, Regime] = {
-    "mixture": Regime("shared expert and routed ones by a gate pre-trained on clusters (the default)"),
-    "speaker": Regime("the same, one choice of experts for all utterances of a speaker", {"asr.route_by": "speaker"}),
-    "etiology": Regime("the same, experts by the corpus's etiologies", {"asr.route_by": "table"}),
-    "regular": Regime("shared expert and routed ones by a random gate", {"asr.pretrain": "none"}),
+    "mixture": Regime("shared expert and routed ones by a gate pre-trained on clusters (the default)", MIXTURE),
+    "speaker": Regime("the same, one choice for all utterances of a speaker", MIXTURE | {"asr.route_by": "speaker"}),
+    "etiology": Regime("the same, experts by the corpus's etiologies", MIXTURE | {"asr.route_by": "table"}),
+    "regular": Regime("shared expert and routed ones by a random gate", MIXTURE | {"asr.pretrain": "none"}),
     "dense": Regime("one LoRA adapter of as many ranks as an utterance uses in the mixture", dense=True),
     "dense-plain": Regime("the same without learned magnitudes", {"lora.magnitude": False}, dense=True),
     "alone": Regime(
         "every expert pre-trained alone on its cluster, none shared, then all jointly",
         {"asr.pretrain": "alone", "asr.shared_expert": False},
     ),
-    "loss": Regime("as the mixture, with the experts' losses mixed, not their outputs", {"asr.mixture": "loss"}),
-    "hard": Regime("as the mixture, with one routed expert per utterance", {"asr.mixture": "hard"}),
+    "loss": Regime("as the mixture, with losses mixed, not outputs", MIXTURE | {"asr.mixture": "loss"}),
+    "hard": Regime("as the mixture, with one routed expert per utterance", MIXTURE | {"asr.mixture": "hard"}),
     "adalora": Regime("one adapter whose ranks go to the layers that need them", {"asr.adapt": "adalora"}),
     "full": Regime("all weights", {"asr.adapt": "full"}),
 }

@@ -111,7 +111,7 @@ def bundle_info(model, *, rank, targets, **changes):
         "pooling": "mean",
         "adapt": "lora",
         "num_experts": 3,
-        "shared": False,
+        "shared_rank": 0,
         "mixture": "blend",
         "top_k": 2,
         "rank": rank,

@@ -62,7 +62,7 @@ SHORT = (
     "subsets: {embeddings_percent: 100, experts_percent: 100, dev_samples: 6, test_samples: 6}\n"
     "cluster: {algorithm: spectral, reduce_dim: 4, plot: none}\ngating: {epochs: 1}\n"
     "experts: {epochs: 1, batch_size: 8}\n"
-    "asr: {epochs: 1, batch_size: 8, select_samples: 4}\nlora: {rank: 2}\ndecode: {max_new_tokens: 8}\n"
+    "asr: {epochs: 1, batch_size: 8, select_samples: 4}\nlora: {rank: 2, shared_rank: 4}\ndecode: {max_new_tokens: 8}\n"
     "runtime: {num_workers: 0, plots: false}\nprecision: fp32\n"
 )
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+SHRINKAGE = 0.1  # of the covariance within groups towards a sphere: there are few utterances per dimension
 FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an utterance belongs to none
 
 
@@ -24,13 +25,14 @@ class Gate(nn.Module):
 
     Shape:
         embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED`
-        are the groups' means in that scale and `limit` the distance beyond which an utterance is unlike all of them
-        (infinite until `calibrate`).
+        are the groups' means in that scale, `whiten_DD` makes the deviations within groups white, and `limit` is the
+        distance beyond which an utterance is unlike all groups (infinite until `calibrate`).
     """
 
     mean_D: Tensor
     std_D: Tensor
     center_ED: Tensor
+    whiten_DD: Tensor
     limit: Tensor
 
     def __init__(self, dim: int, hidden: int, num_experts: int, dropout: float = 0.0) -> None:
@@ -38,6 +40,7 @@ class Gate(nn.Module):
         self.register_buffer("mean_D", torch.zeros(dim))
         self.register_buffer("std_D", torch.ones(dim))
         self.register_buffer("center_ED", torch.zeros(num_experts, dim))
+        self.register_buffer("whiten_DD", torch.eye(dim))
         self.register_buffer("limit", torch.tensor(math.inf))
         self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
@@ -48,10 +51,15 @@ class Gate(nn.Module):
         self.std_D.copy_(embeddings_ND.std(0, correction=0).clamp_min(1e-6))
 
     def fit_centers(self, embeddings_ND: Tensor, label_N: Tensor) -> None:
-        """Takes each group's mean from embeddings and their groups."""
+        """Takes the groups' means, and the covariance within them, from embeddings and their groups."""
         scaled_ND = self.standardise(embeddings_ND)
         for expert in range(self.num_experts):
             self.center_ED[expert] = scaled_ND[label_N == expert].mean(0)
+        inner_ND = (scaled_ND - self.center_ED[label_N]).double()
+        covariance_DD = inner_ND.t() @ inner_ND / len(inner_ND)
+        typical = covariance_DD.diagonal().mean().clamp_min(1e-6)
+        covariance_DD = (1 - SHRINKAGE) * covariance_DD + SHRINKAGE * typical * torch.eye(self.dim).to(covariance_DD)
+        self.whiten_DD.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance_DD)).t())
 
     def calibrate(self, embeddings_ND: Tensor) -> None:
         """Sets the distance beyond which an utterance belongs to no group, from held-out speakers of the groups."""
@@ -62,8 +70,13 @@ class Gate(nn.Module):
         return (embedding_BD.float() - self.mean_D) / self.std_D
 
     def distance(self, embedding_BD: Tensor) -> Tensor:
-        """distance_B to the nearest group's mean, per dimension: about 1 for a member of a wide group."""
-        return torch.cdist(self.standardise(embedding_BD), self.center_ED).min(1).values / math.sqrt(self.dim)
+        """distance_B to the nearest group's mean, in deviations within groups: about 1 for a member.
+
+        A Mahalanobis distance with one covariance for all groups (Lee et al. 2018, arXiv:1807.03888).
+        """
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            white_BD, center_ED = self.standardise(embedding_BD) @ self.whiten_DD, self.center_ED @ self.whiten_DD
+            return torch.cdist(white_BD, center_ED).min(1).values / math.sqrt(self.dim)
 
     def evidence(self, embedding_BD: Tensor) -> Tensor:
         """What an utterance says about its group, so that sums over a speaker's utterances say it of the speaker.

@@ -102,8 +102,8 @@ def test_gradients_of_the_loop_equal_ours(contest, setting):
     peft = contest.peft.get_base_model().get_submodule(name)
     for expert in range(setting.experts):
         theirs_grad = peft.lora_A[str(expert)].weight.grad
-        expected = torch.zeros_like(layer.lora_A[expert]) if theirs_grad is None else theirs_grad
-        torch.testing.assert_close(layer.lora_A.grad[expert], expected, rtol=1e-2, atol=1e-5)
+        expected = torch.zeros_like(layer.routed.lora_A[expert]) if theirs_grad is None else theirs_grad
+        torch.testing.assert_close(layer.routed.lora_A.grad[expert], expected, rtol=1e-2, atol=1e-5)
 
 
 def test_blend_of_one_expert_equals_one_plain_peft_lora(setting):

@@ -19,7 +19,7 @@ def store(tmp_path_factory, micro_model, tones):
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1))
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1, asr__route_by="speaker", run="by-speaker"))
     run_pipeline(
-        micro_config(folder, micro_model, tones, asr__epochs=1, asr__pretrained=False, num_experts=1, run="one")
+        micro_config(folder, micro_model, tones, asr__epochs=1, asr__pretrain="none", num_experts=1, run="one")
     )
     return folder
 

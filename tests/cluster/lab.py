@@ -131,11 +131,11 @@ class Lab:
             "model": {"name": f"s3://{BUCKET}/model"},
             "num_experts": 2,
             "subsets": {"embeddings_percent": 100, "experts_percent": 50, "dev_samples": 8, "test_samples": 12},
-            "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "fc1"]},
+            "lora": {"rank": 2, "alpha": 4, "shared_rank": 4, "targets": ["q_proj", "fc1"]},
             "cluster": {"plot": "none", "algorithm": "spectral"},
             "gating": {"epochs": 2, "batch_size": 16},
             "experts": {"epochs": 2, "batch_size": 8},
-            "asr": {"epochs": 2, "batch_size": 8, "select_samples": 4},
+            "asr": {"epochs": 2, "batch_size": 8, "select_samples": 4, "pretrain": "alone"},
             "decode": {"max_new_tokens": 6},
             "runtime": {"num_workers": 0, "device": "cpu", "quiet": True, "plots": False, "save_every_n_epochs": 1},
         }

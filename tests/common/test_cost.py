@@ -69,7 +69,7 @@ def test_hours_of_speech_count_epochs_and_subsets():
     assert passes["cluster"] == pytest.approx(10)
     assert passes["experts"] == pytest.approx(100 * 0.2 * 3)
     assert passes["asr"] == pytest.approx(100 * CONFIG.asr.epochs)
-    regular = validate({"asr": {"pretrained": False}})
+    regular = validate({"asr": {"pretrain": "none"}})
     assert not {"cluster", "experts"} & set(audio_passes(regular, hours=100))
 
 

@@ -10,7 +10,7 @@ from stages.asr.run import rank_plan
 
 def test_without_pre_training_data_percent_scales_the_asr_data_alone():
     whole, scaled = resolve("full").subsets, resolve("full", data_percent=50).subsets
-    alone = resolve("full", data_percent=50, options={"asr.pretrained": False}).subsets
+    alone = resolve("full", data_percent=50, options={"asr.pretrain": "none"}).subsets
     for name in ("embeddings_percent", "experts_percent", "asr_percent"):
         assert getattr(scaled, name) == getattr(whole, name) / 2
     assert alone.asr_percent == whole.asr_percent / 2
@@ -21,7 +21,7 @@ def test_skipping_pre_training_needs_the_number_of_experts():
     with pytest.raises(UsageError, match="num_experts must be specified"):
         config_from({"skip_pretraining": True})
     config = config_from({"skip_pretraining": True, "num_experts": 4})
-    assert (config.asr.pretrained, config.num_experts) == (False, 4)
+    assert (config.asr.pretrain, config.num_experts) == ("none", 4)
 
 
 def test_adalora_ends_with_the_ranks_of_lora_unless_told_otherwise():

@@ -39,7 +39,7 @@ def exporter_texts():
 def observed(tmp_path_factory, micro_model, tones):
     """(URL, start, end, folder) of a Prometheus that has seen a stage from beginning to end."""
     folder = tmp_path_factory.mktemp("observed")
-    changes = {"asr__epochs": 4, "asr__pretrained": False}  # two stages only: extract and asr
+    changes = {"asr__epochs": 4, "asr__pretrain": "none"}  # two stages only: extract and asr
     config = micro_config(folder / "store", micro_model, tones, **changes)
     (folder / "config.yaml").write_text(to_yaml(config))
     run = Run(config)

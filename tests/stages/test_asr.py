@@ -9,7 +9,7 @@ from stages.asr.run import build
 
 
 def test_a_random_gate_takes_its_scale_from_the_training_utterances_alone(micro_model):
-    config = validate({"num_experts": 2, "asr": {"pretrained": False}, "lora": {"targets": ["fc1"]}})
+    config = validate({"num_experts": 2, "asr": {"pretrain": "none"}, "lora": {"targets": ["fc1"]}})
     vectors_ND = np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)
     vectors_ND[4:] += 100  # dev and test are elsewhere
     table = EmbeddingTable(tuple("abcdef"), vectors_ND)

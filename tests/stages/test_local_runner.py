@@ -37,11 +37,11 @@ def micro_config(store, model, corpus, **changes):
         "model": {"name": str(model)},
         "num_experts": 2,
         "subsets": {"embeddings_percent": 100, "experts_percent": 50, "test_samples": 12},
-        "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "fc1"]},
+        "lora": {"rank": 2, "alpha": 4, "shared_rank": 4, "targets": ["q_proj", "fc1"]},
         "cluster": {"plot": "none", "algorithm": "spectral"},
         "gating": {"epochs": 2, "batch_size": 16},
         "experts": {"epochs": 1, "batch_size": 8},
-        "asr": {"epochs": 2, "batch_size": 8, "select_samples": 4},
+        "asr": {"epochs": 2, "batch_size": 8, "select_samples": 4, "pretrain": "alone"},  # every stage runs
         "decode": {"max_new_tokens": 6},
         "runtime": RUNTIME,
     }
@@ -211,15 +211,18 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
 @pytest.mark.parametrize(
     ("changes", "stages"),
     [
-        ({"asr__pretrained": False}, {"extract", "asr"}),
-        ({"asr__pretrained": False, "asr__mixture": "loss"}, {"extract", "asr"}),
+        ({"asr__pretrain": "none"}, {"extract", "asr"}),
+        ({"asr__pretrain": "none", "asr__mixture": "loss"}, {"extract", "asr"}),
+        ({"asr__pretrain": "gate"}, {"extract", "cluster", "gating", "asr"}),
+        ({"asr__pretrain": "gate", "asr__route_by": "speaker"}, {"extract", "cluster", "gating", "asr"}),
+        ({"asr__route_by": "table"}, {"asr"}),
         ({"asr__mixture": "hard"}, {"extract", "cluster", "gating", "experts", "asr"}),
-        ({"asr__shared_expert": True}, {"extract", "cluster", "gating", "experts", "asr"}),
+        ({"asr__shared_expert": False}, {"extract", "cluster", "gating", "experts", "asr"}),
         ({"num_experts": 1}, {"asr"}),
         ({"asr__adapt": "adalora"}, {"asr"}),
         ({"asr__adapt": "full", "asr__gradient_checkpointing": True}, {"asr"}),
     ],
-    ids=["regular", "loss", "hard", "shared", "dense", "adalora", "full"],
+    ids=["regular", "loss", "default", "speaker", "table", "hard", "alone", "dense", "adalora", "full"],
 )
 def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stages):
     store, _ = again

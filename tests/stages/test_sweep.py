@@ -14,7 +14,7 @@ from stages.sweep import finished_summary, plan_sweep, regime_settings, run_swee
 from tests.stages.test_local_runner import micro_config
 
 STEPS = 9
-NAMES = ("moe", "branch", "regular", "dense")
+NAMES = ("alone", "mixture", "regular", "dense")
 
 
 def manifests(store, run):
@@ -41,9 +41,9 @@ def swept(tmp_path_factory, micro_model, tones):
 def test_every_regime_makes_the_same_number_of_steps_in_all(swept):
     store, _, runs, _ = swept
     assert {run.name: steps_of(store, run.name) for run in runs} == {f"s-{r}-s1": STEPS for r in NAMES}
-    pretrained = [stage for stage, _ in manifests(store, "s-moe-s1")]
+    pretrained = [stage for stage, _ in manifests(store, "s-alone-s1")]
     assert pretrained.count("experts") == 2
-    assert {stage for stage, _ in manifests(store, "s-branch-s1")} == {"extract", "cluster", "gating", "asr"}
+    assert {stage for stage, _ in manifests(store, "s-mixture-s1")} == {"extract", "cluster", "gating", "asr"}
     assert not {"cluster", "gating", "experts"} & {stage for stage, _ in manifests(store, "s-regular-s1")}
 
 
@@ -53,16 +53,17 @@ def test_regimes_share_what_does_not_depend_on_them(swept):
     assert len(list((store / "artifacts" / "asr").iterdir())) == len(NAMES)
 
 
-def test_a_dense_adapter_has_as_many_weights_as_all_experts(swept):
+def test_a_dense_adapter_has_as_many_ranks_as_an_utterance_uses(swept):
     store, _, _, _ = swept
     reports = {}
     for name in NAMES:
         (manifest,) = (m for stage, m in manifests(store, f"s-{name}-s1") if stage == "asr")
         folder = next((store / "artifacts" / "asr").glob(f"*/{manifest.attempt}"))
         reports[name] = json.loads((folder / "report.json").read_text())
-    gate = reports["moe"]["trained_parameters"] - reports["dense"]["trained_parameters"]
-    assert reports["moe"]["trained_parameters"] == reports["regular"]["trained_parameters"]
-    assert 0 < gate < 20_000  # the gate alone: 32 × 256 and 256 × 2, with their biases
+    assert reports["mixture"]["trained_parameters"] == reports["regular"]["trained_parameters"]
+    gate = 32 * 256 + 256 + 256 * 2 + 2
+    # Two experts, both chosen: the mixture's weights are those of the dense adapter, and the gate's.
+    assert reports["mixture"]["trained_parameters"] - reports["dense"]["trained_parameters"] == gate
 
 
 def test_running_again_makes_nothing_and_gives_the_same(swept):
@@ -109,7 +110,7 @@ def test_steps_are_divided_to_the_last_one(swept):
     _, config, _, _ = swept
     for clusters in (2, 3, 5):
         for steps in (20, 31, 100):
-            found = regime_settings(config, "moe", clusters=clusters, steps=steps, pretrain_share=0.5)
+            found = regime_settings(config, "alone", clusters=clusters, steps=steps, pretrain_share=0.5)
             assert found["experts.max_steps"] * clusters + found["asr.max_steps"] == steps
             assert (
                 regime_settings(config, "full", clusters=clusters, steps=steps, pretrain_share=0.5)["asr.max_steps"]
@@ -120,9 +121,9 @@ def test_steps_are_divided_to_the_last_one(swept):
 @pytest.mark.parametrize(
     ("regimes", "steps", "message"),
     [
-        (["moe", "sparse"], 9, "'sparse': there are moe, branch"),
+        (["mixture", "sparse"], 9, "'sparse': there are mixture, speaker"),
         (["dense", "dense"], 9, "each regime once"),
-        (["moe"], 3, "leaves 0 steps for each of 2 experts"),
+        (["alone"], 3, "leaves 0 steps for each of 2 experts"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(swept, regimes, steps, message):
@@ -140,9 +141,9 @@ def test_a_setting_of_one_regime_reaches_it_alone(swept):
 
 
 def test_a_setting_that_switches_clustering_off_is_heeded_when_clusters_are_counted(swept):
-    own = {"moe": {"asr.pretrained": False}}
-    (alone,) = plan_sweep(swept[1], ["moe"], seeds=[1], steps=STEPS, settings=own)
-    assert (alone.config.asr.pretrained, alone.config.asr.max_steps) == (False, STEPS)
+    own = {"alone": {"asr.pretrain": "none"}}
+    (alone,) = plan_sweep(swept[1], ["alone"], seeds=[1], steps=STEPS, settings=own)
+    assert (alone.config.asr.pretrain, alone.config.asr.max_steps) == ("none", STEPS)
     assert alone.config.experts.max_steps is None
-    both = plan_sweep(swept[1], ["moe", "shared"], seeds=[1], steps=STEPS, settings=own)
-    assert [run.config.asr.max_steps for run in both] == [STEPS, STEPS - 2 * both[1].config.experts.max_steps]
+    both = plan_sweep(swept[1], ["alone", "mixture"], seeds=[1], steps=STEPS, settings=own)
+    assert [run.config.asr.max_steps for run in both] == [STEPS, STEPS]

@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from common.model.moe import Routing, add_mixture
 
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import read_corpus
 from common.data.tokens import load_codec
 from common.decoding.alignment import align, alignment_heads, monotone_path, words_of
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
+from common.model.routing import Routing
 from common.model.whisper import load_whisper
 
 

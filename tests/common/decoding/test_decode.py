@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common.model.moe import Routing, add_mixture
 from tokenizers import AddedToken, Tokenizer
 from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
@@ -13,6 +12,8 @@ from common.data.tokens import IGNORED, load_codec
 from common.decoding.decode import Decoding, decode_hidden, greedy
 from common.decoding.token_rules import make_rules, timestamp_scores
 from common.errors import DataError
+from common.model.mixture import add_mixture
+from common.model.routing import Routing
 from common.model.whisper import load_whisper
 
 DECODING = Decoding(batch_size=8, max_new_tokens=24)

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common.model.moe import Gate, add_mixture, route
 
 from common.clustering.embeddings import EmbeddingTable, speaker_means
 from common.config import validate
@@ -25,7 +24,10 @@ from common.evaluation.gate_quality import (
 )
 from common.evaluation.gate_report import gate_report
 from common.evaluation.score import decode_set
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser, RouterOptions
+from common.model.routing import route
 from common.model.whisper import load_whisper
 from common.training.train import make_accelerator
 

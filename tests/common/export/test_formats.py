@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from common.model.moe import Gate, Routing, add_mixture, mixture_layers
 from peft import PeftModel
 
 from common.decoding.decode import greedy
@@ -15,14 +14,17 @@ from common.export.readmes import vllm_page
 from common.files import new_folder
 from common.inference.load_model import open_model
 from common.model.bundle import save_recogniser
+from common.model.gate import Gate
+from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
+from common.model.routing import Routing
 from common.model.whisper import encode, load_whisper
 from tests.factories import bundle_info
 
 TARGETS = ("q_proj", "v_proj", "fc1")
 
 
-def make_bundle(folder, model, *, experts=3, shared=False, rank=4, adapt="lora", size=0.15, within="", seed=1):
+def make_bundle(folder, model, *, experts=3, shared=0, rank=4, adapt="lora", size=0.15, within="", seed=1):
     """A trained model's folder, with random experts and gate."""
     whisper = load_whisper(model)
     if adapt == "full":
@@ -30,16 +32,18 @@ def make_bundle(folder, model, *, experts=3, shared=False, rank=4, adapt="lora",
         whisper.proj_out.weight.data += 0.01
     else:
         slot = add_mixture(
-            whisper, targets=TARGETS, num_experts=experts, rank=rank, alpha=2 * rank, shared=shared, within=within
+            whisper, targets=TARGETS, num_experts=experts, rank=rank, alpha=2 * rank, shared_rank=shared, within=within
         )
     generator = torch.Generator().manual_seed(seed)
     for _, layer in mixture_layers(whisper):
-        layer.lora_A.data.normal_(generator=generator).mul_(size)
-        layer.lora_B.data.normal_(generator=generator).mul_(size)
+        for stack in (layer.routed, layer.shared):
+            if stack is not None:
+                stack.lora_A.data.normal_(generator=generator).mul_(size)
+                stack.lora_B.data.normal_(generator=generator).mul_(size)
     torch.manual_seed(seed)
     gate = Gate(32, 8, experts) if experts > 1 else None
     info = bundle_info(
-        model, rank=rank, targets=TARGETS, adapt=adapt, num_experts=experts, shared=shared, within=within
+        model, rank=rank, targets=TARGETS, adapt=adapt, num_experts=experts, shared_rank=shared, within=within
     )
     save_recogniser(Recogniser(whisper, slot=slot, gate=gate), info, folder)
     load = {"load": [0.5, 0.2, 0.3][:experts]} if experts > 1 else {}
@@ -67,7 +71,7 @@ def mixture(tmp_path_factory, micro_model):
 
 @pytest.fixture(scope="module")
 def with_shared(tmp_path_factory, micro_model):
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "shared", micro_model, shared=True)
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "shared", micro_model, shared=6)
 
 
 @pytest.fixture
@@ -152,7 +156,7 @@ def test_vllms_page_serves_every_adapter_at_a_rank_that_vllm_takes(with_shared, 
     for name in said["adapters"]:
         config = json.loads((out / name / "adapter_config.json").read_text())
         assert f"{name}={name}" in page
-        assert config["r"] == 8 and not config.get("modules_to_save") and not config.get("rank_pattern")
+        assert config["r"] == 10 and not config.get("modules_to_save") and not config.get("rank_pattern")
     assert said["max_lora_rank"] == 8 and "--max-lora-rank 8" in page
     assert "change the encoder" in page
     assert (out / "gate" / "gate.safetensors").is_file()

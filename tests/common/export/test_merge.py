@@ -93,7 +93,7 @@ def test_the_mean_of_the_matrices_is_not_the_mean_of_the_models(two, tmp_path, m
 
 
 def test_mixtures_with_one_gate_are_merged_expert_by_expert(tmp_path, micro_model):
-    runs = [make_bundle(tmp_path / name, micro_model, shared=True, seed=1) for name in "ab"]
+    runs = [make_bundle(tmp_path / name, micro_model, shared=6, seed=1) for name in "ab"]
     for part in ("experts/1", "shared"):
         (runs[1] / part / "adapter_model.safetensors").write_bytes(
             (runs[0] / "experts/2" / "adapter_model.safetensors").read_bytes()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.model.moe import add_mixture, mixture_layers
 from safetensors.torch import load, save_file
 
 from common.clustering.embeddings import read_tables
@@ -22,6 +21,7 @@ from common.inference.load_model import find_model, hear, open_model, route_batc
 from common.json_files import read_rows
 from common.model.adapters import save_expert
 from common.model.bundle import load_recogniser, save_recogniser
+from common.model.mixture import add_mixture, mixture_layers
 from common.model.whisper import load_whisper
 from common.pipeline.runs import run_record, stage_folders
 from common.storage import open_store
@@ -56,8 +56,8 @@ def adapter(model, folder, seed=1):
     slot = add_mixture(whisper, targets=("q_proj", "fc1"), num_experts=1, rank=2, alpha=4)
     torch.manual_seed(seed)
     for _, layer in mixture_layers(whisper):
-        torch.nn.init.normal_(layer.lora_B, std=0.2)
-    save_expert(whisper, 0, folder, base_model=str(model), alpha=4)
+        torch.nn.init.normal_(layer.routed.lora_B, std=0.2)
+    save_expert(whisper, 0, folder, base_model=str(model))
     return whisper, slot
 
 

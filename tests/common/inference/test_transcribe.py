@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from common.model.moe import Gate, add_mixture
 
 from common.data.audio import read_audio
 from common.data.batches import BatchLoader, make_examples
@@ -21,6 +20,8 @@ from common.inference.load_model import open_model
 from common.inference.subtitles import FORMATS, clock
 from common.inference.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio, usual_window
 from common.model.bundle import save_recogniser
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from tests.factories import bundle_info

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from common.model.moe import Gate
 
 from common.errors import DataError
 from common.model.bundle import load_gate, save_gate
+from common.model.gate import Gate
 from common.model.whisper import load_whisper
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from common.model.moe import MixtureLinear, RoutingSlot, mixture_delta, route, with_shared_expert
+
+from common.model.mixture import MixtureLinear, mixture_delta
+from common.model.routing import RoutingSlot, route, route_to
 
 E, K, R, IN, OUT, B, T = 5, 2, 4, 16, 24, 3, 7
 
@@ -16,11 +18,17 @@ def layer_of(kernel, *, bias=True, shared=False, dropout=0.0):
         rank=R,
         alpha=2 * R,
         dropout=dropout,
-        shared=shared,
+        shared_rank=3 if shared else 0,
         kernel=kernel,
     )
-    layer.lora_B.data.normal_()
+    for stack in stacks(layer):
+        stack.lora_B.data.normal_()
+        stack.magnitude.data.normal_()
     return layer
+
+
+def stacks(layer):
+    return [layer.routed] if layer.shared is None else [layer.routed, layer.shared]
 
 
 def run(layer, *, fused, dtype=torch.float32, autocast=False, x_grad=True):
@@ -34,12 +42,19 @@ def run(layer, *, fused, dtype=torch.float32, autocast=False, x_grad=True):
         if fused:
             y = layer(x)
         else:
-            routing = with_shared_expert(layer.slot.routing, E) if layer.shared else layer.slot.routing
             y = layer.base(x)
-            a, b = layer.lora_A.to(y.dtype), layer.lora_B.to(y.dtype)
-            y = y + mixture_delta(x.to(y.dtype), a, b, routing, layer.scaling, layer.kernel)
+            routed = layer.routed.factors(y.dtype)
+            y = y + mixture_delta(x.to(y.dtype), *routed, layer.slot.routing, layer.kernel)
+            if layer.shared is not None:
+                shared = layer.shared.factors(y.dtype)
+                y = y + mixture_delta(x.to(y.dtype), *shared, route_to(0, B, x.device), "masked")
         y.float().square().sum().backward()
-    return [y, *([x.grad] if x_grad else []), layer.lora_A.grad, layer.lora_B.grad, logits.grad]
+    return [
+        y,
+        *([x.grad] if x_grad else []),
+        *(p.grad for stack in stacks(layer) for p in stack.parameters()),
+        logits.grad,
+    ]
 
 
 def assert_near(ours, theirs, tolerance):
@@ -91,5 +106,5 @@ def test_dropout_acts_on_the_experts_only_and_only_in_training():
     x = torch.randn(B, T, IN)
     assert torch.equal(layer.eval()(x), layer(x))
     assert not torch.equal(layer.train()(x), layer(x))
-    layer.lora_B.data.zero_()
+    layer.routed.lora_B.data.zero_()
     torch.testing.assert_close(layer(x), layer.base(x))

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common.model.moe import Gate, add_mixture
 
+from common.model.gate import Gate
+from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.training.batch_search import hardest_batch

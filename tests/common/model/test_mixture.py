@@ -4,23 +4,22 @@ import copy
 
 import pytest
 import torch
-from common.model.moe import (
-    Gate,
-    MixtureLinear,
-    Routing,
-    RoutingSlot,
-    add_mixture,
-    balance_loss,
-    mixture_delta,
-    mixture_layers,
-    route,
-    router_entropy,
-    routing_report,
-)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from common.errors import DataError
 from common.model.adapters import load_expert, merge_experts, save_expert
+from common.model.gate import Gate
+from common.model.mixture import MixtureLinear, add_mixture, mixture_delta, mixture_layers
+from common.model.routing import (
+    Routing,
+    RoutingSlot,
+    balance_loss,
+    route,
+    route_by_table,
+    route_to,
+    router_entropy,
+    routing_report,
+)
 from common.model.whisper import encode, load_whisper, token_losses
 
 TARGETS = ("q_proj", "v_proj", "fc1")
@@ -33,8 +32,11 @@ def routing_of(ids, weights):
 def randomise(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     for _, layer in mixture_layers(model):
-        layer.lora_A.data.normal_(generator=generator).mul_(0.1)
-        layer.lora_B.data.normal_(generator=generator).mul_(0.1)
+        for stack in (layer.routed, layer.shared):
+            if stack is not None:
+                stack.lora_A.data.normal_(generator=generator).mul_(0.1)
+                stack.lora_B.data.normal_(generator=generator).mul_(0.1)
+                stack.magnitude.data.normal_(generator=generator).mul_(0.3)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_kernels_give_equal_values_and_gradients(kernel, dtype):
     results = []
     for name in ("masked", kernel):
         leaves = [t.to(dtype).clone().requires_grad_() for t in (x, a, b)] + [logits.clone().requires_grad_()]
-        delta = mixture_delta(*leaves[:3], route(leaves[3], 2), 2.0, name)
+        delta = mixture_delta(*leaves[:3], route(leaves[3], 2), name)
         delta.float().square().sum().backward()
         results.append([delta, *(leaf.grad for leaf in leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
@@ -71,7 +73,7 @@ def test_mixture_of_one_expert_equals_peft_lora(micro_model, mel_BMF, tmp_path):
     whisper = load_whisper(micro_model)
     slot = add_mixture(whisper, targets=TARGETS, num_experts=1, rank=4, alpha=8)
     randomise(whisper)
-    save_expert(whisper, 0, tmp_path / "adapter", base_model=str(micro_model), alpha=8)
+    save_expert(whisper, 0, tmp_path / "adapter", base_model=str(micro_model))
     peft = PeftModel.from_pretrained(load_whisper(micro_model), tmp_path / "adapter")
     slot.routing = routing_of([[0]] * 3, [[1.0]] * 3)
     torch.testing.assert_close(encode(whisper, mel_BMF), encode(peft.get_base_model(), mel_BMF), rtol=1e-5, atol=1e-5)
@@ -84,17 +86,22 @@ def test_lora_gradients_equal_pefts(micro_model, mel_BMF):
     randomise(ours)
     theirs = dict(reference.get_base_model().named_modules())
     for name, layer in mixture_layers(ours):
-        theirs[name].lora_A["default"].weight.data.copy_(layer.lora_A[1])
-        theirs[name].lora_B["default"].weight.data.copy_(layer.lora_B[1])
+        layer.routed.magnitude.data.zero_()
+        theirs[name].lora_A["default"].weight.data.copy_(layer.routed.lora_A[1])
+        theirs[name].lora_B["default"].weight.data.copy_(layer.routed.lora_B[1])
     slot.routing = routing_of([[1]] * 3, [[1.0]] * 3)
     encode(ours, mel_BMF).square().sum().backward()
     encode(reference.get_base_model(), mel_BMF).square().sum().backward()
     seen = [(layer, theirs[name]) for name, layer in mixture_layers(ours) if "model.encoder." in name]
     assert len(seen) == 6
     for layer, peft in seen:
-        torch.testing.assert_close(layer.lora_A.grad[1], peft.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer.lora_B.grad[1], peft.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4)
-        assert not layer.lora_A.grad[0].any()
+        torch.testing.assert_close(
+            layer.routed.lora_A.grad[1], peft.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            layer.routed.lora_B.grad[1], peft.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-4
+        )
+        assert not layer.routed.lora_A.grad[0].any()
 
 
 def test_one_hot_routing_equals_that_expert_alone(mixed, mel_BMF):
@@ -108,8 +115,8 @@ def test_one_hot_routing_equals_that_expert_alone(mixed, mel_BMF):
 def test_blend_of_equal_experts_equals_one(mixed, mel_BMF):
     whisper, slot = mixed
     for _, layer in mixture_layers(whisper):
-        layer.lora_A.data[:] = layer.lora_A.data[0]
-        layer.lora_B.data[:] = layer.lora_B.data[0]
+        for parameter in (layer.routed.lora_A, layer.routed.lora_B, layer.routed.magnitude):
+            parameter.data[:] = parameter.data[0]
     slot.routing = routing_of([[0, 1], [1, 2], [2, 0]], [[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]])
     blended = encode(whisper, mel_BMF)
     slot.routing = routing_of([[0]] * 3, [[1.0]] * 3)
@@ -143,27 +150,30 @@ def test_shared_expert_adds_to_every_utterance(mel_BMF):
     torch.manual_seed(0)
     base = torch.nn.Linear(8, 6)
     slot = RoutingSlot()
-    layer = MixtureLinear(base, slot, num_experts=2, rank=2, alpha=2, shared=True)
-    layer.lora_B.data.normal_()
+    layer = MixtureLinear(base, slot, num_experts=2, rank=2, alpha=2, shared_rank=3)
+    for stack in (layer.routed, layer.shared):
+        stack.lora_B.data.normal_()
+        stack.magnitude.data.normal_()
     slot.routing = routing_of([[0], [1]], [[1.0], [1.0]])
     x = torch.randn(2, 5, 8)
-    expected = torch.stack([x[i] @ (layer.delta_weight(i) + layer.delta_weight(2)).t() for i in range(2)])
+    expected = torch.stack([x[i] @ (layer.routed.delta_weight(i) + layer.shared.delta_weight(0)).t() for i in range(2)])
     torch.testing.assert_close(layer(x) - base(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_survive_disk_bit_by_bit(mixed, micro_model, tmp_path):
     whisper, _ = mixed
-    save_expert(whisper, 1, tmp_path / "one", base_model="base", alpha=8)
+    save_expert(whisper, 1, tmp_path / "one", base_model="base")
     other = load_whisper(micro_model)
     add_mixture(other, targets=TARGETS, num_experts=2, rank=4, alpha=8)
     load_expert(other, 0, tmp_path / "one")
     for (_, ours), (_, theirs) in zip(mixture_layers(whisper), mixture_layers(other), strict=True):
-        assert torch.equal(ours.lora_A[1], theirs.lora_A[0])
-        assert torch.equal(ours.lora_B[1], theirs.lora_B[0])
+        assert torch.equal(ours.routed.plain(1)[0], theirs.routed.lora_A[0]), "the magnitude is folded in"
+        assert torch.equal(ours.routed.lora_B[1], theirs.routed.lora_B[0])
+        assert not theirs.routed.magnitude.any()
 
 
 def test_an_adapter_of_another_rank_is_refused(mixed, micro_model, tmp_path):
-    save_expert(mixed[0], 1, tmp_path / "one", base_model="base", alpha=8)
+    save_expert(mixed[0], 1, tmp_path / "one", base_model="base")
     other = load_whisper(micro_model)
     add_mixture(other, targets=TARGETS, num_experts=1, rank=8, alpha=8)
     with pytest.raises(DataError, match=r"shape \(8, 32\), found shape \(4, 32\)"):
@@ -215,3 +225,89 @@ def test_collapse_is_reported():
 def test_targets_that_do_not_exist_are_named(micro_model):
     with pytest.raises(ValueError, match="gate_proj"):
         add_mixture(load_whisper(micro_model), targets=("gate_proj",), num_experts=1, rank=2, alpha=2)
+
+
+@pytest.fixture
+def with_shared(micro_model):
+    whisper = load_whisper(micro_model)
+    slot = add_mixture(whisper, targets=TARGETS, num_experts=3, rank=4, alpha=8, shared_rank=6)
+    randomise(whisper)
+    return whisper, slot
+
+
+def test_a_new_mixture_equals_its_base(micro_model, mel_BMF):
+    whisper = load_whisper(micro_model)
+    slot = add_mixture(whisper, targets=TARGETS, num_experts=3, rank=4, alpha=8, shared_rank=6)
+    slot.routing = routing_of([[0, 1]] * 3, [[0.6, 0.4]] * 3)
+    assert torch.equal(encode(whisper, mel_BMF), encode(load_whisper(micro_model), mel_BMF))
+
+
+def test_a_mixture_with_its_routed_experts_zeroed_equals_its_shared_expert(with_shared, micro_model, mel_BMF):
+    whisper, slot = with_shared
+    for _, layer in mixture_layers(whisper):
+        layer.routed.lora_B.data.zero_()
+    slot.routing = routing_of([[0, 1], [1, 2], [2, 0]], [[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]])
+    zeroed = encode(whisper, mel_BMF)
+    dense = load_whisper(micro_model)
+    dense_slot = add_mixture(dense, targets=TARGETS, num_experts=0, rank=4, alpha=8, shared_rank=6)
+    for (_, theirs), (_, ours) in zip(mixture_layers(dense), mixture_layers(whisper), strict=True):
+        theirs.shared.load_state_dict(ours.shared.state_dict())
+    dense_slot.routing = route_to(None, 3, mel_BMF.device)
+    torch.testing.assert_close(zeroed, encode(dense, mel_BMF), rtol=1e-5, atol=1e-5)
+
+
+def test_an_utterance_unlike_all_groups_gets_the_shared_expert_alone(with_shared, mel_BMF):
+    whisper, slot = with_shared
+    logits, known = torch.randn(3, 3), torch.tensor([True, False, True])
+    slot.routing = route(logits, 2, known)
+    routed = encode(whisper, mel_BMF)
+    slot.routing = route_to(None, 3, mel_BMF.device)
+    alone = encode(whisper, mel_BMF)
+    torch.testing.assert_close(routed[1], alone[1], rtol=1e-5, atol=1e-5)
+    assert (routed[0] - alone[0]).abs().max() > 1e-3
+
+
+def test_merged_equals_unmerged_with_a_shared_expert(with_shared, mel_BMF):
+    whisper, slot = with_shared
+    slot.routing = routing_of([[0, 2]] * 3, [[0.7, 0.3]] * 3)
+    merged = copy.deepcopy(whisper)
+    merge_experts(merged, {0: 0.7, 2: 0.3})
+    torch.testing.assert_close(encode(whisper, mel_BMF), encode(merged, mel_BMF), rtol=1e-4, atol=1e-5)
+
+
+def test_routing_by_a_table_gives_each_group_its_expert_and_strangers_none():
+    logits, known = route_by_table(["b", "a", "x", ""], ("a", "b"))
+    routing = route(logits, 2, known)
+    assert routing.topk_ids_BK[:2, 0].tolist() == [1, 0]
+    assert routing.topk_weights_BK.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
+
+
+def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(3).repeat_interleave(40)
+    center = torch.eye(3, 6) * 6
+    near = center[label] + torch.randn(120, 6, generator=generator)
+    gate = Gate(6, 4, 3).eval()
+    gate.fit_scale(near)
+    gate.fit_centers(near, label)
+    gate.calibrate(near)
+    far = -center[label] + torch.randn(120, 6, generator=generator)
+    evidence = gate.evidence(torch.cat([near, far]))
+    known = gate.decide(evidence)[1]
+    assert known[:120].float().mean() > 0.97
+    assert known[120:].float().mean() < 0.1
+    logits, known = gate.decide(evidence[:5].sum(0, keepdim=True))
+    torch.testing.assert_close(logits[0], gate(near[:5]).log_softmax(1).sum(0), rtol=1e-4, atol=1e-4)
+    assert known.all()
+
+
+def test_magnitudes_learn_and_can_be_left_out(micro_model, mel_BMF):
+    for learned in (True, False):
+        whisper = load_whisper(micro_model)
+        slot = add_mixture(whisper, targets=TARGETS, num_experts=2, rank=4, alpha=8, shared_rank=6, magnitude=learned)
+        randomise(whisper)
+        slot.routing = routing_of([[0, 1]] * 3, [[0.6, 0.4]] * 3)
+        encode(whisper, mel_BMF).square().sum().backward()
+        layer = next(layer for _, layer in mixture_layers(whisper))
+        for stack in (layer.routed, layer.shared):
+            assert (stack.magnitude.grad is not None) == learned
