@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common stages argo cli dashboards monitor reference helm/chart.py
+SOURCES := common stages argo cli dashboards reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev ci lint format test ci coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
+.PHONY: help install dev ci lint format test ci coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/[$$][$$]/, "$$", $$2); printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,9 +107,6 @@ wheel: dev ## source distribution and wheel in dist/
 
 dashboards: install ## write the chart's dashboards and Prometheus rules
 	$(BIN)/python -m dashboards
-
-monitor: install ## a Prometheus beside local runs (`moe-asr run --metrics-port 9470`)
-	$(BIN)/python -m monitor
 
 bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run

@@ -14,7 +14,6 @@ from cli.table import text_table
 ELSEWHERE = {
     "bench": "measurements of minutes, run by `make bench`",
     "docker": "builds of images, run by `make test-images`",
-    "monitor": "needs Debian's prometheus, which its tests bring where they can",
 }
 
 

@@ -17,7 +17,6 @@ FOLDERS = (
     "helm",
     "docker",
     "dashboards",
-    "monitor",
     "bench",
     "reference",
 )

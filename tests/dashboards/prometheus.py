@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,18 +17,40 @@ from pathlib import Path
 import pytest
 
 from dashboards.client import ask
-from monitor.program import find_program
 from tests.servers import free_port
 
 RULES = Path(__file__).resolve().parents[2] / "helm" / "moe-asr" / "rules"
+CACHE = Path.home() / ".cache" / "moe-asr" / "prometheus"
 
 
 def program(name: str) -> Path:
-    """`prometheus` or `promtool`; skips the test where it cannot be had."""
-    found = find_program(name)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    """`prometheus` or `promtool`: installed, or unpacked from Debian's package; skips the test where neither can be."""
+    if installed := shutil.which(name):
+        return Path(installed)
+    unpacked = CACHE / "usr" / "bin" / name
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    with (CACHE.parent / "prometheus.lock").open("w") as lock:  # one of pytest's workers unpacks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not unpacked.is_file():
+            unpack()
+    return unpacked
+
+
+def unpack() -> None:
+    """Downloads Debian's package into the cache: nothing is installed and no service starts."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg"):
+        pytest.skip("prometheus is not installed, and this is no Debian to take it from")
+    with tempfile.TemporaryDirectory(dir=CACHE.parent) as name:
+        folder = Path(name)
+        for words in (["download", "prometheus"], ["update"], ["download", "prometheus"]):  # there may be no lists yet
+            if not list(folder.glob("*.deb")):
+                subprocess.run(["apt-get", *words], cwd=folder, capture_output=True, check=False)
+        packages = list(folder.glob("*.deb"))
+        if not packages:
+            pytest.skip("prometheus is not installed, and apt-get cannot download it")
+        subprocess.run(["dpkg", "-x", packages[0], folder / "tree"], check=True)
+        shutil.rmtree(CACHE, ignore_errors=True)
+        (folder / "tree").rename(CACHE)
 
 
 @contextmanager
