@@ -28,12 +28,12 @@ from cli.main import cli
 from common.data.corpus import read_corpus
 from recipes.text_to_sql.__main__ import cli as text_to_sql
 from reference import screenshots
-from reference.tree import ROOT
 from stages.__main__ import stages
 from tests.common.pages.test_report import Page
 
 pytestmark = pytest.mark.timeout(900)  # some twenty commands, one after the other
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 MODULES = {"stages": stages, "recipes.text_to_sql": text_to_sql}

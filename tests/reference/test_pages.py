@@ -14,11 +14,10 @@ from cli.main import cli
 from common import errors
 from common.config import known_paths
 from reference import coverage
-from reference.__main__ import generated
+from reference.__main__ import ROOT, generated
 from reference.blocks import fill, table
 from reference.commands import _commands
 from reference.settings import read_by
-from reference.tree import FOLDERS, ROOT, entries, phrase, tree
 from stages import STAGES
 
 MADE = generated()
@@ -61,24 +60,6 @@ def test_every_exit_code_of_an_error_stands_in_the_table():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and "exit_code" in vars(kind)]
     for kind in kinds:
         assert kind is errors.MoeAsrError or f"| {kind.exit_code} | `{kind.__name__}` |" in page
-
-
-def test_every_module_tells_what_it_is():
-    for folder in FOLDERS:
-        files = {path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
-        told = [(name, path) for _, name, path in entries(ROOT / folder) if not name.endswith("/")]
-        assert sorted(path for _, path in told) == sorted(files)
-        assert [name for name, path in told if not phrase(path)] == []
-
-
-def test_the_tree_shows_folders_behind_the_files_beside_them():
-    lines = tree()
-    common = lines[1 : lines.index("")]
-    assert common[0].startswith("common/ ") and common[1].startswith("  config.py ")
-    assert next(line for line in common[1:] if not line.endswith(".py") and "/ " in line[:20]).startswith(
-        "  clustering/"
-    )
-    assert any(line.startswith("    hdbscan.py ") for line in common)
 
 
 def test_a_block_is_filled_between_its_marks_and_nothing_else_changes():
