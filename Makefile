@@ -48,9 +48,8 @@ format: dev ## rewrite the sources as ruff formats them
 test: dev ## all tests that need no cluster and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
-coverage: dev ## the tests, and the share of lines that they run, by package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=json:build/coverage.json
-	$(BIN)/python -m reference.coverage build/coverage.json
+coverage: dev ## the tests, and the share of lines that they run, by file
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 ci: ## all that decides whether a change lands
 	.ci/run

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.metadata import version
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from cli.main import cli
 from common import errors
 from common.config import known_paths
-from reference import coverage
 from reference.__main__ import ROOT, generated
 from reference.blocks import fill, table
 from reference.commands import _commands
@@ -80,17 +77,3 @@ def test_the_version_is_said_once_and_taken_from_there():
     chart = (ROOT / "helm" / "moe-asr" / "Chart.yaml").read_text(encoding="utf-8")
     assert set(re.findall(r'^(?:version|appVersion): "?([^"\n]+)', chart, re.MULTILINE)) == set(told)
     assert f"## {told[0]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_coverage_is_summed_up_by_package_and_low_files_are_named(tmp_path):
-    def counted(total, run):
-        return {"summary": {"num_statements": total, "covered_lines": run}}
-
-    files = {"common/a.py": counted(90, 90), "common/b.py": counted(10, 1), "cli/c.py": counted(100, 80)}
-    (tmp_path / "c.json").write_text(json.dumps({"files": files}), encoding="utf-8")
-    done = CliRunner().invoke(coverage.main, [str(tmp_path / "c.json")])
-    rows = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line}
-    assert (rows["common"], rows["cli"]) == (["100", "91.0%"], ["100", "80.0%"])
-    assert rows["all"] == ["200", "85.5%"]
-    assert rows["common/b.py"] == ["10", "10%"]
-    assert "common/a.py" not in rows
