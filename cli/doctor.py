@@ -26,8 +26,8 @@ def doctor(context: click.Context, store_url: str | None, endpoint_url: str | No
     Ends with 0 where nothing stops a run, with 1 where something does; a note stops nothing.
 
     \b
-    moe-asr doctor
-    moe-asr doctor --store s3://bucket/runs --json
+        moe-asr doctor
+        moe-asr doctor --store s3://bucket/runs --json
     """
     found = []
     for one in _findings(store_url, endpoint_url):

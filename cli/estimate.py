@@ -35,8 +35,8 @@ def estimate(
     share of the GPU's peak that is assumed: such figures are marked.
 
     \b
-    moe-asr estimate --hours 683 --gpu h100-80 --price 3.5
-    moe-asr estimate --hours 683 --from full
+        moe-asr estimate --hours 683 --gpu h100-80 --price 3.5
+        moe-asr estimate --hours 683 --from full
     """
     from common import cost
 
@@ -117,7 +117,7 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     """Tries steps of joint training until memory is full, and prints the largest batch that fits.
 
     \b
-    moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
+        moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
     """
     from stages.fit import fit_batch as search
     from stages.pipeline import cache_folder

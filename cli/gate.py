@@ -44,7 +44,7 @@ def gate(
     """Looks at the gate of a finished RUN: calibration, speakers, numbers of experts, ways of clustering.
 
     \b
-    moe-asr gate mine
+        moe-asr gate mine
     """
     counts = () if no_decode else (0, *_counts(top_k))
     from common.evaluation.gate_run import GateQuestions, examine_gate

@@ -46,7 +46,7 @@ def segment(
     files: use it as a corpus (--corpus SOURCE/segmented.jsonl). Interrupted, it goes on where it was.
 
     \b
-    moe-asr corpus segment data/long --model openai/whisper-small
+        moe-asr corpus segment data/long --model openai/whisper-small
     """
     from common.data.sources import folder_digest
     from common.recognition.long_audio import long_utterances, segment_long, summary, table_key, with_pieces

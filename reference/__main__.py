@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from bench.table import full_table, options_table, short_table
-from reference import commands, settings, tables
+from reference import settings, tables
 from reference.blocks import fill
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def generated() -> dict[Path, str]:
             "bench": short_table(without=("between-epochs", "options")),
         },
     }
-    texts = {PAGES / "cli.md": commands.page(), PAGES / "config.md": settings.page()}
+    texts = {PAGES / "config.md": settings.page()}
     for path, parts in blocks.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         for name, lines in parts.items():
