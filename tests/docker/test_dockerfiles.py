@@ -81,9 +81,8 @@ def test_make_images_builds_each_image_on_the_one_before_with_secrets_that_go(tm
     version = PYPROJECT["project"]["version"]
     tagged = [re.findall(r"--tag registry/team/(\S+)", line) for line in builds]
     assert tagged[1:] == [[f"{name}:{version}", f"{name}:abc"] for name in ("base", *NAMES)]
-    assert (
-        f"DEPENDENCIES=registry/team/{tagged[0][0]} --build-arg VERSION={version} --build-arg COMMIT=abc" in builds[1]
-    )
+    assert f"--build-arg DEPENDENCIES=registry/team/{tagged[0][0]} " in builds[1]
+    assert f"--build-arg VERSION={version} --build-arg COMMIT=abc ." in builds[1]
     assert all(f"--file stages/{name}/Dockerfile" in line for name, line in zip(NAMES, builds[2:], strict=True))
     assert all(f"--build-arg BASE=registry/team/base:{version} ." in line for line in builds[2:])
     default = re.search(r"^ARG BASE_IMAGE=(.*)$", read("docker/dependencies/Dockerfile"), re.MULTILINE)[1]
