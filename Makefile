@@ -81,7 +81,7 @@ COMMIT = $(shell git describe --always --exclude='*' --abbrev=12 --dirty 2>/dev/
 LOCKED = $(shell (echo $(BASE_IMAGE); cat docker/requirements.txt requirements-uv.txt docker/dependencies/{Dockerfile,*.*}) | sha256sum | head -c 16)
 # Settings of this machine's package index and its certificates reach a build as secrets that leave no trace in the image.
 INDEX := PIP_INDEX_URL|PIP_EXTRA_INDEX_URL|UV_DEFAULT_INDEX|UV_INDEX|UV_INDEX_URL
-build_image = DOCKER_BUILDKIT=1 $(ENGINE) build --secret=id=index,src=build/index \
+build_image = DOCKER_BUILDKIT=1 $(ENGINE) build --secret=id=index,src=$(CURDIR)/build/index \
   $${SSL_CERT_FILE:+--secret=id=ca,src=$$SSL_CERT_FILE} $(FLAGS) --file $(1)/Dockerfile
 image_tags = --tag $(PREFIX)/$(1):$(VERSION) --tag $(PREFIX)/$(1):$(COMMIT)
 images: build/index ## base and five stage images: ENGINE=docker|podman|buildah PREFIX=registry/folder BASE_IMAGE=… FLAGS=…

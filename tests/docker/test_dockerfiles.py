@@ -77,7 +77,7 @@ def test_make_images_builds_each_image_on_the_one_before_with_secrets_that_go(tm
     text = log.read_text()
     builds = [line for line in text.splitlines() if line.startswith("build ")]
     assert text.count("PIP_INDEX_URL='https://name:word@mirror.example.org/?a=1&b'\n") == len(builds)
-    assert all("--secret=id=index,src=build/index --secret=id=ca,src=/ca --pull" in line for line in builds)
+    assert all(f"--secret=id=index,src={index} --secret=id=ca,src=/ca --pull" in line for line in builds)
     version = PYPROJECT["project"]["version"]
     tagged = [re.findall(r"--tag registry/team/(\S+)", line) for line in builds]
     assert tagged[1:] == [[f"{name}:{version}", f"{name}:abc"] for name in ("base", *NAMES)]
