@@ -197,7 +197,6 @@ PAGES_OF_RUNS = (
     "runs/mine/report.html",
     "out/comparison/compare.html",
     "out/evaluation/report.html",
-    "out/gate/gate.html",
 )
 
 

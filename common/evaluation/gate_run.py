@@ -1,202 +1,142 @@
-"""A finished run's gate, looked at from all sides: the object of gate.json (`moe-asr gate`)."""
+"""A finished run's gate on speakers that it was not trained on, and other ways of clustering (`moe-asr gate`).
+
+Shape letters: N utterances, D embedding width, E experts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from common.clustering.choices import ClusterOptions, Source, compare_clusterings, embed_layers
 from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_means
 from common.config import Config, validate
 from common.data.batches import BatchLoader, make_examples
-from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.corpus import Corpus, stratified_subset
 from common.data.subsets import evaluation_subset, training_subset
 from common.errors import DataError
-from common.evaluation.gate_quality import DecodingSet, NearestClusters, calibration, sensitivity, speaker_consistency
+from common.evaluation.gate_report import gate_report
 from common.harness.runs import run_record, stage_folders
-from common.json_files import Row, read_object, read_rows
+from common.json_files import Row, read_rows
 from common.model.bundle import load_gate
 from common.model.moe import Gate
 from common.recognition.long_audio import load_corpus
 from common.recognition.opened import OpenedModel, open_model
 from common.storage.store import Store
-from common.training.speech import decoding_options
 
-PRETRAINED, JOINT = "pre-trained", "after joint training"
-
-
-@dataclass(frozen=True, slots=True)
-class GateQuestions:
-    """What is asked beside calibration and consistency, which cost nothing.
-
-    Attributes:
-        counts: numbers of experts to decode with; nothing is decoded without any.
-        layers, poolings: clustered beside the run's own; audio is encoded again for these.
-        samples: utterances that the ways of clustering are compared on; 0 leaves them out.
-    """
-
-    counts: Sequence[int] = (0, 1, 2, 4)
-    layers: Sequence[int] = ()
-    poolings: Sequence[str] = ()
-    samples: int = 2000
+Vectors = npt.NDArray[np.float32]
+NEIGHBOURS = 5
+HELD_OUT = 2000  # clustered utterances, at most
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run left, opened."""
-
-    name: str
-    config: Config
-    corpus: Corpus
-    opened: OpenedModel
-    gates: dict[str, Gate]
-    table: EmbeddingTable
-    split: dict[str, list[Utterance]]
-    gating: Path | None
-    cluster: Path | None
-
-
-def examine_gate(name: str, store: Store, cache: Path, asked: GateQuestions, *, device: str = "auto") -> Row:
-    """Calibration, consistency, sensitivity to the number of experts, and ways of clustering, of one run.
+def examine_gate(
+    name: str,
+    store: Store,
+    cache: Path,
+    *,
+    layers: Sequence[int] = (),
+    poolings: Sequence[str] = (),
+    samples: int = 2000,
+    device: str = "auto",
+) -> Row:
+    """A run's gate on dev and test, and its utterances clustered in several ways.
 
     Args:
         name: of the run.
-        store: that holds it.
+        store: holds the run.
         cache: where what is remote is kept.
+        layers, poolings: clustered beside the run's own; the audio is encoded again for them.
+        samples: utterances that the ways of clustering are compared on; 0 leaves the comparison out.
 
     Returns:
-        Plain values, as gate.json holds them; a section that the run cannot have is None, and `left_out` says why.
+        run; gates: accuracy and expected_calibration_error of each gate on each split, against the commonest cluster of
+        an utterance's nearest neighbours (no row in a run that clustered nothing); agreement: how often the neighbours
+        give a clustered utterance its own cluster; clusterings: rows of `compare_clusterings`.
 
     Raises:
         DataError: there is no such run, it is not finished, or it has no gate.
     """
-    run = _open(name, store, cache, device)
-    info = run.opened.info
-    assert info is not None
-    tables = {"utterance": run.table}
-    if any(u.speaker for u in run.split["test"]):
-        tables["speaker"] = speaker_means(run.table, [*run.split["dev"], *run.split["test"]])
-    left_out: list[str] = []
-    found: Row = {
-        "run": run.name,
-        "experts": info.num_experts,
-        "top_k": info.top_k,
-        "mixture": info.mixture,
-        "route_by": info.route_by,
-        "consistency": [
-            {"gate": gate_name, "split": split, "route_by": by}
-            | speaker_consistency(gate, table, run.split[split], info.top_k)
-            for by, table in tables.items()
-            for gate_name, gate in run.gates.items()
-            for split in ("dev", "test")
-        ],
-        "labels": None,
-        "calibration": None,
-        "sensitivity": None,
-        "choices": None,
-        "left_out": left_out,
-    }
-    if run.cluster is not None:
-        found |= _calibrations(run, tables[info.route_by])
-    else:
-        left_out.append("Calibration: this run clustered nothing, so no utterance has a right expert.")
-    if asked.counts:
-        found["sensitivity"] = _sensitivity(run, tables, asked.counts)
-    else:
-        left_out.append("Numbers of experts: nothing was decoded, as asked.")
-    if asked.samples:
-        found["choices"] = _choices(run, asked)
-    else:
-        left_out.append("Ways of clustering: left out, as asked.")
-    return found
-
-
-def _open(name: str, store: Store, cache: Path, device: str) -> _Run:
     record = run_record(store, name)
     config = validate(record["config"] | {"store": store.url})
-    stages = {task["stage"] for task in record["tasks"].values()}
     opened = open_model(record["name"], store=store, cache=cache, device=device, precision=config.precision)
     if opened.recogniser.gate is None:
         raise DataError(f"run {record['name']} has one expert at most, and so no gate: name one with several")
-    folders = {stage: stage_folders(store, record, stage, cache) for stage in ("cluster", "gating") if stage in stages}
-    gating = folders["gating"][0] if "gating" in folders else None
-    corpus = load_corpus(config, cache)
-    return _Run(
-        name=record["name"],
-        config=config,
-        corpus=corpus,
-        opened=opened,
-        gates=({PRETRAINED: load_gate(gating)} if gating else {}) | {JOINT: opened.recogniser.gate},
-        table=read_tables(stage_folders(store, record, "extract", cache)),
-        split={"dev": evaluation_subset(config, corpus, "dev"), "test": evaluation_subset(config, corpus, "test")},
-        gating=gating,
-        cluster=folders["cluster"][0] if "cluster" in folders else None,
-    )
+    stages = {task["stage"] for task in record["tasks"].values()}
+    folders = {stage: stage_folders(store, record, stage, cache) for stage in {"extract", "cluster", "gating"} & stages}
+    corpus, table = load_corpus(config, cache), read_tables(folders["extract"])
+    gates = {"pre-trained": load_gate(folders["gating"][0])} if "gating" in folders else {}
+    gates["after joint training"] = opened.recogniser.gate
+    found: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
+    if "cluster" in folders:
+        rows = read_rows(folders["cluster"][0] / "assignments.jsonl")
+        labels_N = np.array([row["cluster"] for row in rows], np.int64)
+        neighbours, found["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
+        for split in ("dev", "test"):
+            utterances = evaluation_subset(config, corpus, split)
+            ids = [u.id for u in utterances]
+            routed = speaker_means(table, utterances) if config.asr.route_by == "speaker" else table
+            label_N = neighbours.predict(table.rows(ids))
+            for which, gate in gates.items():
+                report = gate_report(probabilities(gate, routed.rows(ids)), label_N)
+                figures = {key: report[key] for key in ("utterances", "accuracy", "expected_calibration_error")}
+                found["gates"].append({"gate": which, "split": split} | figures)
+    if samples:
+        found["clusterings"] = _clusterings(config, corpus, opened, table, layers, poolings, samples)
+    return found
 
 
-def _calibrations(run: _Run, table: EmbeddingTable) -> Row:
-    """Both gates on utterances that were in no cluster, labelled by their nearest neighbours that were."""
-    assert run.cluster is not None
-    rows = read_rows(run.cluster / "assignments.jsonl")
-    labels = np.array([row["cluster"] for row in rows], np.int64)
-    known = NearestClusters(run.table.rows([row["id"] for row in rows]), labels)
-    found = []
-    if run.gating is not None:
-        found.append({"gate": PRETRAINED, "split": "held-out tenth"} | read_object(run.gating / "report.json"))
-    for split, utterances in run.split.items():
-        ids = [u.id for u in utterances]
-        label_N = known.label(run.table.rows(ids))
-        found += [
-            {"gate": gate_name, "split": split} | calibration(gate, table.rows(ids), label_N)
-            for gate_name, gate in run.gates.items()
-        ]
-    about = {"clustered": len(rows), "agreement": known.agreement(run.config.seed)}
-    return {"labels": about, "calibration": found}
+def probabilities(gate: Gate, vectors_ND: Vectors) -> Vectors:
+    """A gate's probability_NE of each expert."""
+    with torch.inference_mode():
+        logits_NE = gate(torch.from_numpy(vectors_ND).to(gate.mean_D.device))
+    probability_NE: Vectors = logits_NE.softmax(1).cpu().numpy()
+    return probability_NE
 
 
-def _sensitivity(run: _Run, tables: dict[str, EmbeddingTable], counts: Sequence[int]) -> list[Row]:
-    opened, info, test = run.opened, run.opened.info, run.split["test"]
-    assert info is not None
-    examples = make_examples(run.corpus, test, opened.codec, context=opened.context, margin=opened.margin)
-    data = DecodingSet(
-        utterances=test,
-        examples=examples,
-        loader=BatchLoader(examples, num_workers=0, device=opened.accelerator.device),
-        codec=opened.codec,
-        decoding=decoding_options(run.config),
-        accelerator=opened.accelerator,
-        language=opened.language,
-    )
-    wanted = sorted({min(count, info.num_experts) for count in counts})
-    trained = (min(info.top_k, info.num_experts), info.route_by)  # clustering may have found fewer than top_k
-    return sensitivity(opened.recogniser, data, tables, counts=wanted, trained=trained)
+def neighbours_vote(vectors_ND: Vectors, labels_N: npt.NDArray[np.int64], seed: int) -> tuple[Any, float]:
+    """A classifier by nearest neighbours, and its accuracy on some that it did not see."""
+    from sklearn.model_selection import train_test_split
+    from sklearn.neighbors import KNeighborsClassifier
+
+    held = max(1, min(HELD_OUT, len(labels_N) // 5))
+    fitted_ND, held_ND, fitted_N, held_N = train_test_split(vectors_ND, labels_N, test_size=held, random_state=seed)
+    accuracy = KNeighborsClassifier(min(NEIGHBOURS, len(fitted_N))).fit(fitted_ND, fitted_N).score(held_ND, held_N)
+    return KNeighborsClassifier(min(NEIGHBOURS, len(labels_N))).fit(vectors_ND, labels_N), float(accuracy)
 
 
-def _choices(run: _Run, asked: GateQuestions) -> list[Row]:
-    """Ways of clustering, those of the run's own configuration marked as `own`."""
-    config, opened = run.config, run.opened
-    pool = training_subset(config, run.corpus, "embeddings")
-    some = stratified_subset(pool, count=min(asked.samples, len(pool)), seed=config.seed)
+def _clusterings(
+    config: Config,
+    corpus: Corpus,
+    opened: OpenedModel,
+    table: EmbeddingTable,
+    layers: Sequence[int],
+    poolings: Sequence[str],
+    samples: int,
+) -> list[Row]:
+    """Ways of clustering the same utterances; `own` marks that of the run's configuration."""
+    pool = training_subset(config, corpus, "embeddings")
+    some = stratified_subset(pool, count=min(samples, len(pool)), seed=config.seed)
     own: Source = (config.extract.layer, config.extract.pooling)
-    points: dict[Source, npt.NDArray[np.float32]] = {own: run.table.rows([u.id for u in some])}
-    others = [source for source in _sources(own, asked) if source != own]
-    if others:
-        examples = make_examples(run.corpus, some, opened.codec, context=opened.context, margin=opened.margin)
-        found = embed_layers(
-            opened.recogniser,
-            examples,
-            BatchLoader(examples, num_workers=0, device=opened.accelerator.device),
-            opened.accelerator,
-            layers=sorted({layer for layer, _ in others}),
-            poolings=sorted({pooling for _, pooling in others}),
-            batch_seconds=config.runtime.extract_batch_seconds,
+    points = {own: table.rows([u.id for u in some])}
+    if layers or poolings:
+        examples = make_examples(corpus, some, opened.codec, context=opened.context, margin=opened.margin)
+        points = (
+            embed_layers(
+                opened.recogniser,
+                examples,
+                BatchLoader(examples, num_workers=0, device=opened.accelerator.device),
+                opened.accelerator,
+                layers=sorted(set(layers) or {own[0]}),
+                poolings=sorted(set(poolings) or {own[1]}),
+                batch_seconds=config.runtime.extract_batch_seconds,
+            )
+            | points
         )
-        points |= {source: found[source] for source in others}
     options = ClusterOptions(
         num_experts=config.num_experts or 1,
         reduce_dim=config.cluster.reduce_dim,
@@ -210,20 +150,3 @@ def _choices(run: _Run, asked: GateQuestions) -> list[Row]:
         row | {"own": ((row["layer"], row["pooling"]), row["reduce"], row["algorithm"]) == chosen}
         for row in compare_clusterings(points, groups, options)
     ]
-
-
-def _sources(own: Source, asked: GateQuestions) -> Iterator[Source]:
-    for layer in asked.layers or (own[0],):
-        for pooling in asked.poolings or (own[1],):
-            yield layer, pooling
-
-
-def headline(found: Row) -> list[tuple[str, Any]]:
-    """The figures that answer first: name and value, of the jointly trained gate on test."""
-    rows = [row for row in found["calibration"] or () if (row["gate"], row["split"]) == (JOINT, "test")]
-    calibrated = [
-        ("accuracy", rows[0]["accuracy"]),
-        ("expected calibration error", rows[0]["expected_calibration_error"]),
-    ] if rows else []  # fmt: skip
-    alike = [r for r in found["consistency"] if (r["gate"], r["split"], r["route_by"]) == (JOINT, "test", "utterance")]
-    return [*calibrated, ("a speaker's utterances at one expert", alike[0]["same_expert"])]

@@ -215,3 +215,11 @@ def test_collapse_is_reported():
 def test_targets_that_do_not_exist_are_named(micro_model):
     with pytest.raises(ValueError, match="gate_proj"):
         add_mixture(load_whisper(micro_model), targets=("gate_proj",), num_experts=1, rank=2, alpha=2)
+
+
+def test_all_experts_weigh_as_the_gates_probabilities():
+    logits_BE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for count in (3, 7):
+        chosen = route(logits_BE, count)
+        weights_BE = torch.zeros_like(logits_BE).scatter(1, chosen.topk_ids_BK, chosen.topk_weights_BK)
+        torch.testing.assert_close(weights_BE, logits_BE.softmax(1))
