@@ -15,7 +15,7 @@ from cli.evaluate import compare, evaluate
 from cli.export import export, merge
 from cli.gate import gate
 from cli.model import model
-from cli.runs import gc, logs, plan, plot, runs, status, store, verify
+from cli.runs import gc, logs, plan, plot, runs, status, verify
 from cli.segment import segment
 from cli.submit import submit
 from cli.sweep import sweep
@@ -103,7 +103,6 @@ for command in (
     verify,
     logs,
     gc,
-    store,
     plot,
 ):
     cli.add_command(command)

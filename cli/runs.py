@@ -14,7 +14,7 @@ from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config
 from common.console import coloured
-from common.errors import DataError, StoreError
+from common.errors import DataError
 from common.files import make_folders
 from common.harness.runs import recorded_states, run_names, run_record, stage_folders
 from common.options import config_from, config_options
@@ -201,30 +201,6 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
             store.delete(entry.key)
     total = sum(entry.size for entry in entries)
     click.echo(f"{len(entries)} files, {total:,} bytes" + ("" if delete else "; --delete removes them"))
-
-
-@click.group()
-def store() -> None:
-    """Stores of artifacts."""
-
-
-@store.command("doctor")
-@click.argument("url")
-@click.option("--endpoint-url", help="Of an S3-compatible store.")
-def store_doctor(url: str, endpoint_url: str | None) -> None:
-    """Tries on a store what the pipeline relies on, and says what it promises.
-
-    \b
-        moe-asr store doctor s3://bucket/runs --endpoint-url https://s3.example.com
-    """
-    from common.storage.doctor import check_store
-
-    failed = 0
-    for name, ok, detail in check_store(open_store(url, endpoint_url=endpoint_url)):
-        click.echo(f"{'ok  ' if ok else 'FAIL'}  {name:<28} {detail}")
-        failed += not ok
-    if failed:
-        raise StoreError(f"{failed} checks failed on {url}: do not keep runs there")
 
 
 @click.command()

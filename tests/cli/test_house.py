@@ -113,6 +113,10 @@ def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypa
     assert (done.exit_code, found["ok"]) == (0, True)
     assert {"device", "memory", "disk", "cores", "decoding MP3", "store: create-only writes"} <= names
 
+    done = CliRunner().invoke(cli, ["doctor", "--store", str(tmp_path / "store"), "--only-store", "--json"])
+    assert {check["name"].partition(":")[0] for check in json.loads(done.stdout)["checks"]} == {"store"}
+    assert CliRunner().invoke(cli, ["doctor", "--only-store"]).exit_code != 0
+
     monkeypatch.setattr(machine, "LOW_DISK", 2**62)
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.exit_code == 1
