@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common stages argo cli dashboards reference helm/chart.py
+SOURCES := common demo stages argo cli dashboards reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help

@@ -35,7 +35,7 @@ from hera.workflows import models as m
 
 from argo.parameters import GPU_LABEL, PARAMETERS, parameter
 from common import __version__
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from stages import STAGES
 
 UID = 65532  # the numeric user of the images

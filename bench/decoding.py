@@ -18,11 +18,11 @@ from bench.setting import DEMO, SHAPES, WEIGHTS, Setting, make_whisper
 from common.data.audio import read_audio
 from common.data.batches import BatchLoader, Example, make_examples
 from common.data.corpus import Utterance, read_corpus, stratified_subset
+from common.data.tokens import TextCodec, load_codec
+from common.decoding.decode import Decoding
 from common.evaluation.score import decode_set, score_set
 from common.evaluation.wer import wer
 from common.model.recogniser import Recogniser
-from common.model.whisper import TextCodec, load_codec
-from common.recognition.decode import Decoding
 from common.training.train import make_accelerator
 
 FIXED_TOKENS = 32  # random weights never end a sentence by themselves

@@ -33,10 +33,10 @@ from transformers import (
 from bench.setting import TARGETS, Setting
 from common.data.audio import read_audio
 from common.data.batches import Batch, Example
+from common.data.tokens import IGNORED
 from common.model.adapters import expert_matrices
 from common.model.moe import Gate, route
 from common.model.recogniser import Recogniser
-from common.model.whisper import IGNORED
 
 
 def features_of(batch: Batch, device: torch.device) -> Tensor:

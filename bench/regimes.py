@@ -17,12 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.evaluation.compare import Result, before_training, compare, read_result
-from common.harness.runs import run_names, run_record, stage_folders
+from common.evaluation.compare import compare
+from common.evaluation.results import Result, before_training, read_result
 from common.json_files import read_object
+from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store
 from common.storage.store import Store
-from stages.pipeline import cache_folder
+from stages.local_runner import cache_folder
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 4000

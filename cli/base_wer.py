@@ -5,20 +5,21 @@ from __future__ import annotations
 from common.config import Config, validate
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus
-from common.data.sources import locate_model
+from common.data.tokens import load_codec
 from common.evaluation.score import by_etiology, decode_set, score_set
 from common.evaluation.wer import wer
 from common.model.recogniser import Recogniser
-from common.model.whisper import load_codec, load_whisper
-from common.training.speech import decoding_options, speech_examples
+from common.model.whisper import load_whisper
 from common.training.train import make_accelerator
-from stages.pipeline import cache_folder
+from stages.inputs import base_model
+from stages.local_runner import cache_folder
+from stages.settings import decoding_options, speech_examples
 
 
 def base_wer(corpus: Corpus, model: str, language: str, endpoint_url: str | None) -> dict[str, dict[str, float]]:
     """etiology → clipped and unclipped WER of the base model, and utterances, over all splits."""
     config: Config = validate({"model": {"name": model, "language": language}, "endpoint_url": endpoint_url})
-    folder = locate_model(config, cache_folder())
+    folder = base_model(config, cache_folder())
     accelerator = make_accelerator("auto")
     codec = load_codec(folder, language=language)
     examples = speech_examples(config, corpus, corpus.utterances, codec)

@@ -50,7 +50,7 @@ def synth(
         moe-asr corpus synth data/demo
         moe-asr corpus synth data/bench --kind bench --minutes 60
     """
-    from common.synth.corpus import synthesize, synthesize_bench
+    from demo.corpus import synthesize, synthesize_bench
 
     if kind == "bench" and (etiologies or utterances is not None):
         raise UsageError("--etiology and --utterances are not for --kind bench: --minutes says how much is spoken")
@@ -80,7 +80,7 @@ def opened(path: str, endpoint_url: str | None) -> Corpus:
     """A corpus in a folder or a store, with the cache of `moe-asr run`."""
     from common.data.sources import open_corpus
     from common.sections import RuntimeConfig
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     return open_corpus(path, cache_folder(), endpoint_url=endpoint_url, cache_bytes=RuntimeConfig().audio_cache_bytes)
 
@@ -102,7 +102,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     from common.data.shards import pack_corpus, parse_size
     from common.progress import progress
     from common.storage import open_store
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     size = parse_size(shard_size)
     data = opened(source, endpoint_url)
@@ -169,7 +169,7 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
 
     counter = None
     if model is not None:
-        from common.model.whisper import load_codec
+        from common.data.tokens import load_codec
 
         counter = load_codec(Path(model)).length
     findings = audit_corpus(opened(path, endpoint_url), token_count=counter)

@@ -11,7 +11,7 @@ import click
 from common.console import coloured
 from common.errors import UsageError
 from common.machine import Finding, check_machine
-from stages.pipeline import cache_folder
+from stages.local_runner import cache_folder
 
 COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 

@@ -10,8 +10,8 @@ import click
 from cli.table import text_table
 from common.config import Config
 from common.errors import UsageError
-from common.harness.runs import recorded_states, run_record
 from common.options import config_from, config_options
+from common.pipeline.runs import recorded_states, run_record
 from common.storage import open_store
 
 
@@ -85,7 +85,7 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
         moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
     """
     from stages.fit import fit_batch as search
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     config = config_from(options)
     found = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)

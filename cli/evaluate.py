@@ -60,9 +60,9 @@ def evaluate(
         moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
     from common.data.sources import open_corpus
-    from common.evaluation.evaluate import evaluate as run_evaluation
-    from common.training.speech import decoding_options
-    from stages.pipeline import cache_folder
+    from common.report.evaluation import evaluate_to_folder
+    from stages.local_runner import cache_folder
+    from stages.settings import decoding_options
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     config = decoding_config(model, store, settings)
@@ -71,7 +71,7 @@ def evaluate(
         model, store, config, base=base, language=language, task=task, device=device, endpoint_url=endpoint_url
     )
     out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
-    result = run_evaluation(
+    result = evaluate_to_folder(
         opened,
         data,
         decoding_options(config),
@@ -145,9 +145,10 @@ def compare(
     \b
         moe-asr compare mine regular dense --out comparison
     """
-    from common.evaluation.compare import before_training, read_result, table_rows, write_comparison
     from common.evaluation.compare import compare as make_comparison
-    from stages.pipeline import cache_folder
+    from common.evaluation.results import before_training, read_result
+    from common.report.compare import table_rows, write_comparison
+    from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     systems = {

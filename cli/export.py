@@ -66,9 +66,9 @@ def export(
         moe-asr export mine --to peft --out out/adapters
         moe-asr export mine --to merged --out out/dense --expert 2
     """
-    from common.model.export import MARK, export_model, fixed_routing
-    from common.recognition.opened import open_model
-    from stages.pipeline import cache_folder
+    from common.export.formats import MARK, export_model, fixed_routing
+    from common.inference.load_model import open_model
+    from stages.local_runner import cache_folder
 
     merging = target in ("merged", "ctranslate2")
     if not merging and (expert is not None or weights or routing):
@@ -118,9 +118,9 @@ def merge(
     \b
         moe-asr merge seed-1 seed-2 --out out/merged
     """
-    from common.model.merge import MARK, merge_models
-    from common.recognition.opened import find_model
-    from stages.pipeline import cache_folder
+    from common.export.merge import MARK, merge_models
+    from common.inference.load_model import find_model
+    from stages.local_runner import cache_folder
 
     if len(models) < 2:
         raise UsageError(f"merge {models[0]}: give two models or more")

@@ -42,8 +42,8 @@ def gate(
         moe-asr gate mine
         moe-asr gate mine --layer 8 --layer -1 --pooling mean --pooling meanstd
     """
-    from common.evaluation.gate_run import examine_gate
-    from stages.pipeline import cache_folder
+    from stages.gate_study import examine_gate
+    from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     found = examine_gate(run, store, cache_folder(), layers=layers, poolings=poolings, samples=samples, device=device)

@@ -53,7 +53,7 @@ def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
         moe-asr run --corpus data/mine --model openai/whisper-small --gpu auto --run mine
         moe-asr run --skip-pretraining --num-experts 8 --set asr.epochs=3
     """
-    from stages.pipeline import run_pipeline
+    from stages.local_runner import run_pipeline
 
     config = config_from(options)
     if dry_run:

@@ -23,7 +23,7 @@ def import_model(source: str, out: Path) -> None:
     \b
         moe-asr model import-ct2 tiny.en models/whisper-tiny.en
     """
-    from common.model.ct2 import bundled_tiny_en, import_ct2
+    from demo.ct2 import bundled_tiny_en, import_ct2
 
     import_ct2(bundled_tiny_en() if source == "tiny.en" else Path(source), out)
     click.echo(out)

@@ -16,11 +16,11 @@ from common.config import Config
 from common.console import coloured
 from common.errors import DataError
 from common.files import make_folders
-from common.harness.runs import recorded_states, run_names, run_record, stage_folders
 from common.options import config_from, config_options
+from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
 from common.storage import open_store
 from common.storage.store import Store
-from stages.pipeline import Run, cache_folder
+from stages.local_runner import Run, cache_folder
 
 
 def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
@@ -214,7 +214,7 @@ def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Pat
     \b
         moe-asr plot asr demo --out plots
     """
-    from common.pages.plots import plot_asr, plot_clusters, plot_experts, plot_gating
+    from common.report.plots import plot_asr, plot_clusters, plot_experts, plot_gating
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     folders = stage_folders(store, run_record(store, run), {"clusters": "cluster"}.get(what, what), cache_folder())

@@ -49,10 +49,10 @@ def segment(
         moe-asr corpus segment data/long --model openai/whisper-small
     """
     from common.data.sources import folder_digest
-    from common.recognition.long_audio import long_utterances, segment_long, summary, table_key, with_pieces
-    from common.recognition.opened import open_model
+    from common.inference.load_model import open_model
+    from common.inference.long_audio import long_utterances, segment_long, summary, table_key, with_pieces
     from common.storage import open_store
-    from stages.pipeline import cache_folder
+    from stages.local_runner import cache_folder
 
     corpus = opened(source, endpoint_url)
     place, name = destination(source, dest)

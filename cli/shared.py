@@ -9,12 +9,12 @@ import click
 
 from common.config import Config, merge, nest, validate
 from common.errors import UsageError
-from common.harness.runs import find_run
 from common.options import parse_setting
+from common.pipeline.runs import find_run
 from common.storage.store import Store
 
 if TYPE_CHECKING:
-    from common.recognition.opened import OpenedModel
+    from common.inference.load_model import OpenedModel
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,9 +92,9 @@ def open_as_told(
     device: str,
     endpoint_url: str | None,
 ) -> OpenedModel:
-    """Opens a model by these options and a `decoding_config`; see `common.recognition.opened.open_model`."""
-    from common.recognition.opened import open_model
-    from stages.pipeline import cache_folder
+    """Opens a model by these options and a `decoding_config`; see `common.inference.load_model.open_model`."""
+    from common.inference.load_model import open_model
+    from stages.local_runner import cache_folder
 
     return open_model(
         model,

@@ -99,8 +99,10 @@ def plan_table(runs: Sequence[SweepRun]) -> str:
 
 def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:
     """The regimes side by side as `moe-asr compare` shows them, each by the mean of its seeds."""
-    from common.evaluation.compare import before_training, compare, read_result, table_rows, write_comparison
-    from stages.pipeline import cache_folder
+    from common.evaluation.compare import compare
+    from common.evaluation.results import before_training, read_result
+    from common.report.compare import table_rows, write_comparison
+    from stages.local_runner import cache_folder
 
     first = runs[0].config
     store, cache = open_store(first.store, endpoint_url=first.endpoint_url), cache_folder()

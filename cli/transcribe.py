@@ -15,8 +15,8 @@ from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from common.data.audio import Samples
-    from common.recognition.opened import OpenedModel
-    from common.recognition.transcribe import HeardWindow
+    from common.inference.load_model import OpenedModel
+    from common.inference.transcribe import HeardWindow
 
 SUFFIXES = ("txt", "srt", "vtt", "json")
 FALL_BACK = "[0, 0.2, 0.4, 0.6, 0.8, 1]"  # Whisper's own temperatures
@@ -64,10 +64,10 @@ def transcribe(
         moe-asr transcribe talk.mp3 --model mine
         moe-asr transcribe *.wav --model mine --format all --out transcripts
     """
+    from common.inference.transcribe import transcribe_audio
     from common.progress import progress
-    from common.recognition.transcribe import transcribe_audio
     from common.storage import open_store
-    from common.training.speech import decoding_options
+    from stages.settings import decoding_options
 
     kinds = SUFFIXES if kind == "all" else (kind,)
     check_outputs(files, kinds, out, overwrite)
@@ -162,8 +162,8 @@ def write(
     """Prints one recording's transcript, or writes it in every format that is asked for."""
     from common.data.audio import SAMPLE_RATE
     from common.files import explained, new_file
-    from common.recognition.subtitles import FORMATS
-    from common.recognition.transcribe import segments_of
+    from common.inference.subtitles import FORMATS
+    from common.inference.transcribe import segments_of
 
     segments = segments_of(windows, opened.language)
     if not segments:

@@ -1,6 +1,6 @@
 """The sections of the configuration: every setting with its type, bounds, default and what it is.
 
-Sections that a stage reads decide its key (`common.harness.contract`); `runtime` never does, since nothing in it may
+Sections that a stage reads decide its key (`common.pipeline.contract`); `runtime` never does, since nothing in it may
 change a result. `docs/reference/config.md` is made of this file.
 """
 

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from argo.parameters import PRODUCTS
 from common.config import GPUS, MODES, Config, flatten, read_yaml, shipped
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from common.sections import Section
 from reference.blocks import table
 from stages import STAGES

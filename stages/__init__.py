@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from stages.asr import CONTRACT as ASR
 from stages.cluster import CONTRACT as CLUSTER
 from stages.experts import CONTRACT as EXPERTS

@@ -15,15 +15,15 @@ from common import __version__
 from common.config import Config, validate
 from common.console import run_command, set_up_logging
 from common.errors import DataError, UsageError
-from common.harness.contract import Contract
-from common.harness.plan import Planned
-from common.harness.runs import run_names
-from common.harness.stage import hand_out, heed_signals
 from common.options import click_option, config_from, config_options
+from common.pipeline.contract import Contract
+from common.pipeline.plan import Planned
+from common.pipeline.runs import run_names
+from common.pipeline.stage import hand_out, heed_signals
 from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch
-from stages.pipeline import Run, follow_one, read_record, run_one
+from stages.local_runner import Run, follow_one, read_record, run_one
 
 RANK = os.environ.get("RANK")  # of this process in one training; set by torchrun
 # A stage's own section gives its options; these come from an earlier stage's that decides its input.

@@ -11,12 +11,12 @@ import torch
 from common.clustering.embeddings import EmbeddingTable
 from common.config import Config
 from common.data.batches import Batch
-from common.data.sources import locate_model
+from common.data.tokens import whisper_config
 from common.errors import DataError
 from common.limits import MAX_SECONDS
-from common.model.whisper import whisper_config
 from common.training.batch_search import memory_limit, training_rows
 from common.training.train import make_accelerator
+from stages.inputs import base_model
 
 MOST_ROWS = 1024
 
@@ -46,7 +46,7 @@ def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = 
 
     accelerator = make_accelerator(config.precision, config.runtime.device)
     device = accelerator.device
-    folder = locate_model(config, cache)
+    folder = base_model(config, cache)
     width = whisper_config(folder)["d_model"]
     table = EmbeddingTable(("0",), np.random.default_rng(0).standard_normal((1, width)).astype(np.float32))
     recogniser = build(config, folder, table, [], []).to(device).train()

@@ -21,11 +21,11 @@ import yaml
 
 from common.config import Config, resolve
 from common.errors import ConfigError, MoeAsrError, UsageError
-from common.harness.plan import Plan, Planned
 from common.options import parse_setting
+from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
 from stages import STAGES
-from stages.pipeline import Run, finish, read_record
+from stages.local_runner import Run, finish, read_record
 
 log = logging.getLogger(__name__)
 PREFIX = "MOE_ASR_"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.config import Config, to_yaml
 from common.errors import EXIT_PREEMPTED, Preempted, RetryableError, StageFailed
-from common.harness.plan import Planned
+from common.pipeline.plan import Planned
 
 
 def parallel_slots(config: Config) -> list[str]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
-from common.harness.stage import heed_signals
+from common.pipeline.stage import heed_signals
 from stages.cluster import is_pretrained
 from stages.experts import pretrains_experts
-from stages.pipeline import Run, differences, read_record, run_one, run_pipeline
+from stages.local_runner import Run, differences, read_record, run_one, run_pipeline
 
 log = logging.getLogger(__name__)
 NONE: Mapping[str, Any] = MappingProxyType({})

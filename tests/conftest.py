@@ -32,7 +32,7 @@ def micro_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_en(tmp_path_factory) -> Path:
     """The real Whisper tiny.en."""
-    from common.model.ct2 import bundled_tiny_en, import_ct2
+    from demo.ct2 import bundled_tiny_en, import_ct2
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny.en"
     import_ct2(bundled_tiny_en(), folder)
@@ -56,10 +56,10 @@ def own_cache(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory, micro_model, tones) -> tuple[Path, Path]:
     """A finished run called `micro`: its store, and the folder of its model. Not to be changed."""
-    from common.harness.runs import run_record, stage_folders
+    from common.pipeline.runs import run_record, stage_folders
     from common.storage import open_store
-    from stages.pipeline import run_pipeline
-    from tests.stages.test_pipeline import micro_config
+    from stages.local_runner import run_pipeline
+    from tests.stages.test_local_runner import micro_config
 
     folder = tmp_path_factory.mktemp("finished") / "store"
     with pytest.MonkeyPatch.context() as patch:

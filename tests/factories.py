@@ -91,7 +91,7 @@ def micro_corpus(
 
 def heard_texts(opened, batch, decoding) -> list[str]:
     """Text of each utterance of a batch."""
-    from common.recognition.opened import hear
+    from common.inference.load_model import hear
 
     return [one.text for one in hear(opened, batch, decoding).decoded]
 

@@ -27,7 +27,7 @@ from cli.main import cli
 from common.data.corpus import read_corpus
 from recipes.text_to_sql.__main__ import cli as text_to_sql
 from stages.__main__ import stages
-from tests.common.pages.test_report import Page
+from tests.common.report.test_report import Page
 
 pytestmark = pytest.mark.timeout(900)  # some twenty commands, one after the other
 

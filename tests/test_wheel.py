@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,12 +69,12 @@ def test_the_wheel_has_code_configurations_and_templates_and_no_tests(wheel):
     wanted = {
         "conf/demo.yaml",
         "conf/gpu/h100-80.yaml",
-        "common/pages/templates/report.html",
-        "common/pages/templates/model_card.md",
+        "common/report/templates/report.html",
+        "common/report/templates/model_card.md",
     }
     assert wanted | {"stages/asr/run.py", "argo/moe-asr.yaml", "recipes/text_to_sql/flights.yaml"} <= names
     assert {name.split("/")[0] for name in names} == {
-        *("common", "stages", "cli", "argo", "conf", "recipes"),
+        *("common", "demo", "stages", "cli", "argo", "conf", "recipes"),
         f"moe_asr-{version('moe-asr')}.dist-info",
     }
 

@@ -27,9 +27,9 @@ from common.data.audio import read_audio
 from common.data.clips import Clip
 from common.data.corpus import Corpus, Utterance
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
+from common.data.tokens import IGNORED, TextCodec
 from common.errors import DataError, MoeAsrError, RetryableError
 from common.limits import MAX_SECONDS, MAX_TOKENS
-from common.model.whisper import IGNORED, TextCodec
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
 STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -23,6 +23,7 @@ import numpy as np
 from common.data.clips import Clip, Place, Remote
 from common.errors import DataError, StoreError, UsageError
 from common.files import explained
+from common.json_files import read_jsonl
 
 INDEX_NAME = "index.jsonl"
 GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
@@ -308,33 +309,6 @@ def _totals(utterances: Sequence[Utterance]) -> dict[str, Any]:
 
 def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file with their line numbers, blank lines skipped.
-
-    Raises:
-        DataError: the file cannot be read (the message ends in `remedy`), or a line is no JSON object.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse_object(line, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not utf-8 text ({error.reason}): save it as utf-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}: {remedy}") from error
-
-
-def _parse_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}): one JSON object a line") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: holds a {type(record).__name__}, not an object: one JSON object a line")
-    return record
 
 
 def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utterance:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.data.audio import audio_info
-from common.data.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, read_jsonl, write_index
+from common.data.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, write_index
 from common.errors import DataError, UsageError
+from common.json_files import read_jsonl
 from common.progress import counted
 
 FRACTIONS = (0.8, 0.1, 0.1)  # of the speakers: train, dev, test

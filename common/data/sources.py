@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from common.config import Config
 from common.data.clips import AudioCache, Remote
 from common.data.corpus import INDEX_NAME, Corpus, read_corpus
 from common.errors import DataError, RetryableError
@@ -57,23 +56,28 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
     return replace(corpus, remote=remote)
 
 
-def locate_model(config: Config, cache: Path) -> Path:
+def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoint_url: str | None = None) -> Path:
     """A local folder that holds the base model, brought from the hub or a store where it is not one already.
+
+    Args:
+        name: a folder, a hub name or the `s3://` address of a folder.
+        cache: where what comes from a store is kept.
+        revision: commit of a hub model.
+        endpoint_url: of an S3-compatible store.
 
     Raises:
         DataError: there is no such model.
         RetryableError: the hub does not answer.
     """
-    name = config.model.name
     if name.startswith("s3://"):
-        folder = _kept(cache / "model", name, config.endpoint_url)
-        open_store(name, endpoint_url=config.endpoint_url).get_folder("", folder, exact=True)
+        folder = _kept(cache / "model", name, endpoint_url)
+        open_store(name, endpoint_url=endpoint_url).get_folder("", folder, exact=True)
         return folder
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_name(name):
         raise DataError(f"model.name {name!r} is neither a folder nor a hub name (organisation/model)")
-    return _from_hub(name, config.model.revision)
+    return _from_hub(name, revision)
 
 
 def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
@@ -101,15 +105,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def model_digest(config: Config, cache: Path) -> str:
+def model_digest(name: str, cache: Path, *, revision: str | None = None, endpoint_url: str | None = None) -> str:
     """What the base model contributes to keys: its content, or hub name and revision.
 
     A folder counts by the bytes of its weights and configuration, so that a laptop's folder and a cluster's store URI
     of the same checkpoint give the same keys.
     """
-    if is_hub_name(config.model.name):
-        return f"hub:{config.model.name}@{config.model.revision or 'main'}"
-    return f"sha256:{folder_digest(locate_model(config, cache))}"
+    if is_hub_name(name):
+        return f"hub:{name}@{revision or 'main'}"
+    return f"sha256:{folder_digest(locate_model(name, cache, endpoint_url=endpoint_url))}"
 
 
 @lru_cache(maxsize=8)

@@ -1,55 +1,44 @@
-"""Which utterances a configuration looks at: nested subsets of train, capped dev and test."""
+"""Parts of a corpus that are trained on and evaluated: nested subsets of train, capped dev and test."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from common.config import Config
 from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.errors import DataError
 
-TEST_SEED = 42  # of the part of test that is looked at: the same for every run, so that runs can be compared
-Purpose = Literal["embeddings", "experts", "asr"]
+TEST_SEED = 42  # of the evaluated part of test: the same for every run, so that runs can be compared
 
 
-def training_subset(config: Config, corpus: Corpus, purpose: Purpose) -> list[Utterance]:
-    """The part of `train` for clustering, expert pre-training or joint training, sorted by id.
+def training_subset(corpus: Corpus, *, samples: int | None, percent: float, seed: int) -> list[Utterance]:
+    """A stratified part of `train`, sorted by id.
+
+    Args:
+        samples: number of utterances at most; None for `percent` of them.
 
     Raises:
         DataError: the corpus has no such utterances.
     """
     pool = _usable(corpus, "train")
-    samples = getattr(config.subsets, f"{purpose}_samples")
-    percent = getattr(config.subsets, f"{purpose}_percent")
     if samples is not None:
-        return stratified_subset(pool, count=min(samples, len(pool)), seed=config.seed)
-    return stratified_subset(pool, percent=percent, seed=config.seed)
+        return stratified_subset(pool, count=min(samples, len(pool)), seed=seed)
+    return stratified_subset(pool, percent=percent, seed=seed)
 
 
-def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "test"]) -> list[Utterance]:
-    """The looked-at part of dev or test, sorted by id; of test the same for every seed, so that runs can be compared.
+def evaluation_subset(
+    corpus: Corpus, split: Literal["dev", "test"], *, samples: int | None, seed: int
+) -> list[Utterance]:
+    """The evaluated part of dev or test, sorted by id; of test the same for every seed, so that runs can be compared.
+
+    Args:
+        samples: number of utterances at most; None for all.
 
     Raises:
         DataError: the corpus has no such utterances.
     """
     pool = _usable(corpus, split)
-    samples = config.subsets.dev_samples if split == "dev" else config.subsets.test_samples
-    seed = config.seed if split == "dev" else TEST_SEED
-    return stratified_subset(pool, count=min(samples or len(pool), len(pool)), seed=seed)
-
-
-def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:
-    """Every utterance whose embedding some stage needs, sorted by id: each is encoded at most once in a run."""
-    # All three, also where nothing is pre-trained: then both regimes share one extraction.
-    purposes: tuple[Purpose, ...] = (
-        "embeddings",
-        "experts",
-        "asr",
-    )
-    chosen = {u.id: u for purpose in purposes for u in training_subset(config, corpus, purpose)}
-    chosen |= {u.id: u for u in evaluation_subset(config, corpus, "dev")}
-    chosen |= {u.id: u for u in evaluation_subset(config, corpus, "test")}
-    return [chosen[name] for name in sorted(chosen)]
+    count = min(samples or len(pool), len(pool))
+    return stratified_subset(pool, count=count, seed=seed if split == "dev" else TEST_SEED)
 
 
 def _usable(corpus: Corpus, split: str) -> list[Utterance]:

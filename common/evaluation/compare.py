@@ -9,24 +9,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.errors import DataError, UsageError
 from common.evaluation.breakdown import UNKNOWN, speakers_of
-from common.evaluation.results import Result as Result
-from common.evaluation.results import before_training as before_training
-from common.evaluation.results import read_result as read_result
+from common.evaluation.results import Result
 from common.evaluation.wer import Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
-from common.files import new_folder
 from common.json_files import Row
-from common.pages.compare import render_comparison
-from common.pages.page import clock, interval, number, percent, points
 from common.sections import DecodeConfig
 
-RESULT, PAGE = "comparison.json", "compare.html"
 LEVEL = 0.95
 UNTOLD = {"low": None, "high": None, "p": None, "better": None}
 METRICS: tuple[Metric, ...] = ("wer", "cer")
@@ -246,44 +239,3 @@ def _plain_decoding(decoding: Row | None) -> Row | None:
         return None
     known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}
     return DecodeConfig.model_validate(known).model_dump(mode="json", exclude={"batch_size"})
-
-
-def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the comparison for a terminal."""
-    reference = comparison["reference"]
-    etiologies = [name for name in comparison["systems"][0]["by_etiology"] if name != UNKNOWN]
-    header = ("", "runs", "WER", "95% interval", "CER", f"WER − {reference}", "95% interval", "p",
-              *(f"WER {name}" for name in etiologies), "parameters", "utt/s", "time")  # fmt: skip
-    rows = []
-    for one in comparison["systems"]:
-        facts, delta = one["facts"], (one["difference"] or {}).get("wer")
-        alone = one["speakers"] == 1
-        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta and not alone else ""
-        rows.append(
-            (
-                one["name"],
-                str(len(one["runs"])),
-                percent(one["wer"]),
-                "one speaker" if alone else interval(one["wer_interval"]),
-                percent(one["cer"]),
-                points(delta["delta"]) if delta else "",
-                bounds,
-                f"{delta['p']:.3f}" if delta and not alone else "",
-                *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
-                number(facts.get("trained_parameters")),
-                number(facts.get("samples_per_second"), 1),
-                clock(facts.get("seconds")),
-            )
-        )
-    return header, rows
-
-
-def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) -> None:
-    """Writes comparison.json and compare.html into a folder, both or none.
-
-    Raises:
-        UsageError: something is in the way.
-    """
-    with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
-        (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (new / PAGE).write_text(render_comparison(comparison), encoding="utf-8")

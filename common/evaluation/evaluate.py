@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,17 +16,15 @@ from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.data.subsets import TEST_SEED
+from common.decoding.decode import Decoding
 from common.errors import DataError
-from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row, write_table
+from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row
 from common.evaluation.wer import score
-from common.files import new_folder
+from common.inference.load_model import OpenedModel, embed_batch, hear
+from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
 from common.limits import MAX_SECONDS
-from common.pages.evaluation import render_evaluation
 from common.progress import progress
-from common.recognition.decode import Decoding
-from common.recognition.opened import OpenedModel, embed_batch, hear
-from common.recognition.transcribe import join_words, transcribe_audio
 
 RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
 
@@ -171,49 +167,3 @@ def expert_load(rows: Sequence[Row], experts: int) -> list[float]:
             load[expert] += weight
     total = sum(load) or 1.0
     return [one / total for one in load]
-
-
-def evaluate(
-    opened: OpenedModel,
-    corpus: Corpus,
-    decoding: Decoding,
-    out: Path,
-    *,
-    split: str = "test",
-    long_audio: str = "error",
-    samples: int | None = None,
-    overwrite: bool = False,
-    num_workers: int = 0,
-    quiet: bool = True,
-) -> Row:
-    """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
-
-    Args:
-        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
-        samples: of a stratified part of the split, the same for every model.
-        overwrite: replace an evaluation that is there.
-
-    Returns:
-        The object of evaluation.json.
-
-    Raises:
-        UsageError: something is in the way of `out`.
-        DataError: as `choose_utterances` and `decode_corpus`.
-    """
-    with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
-        utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples)
-        everything = corpus.utterances if split == "all" else corpus.split(split)
-        left_out = sum(u.duration > MAX_SECONDS for u in everything) if long_audio == "drop" else 0
-        started = time.monotonic()
-        windows = long_audio == "windows"
-        rows = decode_corpus(
-            opened, corpus, utterances, decoding, windows=windows, num_workers=num_workers, quiet=quiet
-        )
-        seconds = time.monotonic() - started
-        result = describe_evaluation(
-            opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
-        )
-        (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        write_table(folder / TABLE, rows)
-        (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")
-    return result

@@ -8,8 +8,8 @@ from pathlib import Path
 from common.errors import DataError
 from common.evaluation.breakdown import read_table, score_of
 from common.evaluation.wer import Score
-from common.harness.runs import find_run, run_names, stage_folders
 from common.json_files import Row, read_object, read_rows
+from common.pipeline.runs import find_run, run_names, stage_folders
 from common.storage.store import Store
 
 BASE = "base"  # what the model before training is called

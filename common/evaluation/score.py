@@ -15,11 +15,12 @@ from accelerate.utils import gather_object
 from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.data.corpus import Utterance
 from common.data.features import log_mel
+from common.data.tokens import TextCodec
+from common.decoding.decode import Decoding, decode_hidden, transcribe_batch
 from common.evaluation.breakdown import references, scored_row, speakers_of
 from common.evaluation.wer import Score, bootstrap_interval, cer, score, wer
 from common.model.recogniser import Recogniser
-from common.model.whisper import TextCodec, encode
-from common.recognition.decode import Decoding, decode_hidden, transcribe_batch
+from common.model.whisper import encode
 
 
 def decode_set(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
 from common.model.moe import MixtureLinear, RoutingSlot, linear_layers, replace_layer
-from common.training.schedules import rank_budget
 
 SMOOTHING = 0.85  # β₁ and β₂ of the paper
 
@@ -212,3 +211,16 @@ def to_lora(model: nn.Module) -> dict[str, int]:
         lora.lora_B[0, :, : ranks[name]] = layer.scaling * layer.P_OR[:, kept_R] * layer.value_R[kept_R]
         replace_layer(model, name, lora)
     return ranks
+
+
+def rank_budget(step: int, *, start: int, target: int, first: int, last: int) -> int:
+    """How many ranks all layers share: `start` until step `first`, then a cubic fall to `target` at step `last`.
+
+    Zhang et al. 2023 (arXiv:2303.10512), eq. 13.
+    """
+    if step <= first:
+        return start
+    if step >= last:
+        return target
+    left = 1 - (step - first) / (last - first)
+    return int(target + (start - target) * left**3)

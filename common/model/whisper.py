@@ -5,39 +5,19 @@ Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import WhisperForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from common.data.tokens import IGNORED, whisper_config
 from common.errors import DataError
-
-IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
-
-
-def whisper_config(folder: Path) -> dict[str, Any]:
-    """The values of a Whisper checkpoint's config.json.
-
-    Raises:
-        DataError: the folder is no such checkpoint.
-    """
-    config = Path(folder) / "config.json"
-    if not config.is_file():
-        raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
-    values = _read_json(config)
-    if (kind := values.get("model_type")) != "whisper":
-        raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
-    return values
 
 
 def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> WhisperForConditionalGeneration:
@@ -54,85 +34,6 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"model {folder} cannot be loaded: {' '.join(str(error).split())}") from None
-
-
-@dataclass(frozen=True)
-class TextCodec:
-    """Text ↔ tokens by one contract for training, evaluation and transcription.
-
-    Attributes:
-        tokenizer: the checkpoint's own.
-        prompt: start of transcript, language and task (multilingual models), no timestamps.
-        end: end-of-text token.
-        suppressed: tokens that decoding never emits.
-        suppressed_first: tokens that it does not begin with.
-        zero: the timestamp <|0.00|>, right after <|notimestamps|>; None where the tokenizer has no timestamps.
-    """
-
-    tokenizer: Tokenizer
-    prompt: tuple[int, ...]
-    end: int
-    suppressed: tuple[int, ...]
-    suppressed_first: tuple[int, ...]
-    zero: int | None = None
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a transcript with its leading space, without any special token."""
-        ids: list[int] = self.tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of generated tokens; special tokens are left out."""
-        text: str = self.tokenizer.decode([i for i in ids if i < self.end], skip_special_tokens=True)
-        return text.strip()
-
-    def pair(self, text: str) -> tuple[list[int], list[int]]:
-        """(decoder inputs, labels) of equal length; the prompt carries no loss, the end token does."""
-        tokens = self.encode(text)
-        inputs = [*self.prompt, *tokens]
-        labels = [IGNORED] * (len(self.prompt) - 1) + [*tokens, self.end]
-        return inputs, labels
-
-    def length(self, text: str) -> int:
-        """Decoder positions that a transcript takes."""
-        return len(self.encode(text)) + len(self.prompt) + 1
-
-
-def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") -> TextCodec:
-    """The codec of a checkpoint, from its tokenizer.json and generation_config.json.
-
-    Raises:
-        DataError: a file is missing, or the model does not know the language.
-    """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"model {folder} holds no tokenizer.json; save its WhisperTokenizerFast there")
-    tokenizer = Tokenizer.from_file(str(path))
-    generation = _read_json(Path(folder) / "generation_config.json")
-
-    def token(text: str) -> int:
-        number = tokenizer.token_to_id(text)
-        if number is None:
-            raise DataError(f"model {folder} knows no token {text}; is the language or task right?")
-        return int(number)
-
-    prompt = ["<|startoftranscript|>"]
-    if generation.get("is_multilingual", tokenizer.token_to_id("<|startoftranscript|>") != 50257):
-        prompt += [f"<|{language}|>", f"<|{task}|>"]
-    elif language != "en":
-        raise DataError(f"model {folder} speaks English only; model.language is {language!r}")
-    return TextCodec(
-        tokenizer=tokenizer,
-        prompt=tuple(token(text) for text in [*prompt, "<|notimestamps|>"]),
-        end=token("<|endoftext|>"),
-        suppressed=tuple(generation.get("suppress_tokens") or ()),
-        suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
-        zero=tokenizer.token_to_id("<|0.00|>"),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def encode(

@@ -1,4 +1,4 @@
-"""Numbers that change with the step of a training: the learning rate, the budget of ranks."""
+"""The learning rate over the steps of a training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,3 @@ def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: s
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "none": 1.0}[schedule]
-
-
-def rank_budget(step: int, *, start: int, target: int, first: int, last: int) -> int:
-    """How many ranks all layers share: `start` until step `first`, then a cubic fall to `target` at step `last`.
-
-    Zhang et al. 2023 (arXiv:2303.10512), eq. 13.
-    """
-    if step <= first:
-        return start
-    if step >= last:
-        return target
-    left = 1 - (step - first) / (last - first)
-    return int(target + (start - target) * left**3)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import DataError, Preempted, RetryableError, UsageError
-from common.harness.metrics import MetricsLog
+from common.pipeline.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
 from common.training.schedules import learning_rate_factor

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.errors import DataError, UsageError
-from common.harness.metrics import MetricsLog
-from common.harness.stage import heed_signals
+from common.pipeline.metrics import MetricsLog
+from common.pipeline.stage import heed_signals
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, make_accelerator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 
 CONTRACT = Contract(
     name="asr",

@@ -21,27 +21,20 @@ from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_me
 from common.config import Config
 from common.data.batches import BatchLoader, Example
 from common.data.corpus import Corpus, Utterance, stratified_subset
-from common.data.sources import model_digest
-from common.data.subsets import evaluation_subset, training_subset
+from common.data.tokens import TextCodec, load_codec
 from common.evaluation.score import by_etiology, decode_set, prediction_rows, score_set, summarise
 from common.evaluation.wer import cer, wer
-from common.harness.stage import Context
 from common.model import adalora
 from common.model.adapters import copy_experts
 from common.model.bundle import BundleInfo, load_gate, save_recogniser
 from common.model.moe import Gate, add_mixture, mixture_layers, part_after, route, routing_report, start_as_one
 from common.model.recogniser import Recogniser, RouterOptions
-from common.model.whisper import TextCodec, load_codec, load_whisper
-from common.training.speech import (
-    augmentation,
-    decoding_options,
-    epoch_planner,
-    lora_scope,
-    mean_loss,
-    speech_examples,
-    train_options,
-)
+from common.model.whisper import load_whisper
+from common.pipeline.stage import Context
+from common.training.speech import mean_loss
 from common.training.train import TrainResult, make_accelerator, train
+from stages.inputs import base_digest, evaluation_subset, training_subset
+from stages.settings import augmentation, decoding_options, epoch_planner, lora_scope, speech_examples, train_options
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ def run(
     ranks = adalora.to_lora(recogniser.whisper) if config.asr.adapt == "adalora" else {}  # from here on it is LoRA
     if accelerator.is_main_process:
         usual = float(np.percentile([u.duration for u in sets["train"].utterances], 95))
-        info = describe(config, recogniser, model_digest(config, context.scratch), seconds=round(usual, 2))
+        info = describe(config, recogniser, base_digest(config, context.scratch), seconds=round(usual, 2))
         save_recogniser(recogniser, info, output)
         if ranks:
             _write_json(output / "ranks.json", ranks)
@@ -377,7 +370,7 @@ def _evaluate(
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output / "predictions.jsonl").write_text(lines, encoding="utf-8")
     if config.runtime.plots:
-        from common.pages.plots import plot_asr
+        from common.report.plots import plot_asr
 
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.config import Config
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from stages.extract import has_gate
 
 

@@ -13,10 +13,10 @@ from common.clustering.cluster import Clustering, cluster, cluster_report, known
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
-from common.data.subsets import training_subset
 from common.errors import DataError
-from common.harness.stage import Context
+from common.pipeline.stage import Context
 from common.sections import ClusterConfig
+from stages.inputs import training_subset
 
 PLOTTED = 5000  # points of the map at most
 
@@ -77,7 +77,7 @@ def _draw(
     seed: int,
     output: Path,
 ) -> None:
-    from common.pages.plots import plot_clusters
+    from common.report.plots import plot_clusters
 
     chosen = list(range(len(rows)))
     if len(chosen) > PLOTTED:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from common.config import Config
 from common.data.corpus import Corpus
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from common.storage.artifacts import Manifest
 from stages.cluster import is_pretrained
 

@@ -14,23 +14,17 @@ from common.clustering.embeddings import EmbeddingTable, read_tables
 from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
-from common.data.subsets import evaluation_subset, training_subset
-from common.harness.stage import Context
+from common.data.tokens import load_codec
 from common.model.adapters import save_expert
 from common.model.bundle import load_gate
 from common.model.moe import Gate, add_mixture
 from common.model.recogniser import Recogniser
-from common.model.whisper import load_codec, load_whisper
-from common.training.speech import (
-    augmentation,
-    epoch_planner,
-    lora_scope,
-    mean_loss,
-    read_jsonl_column,
-    speech_examples,
-    train_options,
-)
+from common.model.whisper import load_whisper
+from common.pipeline.stage import Context
+from common.training.speech import mean_loss, read_jsonl_column
 from common.training.train import make_accelerator, train
+from stages.inputs import evaluation_subset, training_subset
+from stages.settings import augmentation, epoch_planner, lora_scope, speech_examples, train_options
 
 
 def run(

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from common.config import Config
 from common.data.corpus import Corpus
-from common.data.subsets import embedded_utterances
-from common.harness.contract import Contract
+from common.pipeline.contract import Contract
 from common.storage.artifacts import Manifest
 
 
@@ -18,6 +17,8 @@ def has_gate(config: Config) -> bool:
 
 def count_shards(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int:
     """Shards of at most `extract.shard_size` utterances, known from the corpus alone."""
+    from stages.inputs import embedded_utterances
+
     return -(-len(embedded_utterances(config, corpus)) // config.extract.shard_size)
 
 

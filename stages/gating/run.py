@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.evaluation.gate_report import gate_report
-from common.harness.stage import Context
 from common.model.bundle import save_gate
 from common.model.moe import Gate
-from common.training.speech import train_options
+from common.pipeline.stage import Context
 from common.training.train import make_accelerator, train
+from stages.settings import train_options
 
 HELD_OUT = 0.1  # of each cluster
 
@@ -140,6 +140,6 @@ def _write(gate: Gate, report: dict[str, Any], output: Path, *, plots: bool) -> 
     save_gate(gate, output)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plots:
-        from common.pages.plots import plot_gating
+        from common.report.plots import plot_gating
 
         plot_gating(output, output)

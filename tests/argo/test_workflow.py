@@ -152,7 +152,7 @@ def planned(tmp_path, monkeypatch, micro_model, tones):
 
 
 def test_the_workflow_has_the_local_runners_keys(planned):
-    from stages.pipeline import Run
+    from stages.local_runner import Run
 
     lists, config = planned
     local = {(p.task.contract.name, p.task.key.digest) for p in Run(config).plan().planned}

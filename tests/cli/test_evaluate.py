@@ -19,7 +19,7 @@ from common.evaluation.breakdown import read_table
 from common.json_files import read_rows
 from common.storage import open_store
 from tests.cli.test_main import moe_asr
-from tests.common.pages.test_report import Page
+from tests.common.report.test_report import Page
 
 QUICK = ("--set", "runtime.num_workers=0", "--set", "decode.max_new_tokens=6", "--device", "cpu", "--quiet")
 

@@ -7,8 +7,8 @@ from click.testing import CliRunner
 
 from cli.gate import gate
 from common.errors import DataError
-from stages.pipeline import run_pipeline
-from tests.stages.test_pipeline import micro_config
+from stages.local_runner import run_pipeline
+from tests.stages.test_local_runner import micro_config
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from common.console import run_command
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 OPTIONS = """
 --mode --seed --num-experts --resume --no-plot --gating-batch-size --expert-batch-size
@@ -98,7 +98,7 @@ def test_faults_of_a_gpu_are_told_from_faults_of_the_program(fault, code, capsys
     assert str(fault) in capsys.readouterr().err + caplog.text
 
 
-@pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.harness.plan", "common.harness.contract"])
+@pytest.mark.parametrize("module", ["cli.main", "stages.__main__", "common.pipeline.plan", "common.pipeline.contract"])
 def test_help_and_contracts_load_without_torch(module, tmp_path):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)

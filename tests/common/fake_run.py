@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from common.pages.report import RunView, render_report
+from common.report.report import RunView, render_report
 
 ETIOLOGIES = ("plain", "whisper", "croak", "tremor", "fast", "breathy")
 WORDS = "the river bank holds seven copper kettles and a quiet lamp beside two old maps under green winter light"

@@ -14,7 +14,7 @@ import pytest
 from common import telemetry
 from common.errors import DataError, Preempted, StoreError
 from common.files import NotFound
-from common.harness.metrics import MetricsLog
+from common.pipeline.metrics import MetricsLog
 from common.storage.checkpoint import Checkpointer
 from common.storage.local import LocalStore
 from common.storage.measured import MeasuredStore
@@ -181,7 +181,7 @@ def test_nobody_waits_where_nobody_scrapes(live):
 
 
 def test_values_fit_into_json(live):
-    from common.harness.stage import last_values
+    from common.pipeline.stage import last_values
 
     live.set(telemetry.LOSS, float("nan"), split="train")
     live.set(telemetry.LEARNING_RATE, 0.5)

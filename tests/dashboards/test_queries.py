@@ -12,10 +12,10 @@ import pytest
 
 from common.config import to_yaml
 from dashboards.__main__ import DASHBOARDS
-from stages.pipeline import Run, run_one
+from stages.local_runner import Run, run_one
 from tests.dashboards.prometheus import EVERYTHING, ask, expand, exporters, job, prometheus, query_range
 from tests.servers import free_port
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 TEXTS = Path(__file__).parent / "exporters"
 WORKFLOW = "demo-x7k2p"

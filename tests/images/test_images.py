@@ -17,7 +17,7 @@ from common.files import let_others_read
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from tests.images.build import DEBIAN, ROOT, STAGES, image
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 PODMAN = ("podman", "--runtime", "runc", "--cgroup-manager", "cgroupfs")
 CONFINED = (

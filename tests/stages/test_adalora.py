@@ -13,17 +13,17 @@ from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.sources import open_corpus
 from common.errors import Preempted, UsageError
 from common.evaluation.score import Decoding
-from common.harness.stage import execute
+from common.export.formats import probe
+from common.inference.load_model import open_model
 from common.model.adapters import read_adapter
-from common.model.export import probe
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
-from common.recognition.opened import open_model
+from common.pipeline.stage import execute
 from common.storage import open_store
 from stages import run_function
-from stages.pipeline import Run, run_pipeline
+from stages.local_runner import Run, run_pipeline
 from tests.factories import heard_texts
-from tests.stages.test_pipeline import digests, micro_config, stop_after
+from tests.stages.test_local_runner import digests, micro_config, stop_after
 
 
 def adaptive(store, model, corpus, **changes):

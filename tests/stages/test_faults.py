@@ -18,12 +18,12 @@ import yaml
 
 from common.clustering.embeddings import read_tables
 from common.errors import DataError, Preempted, StoreError
-from common.harness.stage import StopFlag
+from common.pipeline.stage import StopFlag
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.pipeline import Run, run_pipeline
+from stages.local_runner import Run, run_pipeline
 from tests.stages.test_kill import quick_config
-from tests.stages.test_pipeline import digests
+from tests.stages.test_local_runner import digests
 
 STEPS = {"gating": 4, "experts": 1, "asr": 4}  # optimiser steps that each stage does at least
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(Path.cwd())}
@@ -207,8 +207,8 @@ def test_a_checkpoint_that_is_replaced_by_a_pickle_costs_a_warning_and_a_fresh_s
 
 def test_two_signals_at_once_are_one_wish_and_later_ones_end_at_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("common.harness.stage.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("common.harness.stage.signal.alarm", lambda seconds: 0)
+    monkeypatch.setattr("common.pipeline.stage.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("common.pipeline.stage.signal.alarm", lambda seconds: 0)
     flag = StopFlag()
     flag.handle(signal.SIGTERM, None)
     now[0] += 1

@@ -14,8 +14,8 @@ import common.files
 import common.storage.local
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.pipeline import run_pipeline
-from tests.stages.test_pipeline import digests, micro_config
+from stages.local_runner import run_pipeline
+from tests.stages.test_local_runner import digests, micro_config
 
 RESUMED = 6  # of the states that a kill can leave, this many are run to the end
 

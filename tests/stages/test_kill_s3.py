@@ -11,7 +11,7 @@ import pytest
 from common.errors import RetryableError, StoreError
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.pipeline import Run, run_pipeline
+from stages.local_runner import Run, run_pipeline
 from tests.servers import Server, new_bucket, set_environment
 from tests.stages.test_kill import quick_config, run_and_die
 from tests.stages.test_s3 import stored_digests

@@ -13,8 +13,8 @@ import pytest
 from common.config import to_yaml
 from common.errors import Preempted, RetryableError
 from stages.launch import _explain
-from stages.pipeline import Run, read_record, run_one
-from tests.stages.test_pipeline import micro_config
+from stages.local_runner import Run, read_record, run_one
+from tests.stages.test_local_runner import micro_config
 
 TWO_BATCHES = {"asr__gradient_accumulation_steps": 2}
 TRAINING = TWO_BATCHES | {"asr__epochs": 5, "asr__patience": 5}

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from common.errors import ConfigError
-from common.harness.plan import Plan, Planned, Task
+from common.pipeline.plan import Plan, Planned, Task
 from common.storage import open_store
 from common.storage.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from stages import STAGES

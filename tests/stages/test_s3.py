@@ -4,8 +4,8 @@ import json
 
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.pipeline import Run, run_pipeline
-from tests.stages.test_pipeline import digests, micro_config
+from stages.local_runner import Run, run_pipeline
+from tests.stages.test_local_runner import digests, micro_config
 
 
 def stored_digests(store):

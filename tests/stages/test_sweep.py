@@ -11,7 +11,7 @@ from common.errors import ConfigError, UsageError
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages.sweep import finished_summary, plan_sweep, regime_settings, run_sweep
-from tests.stages.test_pipeline import micro_config
+from tests.stages.test_local_runner import micro_config
 
 STEPS = 9
 NAMES = ("moe", "branch", "regular", "dense")

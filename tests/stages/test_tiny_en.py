@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.synth.corpus import synthesize
-from stages.pipeline import run_pipeline
-from tests.stages.test_pipeline import micro_config
+from demo.corpus import synthesize
+from stages.local_runner import run_pipeline
+from tests.stages.test_local_runner import micro_config
 
 
 @pytest.mark.timeout(600)

@@ -8,9 +8,10 @@ from common.clustering.choices import ClusterOptions, compare_clusterings, embed
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.features import log_mel
+from common.data.tokens import load_codec
 from common.errors import DataError
 from common.model.recogniser import Recogniser
-from common.model.whisper import encode, encode_layers, load_codec, load_whisper
+from common.model.whisper import encode, encode_layers, load_whisper
 from common.training.train import make_accelerator
 
 OPTIONS = ClusterOptions(num_experts=3, reduce_dim=5, min_cluster_size=5, min_samples=5, seed=1)

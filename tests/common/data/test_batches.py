@@ -13,8 +13,8 @@ from common.data.audio import write_wav
 from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.data.features import SAMPLES_PER_POSITION
+from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError
-from common.model.whisper import load_codec
 
 CPU = torch.device("cpu")
 
@@ -115,8 +115,8 @@ from pathlib import Path
 import torch
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
-from common.harness.stage import heed_signals
-from common.model.whisper import load_codec
+from common.pipeline.stage import heed_signals
+from common.data.tokens import load_codec
 
 if __name__ == "__main__":
     codec = load_codec(Path(sys.argv[1]))

@@ -18,8 +18,8 @@ from common.data.clips import AudioCache
 from common.data.corpus import read_corpus, stratified_subset
 from common.data.shards import pack_corpus
 from common.data.sources import open_corpus
+from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError, StoreError
-from common.model.whisper import load_codec
 from common.storage import open_store
 from tests.common.data.test_shards import SHARD, load_all
 from tests.common.storage.test_store import dies_at

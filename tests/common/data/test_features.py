@@ -14,8 +14,9 @@ from common.data.features import (
     log_mel,
     valid_positions,
 )
+from common.data.tokens import load_codec
 from common.errors import DataError
-from common.model.whisper import encode, load_codec, load_whisper, pool
+from common.model.whisper import encode, load_whisper, pool
 
 
 def noise(seconds, seed=0):

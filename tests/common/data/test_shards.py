@@ -21,8 +21,8 @@ from common.data.clips import Place
 from common.data.corpus import read_corpus
 from common.data.shards import check_shard, pack_corpus, parse_size
 from common.data.sources import open_corpus
+from common.data.tokens import load_codec
 from common.errors import DataError, UsageError
-from common.model.whisper import load_codec
 from common.storage import open_store
 from tests.common.storage.test_store import dies_at
 

@@ -1,6 +1,5 @@
-"""Which utterances a configuration looks at."""
+"""Which utterances are evaluated."""
 
-from common.config import validate
 from common.data.corpus import read_corpus
 from common.data.subsets import evaluation_subset
 
@@ -10,8 +9,7 @@ def test_the_part_of_test_that_is_looked_at_is_the_same_for_every_seed(tones):
     corpus = read_corpus(tones)
 
     def chosen(seed, split):
-        config = validate({"seed": seed, "subsets": {"dev_samples": 4, "test_samples": 4}})
-        return [u.id for u in evaluation_subset(config, corpus, split)]
+        return [u.id for u in evaluation_subset(corpus, split, samples=4, seed=seed)]
 
     assert len(chosen(1, "test")) == 4
     assert all(chosen(seed, "test") == chosen(0, "test") for seed in range(1, 6))

@@ -8,10 +8,11 @@ import pytest
 from common.data.corpus import Utterance
 from common.errors import DataError, UsageError
 from common.evaluation.breakdown import breakdown, loops, read_table, score_of, scored_row, speakers_of, write_table
-from common.evaluation.compare import compare, table_rows, write_comparison
+from common.evaluation.compare import compare
 from common.evaluation.results import Result, before_training, read_result
 from common.evaluation.wer import bootstrap_interval, paired_bootstrap, score
-from tests.common.pages.test_report import Page
+from common.report.compare import table_rows, write_comparison
+from tests.common.report.test_report import Page
 
 WORDS = ["river", "lamp", "seven", "green", "open", "stone", "under", "paper", "voice", "moon"]
 

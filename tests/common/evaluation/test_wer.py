@@ -13,14 +13,13 @@ from common.evaluation.wer import (
     cer,
     duration_bucket,
     group_report,
-    is_hallucination_loop,
-    normalise,
     paired_bootstrap,
     score,
     summarise,
     wer,
 )
 from common.sections import ModelConfig
+from common.text import is_hallucination_loop, normalise
 
 WORDS = ["river", "house", "the", "stood", "quiet", "name", "old", "nobody", "near", "a", "remembered"]
 

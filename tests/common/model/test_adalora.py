@@ -17,6 +17,7 @@ from common.model.adalora import (
     allocate,
     importance_tensors,
     orthogonality,
+    rank_budget,
     svd_layers,
     to_lora,
 )
@@ -25,7 +26,6 @@ from common.model.moe import Routing, mixture_layers
 from common.model.whisper import encode, load_whisper
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
-from common.training.schedules import rank_budget
 from common.training.train import TrainOptions, make_accelerator, train
 
 WIDTH, RANK, TARGET, TOTAL = 8, 6, 2, 30

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.errors import DataError, Preempted, RetryableError, UsageError
-from common.harness.metrics import MetricsLog
+from common.pipeline.metrics import MetricsLog
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
 from common.training.schedules import learning_rate_factor

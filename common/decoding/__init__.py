@@ -1,0 +1,1 @@
+"""From encoder output to tokens: greedy, sampling and beam search, token rules, alignment, pauses."""

@@ -1,0 +1,238 @@
+"""From encoder output to text: greedy, beam search or sampling, in batches that shrink as utterances end.
+
+Shape letters: B utterances, R rows of the shrinking batch, T encoder positions, D model width, U tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
+
+from common.data.batches import Batch
+from common.data.tokens import TextCodec
+from common.decoding.beam import beam_search
+from common.decoding.decoder_step import Found, decoder_step
+from common.decoding.token_rules import Rules, make_rules
+from common.model.moe import RoutingSlot
+from common.model.recogniser import Recogniser
+
+SHRINK_AT = 0.75  # rows that must be alive for a batch to stay as it is
+MOST_REPETITIVE = 2.4  # bytes of a text over bytes of its zlib compression: above, the text is a loop
+LEAST_PROBABLE = -1.0  # mean log-probability of a text's tokens: below, it is a guess
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How text is decoded; names as in `common.sections.DecodeConfig`.
+
+    Attributes:
+        batch_size: utterances that are decoded at once.
+        max_new_tokens: where a transcript that does not end is cut.
+        num_beams: 1 is greedy.
+        length_penalty: beams are compared by log-probability / length ** this.
+        temperatures: the first is used; the next ones for texts that come out as loops or guesses (Radford et al. 2022,
+            section 4.5). 0 is greedy or beam search, above 0 tokens are drawn.
+        timestamps: decode with Whisper's timestamp tokens.
+        seed: of drawn tokens.
+    """
+
+    batch_size: int
+    max_new_tokens: int
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    temperatures: tuple[float, ...] = (0.0,)
+    timestamps: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What was heard in one utterance.
+
+    Attributes:
+        tokens: without prompt and end token; timestamps included.
+        mean_log_probability: of its tokens, the end token included.
+        temperature: at which it was decoded.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    mean_log_probability: float
+    temperature: float
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it reads like a loop or a guess, by Whisper's two limits."""
+        return compression_ratio(self.text) > MOST_REPETITIVE or self.mean_log_probability < LEAST_PROBABLE
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of a text over bytes of its zlib compression: high for loops."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))
+
+
+@torch.inference_mode()
+def decode_hidden(
+    model: WhisperForConditionalGeneration,
+    hidden_BTD: Tensor,
+    codec: TextCodec,
+    decoding: Decoding,
+    slot: RoutingSlot | None = None,
+) -> list[Decoded]:
+    """Text of each utterance; the result depends neither on the others of its batch nor on their order.
+
+    Args:
+        hidden_BTD: encoder output.
+        slot: holds the batch's routing, before and after; in between the rows that are decoded.
+    """
+    rules = make_rules(codec, model.config.vocab_size, hidden_BTD.device, timestamps=decoding.timestamps)
+    results: list[Decoded | None] = [None] * len(hidden_BTD)
+    waiting = list(range(len(hidden_BTD)))
+    for temperature in decoding.temperatures:
+        index = torch.tensor(waiting, device=hidden_BTD.device)
+        with routed_rows(slot, index):
+            found = _decode_at(model, hidden_BTD[index], rules, decoding, slot, temperature)
+        for number, (tokens, mean) in zip(waiting, found, strict=True):
+            results[number] = Decoded(codec.decode(tokens), tuple(tokens), mean, temperature)
+        waiting = [number for number in waiting if (one := results[number]) is not None and one.doubtful]
+        if not waiting:
+            break
+    return [one for one in results if one is not None]
+
+
+def _decode_at(
+    model: WhisperForConditionalGeneration,
+    hidden_BTD: Tensor,
+    rules: Rules,
+    decoding: Decoding,
+    slot: RoutingSlot | None,
+    temperature: float,
+) -> list[Found]:
+    limit = decoding.max_new_tokens
+    if temperature > 0:
+        # Every row draws the same numbers: so no result depends on which rows share a batch.
+        drawn = torch.rand(limit, generator=torch.Generator().manual_seed(decoding.seed)).tolist()
+        return _token_by_token(model, hidden_BTD, rules, limit, slot, temperature, drawn)
+    if decoding.num_beams > 1:
+        return beam_search(
+            model,
+            hidden_BTD,
+            rules,
+            num_beams=decoding.num_beams,
+            length_penalty=decoding.length_penalty,
+            max_new_tokens=limit,
+            slot=slot,
+        )
+    return _token_by_token(model, hidden_BTD, rules, limit, slot)
+
+
+@contextmanager
+def routed_rows(slot: RoutingSlot | None, index_N: Tensor) -> Iterator[None]:
+    """Routes the utterances `index_N` of a batch, and afterwards the whole batch again."""
+    whole = slot.routing if slot is not None else None
+    if slot is not None and whole is not None:
+        slot.routing = whole.rows(index_N)
+    try:
+        yield
+    finally:
+        if slot is not None:
+            slot.routing = whole
+
+
+def _token_by_token(
+    model: WhisperForConditionalGeneration,
+    hidden_RTD: Tensor,
+    rules: Rules,
+    max_new_tokens: int,
+    slot: RoutingSlot | None,
+    temperature: float = 0.0,
+    drawn: Sequence[float] = (),
+) -> list[Found]:
+    """The most probable token at each step, or a drawn one, until the end token."""
+    device = hidden_RTD.device
+    tokens: list[list[int]] = [[] for _ in range(len(hidden_RTD))]
+    rows = list(range(len(hidden_RTD)))  # which utterance each row of the shrinking batch is; -1 once it has ended
+    chosen: list[tuple[list[int], Tensor]] = []  # of each step: rows, and log-probabilities of their tokens
+    step_RU = torch.tensor([rules.prompt], device=device).expand(len(rows), -1)
+    cache: EncoderDecoderCache | None = None
+    for number in range(max_new_tokens):
+        logits_RV, cache = decoder_step(model, step_RU, hidden_RTD, cache)
+        logits_RV = rules.apply(logits_RV, [tokens[row] if row >= 0 else [rules.end] for row in rows])
+        next_R = _draw(logits_RV / temperature, drawn[number]) if temperature > 0 else logits_RV.argmax(1)
+        chosen.append((rows.copy(), logits_RV.gather(1, next_R[:, None])[:, 0] - logits_RV.logsumexp(1)))
+        step_RU = next_R[:, None]
+        alive = []
+        for place, token in enumerate(next_R.tolist()):
+            if rows[place] >= 0 and token != rules.end:
+                tokens[rows[place]].append(token)
+                alive.append(place)
+            else:
+                rows[place] = -1
+        if not alive:
+            break
+        if len(alive) < SHRINK_AT * len(rows):
+            index = torch.tensor(alive, device=device)
+            rows = [rows[place] for place in alive]
+            step_RU, hidden_RTD = step_RU[index], hidden_RTD[index]
+            cache.reorder_cache(index)
+            if slot is not None and slot.routing is not None:
+                slot.routing = slot.routing.rows(index)
+    return list(zip(tokens, _means(chosen, len(tokens)), strict=True))
+
+
+def _means(chosen: Sequence[tuple[list[int], Tensor]], count: int) -> list[float]:
+    """The mean log-probability of each of `count` utterances, from those of all steps."""
+    sums, steps = [0.0] * count, [0] * count
+    values = torch.cat([logs_R for _, logs_R in chosen]).tolist()  # once, at the end: each transfer waits for the GPU
+    for row, value in zip((row for rows, _ in chosen for row in rows), values, strict=True):
+        if row >= 0:
+            sums[row] += value
+            steps[row] += 1
+    return [total / number for total, number in zip(sums, steps, strict=True)]
+
+
+def _draw(logits_RV: Tensor, number: float) -> Tensor:
+    """The token at which the cumulative probability passes `number`, for each row."""
+    cumulative_RV = logits_RV.softmax(1).cumsum(1)
+    wanted_R1 = number * cumulative_RV[:, -1:]  # rounding: the sum is not quite 1
+    return torch.searchsorted(cumulative_RV, wanted_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
+
+
+def greedy(
+    model: WhisperForConditionalGeneration,
+    hidden_BTD: Tensor,
+    codec: TextCodec,
+    *,
+    max_new_tokens: int,
+    slot: RoutingSlot | None = None,
+) -> list[list[int]]:
+    """Tokens of each utterance, the most probable at each step, without prompt and end token."""
+    decoding = Decoding(len(hidden_BTD), max_new_tokens)
+    return [list(one.tokens) for one in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
+
+
+def decode_batch(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[Decoded]:
+    """What is heard in each utterance of a batch, routed by `Recogniser.encode_batch`."""
+    hidden_BTD = recogniser.encode_batch(batch)
+    return decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding, recogniser.slot)
+
+
+def transcribe_batch(
+    recogniser: Recogniser,
+    batch: Batch,
+    codec: TextCodec,
+    *,
+    max_new_tokens: int = 224,
+    decoding: Decoding | None = None,
+) -> list[str]:
+    """Text of each utterance of a batch: greedy up to `max_new_tokens`, or as `decoding` says."""
+    with torch.inference_mode():
+        decoding = replace(decoding or Decoding(len(batch), max_new_tokens), batch_size=len(batch))
+        return [one.text for one in decode_batch(recogniser, batch, codec, decoding)]

@@ -1,0 +1,282 @@
+"""Trained models in the formats of other tools: PEFT, a merged Hugging Face checkpoint, CTranslate2, vLLM.
+
+A mixture chooses its experts for each utterance; a dense model cannot. So what is merged has one fixed routing, which
+the caller names. Adapters keep the choice: whoever serves them asks the gate.
+
+Shape letters: E experts, R rank, M mel bands, F mel frames, U tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.data.tokens import TextCodec
+from common.errors import DataError, UsageError
+from common.export.readmes import peft_page, vllm_page
+from common.inference.load_model import OpenedModel
+from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
+from common.model.bundle import BundleInfo, save_gate
+from common.model.moe import Routing
+from common.model.recogniser import Recogniser
+from common.model.whisper import encode, load_whisper
+
+MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
+# What belongs to a checkpoint beside its weights; copied from the base.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "normalizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that its --max-lora-rank takes
+TOLERANCE = 1e-3  # of the largest logit: how far a merged model may be from the mixture it was
+PROBE_FRAMES = 400  # of noise on which both are compared
+
+
+def fixed_routing(
+    info: BundleInfo | None,
+    folder: Path,
+    *,
+    expert: int | None = None,
+    weights: Sequence[float] | None = None,
+    mean: bool = False,
+) -> dict[int, float]:
+    """The weight of each expert in a merged model, the shared one (number E) included; none without experts.
+
+    Args:
+        info: of the trained model; None for a plain Whisper.
+        folder: of the trained model: its report.json knows the mean routing.
+        expert: this one alone.
+        weights: one of each expert, summing to 1.
+        mean: the mean routing weights over the test set.
+
+    Raises:
+        UsageError: the model is a mixture and none or several of the three are given, or they do not fit it.
+        DataError: the mean routing is not known.
+    """
+    count = info.num_experts if info and info.adapt != "full" else 0
+    options = {"--expert": expert is not None, "--weights": weights is not None, "--routing mean": mean}
+    wishes = [name for name, given in options.items() if given]
+    if len(wishes) > 1:
+        raise UsageError(f"{' and '.join(wishes)}: give one of them")
+    if wishes and count < 2:
+        raise UsageError(f"{wishes[0]}: {folder} has no experts to choose from; leave it out")
+    if not wishes and count > 1:
+        raise UsageError(
+            f"{folder} is a mixture of {count} experts, and merging is exact for one fixed routing only: "
+            "choose it with --expert, --weights or --routing mean, or export the adapters with --to peft"
+        )
+    if expert is not None and not 0 <= expert < count:
+        raise UsageError(f"--expert {expert}: {folder} has experts 0 to {count - 1}")
+    if weights is not None and (len(weights) != count or abs(sum(weights) - 1) > 1e-3):
+        raise UsageError(f"--weights {','.join(map(str, weights))}: give {count} numbers that sum to 1, one per expert")
+    if expert is not None:
+        routing = {expert: 1.0}
+    elif weights is not None:
+        routing = dict(enumerate(weights))
+    elif mean:
+        routing = dict(enumerate(_mean_routing(folder, count)))
+    else:
+        routing = dict.fromkeys(range(count), 1.0)  # of the only one, if there is one
+    if info and info.shared:
+        routing[count] = 1.0
+    return {number: weight for number, weight in routing.items() if weight}
+
+
+def _mean_routing(folder: Path, count: int) -> list[float]:
+    try:
+        load = json.loads((folder / "report.json").read_text(encoding="utf-8"))["load"]
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"--routing mean: {folder} has no report.json with the experts' load; give --weights") from None
+    assert len(load) == count
+    return [float(share) for share in load]
+
+
+def export_model(
+    opened: OpenedModel,
+    target: str,
+    folder: Path,
+    *,
+    routing: Mapping[int, float],
+    base_name: str | None = None,
+    quantization: str | None = None,
+) -> dict[str, Any]:
+    """Writes a model into an empty folder as `peft`, `merged`, `ctranslate2` or `vllm`, and export.json beside it.
+
+    Args:
+        opened: on the CPU in fp32; not to be used afterwards.
+        routing: of `fixed_routing`, for a merged model.
+        base_name: what adapters should name as their base; what the model says when None.
+        quantization: of CTranslate2.
+
+    Returns:
+        What export.json says.
+    """
+    said: dict[str, Any] = {"format": target, "model": opened.name}
+    base_name = base_name or (opened.info.base if opened.info else str(opened.base))
+    if target == "peft":
+        said |= export_peft(opened, folder, base_name)
+    elif target == "vllm":
+        said |= export_vllm(opened, folder, base_name)
+    else:
+        dense = folder if target == "merged" else folder / "merged"
+        said |= {"routing": dict(routing)} | export_merged(opened, routing, dense)
+        said["audio"] = {"context": opened.context, "margin": opened.margin}
+        if target == "ctranslate2":
+            export_ctranslate2(dense, folder / "converted", quantization)
+            shutil.rmtree(dense)
+            for path in (folder / "converted").iterdir():
+                path.replace(folder / path.name)
+            (folder / "converted").rmdir()
+    (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    return said
+
+
+def export_merged(opened: OpenedModel, routing: Mapping[int, float], folder: Path) -> dict[str, Any]:
+    """Writes a dense Hugging Face checkpoint with the experts of `routing` in its weights; `opened` becomes dense.
+
+    Returns:
+        How far the logits of what was written are from the mixture's at this routing, on noise.
+
+    Raises:
+        DataError: they differ: a merged model that decodes otherwise is worth nothing.
+    """
+    recogniser = opened.recogniser
+    expected_UV = probe(recogniser, opened.codec, routing)
+    merge_experts(recogniser.whisper, routing)
+    recogniser.whisper.save_pretrained(folder)
+    for name in COMPANIONS:
+        if (opened.base / name).is_file():
+            shutil.copyfile(opened.base / name, folder / name)
+    found_UV = probe(Recogniser(load_whisper(folder)), opened.codec, {})
+    difference, largest = float((found_UV - expected_UV).abs().max()), float(expected_UV.abs().max())
+    if not difference <= TOLERANCE * largest:
+        raise DataError(
+            f"merged {opened.name} differs from its mixture: by {difference:.3g} in logits up to {largest:.3g}"
+        )
+    return {"largest_logit_difference": difference, "largest_logit": largest}
+
+
+@torch.inference_mode()
+def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float]) -> Tensor:
+    """logits_UV of a few tokens after noise, at a fixed routing: a fingerprint of what a model computes."""
+    whisper = recogniser.whisper
+    generator = torch.Generator().manual_seed(0)
+    mel_1MF = torch.randn(1, recogniser.mel_bands, PROBE_FRAMES, generator=generator)
+    tokens_U = [*codec.prompt, *torch.randint(codec.end, (12,), generator=generator).tolist()]
+    if recogniser.slot is not None:
+        count = recogniser.gate.num_experts if recogniser.gate is not None else 1
+        chosen = {i: w for i, w in routing.items() if i < count}  # the shared one comes by itself
+        recogniser.slot.routing = Routing(torch.tensor([list(chosen)]), torch.tensor([list(chosen.values())]))
+    hidden_1TD = encode(whisper, mel_1MF)
+    decoded_1UD = whisper.model.decoder(input_ids=torch.tensor([tokens_U]), encoder_hidden_states=hidden_1TD)
+    logits_1UV: Tensor = whisper.proj_out(decoded_1UD.last_hidden_state)
+    return logits_1UV[0]
+
+
+def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> None:
+    """Turns a Hugging Face checkpoint into CTranslate2's format, by its own converter.
+
+    Args:
+        folder: to make; the converter wants none to be there.
+        quantization: `int8`, `float16` …, as CTranslate2 calls them; as the checkpoint when None.
+
+    Raises:
+        UsageError: ctranslate2 is not installed.
+        DataError: it refuses the checkpoint.
+    """
+    try:
+        from ctranslate2.converters import TransformersConverter
+    except ImportError:
+        raise UsageError("--to ctranslate2 needs the ctranslate2 package: pip install 'moe-asr[export]'") from None
+    extra = [name for name in ("tokenizer.json", "preprocessor_config.json") if (merged / name).is_file()]
+    try:
+        TransformersConverter(str(merged), copy_files=extra).convert(str(folder), quantization=quantization)
+    except (ValueError, OSError) as error:
+        raise DataError(f"ctranslate2 cannot convert {merged}: {' '.join(str(error).split())}") from None
+
+
+def adapters_of(opened: OpenedModel) -> list[Matrices]:
+    """Matrices of each expert, complete in themselves: with a shared expert, its ranks stand beside their own.
+
+    Raises:
+        UsageError: the model has no experts.
+    """
+    info, whisper = opened.info, opened.recogniser.whisper
+    if info is None or info.adapt == "full":
+        raise UsageError(f"{opened.name} has no LoRA experts: export it with --to merged or --to ctranslate2")
+    experts = [expert_matrices(whisper, number) for number in range(info.num_experts)]
+    if not info.shared:
+        return experts
+    shared = expert_matrices(whisper, info.num_experts)
+    return [
+        {
+            name: (torch.cat([a_RI, shared[name][0]]), torch.cat([b_OR, shared[name][1]], 1))
+            for name, (a_RI, b_OR) in expert.items()
+        }
+        for expert in experts
+    ]
+
+
+def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
+    """Writes `expert-0`, `expert-1`, … as PEFT adapters, and the gate.
+
+    Returns:
+        What routing.json says too: the adapters in the order of the gate's outputs, and what the gate listens to.
+    """
+    experts = adapters_of(opened)
+    info = opened.info
+    assert info is not None
+    names = [f"expert-{number}" for number in range(len(experts))]
+    rank = len(next(iter(experts[0].values()))[0])
+    for name, matrices in zip(names, experts, strict=True):
+        save_adapter(matrices, folder / name, base_model=base_name, alpha=info.alpha / info.rank * rank)
+    if opened.recogniser.gate is not None:
+        save_gate(opened.recogniser.gate, folder / "gate")
+    table = {
+        "base": base_name,
+        "adapters": names,
+        "rank": rank,
+        "mixture": info.mixture,
+        "top_k": min(info.top_k, len(names)) if info.mixture == "blend" else 1,
+        "embedding": {"layer": info.layer, "pooling": info.pooling},
+        "audio": {"context": info.context, "margin": info.margin},
+        "language": info.language,
+        "encoder_adapted": any(".encoder." in name for name in experts[0]),
+    }
+    (folder / "routing.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return table
+
+
+def export_peft(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
+    """One PEFT adapter per expert, the gate, and a page that says how to load them."""
+    table = export_adapters(opened, folder, base_name)
+    (folder / "README.md").write_text(peft_page(table), encoding="utf-8")
+    return {"adapters": table["adapters"]}
+
+
+def export_vllm(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
+    """The same for vLLM's multi-LoRA serving, with the command that serves them.
+
+    Raises:
+        UsageError: the adapters' rank is more than vLLM takes.
+    """
+    table = export_adapters(opened, folder, base_name)
+    fitting = [rank for rank in VLLM_RANKS if rank >= table["rank"]]
+    if not fitting:
+        raise UsageError(f"{opened.name} has adapters of rank {table['rank']}; vLLM takes at most {VLLM_RANKS[-1]}")
+    (folder / "README.md").write_text(vllm_page(table, fitting[0]), encoding="utf-8")
+    return {"adapters": table["adapters"], "max_lora_rank": fitting[0]}

@@ -1,0 +1,153 @@
+"""Several trained models made one: their adapters averaged as what they add to the weights, W + Σ w·scale·B A.
+
+The mean of the products B A is not the product of the means of A and B. Put side by side, the matrices of n adapters
+are one adapter of n times the rank that adds exactly the weighted sum; a truncated singular value decomposition brings
+it back to a smaller rank, at an error that is told.
+
+Shape letters: I/O input/output features, R rank, C ranks of all adapters together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import DataError, UsageError
+from common.model.adapters import Matrices, read_adapter, save_adapter
+from common.model.bundle import DESCRIPTION, BundleInfo, read_info
+
+MARK = "merge.json"
+GATE = ("gate.json", "gate.safetensors")
+# What has to be equal for adapters to be used in place of each other.
+SAME = ("base_digest", "language", "task", "context", "margin", "num_experts", "shared", "targets", "within")
+SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by")
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What became of a merge.
+
+    Attributes:
+        rank: of the adapters that were written.
+        error: ‖what they add − the exact sum‖ / ‖the exact sum‖ over all layers; 0 where nothing was cut.
+    """
+
+    rank: int
+    error: float
+
+
+def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *, rank: int | None = None) -> Merged:
+    """Writes the weighted sum of trained models as a model that `common.inference.load_model.open_model` reads.
+
+    Args:
+        folders: outputs of the asr stage.
+        weights: of each.
+        out: an empty folder.
+        rank: of the result; the sum of theirs, which is exact, when None.
+
+    Raises:
+        UsageError: the models cannot be united.
+        DataError: one cannot be read.
+    """
+    infos = [read_info(folder) for folder in folders]
+    _refuse_strangers(folders, infos)
+    scales = [weight * info.alpha / info.rank for weight, info in zip(weights, infos, strict=True)]
+    total = sum(info.rank for info in infos)
+    final = min(rank or total, total)
+    lost = whole = 0.0
+    parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * infos[0].shared
+    for part in parts:
+        summed = _side_by_side([_matrices(folder / part) for folder in folders], scales)
+        if final < total:
+            summed, squares_lost, squares = truncate(summed, final)
+            lost, whole = lost + squares_lost, whole + squares
+        save_adapter(summed, out / part, base_model=infos[0].base, alpha=final)
+    info = replace(infos[0], adapt="lora", rank=final, alpha=float(final))
+    (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    if info.num_experts > 1:
+        for name in GATE:
+            shutil.copyfile(folders[0] / name, out / name)
+    return Merged(final, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> None:
+    """Raises where the models are no adapters of one base that listen alike and are routed alike."""
+    first = infos[0]
+    for folder, info in zip(folders, infos, strict=True):
+        if info.adapt == "full":
+            raise UsageError(f"{folder} is a full fine-tune: only adapters are merged here")
+        for name in SAME + SAME_IN_MIXTURES * (first.num_experts > 1):
+            if (theirs := getattr(info, name)) != (ours := getattr(first, name)):
+                raise UsageError(f"{folder} has {name} {theirs!r}, {folders[0]} has {ours!r}: they cannot be merged")
+        if info.num_experts > 1 and _gate(folder) != _gate(folders[0]):
+            raise UsageError(
+                f"{folder} and {folders[0]} are mixtures with different gates: expert 3 of one has nothing to do with "
+                "expert 3 of the other, and the gates' outputs cannot be compared. Train one mixture on all the data, "
+                "or merge runs of one expert"
+            )
+
+
+def _gate(folder: Path) -> list[bytes]:
+    try:
+        return [(folder / name).read_bytes() for name in GATE]
+    except OSError:
+        raise DataError(f"{folder} is a mixture without a gate: it is not whole") from None
+
+
+def _matrices(folder: Path) -> Matrices:
+    """A PEFT adapter by layer."""
+    tensors = read_adapter(folder)
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return {
+        name.removeprefix("base_model.model."): (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
+        for name in names
+    }
+
+
+def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matrices:
+    """One adapter of scale 1 that adds Σ scale · B A."""
+    for adapter in adapters:
+        if strange := adapter.keys() ^ adapters[0].keys():
+            raise DataError(f"the adapters differ in {min(strange)}: one of them is not whole")
+    return {
+        name: (
+            torch.cat([adapter[name][0].float() for adapter in adapters]),
+            torch.cat([s * adapter[name][1].float() for s, adapter in zip(scales, adapters, strict=True)], 1),
+        )
+        for name in adapters[0]
+    }
+
+
+def truncate(matrices: Matrices, rank: int) -> tuple[Matrices, float, float]:
+    """The closest adapter of a smaller rank (Eckart and Young).
+
+    Returns:
+        (adapter, squared Frobenius norm of what was cut off, of the whole).
+    """
+    small: Matrices = {}
+    lost = whole = 0.0
+    for name, (a_CI, b_OC) in matrices.items():
+        small[name], value_C = _truncate_layer(a_CI, b_OC, rank)
+        lost += float(value_C[rank:].square().sum())
+        whole += float(value_C.square().sum())
+    return small, lost, whole
+
+
+def _truncate_layer(a_CI: Tensor, b_OC: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """By QR of both, so that nothing of the size O × I is ever made; values of all C ranks."""
+    left_OC, up_CC = torch.linalg.qr(b_OC.double())
+    right_IC, down_CC = torch.linalg.qr(a_CI.double().t())
+    u_CC, value_C, v_CC = torch.linalg.svd(up_CC @ down_CC.t(), full_matrices=False)
+    root_R = value_C[:rank].sqrt()
+    b_OR = left_OC @ (u_CC[:, :rank] * root_R)
+    a_RI = (v_CC[:rank] * root_R[:, None]) @ right_IC.t()
+    missing = rank - len(root_R)  # a layer narrower than the rank
+    return (F.pad(a_RI.float(), (0, 0, 0, missing)), F.pad(b_OR.float(), (0, missing))), value_C

@@ -1,1 +1,0 @@
-"""What surrounds a stage: its contract, the plan of a run, records, metrics."""

@@ -1,0 +1,278 @@
+"""Any trained or untrained recogniser by its name, and the one way in which all of them are used on a batch of audio.
+
+Shape letters: B utterances, K experts per utterance, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import WhisperForConditionalGeneration
+
+from common.data.batches import Batch
+from common.data.sources import folder_digest, is_hub_name, locate_model
+from common.data.tokens import TextCodec, load_codec
+from common.decoding.decode import Decoded, Decoding, decode_hidden
+from common.errors import DataError
+from common.model.adapters import CONFIG as ADAPTER
+from common.model.adapters import read_adapter
+from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_whisper
+from common.pipeline.runs import find_run, run_names, stage_folders
+from common.sections import AudioConfig, text_language
+from common.storage.artifacts import MANIFEST, Manifest
+from common.storage.store import Store
+from common.training.train import make_accelerator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A recogniser that is ready for audio.
+
+    Attributes:
+        recogniser: on the device, in evaluation mode.
+        codec: text ↔ tokens, with the prompt of its language and task.
+        info: what a trained model says of itself; None for a plain Whisper and for a PEFT adapter.
+        folder: where it is on this machine.
+        base: folder of the base weights, tokenizer included.
+        name: as it was asked for.
+        context, margin: how audio becomes encoder input, as in training.
+        language: of its texts, for the normaliser of scores; English where it translates.
+        accelerator: its device and precision.
+    """
+
+    recogniser: Recogniser
+    codec: TextCodec
+    info: BundleInfo | None
+    folder: Path
+    base: Path
+    name: str
+    context: str
+    margin: int
+    language: str
+    accelerator: Accelerator
+
+
+def open_model(
+    name: str,
+    *,
+    store: Store | None,
+    cache: Path,
+    base: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    language: str = "en",
+    task: str = "transcribe",
+    context: str | None = None,
+    margin: int | None = None,
+    endpoint_url: str | None = None,
+) -> OpenedModel:
+    """Opens a model by what it is.
+
+    Args:
+        name: in this order, a folder with recogniser.json (what the asr stage leaves), with adapter_config.json (PEFT),
+            with config.json (a Hugging Face Whisper: base, merged or fully fine-tuned) or with run.json (a run's own
+            folder); the name of a run in `store`; the address of such a folder in a store, or a hub name.
+        store: where runs are looked up by name.
+        cache: where what is remote is kept.
+        base: where the base weights are, instead of where the model says.
+        device, precision: as in the configuration.
+        language, task: of a model that does not know its own.
+        context, margin: the same for its audio context.
+        endpoint_url: of an S3-compatible store, for addresses.
+
+    Raises:
+        DataError: there is no such model, or it does not fit its base.
+        RetryableError: hub or store does not answer.
+    """
+    folder = find_model(name, store, cache, endpoint_url)
+    accelerator = make_accelerator(precision, device)
+    find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
+    recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
+    if info is not None:
+        language, task, context, margin = info.language, info.task, info.context, info.margin
+    return OpenedModel(
+        recogniser=recogniser.to(accelerator.device).eval(),
+        codec=load_codec(origin, language=language, task=task),
+        info=info,
+        folder=folder,
+        base=origin,
+        name=name,
+        context=context or str(AudioConfig().context),
+        margin=AudioConfig().margin if margin is None else margin,
+        language=text_language(language, task),
+        accelerator=accelerator,
+    )
+
+
+def _load(
+    folder: Path, base: str | None, find_base: Callable[..., Path], device: torch.device
+) -> tuple[Recogniser, Path, BundleInfo | None]:
+    """The model in a folder, the folder of its base, and what it says of itself."""
+    if (folder / DESCRIPTION).is_file():
+        info = read_info(folder)
+        revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
+        origin = find_base(base or info.base, revision, from_hub=base is not None or revision is not None)
+        _warn_of_other_base(origin, info, folder)
+        return load_recogniser(folder, origin, device)[0], origin, info
+    if (folder / ADAPTER).is_file():
+        settings = _adapter_settings(folder)
+        origin = find_base(base or settings.get("base_model_name_or_path"), settings.get("revision"))
+        return Recogniser(_with_adapter(load_whisper(origin), folder)), origin, None
+    without_words = not (folder / "tokenizer.json").is_file()
+    return Recogniser(load_whisper(folder)), find_base(base, None) if base and without_words else folder, None
+
+
+def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> Path:
+    """The local folder that a model's name stands for (see `open_model`), brought here where it is remote.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = _unwrapped(Path(name))
+    if any((folder / file).is_file() for file in (DESCRIPTION, ADAPTER, "config.json")):
+        return folder
+    if run := find_run(name, store):
+        return stage_folders(*run, "asr", cache)[0]
+    if name.startswith("s3://") or is_hub_name(name):
+        return _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
+    where = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
+    problem = "holds no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
+    wanted = f"give a run, or a folder with {DESCRIPTION}, {ADAPTER} or a Whisper's config.json"
+    raise DataError(f"model {name!r} {problem}: {wanted}{where}")
+
+
+def _unwrapped(folder: Path) -> Path:
+    """Of an artifact's folder, the attempt that its manifest names; any other folder itself."""
+    if not (folder / MANIFEST).is_file():
+        return folder
+    return folder / Manifest.from_json((folder / MANIFEST).read_bytes(), str(folder / MANIFEST)).attempt
+
+
+def _locate_base(
+    name: str | None,
+    revision: str | None,
+    *,
+    cache: Path,
+    endpoint_url: str | None,
+    model: str,
+    from_hub: bool = True,
+) -> Path:
+    """The folder of base weights called `name`.
+
+    Args:
+        model: the model that needs it, for the message.
+        from_hub: whether it may be a hub name; a folder that was moved has the look of one.
+    """
+    if name and (name.startswith("s3://") or Path(name).is_dir() or (from_hub and is_hub_name(name))):
+        return locate_model(name, cache, revision=revision, endpoint_url=endpoint_url)
+    told = name or "a base that it does not name"
+    raise DataError(f"model {model!r} was trained on {told}, not found here: give --base")
+
+
+def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:
+    known = info.base_digest.partition("sha256:")[2]
+    if info.adapt != "full" and known and folder_digest(base) != known:
+        log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", model, base)
+
+
+def _adapter_settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise DataError(f"{folder / ADAPTER} cannot be read: {error}") from None
+
+
+def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> WhisperForConditionalGeneration:
+    """The dense model that an adapter of PEFT makes of its base, by PEFT itself."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    wanted = set(read_adapter(folder))  # also refuses what PEFT would take a pickle for
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below, with a name
+            model = PeftModel.from_pretrained(whisper, str(folder))
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+        raise DataError(f"adapter {folder} does not fit its base: {' '.join(str(error).split())[:300]}") from None
+    if odd := sorted(wanted ^ set(get_peft_model_state_dict(model))):
+        raise DataError(f"adapter {folder} does not fit its base: {odd[0]} is in one of them only")
+    merged = model.merge_and_unload()
+    assert isinstance(merged, WhisperForConditionalGeneration)
+    return merged
+
+
+@torch.inference_mode()
+def embed_batch(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
+    """What the gate looks at: pooled_BD of the frozen encoder, no expert added; None for a model without a gate."""
+    if opened.recogniser.gate is None or opened.info is None:
+        return None
+    with opened.accelerator.autocast():
+        pooled_BD, _ = opened.recogniser.frozen_embedding(batch, layer=opened.info.layer, pooling=opened.info.pooling)
+    return pooled_BD.float()
+
+
+@torch.inference_mode()
+def route_batch(
+    opened: OpenedModel, batch: Batch, pooled_BD: torch.Tensor | None = None
+) -> tuple[list[list[int]], list[list[float]]] | None:
+    """Routes audio that is in no table of embeddings: frozen encoder, pooled embedding, gate.
+
+    Afterwards the recogniser's table holds this batch's embeddings, in its order.
+
+    Args:
+        pooled_BD: instead of the batch's own embeddings: their speakers' means.
+
+    Returns:
+        Experts and weights of each utterance (B lists of K); None for a model without a gate.
+    """
+    recogniser = opened.recogniser
+    if pooled_BD is None:
+        pooled_BD = embed_batch(opened, batch)
+    if pooled_BD is None:
+        return None
+    recogniser.embeddings_ND = pooled_BD
+    rows_B = torch.arange(len(batch), device=pooled_BD.device)
+    routing = recogniser.set_routing(recogniser.gate_logits(rows_B), len(batch))
+    return routing.topk_ids_BK.tolist(), routing.topk_weights_BK.float().tolist()
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a model makes of a batch.
+
+    Attributes:
+        decoded: text and how sure it is, of each utterance.
+        hidden_BTD: encoder output, from which times of words are found.
+        routing: experts and weights of each utterance; None without a gate.
+    """
+
+    decoded: list[Decoded]
+    hidden_BTD: torch.Tensor
+    routing: tuple[list[list[int]], list[list[float]]] | None
+
+
+@torch.inference_mode()
+def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, pooled_BD: torch.Tensor | None = None) -> Heard:
+    """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
+
+    The slot keeps its routing.
+    """
+    routing = route_batch(opened, batch, pooled_BD)
+    recogniser = opened.recogniser
+    own_rows = replace(batch, row_B=torch.arange(len(batch), device=batch.row_B.device))
+    with opened.accelerator.autocast():
+        hidden_BTD = recogniser.encode_batch(own_rows)
+        decoded = decode_hidden(recogniser.whisper, hidden_BTD, opened.codec, decoding, recogniser.slot)
+    return Heard(decoded, hidden_BTD, routing)

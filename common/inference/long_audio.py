@@ -1,0 +1,282 @@
+"""What happens to utterances that Whisper cannot hear at once: an error, left out, or cut into pieces.
+
+It happens in one place, where a corpus is opened for a run: no later code meets a long utterance, and nothing is ever
+truncated. How they are cut is in `common.inference.segment`; here is what is kept of it, and where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.data.corpus import Corpus, Utterance, index_digest
+from common.data.sources import locate_model, model_digest
+from common.errors import DataError
+from common.files import explained
+from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.storage import open_store
+
+if TYPE_CHECKING:
+    from common.inference.load_model import OpenedModel
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # of the table of pieces; another one makes them again
+SHORT_TEXT = MAX_TOKENS - 8  # bytes: a token has at least one, so a text of fewer fits with its special tokens
+GROUP_SECONDS = 900.0  # of audio that are divided together: their windows fill batches; then they are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one long utterance: its pieces, or why there are none (see `segment.Division`)."""
+
+    id: str
+    pieces: tuple[Utterance, ...]
+    seconds: float
+    unspoken: float = 0.0
+    matched: float = 0.0
+    hard_cuts: int = 0
+    problem: str = ""
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Row:
+        """The row that `asdict` made a record of."""
+        return Row(**{**record, "pieces": tuple(Utterance(**piece) for piece in record["pieces"])})
+
+
+@dataclass(frozen=True, slots=True)
+class LongAudio:
+    """How long utterances are treated, and the model that finds the words of those that are cut.
+
+    Attributes:
+        treatment: `error`, `drop`, or `segment` (cut at pauses).
+        model, revision: base model, as in `data.sources.locate_model`.
+        language, task: of the model's texts.
+        context, margin: how audio becomes encoder input.
+        device, precision: as in the configuration.
+        store, endpoint_url: where the table of pieces is kept for all processes.
+        quiet: no progress bar.
+    """
+
+    treatment: str
+    model: str
+    store: str
+    revision: str | None = None
+    language: str = "en"
+    task: str = "transcribe"
+    context: str = "dynamic"
+    margin: int = 64
+    device: str = "auto"
+    precision: str = "auto"
+    endpoint_url: str | None = None
+    quiet: bool = False
+
+    def model_folder(self, cache: Path) -> Path:
+        """The base model, brought here where it is remote."""
+        return locate_model(self.model, cache, revision=self.revision, endpoint_url=self.endpoint_url)
+
+
+def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
+    """The corpus with no utterance over 30 s or 448 tokens.
+
+    Raises:
+        DataError: there are some, and they are an error.
+    """
+    found = long_utterances(corpus.utterances, lambda: _token_counter(options, cache))
+    if not found:
+        return corpus
+    hours = sum(u.duration for u in found) / 3600
+    what = f"{len(found)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
+    what += f" or {MAX_TOKENS} tokens"
+    if options.treatment == "error":
+        longest = max(found, key=lambda u: u.duration)
+        raise DataError(
+            f"corpus {corpus.url}: {what} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
+            "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
+            "leaves them out; nothing is truncated"
+        )
+    if options.treatment == "drop":
+        _say_once(f"long audio: {what}; left out (audio.long_audio=drop)")
+        return with_pieces(corpus, found, {})
+    rows = _kept_rows(corpus, found, options, cache)
+    _say_once(f"long audio: {what}; {summary(found, rows)}")
+    return with_pieces(corpus, found, rows)
+
+
+def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Callable[[str], int]]) -> list[Utterance]:
+    """Those over 30 s, or over 448 tokens.
+
+    Args:
+        counter: makes what counts the tokens of a text; called only where a text is long enough to need it.
+    """
+    count: Callable[[str], int] | None = None
+    found = []
+    for u in utterances:
+        if u.duration > MAX_SECONDS:
+            found.append(u)
+        elif len(u.text) > SHORT_TEXT // 4 and len(u.text.encode()) > SHORT_TEXT:
+            count = count or counter()
+            if count(u.text) > MAX_TOKENS:
+                found.append(u)
+    return found
+
+
+def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
+    from common.data.tokens import load_codec
+
+    return load_codec(options.model_folder(cache), language=options.language, task=options.task).length
+
+
+def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, Row]) -> Corpus:
+    """The corpus with pieces instead of its long utterances; those of which there are none are left out.
+
+    Raises:
+        DataError: a piece's id is another utterance's.
+    """
+    gone = {u.id for u in found}
+    kept = [u for u in corpus.utterances if u.id not in gone]
+    pieces = [piece for u in found if u.id in rows for piece in rows[u.id].pieces]
+    if taken := {u.id for u in kept} & {piece.id for piece in pieces}:
+        raise DataError(f"{min(taken)} would be a piece of a long utterance, and is another's id: rename that one")
+    utterances = tuple(sorted([*kept, *pieces], key=lambda u: u.id))
+    if not utterances:
+        raise DataError(f"corpus {corpus.url}: nothing is left without its {len(found)} long utterances")
+    return replace(corpus, utterances=utterances, digest=index_digest(utterances))
+
+
+def summary(found: Sequence[Utterance], rows: Mapping[str, Row]) -> str:
+    """What segmentation did, in one line."""
+    mine = [rows[u.id] for u in found]
+    pieces = [piece for row in mine for piece in row.pieces]
+    text = f"cut into {len(pieces)} pieces"
+    if pieces:
+        text += f" of {sum(p.duration for p in pieces) / len(pieces):.1f} s on average"
+    if hard := sum(row.hard_cuts for row in mine):
+        text += f", {hard} cuts where no pause was near"
+    if (unspoken := round(sum(row.unspoken for row in mine if row.pieces), 1)) > 0:
+        text += f", {unspoken:.1f} s of silence left out"
+    if lost := [row for row in mine if not row.pieces]:
+        text += f"; {len(lost)} left out ({lost[0].id}: {lost[0].problem})"
+    doubtful = [row for row in mine if row.pieces and row.matched < 0.2]
+    if doubtful:
+        text += (
+            f"; of {len(doubtful)} the model heard less than a fifth as it is written ({doubtful[0].id}): check them"
+        )
+    return text
+
+
+@lru_cache(maxsize=64)
+def _say_once(line: str) -> None:
+    """Every stage of a run opens the corpus; one line is enough."""
+    log.warning("%s", line)
+
+
+def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, Row]:
+    """The table of pieces: from the store, where it is; else made, and kept there for all other processes."""
+    settings = [options.language, options.task, options.context, options.margin]
+    digest = model_digest(options.model, cache, revision=options.revision, endpoint_url=options.endpoint_url)
+    key = table_key(corpus, digest, settings)
+    store = open_store(options.store, endpoint_url=options.endpoint_url)
+    name = f"segmented/{key}.jsonl"
+    if store.size(name) is None:
+        from common.inference.load_model import open_model
+
+        log.info("%d long utterances are cut at pauses (kept as %s in %s)", len(found), name, store.url)
+        opened = open_model(
+            str(options.model_folder(cache)),
+            store=None,
+            cache=cache,
+            device=options.device,
+            precision=options.precision,
+            language=options.language,
+            task=options.task,
+            context=options.context,
+            margin=options.margin,
+        )
+        unfinished = cache / "segmented" / f"{key}.jsonl"
+        rows = segment_long(opened, corpus, found, unfinished, quiet=options.quiet)
+        store.put_if_absent(name, "".join(_line(row) for row in rows.values()).encode())
+        unfinished.unlink(missing_ok=True)
+    return {row.id: row for row in _rows(store.read(name).decode())}
+
+
+def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:
+    """Names the pieces of a corpus as a model finds them."""
+    ingredients = [FORMAT, corpus.digest, model, *settings]
+    return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:32]
+
+
+def segment_long(
+    opened: OpenedModel, corpus: Corpus, found: Sequence[Utterance], unfinished: Path, *, quiet: bool = False
+) -> dict[str, Row]:
+    """Divides long utterances; goes on where it was interrupted.
+
+    Args:
+        found: from `long_utterances`.
+        unfinished: the file that keeps what is done so far.
+
+    Raises:
+        DataError: audio that cannot be read.
+    """
+    from common.data.audio import read_audio
+    from common.inference.segment import divide
+    from common.progress import progress
+
+    with explained(unfinished):
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        done = {row.id: row for row in _rows(unfinished.read_text("utf-8"))} if unfinished.exists() else {}
+    waiting = [u for u in found if u.id not in done]
+    bar = progress(round(sum(u.duration for u in waiting), 1), "segment", unit="s", hidden=quiet or not waiting)
+    for group in _groups(waiting):
+        audios = [
+            read_audio(_audio(corpus, u), offset=u.offset, duration=u.duration, name=u.audio_filepath) for u in group
+        ]
+        rows = [
+            Row(u.id, d.pieces, u.duration, d.unspoken, d.matched, d.hard_cuts, d.problem)
+            for u, d in zip(group, divide(opened, group, audios, bar.update), strict=True)
+        ]
+        done |= {row.id: row for row in rows}
+        _append(unfinished, rows)
+    bar.close()
+    return {u.id: done[u.id] for u in found}
+
+
+def _audio(corpus: Corpus, utterance: Utterance) -> bytes | Path:
+    clip = corpus.clip(utterance)
+    return clip.read() if clip is not None else corpus.path(utterance)
+
+
+def _groups(utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
+    group: list[Utterance] = []
+    for utterance in utterances:
+        group.append(utterance)
+        if sum(u.duration for u in group) >= GROUP_SECONDS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write("".join(_line(row) for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rows(text: str) -> Iterator[Row]:
+    """The rows of a table; a last line that a killed process left half written is made again."""
+    for line in text.split("\n"):  # `splitlines` would also cut at separators inside of a text
+        with suppress(ValueError, TypeError, KeyError):
+            yield Row.from_record(json.loads(line))

@@ -1,0 +1,246 @@
+"""Audio of any length as text with times: windows cut at pauses, each routed by the gate, decoded, its words aligned.
+
+A file of 30 s or less is one window, heard just as `moe-asr evaluate` hears it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.data.audio import SAMPLE_RATE, Samples
+from common.data.batches import Batch, Example, collate
+from common.data.features import context_positions
+from common.data.tokens import IGNORED
+from common.decoding.alignment import Word, align, words_of
+from common.decoding.decode import Decoded, Decoding
+from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
+from common.inference.load_model import OpenedModel, embed_batch, hear
+from common.limits import MAX_SECONDS
+from common.text import unspaced
+
+SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
+SEGMENT_SECONDS = 12.0  # longest segment
+SEGMENT_CHARACTERS = 84  # two lines of subtitles
+SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
+SHORTEST_WINDOW = 10.0  # s: in less there may be no pause to cut at
+UNKNOWN_WINDOW = 15.0  # s, of a trained model that does not say how long its utterances were
+TOUCH = 0.02  # s: one position of the encoder
+
+
+@dataclass(frozen=True, slots=True)
+class HeardWindow:
+    """What was heard in one window.
+
+    Attributes:
+        words: those that it is responsible for, with times in the whole audio.
+        experts, weights: its routing; empty without a gate.
+    """
+
+    window: Window
+    words: tuple[Word, ...]
+    decoded: Decoded
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A few words that are shown together; experts, weights and log-probability are those of its window."""
+
+    start: float
+    end: float
+    text: str
+    words: tuple[Word, ...]
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+    mean_log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One window of one audio, waiting for its batch."""
+
+    audio: int
+    window: Window
+    positions: int
+    samples: Samples
+
+
+def transcribe_audio(
+    opened: OpenedModel,
+    audios: Sequence[Samples],
+    decoding: Decoding,
+    progress: Callable[[float], object] = lambda seconds: None,
+    *,
+    longest: float | None = None,
+) -> list[list[HeardWindow]]:
+    """What is said in each audio, window by window, in order; windows of all of them share batches.
+
+    Args:
+        audios: mono samples at 16 kHz.
+        progress: called with the seconds of audio that were just done.
+        longest: seconds of a window; by default those of `usual_window`, for audio over 30 s alone.
+
+    Returns:
+        For each audio its windows; none for silence.
+    """
+    pauses, pieces = [], []
+    for number, samples in enumerate(audios):
+        level_N = loudness(samples)
+        pauses.append(find_pauses(level_N))
+        seconds = len(samples) / SAMPLE_RATE
+        limit = longest or (MAX_SECONDS if seconds <= MAX_SECONDS else usual_window(opened))
+        windows = plan_windows(level_N, pauses[-1], seconds, longest=limit, overlap=min(OVERLAP, limit / 4))
+        windows = [] if is_silent(level_N) else windows
+        progress(seconds - sum(w.ends - w.begins for w in windows))
+        for window in windows:
+            part = samples[round(window.start * SAMPLE_RATE) : round(window.end * SAMPLE_RATE)]
+            length = context_positions(len(part) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
+            pieces.append(_Piece(number, window, length, part))
+    found: list[list[HeardWindow]] = [[] for _ in audios]
+    groups = list(_batches(pieces, decoding.batch_size))
+    means = _recording_means(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
+    for group in groups:
+        pooled_BD = torch.stack([means[piece.audio] for piece in group]) if means else None
+        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding, pooled_BD), strict=True):
+            found[piece.audio].append(heard)
+            progress(piece.window.ends - piece.window.begins)
+    return [sorted(windows, key=lambda one: one.window.start) for windows in found]
+
+
+def usual_window(opened: OpenedModel) -> float:
+    """Seconds of audio that a model hears best at once.
+
+    Whisper was trained on 30 s. What was trained on short utterances is best at such: its gate, too, saw nothing else.
+    """
+    if opened.info is None:
+        return MAX_SECONDS
+    return min(MAX_SECONDS, max(SHORTEST_WINDOW, opened.info.seconds or UNKNOWN_WINDOW))
+
+
+def _batches(pieces: Sequence[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Pieces of equal encoder length together, the longest first."""
+    buckets: dict[int, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        buckets[piece.positions].append(piece)
+    for _, bucket in sorted(buckets.items(), reverse=True):
+        yield from (bucket[i : i + size] for i in range(0, len(bucket), size))
+
+
+def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Batch:
+    """A batch without texts, padded as those of corpora are.
+
+    Args:
+        parts: samples and encoder length of each row; the lengths are equal.
+    """
+    prompt = opened.codec.prompt
+    labels = (*[IGNORED] * (len(prompt) - 1), opened.codec.end)
+    batch = collate(
+        [
+            (Example(str(row), Path(), 0.0, len(samples) / SAMPLE_RATE, length, prompt, labels, row), samples)
+            for row, (samples, length) in enumerate(parts)
+        ]
+    )
+    assert isinstance(batch, Batch)
+    return batch.to(opened.accelerator.device)
+
+
+def _recording_means(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, torch.Tensor]:
+    """The mean embedding of each recording's windows: a gate trained on means of speakers takes it for its speaker."""
+    found: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for group in groups:
+        pooled_BD = embed_batch(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
+        if pooled_BD is None:
+            return {}
+        for piece, pooled_D in zip(group, pooled_BD, strict=True):
+            found[piece.audio].append(pooled_D)
+    return {audio: torch.stack(own).mean(0) for audio, own in found.items()}
+
+
+@torch.inference_mode()
+def _hear_pieces(
+    opened: OpenedModel,
+    pieces: Sequence[_Piece],
+    pauses: Sequence[Sequence[Stretch]],
+    decoding: Decoding,
+    pooled_BD: torch.Tensor | None,
+) -> Iterator[HeardWindow]:
+    batch = make_batch(opened, [(piece.samples, piece.positions) for piece in pieces])
+    heard = hear(opened, batch, decoding, pooled_BD)
+    texts = [[token for token in one.tokens if token < opened.codec.end] for one in heard.decoded]
+    with opened.accelerator.autocast():
+        times = align(opened.recogniser.whisper, heard.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)
+    for row, piece in enumerate(pieces):
+        window = piece.window
+        words = words_of(opened.codec, texts[row], times[row] + window.start, opened.language)
+        words = snap(words, pauses[piece.audio])
+        if window.start < window.begins or window.end > window.ends:  # the neighbour says the rest
+            words = [word for word in words if window.begins <= word.start < window.ends]
+        experts, weights = ([], []) if heard.routing is None else (heard.routing[0][row], heard.routing[1][row])
+        yield HeardWindow(window, tuple(words), heard.decoded[row], tuple(experts), tuple(weights))
+
+
+def snap(words: Sequence[Word], pauses: Sequence[Stretch]) -> list[Word]:
+    """The words without the pauses at their ends: attention alone often takes silence for a part of a word."""
+    starts = np.array([pause.start for pause in pauses])
+    snapped = []
+    for word in words:
+        first = max(0, int(np.searchsorted(starts, word.start)) - 1)
+        for pause in pauses[first:]:
+            if pause.start >= word.end:
+                break
+            if pause.end <= word.start:
+                continue
+            before, after = pause.start - word.start, word.end - pause.end
+            if after > max(before, TOUCH):
+                word = replace(word, start=pause.end)
+            elif before > TOUCH:
+                word = replace(word, end=pause.start)
+        snapped.append(word)
+    return snapped
+
+
+def join_words(words: Sequence[str], language: str) -> str:
+    """A text from its words; where they are not spaced, each brings the space before it, if there is one."""
+    return "".join(words).strip() if unspaced(language) else " ".join(words)
+
+
+def segments_of(windows: Sequence[HeardWindow], language: str) -> list[Segment]:
+    """Words grouped to be read: a segment ends at a pause, at the end of a sentence or window, or when it is long."""
+    segments = []
+    for heard in windows:
+        for words in _grouped(heard.words):
+            segments.append(
+                Segment(
+                    start=words[0].start,
+                    end=max(words[-1].end, words[0].start + TOUCH),
+                    text=join_words([word.text for word in words], language),
+                    words=tuple(words),
+                    experts=heard.experts,
+                    weights=heard.weights,
+                    mean_log_probability=heard.decoded.mean_log_probability,
+                )
+            )
+    return segments
+
+
+def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
+    group: list[Word] = []
+    for word in words:
+        if group and (
+            word.start - group[-1].end >= SEGMENT_GAP
+            or word.end - group[0].start > SEGMENT_SECONDS
+            or sum(len(one.text) + 1 for one in group) + len(word.text) > SEGMENT_CHARACTERS
+            or group[-1].text.endswith(SENTENCE_ENDS)
+        ):
+            yield group
+            group = []
+        group.append(word)
+    if group:
+        yield group

@@ -1,0 +1,324 @@
+"""The harness around a stage: brings its inputs, offers checkpoints and metrics, commits its output, heeds signals.
+
+A stage's `run` knows neither stores nor workflows: it is a function over folders and a corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from common import __version__
+from common.config import Config
+from common.data.corpus import Corpus
+from common.data.sources import locate_model
+from common.errors import DataError, Preempted, RetryableError
+from common.pipeline.contract import VOLATILE
+from common.pipeline.metrics import MetricsLog
+from common.pipeline.plan import Task
+from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, set_aside
+from common.storage.measured import MeasuredStore
+from common.storage.store import Store
+from common.telemetry import TASKS, StageTelemetry, Telemetry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.storage.checkpoint import Checkpointer
+
+log = logging.getLogger(__name__)
+ECHO_SECONDS = 5  # in which SIGTERM may come twice
+GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
+
+
+class StopFlag:
+    """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once.
+
+    A second SIGTERM within seconds is the same wish: SLURM and systemd tell all processes, and so does our parent.
+    """
+
+    def __init__(self) -> None:
+        self.since: float | None = None  # when it was set
+
+    def __call__(self) -> bool:
+        return self.since is not None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.since is not None and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
+            return
+        if self.since is not None or number == signal.SIGALRM:
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted("told to stop; no checkpoint was due")
+        self.since = time.monotonic()
+        signal.alarm(GRACE_SECONDS)
+
+
+@contextmanager
+def heed_signals() -> Iterator[StopFlag]:
+    """Turns SIGTERM and SIGINT into a flag while the block runs (in the main thread; elsewhere only the flag)."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.signal(number, flag.handle) for number in numbers}
+    try:
+        yield flag
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Parts:
+    """Finished parts of a stage, in its store, each whole or absent: what a killed extraction goes on from."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self.store, self.prefix = store, prefix
+
+    def names(self) -> list[str]:
+        """Parts that are there, without their digests."""
+        return [entry.key.rpartition("/")[2].split(".")[0] for entry in self.store.list(self.prefix)]
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores a part under a name that carries its digest."""
+        from safetensors.torch import save
+
+        data = save(dict(tensors))
+        self.store.write(f"{self.prefix}{name}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """A part, or None when its bytes are not those that were written."""
+        from safetensors.torch import load
+
+        for entry in self.store.list(f"{self.prefix}{name}."):
+            data = self.store.read(entry.key)
+            if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
+                return dict(load(data))
+            log.warning("%s is damaged and is made again", entry.key)
+        return None
+
+
+@dataclass
+class Context:
+    """What the harness offers to a running stage.
+
+    Attributes:
+        shard: number of the shard, None for a stage in one piece.
+        parts: finished parts of an earlier try.
+        checkpointer: opens the stage's checkpoints.
+        metrics: rows for metrics.jsonl and Prometheus.
+        stopping: true once the process was told to end.
+        summary: small results that go into the manifest (and are never part of the content).
+        scratch: a folder that goes away.
+    """
+
+    shard: int | None
+    parts: Parts
+    checkpointer: Callable[[], Checkpointer]
+    metrics: MetricsLog
+    stopping: Callable[[], bool]
+    scratch: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def check_stop(self) -> None:
+        """Raises Preempted when the process was told to end; what is saved by then is kept."""
+        if self.stopping():
+            raise Preempted("told to stop; finished parts are saved")
+
+
+def execute(
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    *,
+    corpus: Corpus,
+    scratch: Path,
+    stopping: Callable[[], bool] = lambda: False,
+    notes: Mapping[str, Any] | None = None,
+    telemetry: Telemetry | None = None,
+) -> Manifest:
+    """Runs one task if its output is not there yet, and commits it.
+
+    Args:
+        run: the stage's function: (config, context, *, corpus, model, <inputs>, output).
+        corpus: the run's, its long utterances treated.
+        scratch: where inputs from a remote store and unfinished work go.
+        notes: further values for the manifest's metrics.
+        telemetry: the process's live metrics; their last values go into the manifest too.
+
+    Returns:
+        The manifest, of this run or of the one that was faster.
+
+    Raises:
+        RetryableError: an input turned out damaged and has been set aside.
+        MoeAsrError: as the stage raises.
+    """
+    live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
+    measured = MeasuredStore(store, live)
+    state = inspect(measured, task.key)
+    if state.status == "done" and state.manifest:
+        live.add(TASKS, result="skipped")
+        manifest = state.manifest
+    else:
+        with live.running():
+            if state.status == "damaged":
+                log.warning("%s: %s; it is made again", task.label, state.reason)
+                set_aside(measured, task.key, state)
+            manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
+        _clear_unfinished(task.key, store)
+    return manifest
+
+
+def _make(
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    corpus: Corpus,
+    scratch: Path,
+    stopping: Callable[[], bool],
+    notes: Mapping[str, Any],
+    live: StageTelemetry,
+) -> Manifest:
+    """Runs the stage's function and commits what it wrote."""
+    with _workplace(task, scratch) as work:
+        folders, used = _fetch_inputs(task, config, store, corpus, scratch)
+        output = new_attempt(store, task.key, work)
+        context = _context(task, store, work, output, stopping, live)
+        started = time.time()
+        try:
+            run(config, context, **folders, output=output)
+        except BaseException:
+            shutil.rmtree(output, ignore_errors=True)  # unfinished output is of no use to anyone
+            raise
+        return commit(
+            store,
+            task.key,
+            output,
+            shard=task.shard,
+            volatile=VOLATILE,
+            inputs=used,
+            version=__version__,
+            host=platform.node(),
+            started=started,
+            seconds=time.time() - started,
+            metrics={**context.summary, "live": last_values(live), **notes},
+        )
+
+
+def follow(
+    task: Task,
+    run: Callable[..., None],
+    config: Config,
+    store: Store,
+    *,
+    corpus: Corpus,
+    scratch: Path,
+    stopping: Callable[[], bool],
+) -> None:
+    """Runs a task beside the process that `execute`s it: the same inputs, but what it writes is thrown away."""
+    with _workplace(task, scratch) as work:
+        folders, _ = _fetch_inputs(task, config, store, corpus, scratch)
+        output = work / "output"
+        output.mkdir()
+        live = Telemetry().stage(task.contract.name, task.shard)
+        run(config, _context(task, store, work, output, stopping, live), **folders, output=output)
+
+
+@contextmanager
+def _workplace(task: Task, scratch: Path) -> Iterator[Path]:
+    """A folder for one try of a task, which goes away with it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
+        yield Path(temporary)
+
+
+def last_values(live: StageTelemetry) -> dict[str, float | None]:
+    """The stage's metrics for its manifest, None for what is not finite, which JSON cannot say."""
+    values = {name: value for name, value in live.values().items() if not name.startswith("moe_asr_stage_")}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def hand_out(manifest: Manifest) -> None:
+    """Writes a task's last values as JSON into $MOE_ASR_METRICS_FILE, where a workflow engine picks them up."""
+    if path := os.environ.get("MOE_ASR_METRICS_FILE"):
+        values = {"stage": manifest.stage, "seconds": manifest.seconds, **manifest.metrics}
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _context(
+    task: Task, store: Store, work: Path, output: Path, stopping: Callable[[], bool], live: StageTelemetry
+) -> Context:
+    prefix = task.key.prefix
+
+    def checkpointer() -> Checkpointer:
+        from common.storage.checkpoint import Checkpointer
+
+        return Checkpointer(store, f"{prefix}checkpoints/", scratch=work, live=live)
+
+    return Context(
+        shard=task.shard,
+        parts=Parts(store, f"{prefix}parts/"),
+        checkpointer=checkpointer,
+        metrics=MetricsLog(output / "metrics.jsonl", live),
+        stopping=stopping,
+        scratch=work,
+    )
+
+
+def _fetch_inputs(
+    task: Task, config: Config, store: Store, corpus: Corpus, scratch: Path
+) -> tuple[dict[str, Corpus | Path | list[Path]], dict[str, list[dict[str, str]]]]:
+    """Corpus and folders of all inputs by argument name, and what the manifest records of them."""
+    folders: dict[str, Corpus | Path | list[Path]] = {}
+    if "corpus" in task.contract.sources:
+        folders["corpus"] = corpus
+    if "model" in task.contract.sources:
+        name, revision = config.model.name, config.model.revision
+        folders["model"] = locate_model(name, scratch, revision=revision, endpoint_url=config.endpoint_url)
+    used: dict[str, list[dict[str, str]]] = {}
+    for name, keys in task.inputs.items():
+        manifests = [_require(store, key) for key in keys]
+        found = [
+            fetch(store, key, manifest, scratch / "inputs" / key.stage / key.digest)
+            for key, manifest in zip(keys, manifests, strict=True)
+        ]
+        used[name] = [{"key": key.digest, "digest": m.digest} for key, m in zip(keys, manifests, strict=True)]
+        folders[name] = found
+    return folders, used
+
+
+def _require(store: Store, key: Key) -> Manifest:
+    state = inspect(store, key)
+    if state.status == "done" and state.manifest:
+        return state.manifest
+    if state.status == "damaged":
+        set_aside(store, key, state)
+        raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it has to be made again")
+    raise DataError(
+        f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
+        f"`python -m stages {key.stage}` with the same configuration, first"
+    )
+
+
+def _clear_unfinished(key: Key, store: Store) -> None:
+    for folder in ("checkpoints/", "parts/"):
+        for entry in list(store.list(key.prefix + folder)):
+            store.delete(entry.key)

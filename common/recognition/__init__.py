@@ -1,1 +1,0 @@
-"""From audio to text: decoding, alignment, audio of any length."""

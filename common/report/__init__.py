@@ -1,0 +1,1 @@
+"""report.html, its plots, and the model card."""

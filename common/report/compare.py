@@ -1,0 +1,112 @@
+"""compare.html: systems side by side, the difference of each from the reference, by etiology, and their training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import __version__
+from common.evaluation.breakdown import UNKNOWN
+from common.files import new_folder
+from common.json_files import Row
+from common.report.page import clock, interval, number, percent, points, render_page
+from common.report.rates import axis_end, caution
+
+RESULT, PAGE = "comparison.json", "compare.html"
+
+
+def render_comparison(comparison: Row) -> str:
+    """The page as one HTML string, from what `compare.compare` gives."""
+    systems: Sequence[Row] = comparison["systems"]
+    etiologies = [name for name in systems[0]["by_etiology"] if name != UNKNOWN]
+    ends = [end for one in systems for end in (one["wer"], *(one["wer_interval"] or ()))]
+    differences = [one["difference"]["wer"] for one in systems if one["difference"]]
+    reach = max((abs(end or 0.0) for d in differences for end in (d["delta"], d["low"], d["high"])), default=0.0)
+    return render_page(
+        "compare.html",
+        comparison=comparison,
+        systems=systems,
+        version=__version__,
+        top=axis_end(ends),
+        reach=_round_up(reach),
+        etiologies=[_etiology(systems, name) for name in etiologies],
+        caution=caution(comparison["speakers"], comparison["named_speakers"], "tested"),
+        trained=[one for one in systems if one["facts"].get("trained_parameters") is not None],
+        loads=[one for one in systems if len(one["facts"].get("load") or ()) > 1],
+        verdict=_verdict(comparison),
+        several=any(len(one["runs"]) > 1 for one in systems),
+    )
+
+
+def _etiology(systems: Sequence[Row], name: str) -> Row:
+    """Rates of all systems on one etiology; the lowest is marked."""
+    cells = [one["by_etiology"][name] for one in systems]
+    return {"name": name, "speakers": cells[0]["speakers"], "cells": cells, "best": min(cell["wer"] for cell in cells)}
+
+
+def _verdict(comparison: Row) -> str:
+    """Which systems are told apart from the reference, in words."""
+    reference = comparison["reference"]
+    if comparison["speakers"] == 1:
+        return "Whether a difference is more than chance cannot be said: that takes two or more speakers."
+    told: dict[str, list[str]] = {"lower": [], "higher": [], "same": []}
+    for one in comparison["systems"]:
+        if one["difference"]:
+            found = one["difference"]["wer"]
+            side = "lower" if found["high"] < 0 else "higher" if found["low"] > 0 else "same"
+            told[side].append(one["name"])
+    parts = []
+    if told["lower"]:
+        parts.append(f"WER is lower than {reference}'s for {', '.join(told['lower'])}.")
+    if told["higher"]:
+        parts.append(f"WER is higher than {reference}'s for {', '.join(told['higher'])}.")
+    if told["same"]:
+        parts.append(f"Not distinguishable from {reference}: {', '.join(told['same'])}.")
+    return " ".join(parts)
+
+
+def _round_up(reach: float) -> float:
+    """Half the width of an axis of differences: a round number at or above `reach`."""
+    return next((end for end in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if end >= reach), 1.0)
+
+
+def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the comparison for a terminal."""
+    reference = comparison["reference"]
+    etiologies = [name for name in comparison["systems"][0]["by_etiology"] if name != UNKNOWN]
+    header = ("", "runs", "WER", "95% interval", "CER", f"WER − {reference}", "95% interval", "p",
+              *(f"WER {name}" for name in etiologies), "parameters", "utt/s", "time")  # fmt: skip
+    rows = []
+    for one in comparison["systems"]:
+        facts, delta = one["facts"], (one["difference"] or {}).get("wer")
+        alone = one["speakers"] == 1
+        bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta and not alone else ""
+        rows.append(
+            (
+                one["name"],
+                str(len(one["runs"])),
+                percent(one["wer"]),
+                "one speaker" if alone else interval(one["wer_interval"]),
+                percent(one["cer"]),
+                points(delta["delta"]) if delta else "",
+                bounds,
+                f"{delta['p']:.3f}" if delta and not alone else "",
+                *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
+                number(facts.get("trained_parameters")),
+                number(facts.get("samples_per_second"), 1),
+                clock(facts.get("seconds")),
+            )
+        )
+    return header, rows
+
+
+def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) -> None:
+    """Writes comparison.json and compare.html into a folder, both or none.
+
+    Raises:
+        UsageError: something is in the way.
+    """
+    with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
+        (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / PAGE).write_text(render_comparison(comparison), encoding="utf-8")

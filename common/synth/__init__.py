@@ -1,1 +1,0 @@
-"""Synthetic speech for demos, tests and benchmarks."""

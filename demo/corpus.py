@@ -1,0 +1,249 @@
+"""Synthetic speech in stand-in etiologies: espeak-ng voices and signal effects, for demos and tests without real data.
+
+`synthesize` makes the demonstration, `synthesize_bench` a harder corpus with more conflict (`demo.voices`).
+"""
+
+import io
+import math
+import multiprocessing
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from common.data.audio import SAMPLE_RATE
+from common.data.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, write_index
+from common.errors import DataError, UsageError
+from common.progress import counted
+from demo import effects as effects
+from demo.espeak import require_espeak, speak
+from demo.sentences import PATTERNS, SHORT_PATTERNS, Lexicon, build_lexicon, make_sentence, training_lexicon
+from demo.voices import BENCH, STAND_INS, UNSEEN, VOICES, Range, replace_sounds
+
+PEAK = 0.7  # of full scale, of every utterance
+PITCHES = (35, 65)  # of espeak-ng's 0 to 99
+TRACTS = (0.9, 1.12)  # length of the vocal tract against that of the voice
+NOISE_DB = (-28.0, -18.0)  # loudness of the room against the voice's
+SEVERITIES = ("mild", "moderate", "severe")
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+# Of the benchmark: parts of an etiology's speakers, and how long they speak, all of a split together, against train.
+_PARTS = (("test", 1 / 3, 1 / 10), ("dev", 1 / 6, 1 / 10), ("train", 1 / 2, 1.0))
+_SHORTEST = 0.7  # seconds of a sentence: how many are drawn for a given time
+
+
+@dataclass(frozen=True, slots=True)
+class _Speaker:
+    """One speaker's own values, and what it says: pairs of utterance id and text, until it has spoken so long."""
+
+    name: str
+    etiology: str
+    severity: str
+    split: str
+    seed: int
+    variant: str
+    rate: int
+    pitch: int
+    word_gap: int
+    strength: float
+    share: float
+    tract: float
+    noise_db: float
+    sentences: tuple[tuple[str, str], ...]
+    seconds: float = math.inf
+
+
+def synthesize(
+    out: str | Path,
+    *,
+    speakers_per_etiology: int,
+    utterances_per_speaker: int,
+    seed: int,
+    etiologies: Sequence[str] | None = None,
+    processes: int = 2,
+) -> Corpus:
+    """Speak random sentences in stand-in etiologies; the same arguments give the same bytes.
+
+    A fifth of each etiology's speakers, at least one, goes to dev and as many to test. No sentence and no pair of
+    neighbouring content words of one split occurs in another (`demo.sentences`).
+
+    Args:
+        out: the corpus folder to make, not yet there or empty: `index.jsonl` and 16 kHz FLAC files.
+        speakers_per_etiology: at least 3, one for each split.
+        utterances_per_speaker: of 2 to 6 seconds each.
+        seed: of voices and sentences.
+        etiologies: names in `STAND_INS`; None takes all.
+        processes: how many speak at a time.
+
+    Raises:
+        UsageError: an unknown etiology, too few speakers or utterances, or `out` exists.
+        DataError: espeak-ng or the vocabulary is not installed.
+        StoreError: `out` cannot be written.
+    """
+    chosen = list(dict.fromkeys(STAND_INS if etiologies is None else etiologies))
+    unknown = [name for name in chosen if name not in STAND_INS]
+    if unknown or not chosen:
+        asked = f"no stand-in etiology {unknown[0]!r}" if unknown else "no stand-in etiology chosen"
+        raise UsageError(f"{asked}: there are {', '.join(STAND_INS)}")
+    if speakers_per_etiology < 3 or utterances_per_speaker < 1:
+        raise UsageError(
+            f"{speakers_per_etiology} speakers per etiology with {utterances_per_speaker} utterances each: take at "
+            "least 3 speakers (one for each of train, dev and test) with 1 utterance"
+        )
+    require_espeak()
+    held_out = max(1, speakers_per_etiology // 5)
+    speakers = []
+    for name, number in product(chosen, range(speakers_per_etiology)):
+        split = "test" if number < held_out else "dev" if number < 2 * held_out else "train"
+        speakers.append(_draw_speaker(name, number, split, seed, utterances_per_speaker, build_lexicon(), PATTERNS))
+    return _make_corpus(out, speakers, processes)
+
+
+def synthesize_bench(
+    out: str | Path, *, minutes: float = 30, speakers_per_etiology: int = 12, seed: int, processes: int = 2
+) -> Corpus:
+    """Speak the benchmark: hard, open, and in conflict; the same arguments give the same bytes.
+
+    Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
+    and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
+    sixth to dev, a third to test; all of dev and all of test speak a tenth of train's time each. A fifth of the
+    content words are never in train (`sentences.held_out`), and no pair of neighbouring content words is in two
+    splits.
+
+    Args:
+        out: the corpus folder to make, not yet there or empty.
+        minutes: of train, at least (each speaker finishes its sentence).
+        speakers_per_etiology: at least 6.
+        seed: of voices and sentences.
+        processes: how many speak at a time.
+
+    Raises:
+        UsageError: too few speakers or minutes, or `out` exists.
+        DataError: espeak-ng or the vocabulary is not installed.
+        StoreError: `out` cannot be written.
+    """
+    if speakers_per_etiology < 6 or not 0 < minutes < math.inf:
+        raise UsageError(
+            f"{speakers_per_etiology} speakers per etiology and {minutes:g} minutes: take at least 6 speakers (three "
+            "for train, one for dev, two for test) and more than no minutes"
+        )
+    require_espeak()
+    speakers = []
+    for name in BENCH:
+        splits = [split for split, share, _ in _PARTS for _ in range(round(share * speakers_per_etiology))]
+        for number, split in enumerate(splits):
+            if name == UNSEEN and split != "test":
+                continue
+            length = next(length for part, _, length in _PARTS if part == split)
+            seconds = minutes * 60 * length / (len(BENCH) - 1) / splits.count(split)
+            lexicon = training_lexicon() if split == "train" else build_lexicon()
+            count = math.ceil(seconds / _SHORTEST)
+            drawn = _draw_speaker(name, number, split, seed, count, lexicon, SHORT_PATTERNS)
+            speakers.append(replace(drawn, seconds=seconds))
+    return _make_corpus(out, speakers, processes)
+
+
+def _make_corpus(out: str | Path, speakers: Sequence[_Speaker], processes: int) -> Corpus:
+    with new_corpus_folder(Path(out)) as folder:
+        (folder / "audio").mkdir()
+        write_index(folder, _speak_all(speakers, folder, processes))
+    return read_corpus(out)
+
+
+def _draw_speaker(
+    etiology: str, number: int, split: str, seed: int, utterances: int, lexicon: Lexicon, patterns: Sequence[str]
+) -> _Speaker:
+    stand_in, name = VOICES[etiology], f"{etiology}-{number:03d}"
+    rng = random.Random(f"{seed}/{name}")
+    # Steps of the golden ratio: any few speakers in a row spread evenly from mild to severe.
+    level = (random.Random(f"{seed}/{etiology}").random() + number * GOLDEN_RATIO) % 1
+    return _Speaker(
+        name=name,
+        etiology=etiology,
+        severity="" if etiology == "typical" else SEVERITIES[int(level * len(SEVERITIES))],
+        split=split,
+        seed=rng.getrandbits(31),
+        variant=stand_in.variants[number % len(stand_in.variants)],
+        rate=round(_between(stand_in.rate, level)),
+        pitch=rng.randint(*PITCHES),
+        word_gap=stand_in.word_gap,
+        strength=_between(stand_in.strength, level),
+        share=_between(stand_in.share, level),
+        tract=rng.uniform(*TRACTS),
+        noise_db=rng.uniform(*NOISE_DB),
+        sentences=tuple((f"{name}-{i:05d}", make_sentence(rng, split, lexicon, patterns)) for i in range(utterances)),
+    )
+
+
+def _between(ends: Range, level: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * level
+
+
+def _speak_all(speakers: Sequence[_Speaker], folder: Path, processes: int) -> list[Utterance]:
+    """Every speaker in a process of its own.
+
+    espeak-ng keeps the phase of its oscillators from one utterance to the next, so that equal bytes need an equal
+    history: that of a fresh process which speaks one speaker's sentences in order.
+    """
+    fresh = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    fresh.set_forkserver_preload(["__main__", __name__])  # once for all of them
+    try:
+        with ProcessPoolExecutor(processes, mp_context=fresh, max_tasks_per_child=1) as pool:
+            spoken = pool.map(_speak_speaker, speakers, [folder] * len(speakers))
+            bar = counted(spoken, len(speakers), "synth", unit="speakers")
+            return [utterance for utterances in bar for utterance in utterances]
+    except BrokenProcessPool as error:
+        raise DataError("espeak-ng's process died while speaking: install espeakng-loader again") from error
+
+
+def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
+    """Write one speaker's audio below `folder` (runs in a process of its own)."""
+    voice = VOICES[speaker.etiology]
+    rng = np.random.default_rng(speaker.seed)
+    utterances: list[Utterance] = []
+    for number, (name, text) in enumerate(speaker.sentences):
+        if sum(u.duration for u in utterances) >= speaker.seconds:
+            break
+        samples = speak(
+            text,
+            variant=speaker.variant,
+            rate=speaker.rate,
+            pitch=speaker.pitch,
+            word_gap=speaker.word_gap,
+            tract=speaker.tract,
+            seed=speaker.seed + number,
+            replace=_sounds_of(speaker, number) if voice.sounds else None,
+        )
+        if voice.effect is not None:
+            samples = voice.effect(samples, rng, speaker.strength)
+        samples = effects.add_room(samples, rng, speaker.noise_db)
+        encoded = io.BytesIO()
+        soundfile.write(encoded, samples * (PEAK / np.abs(samples).max()), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        (folder / "audio" / f"{name}.flac").write_bytes(encoded.getbuffer())
+        seconds = round(len(samples) / SAMPLE_RATE, 6)
+        utterances.append(
+            Utterance(
+                name,
+                f"audio/{name}.flac",
+                seconds,
+                text,
+                speaker.split,
+                speaker=speaker.name,
+                etiology=speaker.etiology,
+                severity=speaker.severity,
+            )
+        )
+    return utterances
+
+
+def _sounds_of(speaker: _Speaker, number: int) -> Callable[[str], str]:
+    """What becomes of the phonemes of a speaker's sentence."""
+    rng = random.Random(f"{speaker.seed}/{number}")
+    return lambda spoken: replace_sounds(spoken, VOICES[speaker.etiology].sounds, rng, speaker.share)

@@ -1,0 +1,88 @@
+"""What a configuration starts from: its corpus, its base model, and the parts of the corpus that each stage reads.
+
+Imports no torch: planning needs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from common.config import Config
+from common.data import sources, subsets
+from common.data.corpus import Corpus, Utterance
+from common.inference.long_audio import LongAudio, within_limits
+
+Purpose = Literal["embeddings", "experts", "asr"]
+
+
+def load_corpus(config: Config, cache: Path) -> Corpus:
+    """The configured corpus, its long utterances treated as the configuration says.
+
+    Raises:
+        DataError: it cannot be found or read, or holds long utterances and these are an error.
+    """
+    limit = config.runtime.audio_cache_bytes
+    corpus = sources.open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)
+    return within_limits(corpus, long_audio(config), cache)
+
+
+def long_audio(config: Config) -> LongAudio:
+    """How long utterances are treated."""
+    return LongAudio(
+        treatment=config.audio.long_audio,
+        model=config.model.name,
+        revision=config.model.revision,
+        language=config.model.language,
+        task=config.model.task,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        device=config.runtime.device,
+        precision=config.precision,
+        store=config.store,
+        endpoint_url=config.endpoint_url,
+        quiet=config.runtime.quiet,
+    )
+
+
+def base_model(config: Config, cache: Path) -> Path:
+    """The folder of the base model (`data.sources.locate_model`)."""
+    name, revision = config.model.name, config.model.revision
+    return sources.locate_model(name, cache, revision=revision, endpoint_url=config.endpoint_url)
+
+
+def base_digest(config: Config, cache: Path) -> str:
+    """The digest of the base model (`data.sources.model_digest`)."""
+    name, revision = config.model.name, config.model.revision
+    return sources.model_digest(name, cache, revision=revision, endpoint_url=config.endpoint_url)
+
+
+def training_subset(config: Config, corpus: Corpus, purpose: Purpose) -> list[Utterance]:
+    """The part of `train` for clustering, expert pre-training or joint training, sorted by id.
+
+    Raises:
+        DataError: the corpus has no such utterances.
+    """
+    samples = getattr(config.subsets, f"{purpose}_samples")
+    percent = getattr(config.subsets, f"{purpose}_percent")
+    return subsets.training_subset(corpus, samples=samples, percent=percent, seed=config.seed)
+
+
+def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "test"]) -> list[Utterance]:
+    """The evaluated part of dev or test, sorted by id.
+
+    Raises:
+        DataError: the corpus has no such utterances.
+    """
+    samples = config.subsets.dev_samples if split == "dev" else config.subsets.test_samples
+    return subsets.evaluation_subset(corpus, split, samples=samples, seed=config.seed)
+
+
+def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:
+    """Every utterance whose embedding some stage needs, sorted by id: each is encoded at most once in a run."""
+    # All three, also where nothing is pre-trained: then both regimes share one extraction.
+    purposes: tuple[Purpose, ...] = ("embeddings", "experts", "asr")
+    chosen = {u.id: u for purpose in purposes for u in training_subset(config, corpus, purpose)}
+    chosen |= {u.id: u for u in evaluation_subset(config, corpus, "dev")}
+    chosen |= {u.id: u for u in evaluation_subset(config, corpus, "test")}
+    return [chosen[name] for name in sorted(chosen)]

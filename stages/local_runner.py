@@ -1,0 +1,308 @@
+"""The local runner: plans, runs what is not done, and keeps the record of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from common import __version__
+from common.config import Config, flatten, to_yaml
+from common.data.corpus import Corpus
+from common.errors import ConfigError, Preempted, RetryableError
+from common.files import explained, make_folders
+from common.pipeline.plan import Plan, Planned, Task, make_plan
+from common.pipeline.runs import read_record as read_record
+from common.pipeline.stage import execute, follow, heed_signals
+from common.report.model_card import model_card
+from common.report.report import RunView, render_report
+from common.storage import open_store
+from common.storage.artifacts import Manifest, inspect, set_aside
+from common.storage.store import Store
+from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
+from stages import STAGES, run_function
+from stages.inputs import base_digest, load_corpus
+from stages.processes import parallel_slots, run_in_processes
+
+log = logging.getLogger(__name__)
+PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")  # where, not what: may differ within a run
+ROUNDS = 3  # how often a damaged input is made again in one run
+
+
+def cache_folder() -> Path:
+    """Where inputs from remote stores and unfinished work lie: $MOE_ASR_CACHE, else under the user's cache."""
+    return Path(os.environ.get("MOE_ASR_CACHE") or Path.home() / ".cache" / "moe-asr")
+
+
+class Run:
+    """One run of the pipeline: its configuration, sources, store, record and live metrics.
+
+    Args:
+        model: digest of the base model where it is known already, which spares bringing a remote one.
+    """
+
+    def __init__(self, config: Config, model: str | None = None) -> None:
+        self.config = config
+        self.store: Store = open_store(config.store, endpoint_url=config.endpoint_url)
+        self.cache = cache_folder()
+        self.corpus: Corpus = load_corpus(config, self.cache)
+        self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model or base_digest(config, self.cache)}
+        self.record = read_record(self.store, config.run) or {}
+        self.telemetry = Telemetry()
+
+    def serving(self) -> AbstractContextManager[int | None]:
+        """Serves the live metrics while a block runs, if the configuration says so."""
+        runtime = self.config.runtime
+        return serving(self.telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds)
+
+    def plan(self, *, deep: bool = False) -> Plan:
+        """What is done and what is not, with reasons."""
+        before = self.record.get("keys")
+        plan = make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
+        for status in ("done", "todo", "again"):
+            self.telemetry.set(PLAN_TASKS, sum(p.status == status for p in plan.planned), status=status)
+        return plan
+
+    def check_same(self, resume: bool) -> None:
+        """Refuses a run that holds another configuration, unless `--resume` says to go on in it.
+
+        Raises:
+            ConfigError: the first differences.
+        """
+        if not self.record or resume:
+            return
+        changed = differences(self.record["config"], self.config.model_dump(mode="json"))
+        if changed:
+            raise ConfigError(
+                f"run {self.config.run!r} in {self.store.url} holds another configuration ({'; '.join(changed[:3])}): "
+                "--resume goes on in it with the new one, --run NAME starts another"
+            )
+
+    def save(self, status: str, plan: Plan) -> None:
+        """Writes run.json."""
+        now = time.time()
+        keys = {key.stage: key.ingredients for key in plan.groups.values()}
+        self.record = {
+            "schema": 1,
+            "name": self.config.run,
+            "status": status,
+            "version": __version__,
+            "started": self.record.get("started", now),
+            "updated": now,
+            "config": self.config.model_dump(mode="json"),
+            "sources": self.sources,
+            "keys": keys,
+            "tasks": {p.task.label: {"key": p.task.key.digest, "stage": p.task.contract.name} for p in plan.planned},
+            "timeline": self.record.get("timeline", []),
+        }
+        self.store.write(f"{self.config.run}/run.json", _json(self.record))
+
+    def note(self, task: Task, manifest: Manifest, ran: bool) -> None:
+        """Adds a finished task to the timeline."""
+        row = {
+            "stage": task.contract.name,
+            "shard": None if task.shard is None else str(task.shard),
+            "started": manifest.started,
+            "seconds": manifest.seconds,
+            "host": manifest.host,
+            "status": "run" if ran else "skipped",
+        }
+        rows = [r for r in self.record.get("timeline", []) if (r["stage"], r["shard"]) != (row["stage"], row["shard"])]
+        self.record["timeline"] = [*rows, row]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`path old → new` for every value that can change a result."""
+    a, b = dict(flatten(old)), dict(flatten(new))
+    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in PLACES]
+    return [f"{n} {a.get(n, 'unset')} → {b.get(n, 'unset')}" for n in names if a.get(n) != b.get(n)]
+
+
+def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Runs every stage that is not done; returns the run's summary.
+
+    Raises:
+        MoeAsrError: as the stages raise; what was finished stays.
+    """
+    run = Run(config)
+    run.check_same(resume)
+    with run.serving(), heed_signals() as stopping, log_to_run(run):
+        try:
+            plan = _run_stages(run, stopping)
+            for _ in range(ROUNDS - 1):
+                try:
+                    return finish(run, plan)
+                except RetryableError as error:  # a result of an earlier run turned out damaged when it was fetched
+                    log.warning("%s", error)
+                    plan = _run_stages(run, stopping)
+            return finish(run, plan)
+        except BaseException as error:
+            stopped = isinstance(error, Preempted) or not isinstance(error, Exception)
+            run.save("stopped" if stopped else "failed", run.plan())
+            raise
+
+
+def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
+    for _ in range(ROUNDS):
+        plan = run.plan(deep=run.store.local_path("") is not None)
+        run.save("running", plan)
+        for one in plan.planned:
+            if one.status == "again":
+                log.info("%s is made again: %s", one.task.label, one.reason)
+            if one.status == "done":
+                run.telemetry.stage(one.task.contract.name, one.task.shard).add(TASKS, result="skipped")
+        try:
+            while not plan.finished:
+                _run_next(run, plan, stopping)
+                plan = run.plan()
+                run.save("running", plan)
+            return plan
+        except RetryableError as error:
+            log.warning("%s", error)
+            failed = error
+    raise failed
+
+
+def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
+    """Runs all pieces that are not done of the first stage that has any."""
+    waiting = [p for p in plan.planned if p.status != "done"]
+    stage = waiting[0].task.contract.name
+    mine = [p for p in waiting if p.task.contract.name == stage]
+    slots = parallel_slots(run.config) if len(mine) > 1 else []
+    together = mine[0].task.contract.processes(run.config) > 1
+    if together or len(slots) > 1:
+        try:
+            with run.telemetry.stage(stage).marked(RUNNING):
+                run_in_processes(run.config, mine, [None] if together else slots, scratch=run.cache, stopping=stopping)
+        finally:  # where one failed, the others are done all the same
+            _note_made(run, mine)
+        return
+    for one in mine:
+        log.info("%s: started", one.task.label)
+        manifest = run_one(run, one, stopping)
+        run.note(one.task, manifest, ran=True)
+        log.info("%s: done in %.0f s", one.task.label, manifest.seconds)
+
+
+def _note_made(run: Run, planned: Sequence[Planned]) -> None:
+    """Notes those of the tasks that other processes have made."""
+    for one in planned:
+        state = inspect(run.store, one.task.key)
+        if state.status == "done" and state.manifest and state.manifest != one.manifest:
+            run.note(one.task, state.manifest, ran=True)
+
+
+def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None) -> Manifest:
+    """Runs one planned task; what is whole but was made of other inputs makes room first.
+
+    Args:
+        notes: further values for the manifest's metrics.
+    """
+    if one.status == "again" and one.manifest is not None:
+        state = inspect(run.store, one.task.key)
+        if state.status == "done" and state.manifest == one.manifest:
+            set_aside(run.store, one.task.key, state)
+    task, function = one.task, run_function(one.task.contract.name)
+    return execute(
+        task,
+        function,
+        run.config,
+        run.store,
+        corpus=run.corpus,
+        scratch=run.cache,
+        stopping=stopping,
+        notes=notes,
+        telemetry=run.telemetry,
+    )
+
+
+def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
+    """The part of a process that trains a task together with the one that commits it (torchrun's rank 0)."""
+    if one.status != "done":
+        function = run_function(one.task.contract.name)
+        follow(one.task, function, run.config, run.store, corpus=run.corpus, scratch=run.cache, stopping=stopping)
+
+
+def finish(run: Run, plan: Plan) -> dict[str, Any]:
+    """Writes summary.json, report.html and the model card of a finished run, and returns the summary."""
+    from common.storage.artifacts import fetch
+
+    seconds: dict[str, float] = {}
+    folders: dict[str, list[Path]] = {}
+    for one in plan.planned:
+        assert one.manifest is not None
+        name = one.task.contract.name
+        seconds[name] = round(seconds.get(name, 0.0) + one.manifest.seconds, 2)
+        shard = None if one.task.shard is None else str(one.task.shard)
+        if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
+            run.note(one.task, one.manifest, ran=False)
+        folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
+        folders.setdefault(one.task.contract.output, []).append(folder)
+    summary: dict[str, Any] = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
+    name = run.config.run
+    summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
+    summary["model"] = f"{run.store.url.rstrip('/')}/{plan.groups['model'].prefix}"
+    view = RunView(
+        name=name,
+        config_yaml=to_yaml(run.config),
+        version=__version__,
+        summary=summary,
+        cluster=_first(folders, "clusters"),
+        gate=_first(folders, "gate"),
+        experts=folders.get("experts", []),
+        asr=folders["model"][0],
+        timeline=run.record["timeline"],
+        audio_root=run.corpus.url,
+    )
+    run.store.write(f"{name}/summary.json", _json(summary))
+    run.store.write(f"{name}/report.html", render_report(view).encode())
+    run.store.write(f"{name}/README.md", _card(run, plan, summary, folders["model"][0]).encode())
+    run.save("done", plan)
+    return summary
+
+
+def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
+    """The model card of a finished run."""
+    (manifest,) = [p.manifest for p in plan.planned if p.task.contract.output == "model"]
+    assert manifest is not None
+    return model_card(
+        run.config,
+        summary=summary,
+        report=json.loads((asr / "report.json").read_text(encoding="utf-8")),
+        manifest=manifest,
+        model_digest=run.sources["model"],
+        corpus_digest=run.sources["corpus"],
+        utterances=run.corpus.utterances,
+    )
+
+
+def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
+    return folders[name][0] if name in folders else None
+
+
+@contextmanager
+def log_to_run(run: Run) -> Iterator[None]:
+    """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
+    folder = run.store.local_path(f"{run.config.run}/logs")
+    path = (folder or run.cache / run.config.run) / "run.log"
+    with explained(path.parent):
+        make_folders(path.parent)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        if folder is None:
+            run.store.put(f"{run.config.run}/logs/run.log", path)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

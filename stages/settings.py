@@ -1,0 +1,80 @@
+"""A configuration as the plain values that data, model, decoding and training take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from common.config import Config
+from common.data.augment import Augmentation
+from common.data.batches import Example, epoch_batches, make_examples
+from common.data.corpus import Corpus, Utterance
+from common.data.tokens import TextCodec
+from common.decoding.decode import Decoding
+from common.sections import SpeechTrainConfig, TrainConfig
+from common.training.train import TrainOptions
+
+Purpose = Literal["embeddings", "experts", "asr"]
+
+
+def train_options(section: TrainConfig, config: Config) -> TrainOptions:
+    """The loop's numbers from a stage's section and the runtime's."""
+    return TrainOptions(
+        epochs=section.epochs,
+        accumulate=section.gradient_accumulation_steps,
+        max_steps=section.max_steps,
+        warmup_ratio=section.warmup_ratio,
+        max_grad_norm=section.max_grad_norm,
+        patience=section.patience,
+        eval_every_n_epochs=section.eval_every_n_epochs,
+        select_by=section.select_by,
+        average=section.average,
+        average_of=section.average_of,
+        save_every_n_epochs=config.runtime.save_every_n_epochs,
+        checkpoint_minutes=config.runtime.checkpoint_minutes,
+        save_only_best=config.runtime.save_only_best,
+        quiet=config.runtime.quiet,
+    )
+
+
+def decoding_options(config: Config) -> Decoding:
+    """How the configuration wants text decoded."""
+    return Decoding(**config.decode.model_dump(), seed=config.seed)
+
+
+def augmentation(config: Config) -> Augmentation:
+    """What the configuration wants done to training audio."""
+    return Augmentation(**config.augment.model_dump())
+
+
+def speech_examples(
+    config: Config, corpus: Corpus, utterances: Sequence[Utterance], codec: TextCodec, *, training: bool = False
+) -> list[Example]:
+    """Examples by the configuration's audio section; for training with room for what augmentation makes longer."""
+    return make_examples(
+        corpus,
+        utterances,
+        codec,
+        context=config.audio.context,
+        margin=config.audio.margin,
+        stretch=augmentation(config).stretch if training else 1.0,
+    )
+
+
+def epoch_planner(
+    examples: Sequence[Example], section: SpeechTrainConfig, seed: int
+) -> Callable[[int], list[list[int]]]:
+    """epoch → batches, for the loop."""
+    return lambda epoch: epoch_batches(
+        examples,
+        batch_size=section.batch_size,
+        batch_seconds=section.batch_seconds,
+        batch_tokens=section.batch_tokens,
+        seed=seed,
+        epoch=epoch,
+    )
+
+
+def lora_scope(modules: str) -> str:
+    """`lora.modules` as the part of a module's name that `moe.add_mixture` looks for."""
+    return {"all": "", "encoder": "encoder.layers", "decoder": "decoder.layers"}[modules]
