@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common demo stages argo cli dashboards monitor reference helm/chart.py
+SOURCES := common demo stages argo cli dashboards reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev ci lint format test ci coverage reference docs wheel quickstart text-to-sql-demo images test-images argo test-cluster chart package dashboards monitor bench lock clean
+.PHONY: help install dev ci lint format test ci coverage reference docs FORCE wheel quickstart text-to-sql-demo images sbom test-images argo test-cluster chart package dashboards bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/[$$][$$]/, "$$", $$2); printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,9 +48,8 @@ format: dev ## rewrite the sources as ruff formats them
 test: dev ## all tests that need no cluster and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
-coverage: dev ## the tests, and the share of lines that they run, by package
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=json:build/coverage.json
-	$(BIN)/python -m reference.coverage build/coverage.json
+coverage: dev ## the tests, and the share of lines that they run, by file
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 ci: ## all that decides whether a change lands
 	.ci/run
@@ -75,8 +74,32 @@ data/flights/flights.db: | install
 ENGINE ?= docker
 PREFIX ?= moe-asr
 BASE_IMAGE ?= python:3.11-slim-bookworm
-images: dev ## base and five stage images: ENGINE=docker|podman|buildah PREFIX=registry/folder BASE_IMAGE=… FLAGS=…
-	$(BIN)/python docker/build.py --engine $(ENGINE) --prefix $(PREFIX) --base-image $(BASE_IMAGE) --sbom dist/sbom -- $(FLAGS)
+STAGES := extract cluster gating experts asr
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+COMMIT = $(shell git describe --always --exclude='*' --abbrev=12 --dirty 2>/dev/null || echo unknown)
+# The heavy layers are built again when the base image's name, the lock or the installer changes.
+LOCKED = $(shell (echo $(BASE_IMAGE); cat docker/requirements.txt requirements-uv.txt docker/dependencies/{Dockerfile,*.*}) | sha256sum | head -c 16)
+# Settings of this machine's package index and its certificates reach a build as secrets that leave no trace in the image.
+INDEX := PIP_INDEX_URL|PIP_EXTRA_INDEX_URL|UV_DEFAULT_INDEX|UV_INDEX|UV_INDEX_URL
+build_image = DOCKER_BUILDKIT=1 $(ENGINE) build --secret=id=index,src=$(CURDIR)/build/index \
+  $${SSL_CERT_FILE:+--secret=id=ca,src=$$SSL_CERT_FILE} $(FLAGS) --file $(1)/Dockerfile
+image_tags = --tag $(PREFIX)/$(1):$(VERSION) --tag $(PREFIX)/$(1):$(COMMIT)
+images: build/index ## base and five stage images: ENGINE=docker|podman|buildah PREFIX=registry/folder BASE_IMAGE=… FLAGS=…
+	$(ENGINE) inspect --type image $(PREFIX)/dependencies:$(LOCKED) >/dev/null 2>&1 || $(call build_image,docker/dependencies) \
+	  --tag $(PREFIX)/dependencies:$(LOCKED) --build-arg BASE_IMAGE=$(BASE_IMAGE) .
+	$(call build_image,docker/base) $(call image_tags,base) --build-arg DEPENDENCIES=$(PREFIX)/dependencies:$(LOCKED) \
+	  --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) .
+	for stage in $(STAGES); do \
+	  $(call build_image,stages/$$stage) $(call image_tags,$$stage) --build-arg BASE=$(PREFIX)/base:$(VERSION) . || exit; done
+
+.INTERMEDIATE: build/index # removed when make ends
+build/index: FORCE
+	mkdir -p build
+	umask 077; env | sed -nE "s/^($(INDEX))=(.*)/\1='\2'/p" >$@
+
+sbom: dev ## bill of materials (CycloneDX) of the Python packages in all images
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements docker/requirements.txt --pyproject pyproject.toml --output-file dist/moe-asr.cdx.json
 
 test-images: dev ## build all images without a daemon and run them confined (root on Debian; minutes and 20 GB)
 	$(BIN)/python -m pytest -q -rs tests/images
@@ -107,9 +130,6 @@ wheel: dev ## source distribution and wheel in dist/
 
 dashboards: install ## write the chart's dashboards and Prometheus rules
 	$(BIN)/python -m dashboards
-
-monitor: install ## a Prometheus beside local runs (`moe-asr run --metrics-port 9470`)
-	$(BIN)/python -m monitor
 
 bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run

@@ -1,1 +1,1 @@
-"""The pipeline as an Argo workflow: built from the stages' contracts, submitted, looked at and drawn."""
+"""The pipeline as an Argo workflow: built from the stages' contracts, submitted, and its progress read."""

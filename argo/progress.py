@@ -1,6 +1,6 @@
 """What a Workflow object tells of a run: its pieces, their tries, cache hits and why something waits.
 
-Read by `moe-asr status`, by the picture of the DAG and by the tests; works on plain JSON, as kubectl prints it.
+Read by `moe-asr status` and by the tests; works on plain JSON, as kubectl prints it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ class Try:
     """One pod.
 
     Attributes:
-        started, finished: seconds since 1970; None while that has not happened.
+        started: seconds since 1970; None while that has not happened.
     """
 
     pod: str
     phase: str
     message: str
-    host: str
     started: float | None
-    finished: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +38,11 @@ class Piece:
 
     Attributes:
         label: `plan-asr`, `cluster`, `experts[1]`, …
-        task: of the main DAG.
         template: stage or step that it runs.
         hit: its result came from the cache, without a pod.
     """
 
     label: str
-    task: str
     template: str
     phase: str
     message: str
@@ -85,7 +81,6 @@ def _piece(node: Object, nodes: Sequence[Object]) -> Piece:
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
     return Piece(
         label=f"{task}{shard}",
-        task=task,
         template=node["templateName"],
         phase=ordered[-1].phase if waiting else node["phase"],
         message=f"waits for {lock.rpartition('/')[2]}, which another workflow or piece holds" if lock else told,
@@ -105,9 +100,7 @@ def _try(node: Object) -> Try:
         pod=node["id"],
         phase=node["phase"],
         message=tidy(node.get("message", "")),
-        host=node.get("hostNodeName", ""),
         started=seconds(node.get("startedAt")),
-        finished=seconds(node.get("finishedAt")),
     )
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every GPU row within 8 minutes: large-v2's and small's shapes with random weights, nothing is downloaded.
-# Writes bench/results/<device>.json, its plot, and bench/results/<device>-kernels.md. Run it from the repository's root:
+# Writes bench/results/<device>.json and bench/results/<device>-kernels.md. Run it from the repository's root:
 #     bench/gpu.sh [python]
 set -euo pipefail
 python=${1:-.venv/bin/python}

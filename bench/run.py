@@ -1,4 +1,4 @@
-"""`python -m bench.run`: every row, one table, one plot, one JSON file.
+"""`python -m bench.run`: every row, one table, one JSON file.
 
 python -m bench.run                       this machine's CPU, or its GPU where there is one
 python -m bench.run --only joint dense    some groups; rows of others, of equal device and versions, stay
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="micro sizes: figures mean nothing, but every row runs")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it  [bench/results/<device>.json]")
+    parser.add_argument("--out", type=Path, help="JSON file  [bench/results/<device>.json]")
     options = parser.parse_args(arguments)
     quieten()
     setting = choose(options.device, quick=options.quick)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write(in_order(found), setting, path)
     print(table(in_order(found)))
     if path is not None:
-        print(f"\n{path} and {path.with_suffix('.png')} are written")
+        print(f"\n{path} is written")
 
 
 def earlier(path: Path, setting: Setting) -> dict[str, list[Row]]:
@@ -100,11 +100,10 @@ def in_order(found: Mapping[str, Sequence[Row]]) -> list[Row]:
 
 
 def write(rows: Sequence[Row], setting: Setting, path: Path) -> None:
-    """The JSON file, and the plot beside it."""
+    """The JSON file."""
     report = {"device": device_name(setting), "versions": versions(), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot(rows, str(report["device"]), path.with_suffix(".png"))
 
 
 def quieten() -> None:
@@ -163,30 +162,6 @@ def table(rows: Sequence[Row]) -> str:
 def figure(value: float) -> str:
     """Three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def plot(rows: Sequence[Row], device: str, path: Path) -> None:
-    """A bar for each ratio on a logarithmic axis, a mark at its target."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = list(reversed(rows))
-    figure_, axes = plt.subplots(figsize=(10, 0.45 * len(shown) + 1.4), layout="constrained")
-    good = [one["target"] is None or one["ratio"] >= one["target"] for one in shown]
-    axes.barh(range(len(shown)), [one["ratio"] for one in shown], color=["#2a7f62" if g else "#c2703d" for g in good])
-    for place, one in enumerate(shown):
-        axes.text(one["ratio"] * 1.05, place, f"{figure(one['ratio'])}×", va="center", fontsize=8)
-        if one["target"] is not None:
-            axes.plot([one["target"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-    axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(shown)), [one["row"] for one in shown], fontsize=8)
-    axes.set_xlabel("times better than the peer; the black mark is the target")
-    axes.set_title(device, fontsize=10)
-    figure_.savefig(path, dpi=130)
-    plt.close(figure_)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ def completion(context: click.Context, shell: str) -> None:
     """Prints the script that lets a shell complete commands, options and their choices.
 
     \b
-    moe-asr completion bash >> ~/.bashrc
-    moe-asr completion zsh >> ~/.zshrc
-    moe-asr completion fish > ~/.config/fish/completions/moe-asr.fish
+        moe-asr completion bash >> ~/.bashrc
+        moe-asr completion zsh >> ~/.zshrc
+        moe-asr completion fish > ~/.config/fish/completions/moe-asr.fish
     """
     kind = get_completion_class(shell)
     assert kind is not None, "click knows these three"

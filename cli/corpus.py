@@ -47,8 +47,8 @@ def synth(
     that training never hears.
 
     \b
-    moe-asr corpus synth data/demo
-    moe-asr corpus synth data/bench --kind bench --minutes 60
+        moe-asr corpus synth data/demo
+        moe-asr corpus synth data/bench --kind bench --minutes 60
     """
     from demo.corpus import synthesize, synthesize_bench
 
@@ -97,7 +97,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
 
     \b
-    moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
+        moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
     """
     from common.data.shards import pack_corpus, parse_size
     from common.progress import progress
@@ -128,8 +128,8 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
     """Counts utterances, hours and speakers; with --model also the base model's WER by etiology.
 
     \b
-    moe-asr corpus stats data/mine
-    moe-asr corpus stats data/mine --model openai/whisper-small --json
+        moe-asr corpus stats data/mine
+        moe-asr corpus stats data/mine --model openai/whisper-small --json
     """
     from common.data.corpus import corpus_stats
 
@@ -163,7 +163,7 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     """Finds what would go wrong in training: unreadable audio, missing text, speakers in two splits, …
 
     \b
-    moe-asr corpus audit data/mine --model models/whisper-tiny.en
+        moe-asr corpus audit data/mine --model models/whisper-tiny.en
     """
     from common.data.audit import audit as audit_corpus
 
@@ -214,8 +214,8 @@ def import_corpus(
     """Makes a corpus of a table (CSV, JSON Lines), an audiofolder, Speech Accessibility Project data or TORGO.
 
     \b
-    moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
-    moe-asr corpus import SAP data/sap --format sap
+        moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
+        moe-asr corpus import SAP data/sap --format sap
     """
     from common.data.importers import Imported, import_audiofolder, import_table
     from common.data.importers_sap import import_sap

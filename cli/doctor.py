@@ -9,6 +9,7 @@ from dataclasses import asdict
 import click
 
 from common.console import coloured
+from common.errors import UsageError
 from common.machine import Finding, check_machine
 from stages.local_runner import cache_folder
 
@@ -17,20 +18,26 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @click.command()
 @click.option("--store", "store_url", help="Also try what runs rely on in this folder or s3://bucket/prefix.")
-@click.option("--endpoint-url", help="Of an S3-compatible store.")
+@click.option("--endpoint-url", help="Address of an S3-compatible store.")
+@click.option("--only-store", is_flag=True, help="Check the store alone, not this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def doctor(context: click.Context, store_url: str | None, endpoint_url: str | None, as_json: bool) -> None:
+def doctor(
+    context: click.Context, store_url: str | None, endpoint_url: str | None, only_store: bool, as_json: bool
+) -> None:
     """Tries versions, device, memory, disk, decoding and a store, before a run does.
 
     Ends with 0 where nothing stops a run, with 1 where something does; a note stops nothing.
 
     \b
-    moe-asr doctor
-    moe-asr doctor --store s3://bucket/runs --json
+        moe-asr doctor
+        moe-asr doctor --store s3://bucket/runs --json
+        moe-asr doctor --store s3://bucket/runs --endpoint-url https://s3.example.com --only-store
     """
+    if only_store and store_url is None:
+        raise UsageError("--only-store checks nothing without a store: give --store too")
     found = []
-    for one in _findings(store_url, endpoint_url):
+    for one in _findings(store_url, endpoint_url, machine=not only_store):
         found.append(one)
         if not as_json:
             word = coloured(f"{one.state:<4}", COLOURS[one.state])
@@ -43,11 +50,12 @@ def doctor(context: click.Context, store_url: str | None, endpoint_url: str | No
     context.exit(1 if failed else 0)
 
 
-def _findings(store_url: str | None, endpoint_url: str | None) -> Iterator[Finding]:
+def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool) -> Iterator[Finding]:
     from common.storage import open_store
     from common.storage.doctor import check_store
 
-    yield from check_machine(cache_folder())
+    if machine:
+        yield from check_machine(cache_folder())
     if store_url is not None:
         for name, held, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
             yield Finding(f"store: {name}", "ok" if held else "fail", detail)

@@ -14,46 +14,26 @@ from common.options import config_from, config_options
 from common.pipeline.runs import recorded_states, run_record
 from common.storage import open_store
 
-# What the original system's authors expected for 683 h with Whisper large-v2.
-ORIGINAL_DAYS = {"a100-40": "4 to 5", "a100-80": "3 to 4", "h100-80": "2 to 3"}
-
 
 @click.command()
 @config_options
-@click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Of training speech.")
-@click.option("--mean-seconds", type=click.FloatRange(0.1, 30), default=8.0, show_default=True, help="Per utterance.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="That work at once.")
-@click.option("--from", "source", metavar="RUN", help="Take the rates that this finished run measured.")
-@click.option("--price", type=click.FloatRange(0), help="Of one GPU hour, in any currency.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Hours of training speech.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that work at once.")
+@click.option("--from", "source", metavar="RUN", required=True, help="Finished run whose pace is taken.")
+@click.option("--price", type=click.FloatRange(0), help="Price of one GPU hour, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def estimate(
-    hours: float, mean_seconds: float, gpus: int, source: str | None, price: float | None, as_json: bool, **options: Any
-) -> None:
-    """GPU hours of each stage for a corpus of --hours.
-
-    With --from, by the throughput of a finished run on the same kind of machine. Without, by counted operations at a
-    share of the GPU's peak that is assumed: such figures are marked.
+def estimate(hours: float, gpus: int, source: str, price: float | None, as_json: bool, **options: Any) -> None:
+    """GPU hours of each stage for a corpus of --hours, at the pace of a finished run on the same kind of machine.
 
     \b
-    moe-asr estimate --hours 683 --gpu h100-80 --price 3.5
-    moe-asr estimate --hours 683 --from full
+        moe-asr estimate --hours 683 --from mine
+        moe-asr estimate --hours 683 --from mine --gpus 4 --price 3.5
     """
     from common import cost
 
     config = config_from(options)
-    if source:
-        rates = measured_rates(config, source)
-        rows, basis = cost.from_rates(config, hours=hours, rates=rates), f"measured by run {source}"
-    else:
-        gpu = str(options["gpu"] or "")
-        if gpu not in cost.PEAK:
-            raise UsageError(
-                f"--gpu {gpu or 'is missing'}: name one of {', '.join(cost.PEAK)}, or give --from RUN with its rates"
-            )
-        rate = cost.PEAK[gpu] * cost.ASSUMED_SHARE
-        shape = cost.SHAPES[shape_name(config.model.name)]
-        rows = cost.estimate(config, hours=hours, mean_seconds=mean_seconds, shape=shape, operations_per_second=rate)
-        basis = f"ASSUMED: {cost.ASSUMED_SHARE:.0%} of {cost.PEAK[gpu] / 1e12:.0f} Tflop/s; not measured"
+    rows = cost.from_rates(config, hours=hours, rates=measured_rates(config, source))
+    basis = f"measured by run {source}"
     total = sum(row.gpu_hours for row in rows)
     if as_json:
         stages = {row.stage: {"audio_hours": row.audio_hours, "gpu_hours": row.gpu_hours} for row in rows}
@@ -61,27 +41,12 @@ def estimate(
         return
     table = [[row.stage, f"{row.audio_hours:,.0f}", f"{row.gpu_hours:,.2f}"] for row in rows]
     click.echo(text_table(("stage", "hours of speech", "GPU hours"), [*table, ["total", "", f"{total:,.2f}"]]))
-    click.echo(f"\n{basis}; {cost.describe_positions(config, mean_seconds)}")
+    click.echo(f"\n{basis}")
     click.echo(f"on {gpus} GPU{'s' if gpus > 1 else ''}: {total / 24 / gpus:.2f} days" + _priced(total, price))
-    if not source and options.get("gpu") in ORIGINAL_DAYS:
-        click.echo(f"the original system's estimate for 683 h: {ORIGINAL_DAYS[options['gpu']]} days")
 
 
 def _priced(total: float, price: float | None) -> str:
     return "" if price is None else f", {total * price:,.2f} at {price:g} per GPU hour"
-
-
-def shape_name(model: str) -> str:
-    """The size in a model's name: `openai/whisper-large-v2` → large.
-
-    Raises:
-        UsageError: it names none.
-    """
-    words = model.rstrip("/").rpartition("/")[2].lower().replace(".", "-").replace("_", "-").split("-")
-    for name in ("turbo", "tiny", "base", "small", "medium", "large"):
-        if name in words:
-            return name
-    raise UsageError(f"--model {model}: its name tells no size of Whisper; use --from RUN with measured rates")
 
 
 def measured_rates(config: Config, name: str) -> dict[str, float]:
@@ -117,7 +82,7 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     """Tries steps of joint training until memory is full, and prints the largest batch that fits.
 
     \b
-    moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
+        moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
     """
     from stages.fit import fit_batch as search
     from stages.local_runner import cache_folder

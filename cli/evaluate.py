@@ -56,8 +56,8 @@ def evaluate(
     name; CORPUS a folder with index.jsonl or its address. Writes evaluation.json, utterances.csv and report.html.
 
     \b
-    moe-asr evaluate mine data/mine
-    moe-asr evaluate openai/whisper-small data/mine --split dev --json
+        moe-asr evaluate mine data/mine
+        moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
     from common.data.sources import open_corpus
     from common.report.evaluation import evaluate_to_folder
@@ -143,7 +143,7 @@ def compare(
     Differences come with intervals from a paired bootstrap over speakers.
 
     \b
-    moe-asr compare mine regular dense --out comparison
+        moe-asr compare mine regular dense --out comparison
     """
     from common.evaluation.compare import compare as make_comparison
     from common.evaluation.results import before_training, read_result

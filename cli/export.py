@@ -63,8 +63,8 @@ def export(
     dense model (merged, ctranslate2) it has one fixed routing, to be chosen with --expert, --weights or --routing.
 
     \b
-    moe-asr export mine --to peft --out out/adapters
-    moe-asr export mine --to merged --out out/dense --expert 2
+        moe-asr export mine --to peft --out out/adapters
+        moe-asr export mine --to merged --out out/dense --expert 2
     """
     from common.export.formats import MARK, export_model, fixed_routing
     from common.inference.load_model import open_model
@@ -116,7 +116,7 @@ def merge(
     they have the same gate.
 
     \b
-    moe-asr merge seed-1 seed-2 --out out/merged
+        moe-asr merge seed-1 seed-2 --out out/merged
     """
     from common.export.merge import MARK, merge_models
     from common.inference.load_model import find_model

@@ -15,7 +15,7 @@ from cli.evaluate import compare, evaluate
 from cli.export import export, merge
 from cli.gate import gate
 from cli.model import model
-from cli.runs import gc, logs, plan, plot, runs, status, store, verify
+from cli.runs import gc, logs, plan, plot, runs, status, verify
 from cli.segment import segment
 from cli.submit import submit
 from cli.sweep import sweep
@@ -33,10 +33,10 @@ def cli() -> None:
     """Mixtures of LoRA experts on Whisper, for speech that ordinary recognisers get wrong.
 
     \b
-    moe-asr corpus synth data/demo         make a small spoken corpus
-    moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
-    moe-asr run --mode demo --dry-run      what is done, what is not, and why
-    moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
+        moe-asr corpus synth data/demo         make a small spoken corpus
+        moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
+        moe-asr run --mode demo --dry-run      what is done, what is not, and why
+        moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
     """
 
 
@@ -49,9 +49,9 @@ def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Runs the stages that are not done, in order, and ends with word error rates before and after.
 
     \b
-    moe-asr run --mode demo
-    moe-asr run --corpus data/mine --model openai/whisper-small --gpu auto --run mine
-    moe-asr run --skip-pretraining --num-experts 8 --set asr.epochs=3
+        moe-asr run --mode demo
+        moe-asr run --corpus data/mine --model openai/whisper-small --gpu auto --run mine
+        moe-asr run --skip-pretraining --num-experts 8 --set asr.epochs=3
     """
     from stages.local_runner import run_pipeline
 
@@ -77,7 +77,7 @@ def config_show(**options: Any) -> None:
     """Prints the resolved configuration, as YAML that --config reads.
 
     \b
-    moe-asr config show --mode demo > my.yaml
+        moe-asr config show --mode demo > my.yaml
     """
     click.echo(to_yaml(config_from(options)), nl=False)
 
@@ -103,7 +103,6 @@ for command in (
     verify,
     logs,
     gc,
-    store,
     plot,
 ):
     cli.add_command(command)

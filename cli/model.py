@@ -21,7 +21,7 @@ def import_model(source: str, out: Path) -> None:
     SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra brings.
 
     \b
-    moe-asr model import-ct2 tiny.en models/whisper-tiny.en
+        moe-asr model import-ct2 tiny.en models/whisper-tiny.en
     """
     from demo.ct2 import bundled_tiny_en, import_ct2
 

@@ -14,7 +14,7 @@ from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config
 from common.console import coloured
-from common.errors import DataError, StoreError
+from common.errors import DataError
 from common.files import make_folders
 from common.options import config_from, config_options
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
@@ -49,8 +49,8 @@ def plan(deep: bool, as_json: bool, **options: Any) -> None:
     """Says for each stage and shard: done, to do or to do again, and why.
 
     \b
-    moe-asr plan --mode demo
-    moe-asr plan --config my.yaml --verify --json
+        moe-asr plan --mode demo
+        moe-asr plan --config my.yaml --verify --json
     """
     show_plan(config_from(options), as_json=as_json, deep=deep)
 
@@ -70,8 +70,8 @@ def status(
     """Shows how far a run is, on this machine or on a cluster.
 
     \b
-    moe-asr status demo
-    moe-asr status moe-asr-x7k2p --cluster -n speech
+        moe-asr status demo
+        moe-asr status moe-asr-x7k2p --cluster -n speech
     """
     if cluster or namespace:
         show_workflow(run, namespace, as_json=as_json)
@@ -104,7 +104,7 @@ def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
     """Lists the runs of a store.
 
     \b
-    moe-asr runs list --store s3://bucket/runs
+        moe-asr runs list --store s3://bucket/runs
     """
     store = open_store(store_url, endpoint_url=endpoint_url)
     found = [_run_facts(store, name) for name in run_names(store)]
@@ -136,7 +136,7 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     """Re-hashes everything that a run has made.
 
     \b
-    moe-asr verify demo
+        moe-asr verify demo
     """
     store = open_store(store_url, endpoint_url=endpoint_url)
     found = []
@@ -164,8 +164,8 @@ def logs(
     """Prints the log of a run, or the lines of one stage.
 
     \b
-    moe-asr logs demo asr
-    moe-asr logs moe-asr-x7k2p experts --cluster -n speech
+        moe-asr logs demo asr
+        moe-asr logs moe-asr-x7k2p experts --cluster -n speech
     """
     if cluster or namespace:
         show_workflow_logs(run, stage, namespace)
@@ -188,8 +188,8 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
     """Finds what no manifest refers to: attempts that lost, checkpoints of finished stages.
 
     \b
-    moe-asr gc
-    moe-asr gc --older-than 48 --delete
+        moe-asr gc
+        moe-asr gc --older-than 48 --delete
     """
     from common.storage.artifacts import garbage
 
@@ -203,30 +203,6 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
     click.echo(f"{len(entries)} files, {total:,} bytes" + ("" if delete else "; --delete removes them"))
 
 
-@click.group()
-def store() -> None:
-    """Stores of artifacts."""
-
-
-@store.command("doctor")
-@click.argument("url")
-@click.option("--endpoint-url", help="Of an S3-compatible store.")
-def store_doctor(url: str, endpoint_url: str | None) -> None:
-    """Tries on a store what the pipeline relies on, and says what it promises.
-
-    \b
-    moe-asr store doctor s3://bucket/runs --endpoint-url https://s3.example.com
-    """
-    from common.storage.doctor import check_store
-
-    failed = 0
-    for name, ok, detail in check_store(open_store(url, endpoint_url=endpoint_url)):
-        click.echo(f"{'ok  ' if ok else 'FAIL'}  {name:<28} {detail}")
-        failed += not ok
-    if failed:
-        raise StoreError(f"{failed} checks failed on {url}: do not keep runs there")
-
-
 @click.command()
 @click.argument("what", type=click.Choice(("clusters", "gating", "experts", "asr")))
 @click.argument("run")
@@ -236,7 +212,7 @@ def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Pat
     """Draws the metrics of a run's stage alone.
 
     \b
-    moe-asr plot asr demo --out plots
+        moe-asr plot asr demo --out plots
     """
     from common.report.plots import plot_asr, plot_clusters, plot_experts, plot_gating
 

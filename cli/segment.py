@@ -46,7 +46,7 @@ def segment(
     files: use it as a corpus (--corpus SOURCE/segmented.jsonl). Interrupted, it goes on where it was.
 
     \b
-    moe-asr corpus segment data/long --model openai/whisper-small
+        moe-asr corpus segment data/long --model openai/whisper-small
     """
     from common.data.sources import folder_digest
     from common.inference.load_model import open_model

@@ -29,8 +29,8 @@ def submit(
     """Runs the pipeline on the cluster of the current kubectl context, as an Argo workflow.
 
     \b
-    moe-asr submit --config my.yaml --gpu h100-80 --store s3://bucket/runs
-    moe-asr submit --corpus s3://bucket/corpus --gpu a100-80 --store s3://bucket/runs -p parallelism=8 --processes 4
+        moe-asr submit --config my.yaml --gpu h100-80 --store s3://bucket/runs
+        moe-asr submit --corpus s3://bucket/corpus --gpu a100-80 --store s3://bucket/runs -p parallelism=8 --processes 4
     """
     from argo.kubectl import create
     from argo.submit import chosen_parameters, default_template, make_workflow, submission

@@ -51,7 +51,7 @@ def sweep(
     NAME-REGIME-sSEED, where --run gives NAME; what is done already is skipped.
 
     \b
-    moe-asr sweep --mode demo --regimes moe,dense --seeds 0,1,2 --max-steps 300
+        moe-asr sweep --mode demo --regimes moe,dense --seeds 0,1,2 --max-steps 300
     """
     from stages.sweep import plan_sweep, run_sweep
 

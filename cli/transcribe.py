@@ -61,8 +61,8 @@ def transcribe(
     Text is decoded as `moe-asr evaluate` decodes it: as the run did whose model it is, else by the defaults.
 
     \b
-    moe-asr transcribe talk.mp3 --model mine
-    moe-asr transcribe *.wav --model mine --format all --out transcripts
+        moe-asr transcribe talk.mp3 --model mine
+        moe-asr transcribe *.wav --model mine --format all --out transcripts
     """
     from common.inference.transcribe import transcribe_audio
     from common.progress import progress

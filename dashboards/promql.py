@@ -1,24 +1,11 @@
-"""Pieces of PromQL that the dashboards share, and what stands for Grafana's variables outside of Grafana."""
+"""Pieces of PromQL that the dashboards share."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 OWN = 'namespace=~"$namespace",stage=~"$stage"'
 WORKFLOWS = 'moe_asr:pod_workflow:info{namespace=~"$namespace",workflow=~"$workflow"}'
 CHOSEN = 'namespace=~"$namespace",workflow=~"$workflow",stage=~"$stage"'  # of series that carry the workflow already
 RATE = "$__rate_interval"
-
-EVERYTHING = {
-    "namespace": ".*",
-    "workflow": ".*",
-    "stage": ".*",
-    "datasource": "prometheus",
-    "gpu_hour_price": "2.5",
-    "__range": "10m",
-    "__rate_interval": "1m",
-    "__interval": "15s",
-}
 
 
 def selected(metric: str, labels: str = "") -> str:
@@ -49,10 +36,3 @@ def controller(metric: str, labels: str = "", *, window: str = "") -> str:
     more = f",{labels}" if labels else ""
     parts = (f'{metric}{{{name}=~"$namespace"{more}}}' for name in ("exported_namespace", "namespace"))
     return " or ".join(f"increase({part}[{window}])" if window else part for part in parts)
-
-
-def expand(expr: str, values: Mapping[str, str] = EVERYTHING) -> str:
-    """The query with Grafana's variables replaced."""
-    for name in sorted(values, key=len, reverse=True):
-        expr = expr.replace(f"${{{name}}}", values[name]).replace(f"${name}", values[name])
-    return expr

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from bench.table import full_table, options_table, short_table
-from reference import commands, settings, tables
+from reference import settings, tables
 from reference.blocks import fill
-from reference.tree import ROOT, tree
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = Path("docs/reference")
 
 
@@ -24,10 +24,9 @@ def generated() -> dict[Path, str]:
         Path("README.md"): {
             "presets": settings.preset_rows(),
             "bench": short_table(without=("between-epochs", "options")),
-            "files": tree(),
         },
     }
-    texts = {PAGES / "cli.md": commands.page(), PAGES / "config.md": settings.page()}
+    texts = {PAGES / "config.md": settings.page()}
     for path, parts in blocks.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         for name, lines in parts.items():

@@ -94,7 +94,7 @@ def _explain_answer(error: Any, where: str) -> MoeAsrError:
         return RetryableError(f"{where} was changed by another process meanwhile; run it again")
     if code in BUSY or (status >= 500 and status not in (501, 507)):
         return RetryableError(f"{where}: the server is busy or out of order ({code}); try later")
-    return StoreError(f"{where}: the server refuses with {code} (HTTP {status}); `moe-asr store doctor` says more")
+    return StoreError(f"{where}: the server refuses with {code} (HTTP {status}); `moe-asr doctor --store` says more")
 
 
 def error_code(error: Any) -> str:

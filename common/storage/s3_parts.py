@@ -1,7 +1,7 @@
 """Large files to and from S3 in parts, several at once.
 
 Parts are plain bytes, not file objects: Python then hands each to the socket in one call instead of thousands, which
-leaves more of the processor to the training than s3transfer does (`python -m bench.store`).
+leaves more of the processor to the training than s3transfer does (docs/reliability.md).
 """
 
 from __future__ import annotations

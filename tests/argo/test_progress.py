@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from argo.picture import draw
 from argo.progress import explain, gpu_products, phase, pieces, tidy, wanted_products
 
 FINISHED = json.loads(Path(__file__).with_name("finished.json").read_text())
@@ -80,15 +79,6 @@ def test_an_image_that_cannot_be_pulled_is_named():
 
 def test_a_pod_that_runs_has_nothing_to_explain():
     assert explain({"spec": {}, "status": {"conditions": [{"type": "Ready"}]}}, []) == ""
-
-
-def test_the_picture_is_drawn_from_the_object_alone(tmp_path):
-    draw(FINISHED, tmp_path / "workflow.svg")
-    text = (tmp_path / "workflow.svg").read_text()
-    for label in LABELS:
-        assert label.partition("[")[0] in text
-    with pytest.raises(ValueError, match="no step that has begun"):
-        draw(FINISHED | {"status": {}}, tmp_path / "empty.svg")
 
 
 def test_messages_are_one_line_without_argos_own():

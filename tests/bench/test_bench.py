@@ -71,7 +71,6 @@ def test_every_group_of_rows_runs_and_gives_the_format(group, tmp_path):
     for one in report["rows"]:
         assert set(one) >= KEYS
         assert min(one["ours"], one["peer"], one["ratio"]) > 0
-    assert path.with_suffix(".png").stat().st_size > 1000
 
 
 def test_ratio_above_one_is_better_for_times_and_for_rates():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from common.errors import DataError, UsageError
+from common.errors import DataError
 from tests.cli.test_evaluate import call
 from tests.cli.test_main import moe_asr
 
@@ -21,12 +21,14 @@ def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run,
     assert hours_of_asr(20) == pytest.approx(2 * hours_of_asr(10)) and hours_of_asr(10) > 0
 
 
-def test_without_a_measured_run_the_gpu_must_be_named_and_the_assumption_is_said(capsys):
-    call("estimate", "--hours", 683, "--gpu", "h100-80")
+def test_the_price_is_of_all_gpu_hours(micro_run, micro_model, tones, capsys):
+    place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
+    call("estimate", "--hours", 1000, "--from", "micro", *place, "--price", 2, "--gpus", 4)
     printed = capsys.readouterr().out
-    assert "ASSUMED" in printed and re.search(r"^total +\d", printed, re.MULTILINE)
-    with pytest.raises(UsageError, match="--gpu is missing: name one of a100-40"):
-        call("estimate", "--hours", 683)
+    total = float(re.search(r"^total +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", ""))
+    days, price = re.search(r"on 4 GPUs: ([\d.]+) days, ([\d,.]+) at 2 per GPU hour", printed).groups()
+    assert float(price.replace(",", "")) == pytest.approx(2 * total, abs=0.02)
+    assert float(days) == pytest.approx(total / 96, abs=0.01)
 
 
 def test_the_batch_that_fits_grows_with_memory(micro_model, tones, tmp_path):

@@ -17,10 +17,19 @@ from click.testing import CliRunner
 
 from cli.main import cli
 from common import machine
-from reference.commands import _commands
 from tests.cli.test_main import ENVIRONMENT, moe_asr
 
-COMMANDS = dict(_commands(cli, ("moe-asr",)))
+
+def commands(group, words):
+    """(words that call it, command) of every command below a group."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*words, name))
+        elif not command.hidden:
+            yield (*words, name), command
+
+
+COMMANDS = dict(commands(cli, ("moe-asr",)))
 
 
 def examples(command):
@@ -36,6 +45,12 @@ def test_the_help_of_every_command_shows_calls_of_it_that_parse(words):
         given = shlex.split(re.split(r" [|>]", call)[0])
         assert tuple(given[: len(words)]) == words
         COMMANDS[words].make_context(" ".join(words), given[len(words) :])
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
+def test_every_option_has_a_help_text(words):
+    options = [one for one in COMMANDS[words].params if isinstance(one, click.Option)]
+    assert [one.opts for one in options if not one.help] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -97,6 +112,10 @@ def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypa
     names = {check["name"] for check in found["checks"]}
     assert (done.exit_code, found["ok"]) == (0, True)
     assert {"device", "memory", "disk", "cores", "decoding MP3", "store: create-only writes"} <= names
+
+    done = CliRunner().invoke(cli, ["doctor", "--store", str(tmp_path / "store"), "--only-store", "--json"])
+    assert {check["name"].partition(":")[0] for check in json.loads(done.stdout)["checks"]} == {"store"}
+    assert CliRunner().invoke(cli, ["doctor", "--only-store"]).exit_code != 0
 
     monkeypatch.setattr(machine, "LOW_DISK", 2**62)
     done = CliRunner().invoke(cli, ["doctor"])

@@ -32,8 +32,6 @@ PLAIN = ("data", "model", "decoding", "training", "inference", "storage", "clust
 # Imports still to be removed, as (file, package).
 EXCEPTIONS = {
     ("common/machine.py", "data"),
-    ("common/cost.py", "data"),
-    ("common/evaluation/gate_run.py", "stages"),
 }
 
 

@@ -2,30 +2,89 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dashboards.client import ask
-from monitor.program import find_program
 from tests.servers import free_port
 
 RULES = Path(__file__).resolve().parents[2] / "helm" / "moe-asr" / "rules"
+CACHE = Path.home() / ".cache" / "moe-asr" / "prometheus"
+EVERYTHING = {  # what stands for Grafana's variables
+    "namespace": ".*",
+    "workflow": ".*",
+    "stage": ".*",
+    "datasource": "prometheus",
+    "gpu_hour_price": "2.5",
+    "__range": "10m",
+    "__rate_interval": "1m",
+    "__interval": "15s",
+}
+
+
+def expand(expr: str, values: Mapping[str, str] = EVERYTHING) -> str:
+    """The query with Grafana's variables replaced."""
+    for name in sorted(values, key=len, reverse=True):
+        expr = expr.replace(f"${{{name}}}", values[name]).replace(f"${name}", values[name])
+    return expr
+
+
+def ask(url: str, path: str, **parameters: str | float) -> Any:
+    """The `data` of an answer of the API, at a path below /api/v1/."""
+    query = urllib.parse.urlencode(parameters)
+    with urllib.request.urlopen(f"{url}/api/v1/{path}?{query}", timeout=30) as answer:
+        return json.load(answer)["data"]
+
+
+def query_range(url: str, expr: str, start: float, end: float, step: float) -> list[tuple[dict, list]]:
+    """(labels, points in seconds and values) of every series that has a value that is a number."""
+    data = ask(url, "query_range", query=expr, start=start, end=end, step=step)
+    series = [(one["metric"], [(float(at), float(value)) for at, value in one["values"]]) for one in data["result"]]
+    return [(labels, points) for labels, points in series if any(math.isfinite(value) for _, value in points)]
 
 
 def program(name: str) -> Path:
-    """`prometheus` or `promtool`; skips the test where it cannot be had."""
-    found = find_program(name)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    """`prometheus` or `promtool`: installed, or unpacked from Debian's package; skips the test where neither can be."""
+    if installed := shutil.which(name):
+        return Path(installed)
+    unpacked = CACHE / "usr" / "bin" / name
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
+    with (CACHE.parent / "prometheus.lock").open("w") as lock:  # one of pytest's workers unpacks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not unpacked.is_file():
+            unpack()
+    return unpacked
+
+
+def unpack() -> None:
+    """Downloads Debian's package into the cache: nothing is installed and no service starts."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg"):
+        pytest.skip("prometheus is not installed, and this is no Debian to take it from")
+    with tempfile.TemporaryDirectory(dir=CACHE.parent) as name:
+        folder = Path(name)
+        for words in (["download", "prometheus"], ["update"], ["download", "prometheus"]):  # there may be no lists yet
+            if not list(folder.glob("*.deb")):
+                subprocess.run(["apt-get", *words], cwd=folder, capture_output=True, check=False)
+        packages = list(folder.glob("*.deb"))
+        if not packages:
+            pytest.skip("prometheus is not installed, and apt-get cannot download it")
+        subprocess.run(["dpkg", "-x", packages[0], folder / "tree"], check=True)
+        shutil.rmtree(CACHE, ignore_errors=True)
+        (folder / "tree").rename(CACHE)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboar
 from common.telemetry import MEMORY, METRICS
 from dashboards.__main__ import CHART, DASHBOARDS, DOCUMENT, ROOT, generated
 from dashboards.panels import TAG, WIDTH, to_json
-from dashboards.promql import EVERYTHING, expand
+from tests.dashboards.prometheus import EVERYTHING, expand
 
 ALL = [to_json(one) for one in DASHBOARDS.values()]
 

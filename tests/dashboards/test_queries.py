@@ -12,10 +12,8 @@ import pytest
 
 from common.config import to_yaml
 from dashboards.__main__ import DASHBOARDS
-from dashboards.client import ask, query_range
-from dashboards.promql import EVERYTHING, expand
 from stages.local_runner import Run, run_one
-from tests.dashboards.prometheus import exporters, job, prometheus
+from tests.dashboards.prometheus import EVERYTHING, ask, expand, exporters, job, prometheus, query_range
 from tests.servers import free_port
 from tests.stages.test_local_runner import micro_config
 

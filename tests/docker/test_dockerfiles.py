@@ -1,6 +1,8 @@
 """The Dockerfiles agree with the stages' contracts, the packages and each other. `make test-images` builds them."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -62,17 +64,26 @@ def test_demo_and_developer_tools_are_not_in_the_images_lock():
     assert not names & lock.keys()
 
 
-def test_bake_builds_the_same_images_as_the_script():
-    text = read("docker-bake.hcl")
-    listed = re.search(r"stage = \[([^]]*)\]", text)
-    assert sorted(re.findall(r'"(\w+)"', listed.group(1))) == sorted(NAMES)
-    assert set(re.findall(r'dockerfile = "([^"$]+)"', text)) == {
-        "docker/dependencies/Dockerfile",
-        "docker/base/Dockerfile",
-    }
-    for file, name in (("docker/dependencies", "BASE_IMAGE"), ("docker/base", "VERSION"), ("docker/base", "COMMIT")):
-        assert re.search(rf"^ARG {name}=", read(f"{file}/Dockerfile"), re.MULTILINE)
-        assert re.search(rf"^ *{name} = {name}$", text, re.MULTILINE)
-    default = re.search(r"^ARG BASE_IMAGE=(.*)$", read("docker/dependencies/Dockerfile"), re.MULTILINE).group(1)
-    assert f'default = "{default}"' in text
-    assert f'"{default}"' in read("docker/build.py")
+def test_make_images_builds_each_image_on_the_one_before_with_secrets_that_go(tmp_path):
+    """`make images` with an engine that writes down what it is asked for; `make test-images` has a real one."""
+    engine, log, index = tmp_path / "engine", tmp_path / "log", ROOT / "build" / "index"
+    engine.write_text(f'#!/bin/sh\n[ "$1" = build ] || exit 1\necho "$@" >>{log}\ncat build/index >>{log}\n')
+    engine.chmod(0o755)
+    environment = os.environ | {"PIP_INDEX_URL": "https://name:word@mirror.example.org/?a=1&b", "SSL_CERT_FILE": "/ca"}
+    words = [f"ENGINE={engine}", "PREFIX=registry/team", "COMMIT=abc", "FLAGS=--pull"]
+    done = subprocess.run(["make", "images", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not index.exists()
+    text = log.read_text()
+    builds = [line for line in text.splitlines() if line.startswith("build ")]
+    assert text.count("PIP_INDEX_URL='https://name:word@mirror.example.org/?a=1&b'\n") == len(builds)
+    assert all(f"--secret=id=index,src={index} --secret=id=ca,src=/ca --pull" in line for line in builds)
+    version = PYPROJECT["project"]["version"]
+    tagged = [re.findall(r"--tag registry/team/(\S+)", line) for line in builds]
+    assert tagged[1:] == [[f"{name}:{version}", f"{name}:abc"] for name in ("base", *NAMES)]
+    assert f"--build-arg DEPENDENCIES=registry/team/{tagged[0][0]} " in builds[1]
+    assert f"--build-arg VERSION={version} --build-arg COMMIT=abc ." in builds[1]
+    assert all(f"--file stages/{name}/Dockerfile" in line for name, line in zip(NAMES, builds[2:], strict=True))
+    assert all(f"--build-arg BASE=registry/team/base:{version} ." in line for line in builds[2:])
+    default = re.search(r"^ARG BASE_IMAGE=(.*)$", read("docker/dependencies/Dockerfile"), re.MULTILINE)[1]
+    assert f"BASE_IMAGE={default} ." in builds[0]

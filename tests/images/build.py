@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,7 @@ DEBIAN = "localhost/debian-python:3.11"
 SUITE = "bookworm"  # Debian 12, whose Python is the one that the lock is made for
 PACKAGES = "ca-certificates,python3-venv"
 TOOLS = {"buildah": "buildah", "podman": "podman", "runc": "runc", "debootstrap": "debootstrap"}
+MAKE = ("make", "--no-print-directory", "-C", str(ROOT), f"PREFIX={PREFIX}", f"BASE_IMAGE={DEBIAN}")
 STAGES = ("extract", "cluster", "gating", "experts", "asr")
 
 
@@ -87,10 +87,8 @@ def build(stages: Sequence[str] = STAGES) -> Engine:
     engine = open_storage(storage_folder())
     if not engine.has(DEBIAN):
         make_debian(engine)
-    command: list[str | Path] = [sys.executable, ROOT / "docker/build.py", "--engine", "buildah", "--prefix", PREFIX]
-    command += ["--base-image", DEBIAN, "--commit", TAG, "--reuse", "--stages", *stages, "--"]
-    command += ["--isolation=chroot", "--layers=false", "--quiet", *cached_wheels()]
-    engine.run(*command)
+    flags = " ".join(["--isolation=chroot", "--layers=false", "--quiet", *cached_wheels()])
+    engine.run(*MAKE, "images", "ENGINE=buildah", f"COMMIT={TAG}", f"STAGES={' '.join(stages)}", f"FLAGS={flags}")
     remove_unused(engine)
     return engine
 
@@ -167,9 +165,9 @@ def cached_wheels() -> list[str]:
 def remove_unused(engine: Engine) -> None:
     """Removes images that newer ones of the same name have replaced, and dependencies of other locks."""
     dependencies = f"{PREFIX}/dependencies"
-    digest = runpy.run_path(str(ROOT / "docker/build.py"))["locked_digest"](DEBIAN)
+    locked = engine.output(*MAKE, "--eval", "locked: ; @echo $(LOCKED)", "locked").strip()
     for name in engine.output("podman", "images", "--format", "{{.Repository}}:{{.Tag}}", dependencies).split():
-        if name != f"{dependencies}:{digest}":
+        if name != f"{dependencies}:{locked}":
             engine.run("podman", "rmi", name, check=False, stdout=subprocess.DEVNULL)
     engine.run("podman", "image", "prune", "--force", stdout=subprocess.DEVNULL)
 

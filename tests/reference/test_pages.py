@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.metadata import version
 
-import click
 import pytest
-from click.testing import CliRunner
 
-from cli.main import cli
 from common import errors
 from common.config import known_paths
-from reference import coverage
-from reference.__main__ import generated
+from reference.__main__ import ROOT, generated
 from reference.blocks import fill, table
-from reference.commands import _commands
 from reference.settings import read_by
-from reference.tree import FOLDERS, ROOT, entries, phrase, tree
 from stages import STAGES
 
 MADE = generated()
-COMMANDS = dict(_commands(cli, ("moe-asr",)))
 
 
 @pytest.mark.parametrize("path", sorted(MADE, key=str), ids=str)
 def test_a_committed_page_is_what_make_reference_writes(path):
     assert (ROOT / path).read_text(encoding="utf-8") == MADE[path], "run `make reference`"
-
-
-@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
-def test_every_option_of_every_command_has_a_help_text_and_stands_in_the_reference(words):
-    page = next(text for path, text in MADE.items() if path.name == "cli.md")
-    assert f"## {' '.join(words)}\n" in page
-    for parameter in COMMANDS[words].params:
-        if isinstance(parameter, click.Option):
-            assert parameter.help, (words, parameter.opts)
-            assert f"`{parameter.opts[0]}" in page or f", {parameter.opts[0]}" in page, (words, parameter.opts)
 
 
 def test_every_setting_has_a_row_with_a_description():
@@ -63,24 +45,6 @@ def test_every_exit_code_of_an_error_stands_in_the_table():
         assert kind is errors.MoeAsrError or f"| {kind.exit_code} | `{kind.__name__}` |" in page
 
 
-def test_every_module_tells_what_it_is():
-    for folder in FOLDERS:
-        files = {path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"}
-        told = [(name, path) for _, name, path in entries(ROOT / folder) if not name.endswith("/")]
-        assert sorted(path for _, path in told) == sorted(files)
-        assert [name for name, path in told if not phrase(path)] == []
-
-
-def test_the_tree_shows_folders_behind_the_files_beside_them():
-    lines = tree()
-    common = lines[1 : lines.index("")]
-    assert common[0].startswith("common/ ") and common[1].startswith("  config.py ")
-    assert next(line for line in common[1:] if not line.endswith(".py") and "/ " in line[:20]).startswith(
-        "  clustering/"
-    )
-    assert any(line.startswith("    hdbscan.py ") for line in common)
-
-
 def test_a_block_is_filled_between_its_marks_and_nothing_else_changes():
     page = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
     assert fill(page, "x", ["new"]) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
@@ -99,17 +63,3 @@ def test_the_version_is_said_once_and_taken_from_there():
     chart = (ROOT / "helm" / "moe-asr" / "Chart.yaml").read_text(encoding="utf-8")
     assert set(re.findall(r'^(?:version|appVersion): "?([^"\n]+)', chart, re.MULTILINE)) == set(told)
     assert f"## {told[0]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_coverage_is_summed_up_by_package_and_low_files_are_named(tmp_path):
-    def counted(total, run):
-        return {"summary": {"num_statements": total, "covered_lines": run}}
-
-    files = {"common/a.py": counted(90, 90), "common/b.py": counted(10, 1), "cli/c.py": counted(100, 80)}
-    (tmp_path / "c.json").write_text(json.dumps({"files": files}), encoding="utf-8")
-    done = CliRunner().invoke(coverage.main, [str(tmp_path / "c.json")])
-    rows = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line}
-    assert (rows["common"], rows["cli"]) == (["100", "91.0%"], ["100", "80.0%"])
-    assert rows["all"] == ["200", "85.5%"]
-    assert rows["common/b.py"] == ["10", "10%"]
-    assert "common/a.py" not in rows

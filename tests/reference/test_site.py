@@ -6,10 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
-from reference.tree import ROOT
+from stages import STAGES
+from tests.cli.test_house import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +45,13 @@ def test_a_page_loads_nothing_from_elsewhere(site):
 
 def test_the_charts_values_are_a_page_of_the_site(site):
     assert "store.url" in (site / "reference" / "chart-values.html").read_text(encoding="utf-8")
+
+
+def test_every_command_and_option_is_in_the_reference_of_the_command_line(site):
+    page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
+    headings = {" ".join(words): command for words, command in COMMANDS.items()}
+    assert {f"python -m stages {stage.name}" for stage in STAGES} <= set(re.findall(r"<h\d id=[^>]*>([^<]+)", page))
+    for words, command in headings.items():
+        section = page.partition(f'id="{words.replace(" ", "-")}"')[2].partition("<h")[0]
+        options = [one.opts[0] for one in command.params if isinstance(one, click.Option)]
+        assert section and [flag for flag in options if flag not in section] == [], words

@@ -311,3 +311,11 @@ def test_magnitudes_learn_and_can_be_left_out(micro_model, mel_BMF):
         layer = next(layer for _, layer in mixture_layers(whisper))
         for stack in (layer.routed, layer.shared):
             assert (stack.magnitude.grad is not None) == learned
+
+
+def test_all_experts_weigh_as_the_gates_probabilities():
+    logits_BE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for count in (3, 7):
+        chosen = route(logits_BE, count)
+        weights_BE = torch.zeros_like(logits_BE).scatter(1, chosen.topk_ids_BK, chosen.topk_weights_BK)
+        torch.testing.assert_close(weights_BE, logits_BE.softmax(1))

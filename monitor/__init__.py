@@ -1,1 +1,0 @@
-"""A Prometheus on this machine for local runs: `make monitor`."""
