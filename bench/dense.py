@@ -101,11 +101,11 @@ def our_rate(
     result = train(
         recogniser,
         accelerator=make_accelerator(setting.precision, setting.device.type),
-        groups=[{"params": parameters, "lr": 1e-5, "weight_decay": 0.0}],
+        groups=[{"params": parameters, "rate": 1.0, "weight_decay": 0.0}],
         plan_epoch=lambda _: batches,
         load=loader,
         evaluate=evaluate,
-        options=TrainOptions(epochs=1, warmup_ratio=0.0, quiet=True),
+        options=TrainOptions(epochs=1, learning_rate=1e-5, warmup_ratio=0.0, quiet=True),
         stopping=stopping,
     )
     counted = sum(len(batch) for batch in batches[1:])

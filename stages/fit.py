@@ -52,7 +52,7 @@ def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = 
     recogniser = build(config, folder, table, [], []).to(device).train()
     if recogniser.gate is not None:
         recogniser.embeddings_ND = torch.from_numpy(table.vectors_ND).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(recogniser, config))
+    optimizer = torch.optim.AdamW([{**group, "lr": 1e-5} for group in parameter_groups(recogniser, config)])
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()

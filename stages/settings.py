@@ -21,6 +21,7 @@ def train_options(section: TrainConfig, config: Config) -> TrainOptions:
     """The loop's numbers from a stage's section and the runtime's."""
     return TrainOptions(
         epochs=section.epochs,
+        learning_rate=section.learning_rate,
         accumulate=section.gradient_accumulation_steps,
         max_steps=section.max_steps,
         warmup_ratio=section.warmup_ratio,

@@ -26,35 +26,32 @@ def rank_factor(rank: int, scaling: float) -> float:
     return min(LARGEST_FACTOR, max(1 / LARGEST_FACTOR, factor))
 
 
-def adapter_groups(
-    model: nn.Module, *, learning_rate: float, routed_rate: float, magnitude_rate: float, weight_decay: float
-) -> list[Group]:
-    """AdamW groups of a mixture's trainable experts.
+def adapter_groups(model: nn.Module, *, routed_rate: float, magnitude_rate: float, weight_decay: float) -> list[Group]:
+    """AdamW groups of a mixture's trainable experts, their rates as multiples of the base learning rate.
+
+    That is the rate of a shared expert of rank 48 at scaling 2.
 
     Args:
-        learning_rate: base rate, of a shared expert of rank 48 at scaling 2.
         routed_rate: of routed experts beside a shared one, as a multiple of the shared one's.
         magnitude_rate: of the magnitudes, as a multiple of their expert's; they are not decayed.
     """
     layers = [layer for _, layer in mixture_layers(model)]
     groups: list[Group] = []
-    for stacks, rate in _parts(layers, learning_rate, routed_rate):
+    for stacks, rate in _parts(layers, routed_rate):
         factors = [p for stack in stacks for p in (stack.lora_A, stack.lora_B) if p.requires_grad and p.numel()]
         magnitudes = [s.magnitude for s in stacks if s.magnitude.requires_grad and s.magnitude.numel()]
-        groups.append({"params": factors, "lr": rate, "weight_decay": weight_decay})
-        groups.append({"params": magnitudes, "lr": rate * magnitude_rate, "weight_decay": 0.0})
+        groups.append({"params": factors, "rate": rate, "weight_decay": weight_decay})
+        groups.append({"params": magnitudes, "rate": rate * magnitude_rate, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
-def _parts(
-    layers: Iterable[MixtureLinear], learning_rate: float, routed_rate: float
-) -> Iterable[tuple[list[LoraStack], float]]:
+def _parts(layers: Iterable[MixtureLinear], routed_rate: float) -> Iterable[tuple[list[LoraStack], float]]:
     layers = list(layers)
     shared = [layer.shared for layer in layers if layer.shared is not None]
     routed = [layer.routed for layer in layers]
     if shared:
-        rate = learning_rate * rank_factor(shared[0].rank, shared[0].scaling)
+        rate = rank_factor(shared[0].rank, shared[0].scaling)
         return [(shared, rate), (routed, rate * routed_rate)]
     if routed:
-        return [(routed, learning_rate * rank_factor(routed[0].rank, routed[0].scaling))]
+        return [(routed, rank_factor(routed[0].rank, routed[0].scaling))]
     return []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,79 @@ class Kept:
     step: int
     value: float
     weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The weights at the end of an epoch, and their scores or the function that waits for them."""
+
+    step: int
+    epoch: int
+    full: bool  # decoded too, where checkpoints are selected by a decoded figure
+    weights: dict[str, Tensor]
+    scores: Mapping[str, float] | Callable[[], Mapping[str, float]]
+
+
+@dataclass
+class LoopState:
+    """Where a training stands, beside its weights, moments and random states (`snapshot`): saved and restored as such.
+
+    Attributes:
+        step: optimiser steps done.
+        best, best_step, best_value: the selected weights so far, on the CPU; the figure is a loss or an error rate.
+        evals_without_improvement: full evaluations since the best one.
+        epochs_evaluated: epochs whose evaluation has begun.
+        split: batches are computed in 2 ** split parts since memory ran out.
+        kept: weights that may be averaged at the end.
+        pending: an evaluation whose scores are not known yet.
+    """
+
+    best: dict[str, Tensor]
+    step: int = 0
+    best_step: int = 0
+    best_value: float = math.inf
+    evals_without_improvement: int = 0
+    epochs_evaluated: int = 0
+    split: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    pending: Evaluation | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name; a best or pending one that equals the present weights is not written twice."""
+        found = {f"best.{name}": value for name, value in self.best.items()} if self.best_step != self.step else {}
+        for number, one in enumerate(self.kept):
+            found |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
+        if self.pending and self.pending.step != self.step:
+            found |= {f"pending.{name}": value for name, value in self.pending.weights.items()}
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """Its numbers, as JSON."""
+        numbers = ("best_step", "best_value", "evals_without_improvement", "epochs_evaluated", "split")
+        return {name: getattr(self, name) for name in numbers} | {
+            "kept": [(one.step, one.value) for one in self.kept],
+            "pending": self.pending.step if self.pending else None,
+        }
+
+    @staticmethod
+    def restored(
+        trained: Mapping[str, Tensor], step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    ) -> LoopState:
+        """The state of a checkpoint whose weights are in the model again; without a pending evaluation."""
+
+        def weights(prefix: str) -> dict[str, Tensor]:
+            return {name: tensors[f"{prefix}.{name}"] for name in trained}
+
+        return LoopState(
+            best=copies(trained) if record["best_step"] == step else weights("best"),
+            step=step,
+            best_step=record["best_step"],
+            best_value=record["best_value"],
+            evals_without_improvement=record["evals_without_improvement"],
+            epochs_evaluated=record["epochs_evaluated"],
+            split=record["split"],
+            kept=[Kept(at, value, weights(f"kept{number}")) for number, (at, value) in enumerate(record["kept"])],
+        )
 
 
 def keep(kept: Sequence[Kept], new: Kept, count: int, which: Literal["best", "last"]) -> list[Kept]:

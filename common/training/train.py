@@ -29,7 +29,7 @@ from common.pipeline.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
 from common.training.schedules import learning_rate_factor
-from common.training.state import Kept, averaged, copies, keep, put, restore, snapshot
+from common.training.state import Evaluation, Kept, LoopState, averaged, copies, keep, put, restore, snapshot
 from common.training.throughput import Throughput, TrainBatch
 
 LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
@@ -44,6 +44,7 @@ class TrainOptions:
     """Plain numbers of one training; names as in `common.sections.TrainConfig` and `RuntimeConfig`."""
 
     epochs: int
+    learning_rate: float  # at its highest, of a parameter group whose `rate` is 1
     accumulate: int = 1  # batches of a step; several processes share them, so that their number changes no result
     max_steps: int | None = None
     warmup_ratio: float = 0.1
@@ -134,17 +135,6 @@ def _choose_gpu(device: str) -> None:
     torch.cuda.set_device(int(number))
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What an epoch's end is judged by, perhaps later: its weights and scores, or the function that waits for them."""
-
-    step: int
-    epoch: int
-    full: bool
-    weights: dict[str, Tensor]
-    scores: Mapping[str, float] | Callable[[], Mapping[str, float]]
-
-
 def train(
     model: nn.Module,
     *,
@@ -165,7 +155,7 @@ def train(
 
     Args:
         model: `model(batch)` returns (summed loss, {name: summed value} to log); its loss is divided by `batch.weight`.
-        groups: AdamW parameter groups, each with `params`, `lr` and `weight_decay`.
+        groups: AdamW parameter groups, each with `params`, `weight_decay` and `rate`, a multiple of the learning rate.
         plan_epoch: epoch → its batches, as lists of example numbers; the same for the same epoch, always of one count.
         load: yields the batches of such lists, on the device.
         evaluate: (model, full) → metrics of dev: `loss` always, `wer` too when `full` and decoded selection is wished.
@@ -187,8 +177,8 @@ def train(
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW([dict(group) for group in groups], fused=fused)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    peak = options.learning_rate
+    optimizer = torch.optim.AdamW([{**group, "lr": peak * group["rate"]} for group in groups], fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
@@ -204,16 +194,12 @@ def train(
     log_every = max(1, total // LOGGED)
     running = torch.zeros((), device=device)  # loss since the last row
 
-    step = best_step = bad = split = evaluated = 0  # evaluated: epochs that are wholly behind us
+    state = LoopState(best=copies(trained))
     overflows = 0  # steps in a row whose gradient was not finite
-    best_value, best = math.inf, copies(trained)
-    kept: list[Kept] = []
     saved_at = time.monotonic()
     meter = Throughput(device, metrics.live if metrics else None, world)
 
-    pending: Evaluation | None = None
-
-    def look(at: int, epoch: int) -> Evaluation:
+    def start_evaluation(at: int, epoch: int) -> Evaluation:
         """Begins to evaluate the weights as they are, those of step `at`."""
         due = (epoch + 1) % options.eval_every_n_epochs == 0 and at >= options.select_from * total
         full = due or at >= total
@@ -222,76 +208,47 @@ def train(
             scores = evaluate(wrapped, full)
         return Evaluation(at, epoch, full, copies(trained), scores)
 
-    def judge() -> bool:
-        """Takes in the evaluation under way, if there is one; tells whether it is the best so far."""
-        nonlocal pending, best, best_value, best_step, bad, kept
-        if pending is None:
-            return False
-        seen, pending = pending, None
-        scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
-        if metrics:
-            metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
-        value = scores[options.select_by] if seen.full else math.inf
-        if seen.full and options.average > 1:
-            kept = keep(kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)
-        if value < best_value:
-            best, best_value, best_step, bad = seen.weights, value, seen.step, 0
-            return True
-        bad += seen.full
-        return False
-
     found = checkpointer.latest() if checkpointer else None
     if found:
-        step, tensors, state = found
-        if at := state["unjudged"]:  # its scores were still being computed: once more
-            put(trained, tensors, "model." if at == step else "unjudged.")
+        step, tensors, record = found
+        pending = None
+        if at := record["pending"]:  # its scores were still being computed: once more
+            put(trained, tensors, "model." if at == step else "pending.")
             meter.pause()
-            pending = look(at, state["evaluated"] - 1)
+            pending = start_evaluation(at, record["epochs_evaluated"] - 1)
             meter.resume()
-        restore(trained, optimizer, accelerator, tensors, state)
-        best_value, best_step, bad = state["best_value"], state["best_step"], state["bad"]
-        evaluated, split = state["evaluated"], state["split"]
-        running += state["running"] if not rank else 0  # what is saved is that of rank 0
-        best = copies(trained) | {name: tensors[f"best.{name}"] for name in trained if best_step != step}
-        for number, (at, value) in enumerate(state["kept"]):
-            kept.append(Kept(at, value, {name: tensors[f"kept{number}.{name}"] for name in trained}))
+        restore(trained, optimizer, accelerator, tensors, record)
+        state = LoopState.restored(trained, step, tensors, record)
+        state.pending = pending
+        running += record["running"] if not rank else 0  # what is saved is that of rank 0
         put(extra, tensors, "extra.")
         if metrics:
-            metrics.restore(state["rows"])
+            metrics.restore(record["rows"])
 
     def save(*, wait: bool = False) -> None:
         if checkpointer is None or rank:
             return
-        tensors, state = snapshot(trained, optimizer, accelerator)
-        if best_step != step:  # a best that equals the last is not written twice
-            tensors |= {f"best.{name}": value for name, value in best.items()}
-        for number, one in enumerate(kept):
-            tensors |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
-        tensors |= {f"extra.{name}": value for name, value in extra.items()}
-        state |= {"best_value": best_value, "best_step": best_step, "bad": bad}
-        state |= {"evaluated": evaluated, "running": running.item(), "kept": [(one.step, one.value) for one in kept]}
-        state |= {"unjudged": pending.step if pending else None, "split": split}
-        if pending and pending.step != step:
-            tensors |= {f"unjudged.{name}": value for name, value in pending.weights.items()}
-        state["rows"] = metrics.rows if metrics else []
-        checkpointer.save(step, tensors, state, wait=wait)
+        tensors, record = snapshot(trained, optimizer, accelerator)
+        tensors |= state.tensors() | {f"extra.{name}": value for name, value in extra.items()}
+        record |= state.record() | {"running": running.item(), "rows": metrics.rows if metrics else []}
+        checkpointer.save(state.step, tensors, record, wait=wait)
 
-    bar = progress(total, label, initial=step, unit="steps", hidden=options.quiet or rank > 0)
-    for epoch in range(evaluated, math.ceil(total / steps_per_epoch)):
-        if bad >= options.patience:
+    bar = progress(total, label, initial=state.step, unit="steps", hidden=options.quiet or rank > 0)
+    for epoch in range(state.epochs_evaluated, math.ceil(total / steps_per_epoch)):
+        if state.evals_without_improvement >= options.patience:
             break
         model.train()
         batches = plan_epoch(epoch)
         assert math.ceil(len(batches) / per_step) == steps_per_epoch
-        done = step - epoch * steps_per_epoch
-        mine = [batches[i] for i in range(done * per_step + rank, len(batches), world)]
+        done = state.step - epoch * steps_per_epoch
+        own = [batches[i] for i in range(done * per_step + rank, len(batches), world)]
         # All processes exchange gradients: one that the last step leaves without a batch gets one that counts nothing.
         filler = (steps_per_epoch - 1) * per_step + rank >= len(batches)
-        loaded = load([*mine, batches[0]] if filler else mine)
-        while step < min(total, (epoch + 1) * steps_per_epoch):
+        loaded = load([*own, batches[0]] if filler else own)
+        while state.step < min(total, (epoch + 1) * steps_per_epoch):
             with meter.waiting():
                 micro = [b for b in (next(loaded, None) for _ in range(per_step // world)) if b is not None]
-            counts = not (filler and step + 1 == (epoch + 1) * steps_per_epoch)
+            counts = not (filler and state.step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
             wishes = None  # several processes stop together: one that is told to tells all with this exchange
             if world > 1:
@@ -299,24 +256,27 @@ def train(
                 weight, wishes = accelerator.reduce(both, "sum").unbind()
             weight = weight.clamp_min(1e-9)
             divisor = weight if counts else torch.full_like(weight, math.inf)
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(step, total, options.warmup_ratio, options.schedule)
+            learning_rate = peak * learning_rate_factor(state.step, total, options.warmup_ratio, options.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["rate"]
             while True:
-                loss, logs, fits = forward_backward(wrapped, micro, divisor, accelerator, 2**split)
+                loss, logs, fits = forward_backward(wrapped, micro, divisor, accelerator, 2**state.split)
                 if fits:
                     break
                 optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
-                split += 1
-                if 2**split > MAX_SPLIT:
+                state.split += 1
+                if 2**state.split > MAX_SPLIT:
                     raise RetryableError("out of memory even with single utterances; use a smaller model or GPU preset")
-                tqdm.write(f"{label}: out of memory at step {step}: batches are split in {2**split} from here on")
+                tqdm.write(
+                    f"{label}: out of memory at step {state.step}: batches are split in {2**state.split} from here on"
+                )
             norm = accelerator.clip_grad_norm_(list(trained.values()), options.max_grad_norm)
             # A gradient that is not finite must not reach the weights; fp16's scaler skips such a step by itself.
             finite, scaled = math.isfinite(float(norm)), accelerator.scaler is not None
             overflows = 0 if finite else overflows + 1
             if not finite:
                 if not scaled or overflows > 1:  # a scaler finds its scale by one overflow now and then
-                    tqdm.write(f"{label}: gradient is not finite at step {step}: the step is skipped")
+                    tqdm.write(f"{label}: gradient is not finite at step {state.step}: the step is skipped")
                 if metrics:
                     metrics.event("nonfinite_steps")
                 if not scaled:
@@ -324,18 +284,18 @@ def train(
             optimizer.step()
             if not finite:
                 optimizer.zero_grad()  # the scaler leaves them, and `after_step` must not see them
-            step += 1
+            state.step += 1
             if after_step:
-                after_step(step, total)
+                after_step(state.step, total)
             optimizer.zero_grad()
             running += loss
             meter.add(micro if counts else [])
             bar.update()
             if metrics:
-                metrics.progress(step, total)
-            if step % log_every == 0 or step == total:
-                row = {"step": step, "epoch": epoch, "split": "train", "lr": optimizer.param_groups[0]["lr"]}
-                mean = accelerator.reduce(running, "sum").item() / (step % log_every or log_every)
+                metrics.progress(state.step, total)
+            if state.step % log_every == 0 or state.step == total:
+                row = {"step": state.step, "epoch": epoch, "split": "train", "lr": learning_rate}
+                mean = accelerator.reduce(running, "sum").item() / (state.step % log_every or log_every)
                 shown = {name: accelerator.reduce(value * counts, "sum") / weight for name, value in logs.items()}
                 row |= {"loss": mean, "grad_norm": float(norm)} | {name: float(value) for name, value in shown.items()}
                 running.zero_()
@@ -345,20 +305,20 @@ def train(
             if stopping() if wishes is None else wishes > 0:
                 save(wait=True)
                 bar.close()
-                raise Preempted(f"{label}: told to stop at step {step} of {total}; a checkpoint is written")
+                raise Preempted(f"{label}: told to stop at step {state.step} of {total}; a checkpoint is written")
             if checkpointer and time.monotonic() - saved_at > 60 * options.checkpoint_minutes:
                 save()
                 saved_at = time.monotonic()
 
         meter.pause()
-        improved = judge()  # of the epoch before, if its scores were computed beside this one
-        if bad >= options.patience:
+        improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed beside this one
+        if state.evals_without_improvement >= options.patience:
             meter.resume()
             break
-        pending = look(step, epoch)
-        evaluated = epoch + 1
-        if step >= total or not callable(pending.scores):
-            improved |= judge()
+        state.pending = start_evaluation(state.step, epoch)
+        state.epochs_evaluated = epoch + 1
+        if state.step >= total or not callable(state.pending.scores):
+            improved |= finish_evaluation(state, options, metrics)
         meter.resume()
         if ((epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best) or improved:
             save()
@@ -368,21 +328,41 @@ def train(
         checkpointer.wait()
     model.eval()
     mean_of = 0
-    if len(kept) > 1:  # their mean is judged as they were: it stays only where it is not worse than the best
-        put(trained, averaged([one.weights for one in kept]))
+    if len(state.kept) > 1:  # their mean is evaluated as they were: it stays only where it is not worse than the best
+        put(trained, averaged([one.weights for one in state.kept]))
         meter.pause()
         with torch.no_grad():
             found_scores = evaluate(wrapped, True)
         scores = dict(found_scores() if callable(found_scores) else found_scores)
         meter.resume()
         if metrics:
-            metrics.log({"step": step, "split": "average", "of": len(kept), **scores}, {})
-        if (value := scores[options.select_by]) <= best_value:
-            best, best_value, mean_of = copies(trained), value, len(kept)
-    if not math.isfinite(best_value):
+            metrics.log({"step": state.step, "split": "average", "of": len(state.kept), **scores}, {})
+        if (value := scores[options.select_by]) <= state.best_value:
+            state.best, state.best_value, mean_of = copies(trained), value, len(state.kept)
+    if not math.isfinite(state.best_value):
         raise DataError(f"{label}: no evaluation gave a finite {options.select_by}; lower the learning rate")
-    put(trained, best)
-    return TrainResult(step, best_step, best_value, meter.rates(), sum(p.numel() for p in trained.values()), mean_of)
+    put(trained, state.best)
+    parameters = sum(p.numel() for p in trained.values())
+    return TrainResult(state.step, state.best_step, state.best_value, meter.rates(), parameters, mean_of)
+
+
+def finish_evaluation(state: LoopState, options: TrainOptions, metrics: MetricsLog | None) -> bool:
+    """Takes in the pending evaluation, if there is one, waiting for its scores; tells whether it is the best so far."""
+    if state.pending is None:
+        return False
+    seen, state.pending = state.pending, None
+    scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
+    if metrics:
+        metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
+    value = scores[options.select_by] if seen.full else math.inf
+    if seen.full and options.average > 1:
+        state.kept = keep(state.kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)
+    if value < state.best_value:
+        state.best, state.best_value, state.best_step = seen.weights, value, seen.step
+        state.evals_without_improvement = 0
+        return True
+    state.evals_without_improvement += seen.full
+    return False
 
 
 def forward_backward(

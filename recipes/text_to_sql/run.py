@@ -68,7 +68,6 @@ def train(settings: Settings) -> Scores:
     if settings.compile:
         model.compile(dynamic=True)
     settings.claim()
-    rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     torch.manual_seed(settings.seed)
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()
@@ -79,7 +78,7 @@ def train(settings: Settings) -> Scores:
             outcome = train_loop(
                 model,
                 accelerator=accelerator,
-                groups=[{"params": list(model.parameters()), **rates}],
+                groups=[{"params": list(model.parameters()), "rate": 1.0, "weight_decay": settings.weight_decay}],
                 plan_epoch=partial(epoch_batches, examples, settings.batch_size, settings.seed),
                 load=make_loader(examples, accelerator.device),
                 evaluate=look,
@@ -117,6 +116,7 @@ def loop_options(settings: Settings) -> TrainOptions:
     """The loop's numbers."""
     skip = settings.skip_record_computation
     return TrainOptions(
+        learning_rate=settings.learning_rate,
         epochs=settings.max_n_epochs,
         warmup_ratio=settings.num_warmup_epochs / settings.max_n_epochs,
         schedule=settings.scheduler_type,

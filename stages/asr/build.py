@@ -124,25 +124,24 @@ def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, A
         recogniser.requires_grad_(True)
         recogniser.whisper.model.encoder.embed_positions.requires_grad_(False)  # sinusoids
     gate = [p for name, p in recogniser.named_parameters() if name.startswith("gate.") and p.requires_grad]
-    gate_group = {"params": gate, "lr": options.gate_learning_rate, "weight_decay": options.weight_decay}
+    gate_group = {
+        "params": gate,
+        "rate": options.gate_learning_rate / options.learning_rate,
+        "weight_decay": options.weight_decay,
+    }
     if options.adapt == "lora":
         groups = adapter_groups(
             recogniser,
-            learning_rate=options.learning_rate,
             routed_rate=options.routed_rate,
             magnitude_rate=options.magnitude_rate,
             weight_decay=options.weight_decay,
         )
         return [*groups, *([gate_group] if gate else [])]
     trained = [p for p in recogniser.parameters() if p.requires_grad]
-    flat_rate = options.learning_rate * (config.adalora.value_rate if options.adapt == "adalora" else 1)
+    decay, flat = options.weight_decay, config.adalora.value_rate if options.adapt == "adalora" else 1.0
     return [
-        {
-            "params": [p for p in trained if p.ndim > 1],
-            "lr": options.learning_rate,
-            "weight_decay": options.weight_decay,
-        },
-        {"params": [p for p in trained if p.ndim == 1], "lr": flat_rate, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim > 1], "rate": 1.0, "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim == 1], "rate": flat, "weight_decay": 0.0},
     ]
 
 

@@ -63,7 +63,6 @@ def run(
         accelerator=accelerator,
         groups=adapter_groups(
             recogniser,
-            learning_rate=options.learning_rate,
             routed_rate=1.0,
             magnitude_rate=config.asr.magnitude_rate,
             weight_decay=options.weight_decay,

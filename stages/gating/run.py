@@ -95,7 +95,7 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
     result = train(
         GateTraining(gate).to(device),
         accelerator=accelerator,
-        groups=[{"params": list(gate.parameters()), "lr": options.learning_rate, "weight_decay": options.weight_decay}],
+        groups=[{"params": list(gate.parameters()), "rate": 1.0, "weight_decay": options.weight_decay}],
         plan_epoch=plan_epoch,
         load=load,
         evaluate=evaluate,

@@ -192,11 +192,13 @@ def fit(model, folder=None, stop_at=None):
     return train(
         model,
         accelerator=make_accelerator("fp32", "cpu"),
-        groups=[{"params": [p for p in model.parameters() if p.requires_grad], "lr": 0.02, "weight_decay": 0.01}],
+        groups=[{"params": [p for p in model.parameters() if p.requires_grad], "rate": 1.0, "weight_decay": 0.01}],
         plan_epoch=lambda epoch: [[10 * epoch + i] for i in range(5)],
         load=lambda batches: (Numbers(inputs(numbers[0])) for numbers in batches),
         evaluate=evaluate,
-        options=TrainOptions(epochs=6, patience=9, quiet=True, save_every_n_epochs=1, select_from=1 - PLAN.final),
+        options=TrainOptions(
+            epochs=6, learning_rate=0.02, patience=9, quiet=True, save_every_n_epochs=1, select_from=1 - PLAN.final
+        ),
         checkpointer=Checkpointer(open_store(folder), "checkpoints/", scratch=folder) if folder else None,
         stopping=lambda: stop_at is not None and next(steps) == stop_at,
         after_step=lambda step, total: allocate(model, step, total, PLAN),

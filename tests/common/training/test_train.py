@@ -71,7 +71,7 @@ def evaluate(model, full):
     return {"loss": loss.item() / 24} | ({"wer": loss.item() / 24} if full else {})
 
 
-OPTIONS = TrainOptions(epochs=4, patience=9, quiet=True, save_every_n_epochs=1)
+OPTIONS = TrainOptions(epochs=4, learning_rate=0.05, patience=9, quiet=True, save_every_n_epochs=1)
 
 
 def fit(model, options=OPTIONS, *, size=4, folder=None, stop_at=None, scores=evaluate):
@@ -80,7 +80,7 @@ def fit(model, options=OPTIONS, *, size=4, folder=None, stop_at=None, scores=eva
     result = train(
         model,
         accelerator=make_accelerator("fp32", "cpu"),
-        groups=[{"params": list(model.parameters()), "lr": 0.05, "weight_decay": 0.01}],
+        groups=[{"params": list(model.parameters()), "rate": 1.0, "weight_decay": 0.01}],
         plan_epoch=plan_epoch(size),
         load=load,
         evaluate=scores,
@@ -249,7 +249,7 @@ def test_what_fp16s_scaler_skips_is_counted_and_after_step_sees_no_gradient_of_i
     train(
         model,
         accelerator=accelerator,
-        groups=[{"params": list(model.parameters()), "lr": 0.05, "weight_decay": 0.0}],
+        groups=[{"params": list(model.parameters()), "rate": 1.0, "weight_decay": 0.0}],
         plan_epoch=plan_epoch(4),
         load=load,
         evaluate=evaluate,
