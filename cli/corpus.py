@@ -26,10 +26,19 @@ def corpus() -> None:
 
 @corpus.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--kind", type=click.Choice(["demo", "bench"]), default="demo", show_default=True, help="bench: harder.")
+@click.option(
+    "--kind",
+    type=click.Choice(["demo", "bench", "bench-alike"]),
+    default="demo",
+    show_default=True,
+    help="Corpus to speak: a demonstration, or the benchmark with audibly different or with alike groups.",
+)
 @click.option("--speakers", type=int, help="Speakers per stand-in etiology.  [default: 6; bench: 12]")
 @click.option("--utterances", type=int, help="Utterances per speaker.  [default: 10; not of bench]")
-@click.option("--minutes", type=float, help="Of train, for bench; dev and test have a tenth each more.  [default: 30]")
+@click.option("--minutes", type=float, help="Minutes of train, for the benchmark.  [default: 30]")
+@click.option(
+    "--held-out-minutes", type=float, help="Minutes of each of dev and test, for the benchmark.  [default: a tenth]"
+)
 @click.option("--seed", default=42, show_default=True, help="Of texts, voices and effects.")
 @click.option("--etiology", "etiologies", multiple=True, help="Only these stand-in etiologies; not of bench.")
 def synth(
@@ -38,13 +47,15 @@ def synth(
     speakers: int | None,
     utterances: int | None,
     minutes: float | None,
+    held_out_minutes: float | None,
     seed: int,
     etiologies: tuple[str, ...],
 ) -> None:
     """Speaks a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
 
     `--kind bench` is harder: groups that say one sound for another in conflicting ways, words and a group of speakers
-    that training never hears.
+    that training never hears. With `--kind bench-alike` all groups have the same voices, so that one utterance hardly
+    tells its group.
 
     \b
         moe-asr corpus synth data/demo
@@ -52,18 +63,20 @@ def synth(
     """
     from demo.corpus import synthesize, synthesize_bench
 
-    if kind == "bench" and (etiologies or utterances is not None):
-        raise UsageError("--etiology and --utterances are not for --kind bench: --minutes says how much is spoken")
-    if kind == "demo" and minutes is not None:
+    if kind != "demo" and (etiologies or utterances is not None):
+        raise UsageError(f"--etiology and --utterances are not for --kind {kind}: --minutes says how much is spoken")
+    if kind == "demo" and (minutes is not None or held_out_minutes is not None):
         raise UsageError("--minutes is for --kind bench: --utterances says how much of a demo is spoken")
     made = (
         synthesize_bench(
             out,
             minutes=30 if minutes is None else minutes,
+            held_out_minutes=held_out_minutes,
+            alike=kind == "bench-alike",
             speakers_per_etiology=12 if speakers is None else speakers,
             seed=seed,
         )
-        if kind == "bench"
+        if kind != "demo"
         else synthesize(
             out,
             speakers_per_etiology=6 if speakers is None else speakers,

@@ -24,7 +24,7 @@ from common.progress import counted
 from demo import effects as effects
 from demo.espeak import require_espeak, speak
 from demo.sentences import PATTERNS, SHORT_PATTERNS, Lexicon, build_lexicon, make_sentence, training_lexicon
-from demo.voices import BENCH, STAND_INS, UNSEEN, VOICES, Range, replace_sounds
+from demo.voices import BENCH, BENCH_ALIKE, STAND_INS, UNSEEN, Range, StandIn, replace_sounds
 
 PEAK = 0.7  # of full scale, of every utterance
 PITCHES = (35, 65)  # of espeak-ng's 0 to 99
@@ -32,8 +32,7 @@ TRACTS = (0.9, 1.12)  # length of the vocal tract against that of the voice
 NOISE_DB = (-28.0, -18.0)  # loudness of the room against the voice's
 SEVERITIES = ("mild", "moderate", "severe")
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-# Of the benchmark: parts of an etiology's speakers, and how long they speak, all of a split together, against train.
-_PARTS = (("test", 1 / 3, 1 / 10), ("dev", 1 / 6, 1 / 10), ("train", 1 / 2, 1.0))
+_PARTS = (("test", 1 / 3), ("dev", 1 / 6), ("train", 1 / 2))  # of an etiology's speakers, in the benchmark
 _SHORTEST = 0.7  # seconds of a sentence: how many are drawn for a given time
 
 
@@ -43,6 +42,7 @@ class _Speaker:
 
     name: str
     etiology: str
+    voice: StandIn
     severity: str
     split: str
     seed: int
@@ -100,24 +100,36 @@ def synthesize(
     speakers = []
     for name, number in product(chosen, range(speakers_per_etiology)):
         split = "test" if number < held_out else "dev" if number < 2 * held_out else "train"
-        speakers.append(_draw_speaker(name, number, split, seed, utterances_per_speaker, build_lexicon(), PATTERNS))
+        drawn = _draw_speaker(
+            name, STAND_INS[name], number, split, seed, utterances_per_speaker, build_lexicon(), PATTERNS
+        )
+        speakers.append(drawn)
     return _make_corpus(out, speakers, processes)
 
 
 def synthesize_bench(
-    out: str | Path, *, minutes: float = 30, speakers_per_etiology: int = 12, seed: int, processes: int = 2
+    out: str | Path,
+    *,
+    minutes: float = 30,
+    held_out_minutes: float | None = None,
+    speakers_per_etiology: int = 12,
+    alike: bool = False,
+    seed: int,
+    processes: int = 2,
 ) -> Corpus:
     """Speak the benchmark: hard, open, and in conflict; the same arguments give the same bytes.
 
     Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
     and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
-    sixth to dev, a third to test; all of dev and all of test speak a tenth of train's time each. A fifth of the
+    sixth to dev, a third to test. A fifth of the
     content words are never in train (`sentences.held_out`), and no pair of neighbouring content words is in two
     splits.
 
     Args:
         out: the corpus folder to make, not yet there or empty.
         minutes: of train, at least (each speaker finishes its sentence).
+        held_out_minutes: of each of dev and test, without the group that only test hears; a tenth of train when None.
+        alike: all groups have the same voices and pace, so that only their sounds tell them apart (`BENCH_ALIKE`).
         speakers_per_etiology: at least 6.
         seed: of voices and sentences.
         processes: how many speak at a time.
@@ -134,16 +146,17 @@ def synthesize_bench(
         )
     require_espeak()
     speakers = []
-    for name in BENCH:
-        splits = [split for split, share, _ in _PARTS for _ in range(round(share * speakers_per_etiology))]
+    held_out = minutes / 10 if held_out_minutes is None else held_out_minutes
+    for name, voice in (BENCH_ALIKE if alike else BENCH).items():
+        splits = [split for split, share in _PARTS for _ in range(round(share * speakers_per_etiology))]
         for number, split in enumerate(splits):
             if name == UNSEEN and split != "test":
                 continue
-            length = next(length for part, _, length in _PARTS if part == split)
-            seconds = minutes * 60 * length / (len(BENCH) - 1) / splits.count(split)
+            spoken = minutes if split == "train" else held_out
+            seconds = spoken * 60 / (len(BENCH) - 1) / splits.count(split)
             lexicon = training_lexicon() if split == "train" else build_lexicon()
             count = math.ceil(seconds / _SHORTEST)
-            drawn = _draw_speaker(name, number, split, seed, count, lexicon, SHORT_PATTERNS)
+            drawn = _draw_speaker(name, voice, number, split, seed, count, lexicon, SHORT_PATTERNS)
             speakers.append(replace(drawn, seconds=seconds))
     return _make_corpus(out, speakers, processes)
 
@@ -156,15 +169,23 @@ def _make_corpus(out: str | Path, speakers: Sequence[_Speaker], processes: int) 
 
 
 def _draw_speaker(
-    etiology: str, number: int, split: str, seed: int, utterances: int, lexicon: Lexicon, patterns: Sequence[str]
+    etiology: str,
+    stand_in: StandIn,
+    number: int,
+    split: str,
+    seed: int,
+    utterances: int,
+    lexicon: Lexicon,
+    patterns: Sequence[str],
 ) -> _Speaker:
-    stand_in, name = VOICES[etiology], f"{etiology}-{number:03d}"
+    name = f"{etiology}-{number:03d}"
     rng = random.Random(f"{seed}/{name}")
     # Steps of the golden ratio: any few speakers in a row spread evenly from mild to severe.
     level = (random.Random(f"{seed}/{etiology}").random() + number * GOLDEN_RATIO) % 1
     return _Speaker(
         name=name,
         etiology=etiology,
+        voice=stand_in,
         severity="" if etiology == "typical" else SEVERITIES[int(level * len(SEVERITIES))],
         split=split,
         seed=rng.getrandbits(31),
@@ -205,7 +226,7 @@ def _speak_all(speakers: Sequence[_Speaker], folder: Path, processes: int) -> li
 
 def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
     """Write one speaker's audio below `folder` (runs in a process of its own)."""
-    voice = VOICES[speaker.etiology]
+    voice = speaker.voice
     rng = np.random.default_rng(speaker.seed)
     utterances: list[Utterance] = []
     for number, (name, text) in enumerate(speaker.sentences):
@@ -246,4 +267,4 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
 def _sounds_of(speaker: _Speaker, number: int) -> Callable[[str], str]:
     """What becomes of the phonemes of a speaker's sentence."""
     rng = random.Random(f"{speaker.seed}/{number}")
-    return lambda spoken: replace_sounds(spoken, VOICES[speaker.etiology].sounds, rng, speaker.share)
+    return lambda spoken: replace_sounds(spoken, speaker.voice.sounds, rng, speaker.share)

@@ -23,7 +23,7 @@ from demo.sentences import (
     make_sentence,
     training_lexicon,
 )
-from demo.voices import BENCH, UNSEEN, cycle, replace_sounds, undone
+from demo.voices import BENCH, BENCH_ALIKE, UNSEEN, cycle, replace_sounds, undone
 
 SPLITS = ("train", "dev", "test")
 PHONEMES = "k|'a|t s|,I|t w|'O:|k|s"
@@ -146,3 +146,16 @@ def test_options_of_the_other_kind_are_refused(tmp_path, options):
     result = CliRunner().invoke(cli, ["corpus", "synth", str(tmp_path / "out"), *options])
     assert isinstance(result.exception, UsageError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_alike_groups_differ_in_their_sounds_alone():
+    for name, group in BENCH_ALIKE.items():
+        assert (group.variants, group.rate, group.effect) == (BENCH_ALIKE["typical"].variants, (200, 250), None)
+        assert (group.sounds, group.share) == (BENCH[name].sounds, BENCH[name].share)
+
+
+def test_held_out_speech_has_a_time_of_its_own(tmp_path):
+    corpus = made(tmp_path / "corpus", alike=True, held_out_minutes=0.2)
+    spoken = sum(u.duration for u in corpus.split("test") if u.etiology != UNSEEN)
+    assert spoken >= 0.2 * 60
+    assert spoken > 2 * sum(u.duration for u in corpus.split("train")) / 10
