@@ -22,7 +22,7 @@ def base_wer(corpus: Corpus, model: str, language: str, endpoint_url: str | None
     folder = base_model(config, cache_folder())
     accelerator = make_accelerator("auto")
     codec = load_codec(folder, language=language)
-    examples = speech_examples(config, corpus, corpus.utterances, codec)
+    examples = speech_examples(config, corpus, corpus.utterances, codec, context="30s")
     loader = BatchLoader(examples, num_workers=0, device=accelerator.device)
     recogniser = Recogniser(load_whisper(folder)).to(accelerator.device)
     decoding = decoding_options(config)

@@ -68,7 +68,15 @@ def evaluate(
     config = decoding_config(model, store, settings)
     data = open_corpus(corpus, cache_folder(), endpoint_url=endpoint_url, cache_bytes=config.runtime.audio_cache_bytes)
     opened = open_as_told(
-        model, store, config, base=base, language=language, task=task, device=device, endpoint_url=endpoint_url
+        model,
+        store,
+        config,
+        settings,
+        base=base,
+        language=language,
+        task=task,
+        device=device,
+        endpoint_url=endpoint_url,
     )
     out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
     result = evaluate_to_folder(

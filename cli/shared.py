@@ -72,7 +72,7 @@ def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config
     """
     found = find_run(model, store)
     known: Mapping[str, Any] = found[1]["config"] if found else {}
-    tree: dict[str, Any] = {name: known[name] for name in ("decode", "audio", "precision", "seed") if name in known}
+    tree: dict[str, Any] = {name: known[name] for name in ("decode", "precision", "seed") if name in known}
     for text in settings:
         path, value = parse_setting(text)
         if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
@@ -85,6 +85,7 @@ def open_as_told(
     model: str,
     store: Store,
     config: Config,
+    settings: Sequence[str],
     *,
     base: str | None,
     language: str,
@@ -92,10 +93,15 @@ def open_as_told(
     device: str,
     endpoint_url: str | None,
 ) -> OpenedModel:
-    """Opens a model by these options and a `decoding_config`; see `common.inference.load_model.open_model`."""
+    """Opens a model by these options and a `decoding_config`; see `common.inference.load_model.open_model`.
+
+    Args:
+        settings: those of `--set`: an audio context that is among them is used instead of the model's own.
+    """
     from common.inference.load_model import open_model
     from stages.local_runner import cache_folder
 
+    given = {parse_setting(text)[0] for text in settings}
     return open_model(
         model,
         store=store,
@@ -105,7 +111,7 @@ def open_as_told(
         precision=config.precision,
         language=language,
         task=task,
-        context=config.audio.context,
-        margin=config.audio.margin,
+        context=config.audio.context if "audio.context" in given else None,
+        margin=config.audio.margin if "audio.margin" in given else None,
         endpoint_url=endpoint_url,
     )

@@ -25,12 +25,15 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     rows = [_row(name, values) for name, values in summary["by_etiology"].items()]
     rows.append(_row("overall", summary))
     low, high = summary["wer_interval_after"]
+    known = summary.get("speakers_in_train", 0)
+    who = "speakers also in train" if known else "held-out speakers"
+    how_many = f"{summary['speakers']} speakers" + (f", {known} of them also in train" if known else "")
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
     return "\n".join(
         [
-            text_table(("held-out speakers", "utterances", "WER before", "WER after", "CER before", "CER after"), rows),
+            text_table((who, "utterances", "WER before", "WER after", "CER before", "CER after"), rows),
             "",
-            f"WER after, 95% interval over {summary['speakers']} speakers: {low:.1%} to {high:.1%}",
+            f"WER after, 95% interval over {how_many}: {low:.1%} to {high:.1%}",
             f"time: {seconds}",
             f"report: {summary['report']}",
         ]

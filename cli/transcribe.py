@@ -77,7 +77,15 @@ def transcribe(
         model, store, [*settings, *beams, *([f"decode.temperatures={FALL_BACK}"] if fall_back else [])]
     )
     opened = open_as_told(
-        model, store, config, base=base, language=language, task=task, device=device, endpoint_url=endpoint_url
+        model,
+        store,
+        config,
+        settings,
+        base=base,
+        language=language,
+        task=task,
+        device=device,
+        endpoint_url=endpoint_url,
     )
     failed: list[Path] = []
     bar = progress(round(total_seconds(files), 1), "transcribe", unit="s", hidden=quiet)

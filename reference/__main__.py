@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench.table import full_table, options_table, short_table
+from bench.table import full_table, options_table
 from reference import settings, tables
 from reference.blocks import fill
 
@@ -21,10 +21,7 @@ def generated() -> dict[Path, str]:
         PAGES / "exit-codes.md": {"codes": tables.exit_code_rows()},
         PAGES / "artifacts.md": {"stages": tables.stage_rows(), "manifest": tables.manifest_rows()},
         Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
-        Path("README.md"): {
-            "presets": settings.preset_rows(),
-            "bench": short_table(without=("between-epochs", "options")),
-        },
+        Path("docs/running.md"): {"presets": settings.preset_rows()},
     }
     texts = {PAGES / "config.md": settings.page()}
     for path, parts in blocks.items():
@@ -38,7 +35,7 @@ def generated() -> dict[Path, str]:
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; fail where a page is not as it would be written.")
 def main(check: bool) -> None:
-    """Writes docs/reference and the generated parts of README.md."""
+    """Writes docs/reference and the generated parts of other pages."""
     made = generated()
     stale = [path for path, text in made.items() if not _is(ROOT / path, text)]
     if check and stale:

@@ -35,8 +35,7 @@ def long_audio(config: Config) -> LongAudio:
         revision=config.model.revision,
         language=config.model.language,
         task=config.model.task,
-        context=config.audio.context,
-        margin=config.audio.margin,
+        context="30s",  # the base model has learned no other
         device=config.runtime.device,
         precision=config.precision,
         store=config.store,

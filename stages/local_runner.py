@@ -131,6 +131,7 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """
     run = Run(config)
     run.check_same(resume)
+    warn_of_shared_speakers(run.corpus)
     with run.serving(), heed_signals() as stopping, log_to_run(run):
         try:
             plan = _run_stages(run, stopping)
@@ -145,6 +146,17 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
             stopped = isinstance(error, Preempted) or not isinstance(error, Exception)
             run.save("stopped" if stopped else "failed", run.plan())
             raise
+
+
+def warn_of_shared_speakers(corpus: Corpus) -> None:
+    """Logs that test measures no unheard speakers, where its speakers are in train too."""
+    tested = {u.speaker for u in corpus.split("test")} - {""}
+    shared = tested & {u.speaker for u in corpus.split("train")}
+    if shared:
+        log.warning(
+            "%d of %d speakers in test are also in train (%s …): the error rates will say nothing about new speakers",
+            *(len(shared), len(tested), min(shared)),
+        )
 
 
 def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:

@@ -49,14 +49,24 @@ def augmentation(config: Config) -> Augmentation:
 
 
 def speech_examples(
-    config: Config, corpus: Corpus, utterances: Sequence[Utterance], codec: TextCodec, *, training: bool = False
+    config: Config,
+    corpus: Corpus,
+    utterances: Sequence[Utterance],
+    codec: TextCodec,
+    *,
+    training: bool = False,
+    context: Literal["dynamic", "30s"] | None = None,
 ) -> list[Example]:
-    """Examples by the configuration's audio section; for training with room for what augmentation makes longer."""
+    """Examples by the configuration's audio section; for training with room for what augmentation makes longer.
+
+    Args:
+        context: instead of the configuration's: 30 s for a base model, which never learned a shorter one.
+    """
     return make_examples(
         corpus,
         utterances,
         codec,
-        context=config.audio.context,
+        context=context or config.audio.context,
         margin=config.audio.margin,
         stretch=augmentation(config).stretch if training else 1.0,
     )

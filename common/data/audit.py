@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from common.data.audio import SAMPLE_RATE, decode
-from common.data.corpus import Corpus, Utterance
+from common.data.corpus import Corpus, Utterance, shared_speakers
 from common.data.shards import check_shard
 from common.errors import DataError
 from common.limits import MAX_SECONDS, MAX_TOKENS
@@ -84,14 +84,9 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
 
 
 def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
-    splits_of: dict[str, dict[str, str]] = defaultdict(dict)  # speaker -> split -> an utterance there
-    for u in utterances:
-        if u.speaker:
-            splits_of[u.speaker].setdefault(u.split, u.id)
-    for speaker, splits in splits_of.items():
-        if len(splits) > 1:
-            detail = f"speaker {speaker!r} is in {' and '.join(sorted(splits))}: results would flatter the model"
-            yield Finding("shared-speaker", splits[min(splits)], detail, "error")
+    for speaker, splits in shared_speakers(utterances).items():
+        detail = f"speaker {speaker!r} is in {' and '.join(sorted(splits))}: results would flatter the model"
+        yield Finding("shared-speaker", splits[min(splits)], detail, "error")
 
 
 def _bad_shards(corpus: Corpus) -> Iterator[Finding]:

@@ -105,6 +105,15 @@ class Corpus:
             return path.read_bytes()
 
 
+def shared_speakers(utterances: Iterable[Utterance]) -> dict[str, dict[str, str]]:
+    """Speakers that are in more than one split: speaker → split → the first utterance there."""
+    splits_of: dict[str, dict[str, str]] = {}
+    for u in utterances:
+        if u.speaker:
+            splits_of.setdefault(u.speaker, {}).setdefault(u.split, u.id)
+    return {speaker: splits for speaker, splits in splits_of.items() if len(splits) > 1}
+
+
 _INDEX_REMEDY = f"give a folder with {INDEX_NAME}, or make one with `moe-asr corpus import` or `moe-asr corpus synth`"
 _REQUIRED = ("audio_filepath", "duration", "text")
 _NUMBER_FIELDS = ("duration", "offset")

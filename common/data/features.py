@@ -31,6 +31,11 @@ def valid_positions(seconds: float) -> int:
     return max(1, min(MAX_POSITIONS, -(-round(seconds * SAMPLE_RATE) // SAMPLES_PER_POSITION)))
 
 
+def describe_context(context: str, margin: int) -> str:
+    """An audio context in words, for reports."""
+    return "30 s" if context == "30s" else f"the utterance's own length and {margin / POSITIONS_PER_SECOND:.2g} s"
+
+
 def context_positions(seconds: float, *, context: str, margin: int) -> int:
     """The bucket length that an utterance is encoded at.
 

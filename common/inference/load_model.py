@@ -29,7 +29,7 @@ from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_i
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
-from common.sections import AudioConfig, text_language
+from common.sections import text_language
 from common.storage.artifacts import MANIFEST, Manifest
 from common.storage.store import Store
 from common.training.train import make_accelerator
@@ -91,7 +91,8 @@ def open_model(
         base: where the base weights are, instead of where the model says.
         device, precision: as in the configuration.
         language, task: of a model that does not know its own.
-        context, margin: the same for its audio context.
+        context, margin: audio context to use instead of the one that the model was trained with. A model that does
+            not record one (a plain Whisper, somebody's adapter) gets 30 s: it never learned a shorter one.
         endpoint_url: of an S3-compatible store, for addresses.
 
     Raises:
@@ -103,7 +104,9 @@ def open_model(
     find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
     recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
     if info is not None:
-        language, task, context, margin = info.language, info.task, info.context, info.margin
+        language, task = info.language, info.task
+        _warn_of_other_context(name, info, context, margin)
+    trained = (info.context, info.margin) if info is not None else ("30s", 0)
     return OpenedModel(
         recogniser=recogniser.to(accelerator.device).eval(),
         codec=load_codec(origin, language=language, task=task),
@@ -111,8 +114,8 @@ def open_model(
         folder=folder,
         base=origin,
         name=name,
-        context=context or str(AudioConfig().context),
-        margin=AudioConfig().margin if margin is None else margin,
+        context=context or trained[0],
+        margin=trained[1] if margin is None else margin,
         language=text_language(language, task),
         accelerator=accelerator,
     )
@@ -187,6 +190,15 @@ def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:
     known = info.base_digest.partition("sha256:")[2]
     if info.adapt != "full" and known and folder_digest(base) != known:
         log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", model, base)
+
+
+def _warn_of_other_context(name: str, info: BundleInfo, context: str | None, margin: int | None) -> None:
+    wished = context or info.context, info.margin if margin is None else margin
+    if wished[0] != info.context or (wished[0] == "dynamic" and wished[1] != info.margin):
+        log.warning(
+            "model %s was trained with audio context %s (margin %d), and is used with %s (margin %d) as asked for",
+            *(name, info.context, info.margin, *wished),
+        )
 
 
 def _adapter_settings(folder: Path) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from common import __version__
 from common.config import Config
-from common.data.corpus import Utterance
+from common.data.corpus import Utterance, shared_speakers
 from common.report.page import clock, percent
 from common.storage.artifacts import Manifest
 
@@ -42,7 +42,7 @@ def model_card(
     text = (files("common.report.templates") / "model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"rate": percent, "cell": lambda value: str(value).replace("|", "\\|")}
-    shared = _shared_speakers(utterances)
+    shared = len(shared_speakers(utterances))
     body = environment.from_string(text).render(
         name=config.run,
         version=__version__,
@@ -160,14 +160,6 @@ def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
         speakers = len({u.speaker or u.id for u in mine})
         found.append({"name": name, "utterances": len(mine), "hours": hours, "speakers": speakers})
     return found
-
-
-def _shared_speakers(utterances: Sequence[Utterance]) -> int:
-    splits: dict[str, set[str]] = {}
-    for u in utterances:
-        if u.speaker:
-            splits.setdefault(u.speaker, set()).add(u.split)
-    return sum(len(found) > 1 for found in splits.values())
 
 
 def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,8 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
         "bounds": bounds,
         "relative": (after - before) / before if before else None,
         "caution": caution(speakers, named),
+        "in_train": summary.get("speakers_in_train") or 0,
+        "audio_context": summary.get("audio_context"),
         "unclipped_rose": is_number(before) and after <= before and _unclipped_rose(summary),
         "worse": [name for name, row in groups.items() if row["wer_after"] > row.get("wer_before", math.inf)],
     } | {key: summary.get(key) for key in RATES}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.batches import BatchLoader, Example
 from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.features import describe_context
 from common.data.tokens import TextCodec, load_codec
 from common.evaluation.score import by_etiology, decode_set, prediction_rows, score_set, summarise
 from common.evaluation.wer import cer, wer
@@ -59,6 +60,7 @@ class Joint:
     recogniser: Recogniser
     router: Router
     sets: Mapping[str, SpeechSet]
+    base_test: SpeechSet  # the test set as the base model takes it, in 30 s
     codec: TextCodec
     accelerator: Accelerator
 
@@ -93,12 +95,17 @@ def run(
     groups = table_groups(chosen["train"], options.route_column) if by_table else ()
     fit = [u.id for u in chosen["train"]]
     recogniser = build(config, model, table, gate, experts, groups=groups, fit=fit).to(accelerator.device)
+    base_test = _speech_set(config, corpus, chosen["test"], codec, accelerator, context="30s")
     joint = Joint(
         config,
         context,
         recogniser,
         Router(options.route_by, table, options.route_column, groups),
-        {name: _speech_set(config, corpus, own, codec, accelerator, name == "train") for name, own in chosen.items()},
+        {
+            name: _speech_set(config, corpus, own, codec, accelerator, training=name == "train")
+            for name, own in chosen.items()
+        },
+        base_test,
         codec,
         accelerator,
     )
@@ -126,9 +133,11 @@ def _speech_set(
     utterances: list[Utterance],
     codec: TextCodec,
     accelerator: Accelerator,
-    training: bool,
+    *,
+    training: bool = False,
+    context: Literal["dynamic", "30s"] | None = None,
 ) -> SpeechSet:
-    examples = speech_examples(config, corpus, utterances, codec, training=training)
+    examples = speech_examples(config, corpus, utterances, codec, training=training, context=context)
     loader = BatchLoader(examples, num_workers=config.runtime.num_workers, device=accelerator.device)
     return SpeechSet(utterances, examples, loader)
 
@@ -224,13 +233,17 @@ def _evaluate(
     routing, report = _routing(joint)
     after = decode_set(recogniser, test.examples, test.loader, codec, decoding, accelerator)
     # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
-    before = decode_set(base or recogniser, test.examples, test.loader, codec, decoding, accelerator, base=base is None)
+    whole, base_model = joint.base_test, base or recogniser
+    before = decode_set(base_model, whole.examples, whole.loader, codec, decoding, accelerator, base=base is None)
     if not accelerator.is_main_process:
         return
     language = config.model.text_language
     old, new = (score_set(test.utterances, texts, language) for texts in (before, after))
     rows = prediction_rows(test.utterances, before, after, old, new, routing)
     summary = summarise(test.utterances, old, new)
+    in_train = {u.speaker for u in joint.sets["train"].utterances} - {""}
+    summary["speakers_in_train"] = len({u.speaker for u in test.utterances} & in_train)
+    summary["audio_context"] = {"before": describe_context("30s", 0), "after": describe_context(*audio_context(config))}
     report |= {
         "mixture": config.asr.mixture if config.asr.adapt == "lora" else "none",
         "trained_parameters": result.parameters,
@@ -251,6 +264,11 @@ def _evaluate(
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}
     context.summary |= {"steps": result.steps, "throughput": result.throughput}
+
+
+def audio_context(config: Config) -> tuple[str, int]:
+    """(context, margin) that the model is trained and scored with."""
+    return config.audio.context, config.audio.margin
 
 
 def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], dict[str, Any]]:
