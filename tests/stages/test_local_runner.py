@@ -400,7 +400,9 @@ def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_mode
 
     run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
     task = run.plan().planned[0].task
-    made = execute(task, run_function("extract"), run.config, run.store, scratch=tmp_path / "scratch")
+    made = execute(
+        task, run_function("extract"), run.config, run.store, corpus=run.corpus, scratch=tmp_path / "scratch"
+    )
     folder = tmp_path / task.key.prefix / made.attempt
     rows = [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
     ids = json.loads((folder / "ids.json").read_text())
@@ -430,7 +432,15 @@ def test_stopped_and_resumed_training_ends_with_the_same_bits(again, finished, s
     run = Run(config)
     task = next(p.task for p in run.plan().planned if p.task.contract.name == stage)
     with pytest.raises(Preempted):
-        execute(task, run_function(stage), config, run.store, scratch=store / "scratch", stopping=stop_after(step))
+        execute(
+            task,
+            run_function(stage),
+            config,
+            run.store,
+            corpus=run.corpus,
+            scratch=store / "scratch",
+            stopping=stop_after(step),
+        )
     assert list((store / "artifacts" / stage / task.key.digest / "checkpoints").rglob("state.safetensors"))
     run_pipeline(config)
     assert digests(store) == digests(finished[0])
@@ -444,9 +454,17 @@ def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_m
     run = Run(config)
     task = run.plan().planned[0].task
     with pytest.raises(Preempted):
-        execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s", stopping=stop_after(3))
+        execute(
+            task,
+            run_function("extract"),
+            config,
+            run.store,
+            corpus=run.corpus,
+            scratch=tmp_path / "s",
+            stopping=stop_after(3),
+        )
     assert len(list((tmp_path / task.key.prefix / "parts").iterdir())) == 2
-    whole = execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s")
+    whole = execute(task, run_function("extract"), config, run.store, corpus=run.corpus, scratch=tmp_path / "s")
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     np.testing.assert_allclose(
         np.load(tmp_path / task.key.prefix / whole.attempt / "embeddings.npy"), reference, rtol=1e-4, atol=1e-5
@@ -463,7 +481,15 @@ def test_parts_of_another_size_are_not_taken_for_ones_own(tmp_path, finished, mi
         run = Run(config)
         task = run.plan().planned[0].task
         with suppress(Preempted):
-            made = execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s", stopping=stop)
+            made = execute(
+                task,
+                run_function("extract"),
+                config,
+                run.store,
+                corpus=run.corpus,
+                scratch=tmp_path / "s",
+                stopping=stop,
+            )
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     found = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
     np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
