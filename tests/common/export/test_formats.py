@@ -157,7 +157,7 @@ def test_vllms_page_serves_every_adapter_at_a_rank_that_vllm_takes(with_shared, 
         config = json.loads((out / name / "adapter_config.json").read_text())
         assert f"{name}={name}" in page
         assert config["r"] == 10 and not config.get("modules_to_save") and not config.get("rank_pattern")
-    assert said["max_lora_rank"] == 8 and "--max-lora-rank 8" in page
+    assert said["max_lora_rank"] == 16 and "--max-lora-rank 16" in page
     assert "change the encoder" in page
     assert (out / "gate" / "gate.safetensors").is_file()
 
