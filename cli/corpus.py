@@ -131,10 +131,14 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
         moe-asr corpus stats data/mine
         moe-asr corpus stats data/mine --model openai/whisper-small --json
     """
-    from common.data.corpus import corpus_stats
+    from common.data.corpus import PROVENANCE, corpus_stats
+    from common.json_files import read_object
 
     data = opened(path, endpoint_url)
     figures = corpus_stats(data)
+    made_of = data.root / PROVENANCE
+    if data.remote is None and made_of.is_file():
+        figures["left_out"] = read_object(made_of).get("left_out") or {}
     if model is not None:
         from cli.base_wer import base_wer
 
