@@ -151,6 +151,8 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
             columns = list(next(iter(values.values())))
             rows = [(key, *(_cell(row.get(c)) for c in columns)) for key, row in values.items()]
             click.echo(f"\n{text_table((name, *columns), rows)}")
+        elif isinstance(values, dict):
+            click.echo(f"{name}: {', '.join(f'{count} {reason}' for reason, count in values.items()) or 'nothing'}")
         else:
             click.echo(f"{name}: {_cell(values)}")
 

@@ -12,18 +12,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from common.data.clips import Clip, Place, Remote
-from common.data.identities import identifier, identity, join_spellings
+from common.data.identities import identifier, join_spellings, joined_in_words
 from common.errors import DataError, StoreError, UsageError
 from common.files import explained
 from common.json_files import read_jsonl
@@ -116,7 +115,6 @@ _REQUIRED = ("audio_filepath", "duration", "text")
 _NUMBER_FIELDS = ("duration", "offset")
 _FIELD_NAMES = tuple(f.name for f in fields(Utterance))
 _OMITTED = {f.name: f.default for f in fields(Utterance) if f.name not in ("id", "split", *_REQUIRED)}
-_identity = lru_cache(maxsize=1 << 16)(identity)
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _encode_ascii = json.JSONEncoder(ensure_ascii=True).encode
 
@@ -159,17 +157,17 @@ def read_corpus(path: str | Path) -> Corpus:
 def join_identities(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[str]]:
     """Utterances with one spelling for each speaker, etiology and severity, and what was joined, in words."""
     joined: dict[str, dict[str, str]] = {}
+    remarks: list[str] = []
     for name in IDENTITIES:
-        if others := join_spellings(getattr(u, name) for u in utterances):
+        counts = Counter(getattr(u, name) for u in utterances)
+        if others := join_spellings(counts):
             joined[name] = others
-    remarks = [
-        f"{name} {other!r} is taken for {common!r}" for name, table in joined.items() for other, common in table.items()
-    ]
+            remarks += joined_in_words(name, others, counts)
     if not joined:
         return list(utterances), []
 
     def unified(u: Utterance) -> Utterance:
-        changes = {name: table[getattr(u, name)] for name, table in joined.items() if getattr(u, name) in table}
+        changes: dict[str, Any] = {name: table[getattr(u, name)] for name, table in joined.items() if getattr(u, name) in table}
         return replace(u, **changes) if changes else u
 
     return [unified(u) for u in utterances], remarks
@@ -352,7 +350,7 @@ def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utteranc
         elif type(value) is not str:
             raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)}: put it in quotes")
         elif name in GROUP_FIELDS:  # a million utterances share a few speakers and etiologies: one string object each
-            values[name] = sys.intern(_identity(value) if name in IDENTITIES else _split(value))
+            values[name] = sys.intern(value if name in IDENTITIES else _split(value))
     if not values["audio_filepath"]:
         raise DataError(f"{where}: field 'audio_filepath' is empty: name the audio file")
     values["audio_filepath"] = _relative_to(root, values["audio_filepath"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from common.text import mend
 
@@ -33,14 +33,36 @@ def identity_key(name: str) -> str:
     return whole[1] if whole else plain
 
 
-def join_spellings(names: Iterable[str]) -> dict[str, str]:
-    """Each of the names that is another spelling of a commoner one → that one (of equally common ones, the first).
+def join_spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """Each of the names that is to be written otherwise → its one form (`identity`), in the commonest spelling.
 
     Args:
-        names: one for each utterance, as `identity` gives them.
+        counts: of the names as they were read, how many utterances have each.
     """
-    counts = Counter(names)
+    form_of = {name: identity(name) for name in counts}
+    common: Counter[str] = Counter()
+    for name, form in form_of.items():
+        common[form] += counts[name]
     best: dict[str, str] = {}
-    for name in sorted(counts, key=lambda name: (-counts[name], name)):
-        best.setdefault(identity_key(name), name)
-    return {name: best[identity_key(name)] for name in counts if best[identity_key(name)] != name}
+    for form in sorted(common, key=lambda form: (-common[form], form)):
+        best.setdefault(identity_key(form), form)
+    joined = {name: best[identity_key(form)] for name, form in form_of.items()}
+    return {name: form for name, form in joined.items() if name != form}
+
+
+def joined_in_words(field: str, joined: Mapping[str, str], names: Iterable[str]) -> list[str]:
+    """What `join_spellings` did to a field, a sentence for each spelling that is taken for another one or for none.
+
+    Args:
+        names: those that occur, each once.
+    """
+    spellings = Counter(joined.get(name, name) for name in {" ".join(name.split()) for name in names})
+    remarks = []
+    for name, form in sorted(joined.items()):
+        if not form and name.strip():
+            remarks.append(f"{field} {name!r} is taken for a missing value")
+        elif " ".join(name.split()) != form and spellings[form] > 1:
+            alike = unicodedata.normalize("NFC", name) == form  # which look the same
+            shown = (ascii(name), ascii(form)) if alike else (repr(name), repr(form))
+            remarks.append(f"{field} {shown[0]} is taken for {shown[1]}")
+    return remarks

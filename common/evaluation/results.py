@@ -77,7 +77,7 @@ def _result(name: str, rows: list[Row], language: str, facts: Row) -> Result:
 
 def _published(facts: Row) -> bool:
     """Whether texts were compared by Whisper's normaliser alone, as older versions did without a word of it."""
-    return (facts.get("decoding") or {}).get("normaliser", "published") == "published"
+    return bool((facts.get("decoding") or {}).get("normaliser", "published") == "published")
 
 
 def _facts_of_run(record: Row, model: Path) -> Row:

@@ -36,8 +36,7 @@ def import_audiofolder(
     for metadata in _metadata(source):
         split = "" if metadata.parent == source else metadata.parent.name
         part = read_rows(metadata, metadata.parent, columns or {}, split=split, folder=Path(split))
-        for all_of_them, some in zip(found, part, strict=True):
-            all_of_them.extend(some)  # type: ignore[arg-type]
+        found = Rows(found.rows + part.rows, found.faults + part.faults, found.notes + part.notes)
     if not found.rows and not found.faults:
         raise DataError(
             f"{source} holds no {' or '.join(METADATA[::2])} with rows, at its top or in train/, validation/, test/; "

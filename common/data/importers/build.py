@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from common.data.corpus import (
     read_corpus,
     write_index,
 )
-from common.data.identities import identifier, identity
+from common.data.identities import identifier
 from common.data.importers.rows import Imported, Row
 from common.data.importers.splits import SPLIT_NAMES, check_fractions, split_by_speaker
 from common.data.importers.stretches import shared_files, stretch_of, unclear_stretches
@@ -70,7 +71,7 @@ def build_corpus(
     with new_corpus_folder(out) as folder:
         kept, more = _measure(rows)
         named, double = _name(kept)
-        found = [*faults, *more, *double]
+        found = sorted([*faults, *more, *double], key=_in_order)
         if found and (not skip_bad or not named):
             raise DataError(_listed(found, len(rows) + len(faults), every=not named))
         utterances, joined = join_identities([u for _, u in named])
@@ -86,6 +87,11 @@ def build_corpus(
         record |= {"left_out": dict(left_out), "faults": found, "notes": said, "mended_texts": mended}
         _write_provenance(folder / PROVENANCE, record)
     return Imported(read_corpus(out), left_out, found, said + ([f"{mended} texts were mended"] if mended else []))
+
+
+def _in_order(fault: str) -> list[tuple[int, str]]:
+    """Sorts messages by file and line, 9 before 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", fault)]
 
 
 def _listed(faults: Sequence[str], rows: int, *, every: bool) -> str:
@@ -147,9 +153,9 @@ def _to_utterance(row: Row, info: AudioInfo | DataError, *, shared: bool, timed:
         duration=round(duration, 6),
         text=values["text"],
         split=SPLIT_NAMES.get(split, ""),
-        speaker=identity(values.get("speaker", "")),
-        etiology=identity(values.get("etiology", "")),
-        severity=identity(values.get("severity", "")),
+        speaker=values.get("speaker", ""),
+        etiology=values.get("etiology", ""),
+        severity=values.get("severity", ""),
         text_alt=values.get("text_alt"),
         offset=offset,
     )
@@ -192,8 +198,8 @@ def _remarks(named: Sequence[tuple[Row, Utterance]], utterances: Sequence[Uttera
         remarks.append(f"{silent} of {len(utterances)} utterances have no speaker: each counts as one of its own")
     forms = Counter(form for u in utterances for form in odd_forms(u.text))
     if forms:
-        kinds = ", ".join(f"{count} {form}" for form, count in forms.most_common())
-        remarks.append(f"texts with {kinds}: a model learns to write them so; --mend-text writes the usual form")
+        kinds = ", ".join(f"{form}: {count}" for form, count in forms.most_common())
+        remarks.append(f"texts with {kinds}; a model learns to write them so, --mend-text mends them")
     remarks += _differing_durations(named)
     return remarks
 

@@ -39,6 +39,7 @@ KNOWN_COLUMNS = {
 # These always count, as spelled here: a bad value in them is a fault of the table. Other names of these fields count
 # where all of their values fit.
 STRICT = {"id", "utterance_id", "split", "offset", "duration"}
+TO_THE_END = ("-1", "-1.0")  # Kaldi's end of a segment that lasts to the end of its file
 TIMES = ("offset", "end", "duration")
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 0.001, "msec": 0.001, "milliseconds": 0.001}
 AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|oga|opus|m4a|mp4|webm|aac|wma|aiff?|sph|amr)$", re.IGNORECASE)
@@ -144,7 +145,9 @@ def _misfit(field: str, name: str, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _fits(field: str, value: str) -> bool:
-    return value.lower() in SPLIT_NAMES if field == "split" else seconds(value) is not None
+    if field == "split":
+        return value.lower() in SPLIT_NAMES
+    return seconds(value) is not None or (field == "end" and value in TO_THE_END)
 
 
 def _check_chosen(table: Path, present: Sequence[str], chosen: Mapping[str, Column]) -> None:

@@ -23,7 +23,7 @@ _KINDS = {
     "*.zip": "it holds archives: unpack them first",
     "*.tar*": "it holds archives: unpack them first",
     **dict.fromkeys(("*.csv", "*.tsv", "*.jsonl"), "name the table itself, not its folder"),
-    "*.json": "name the table itself, not its folder; for Speech Accessibility Project data, add --format sap",
+    "**/*.json": "name the table itself, not its folder; for Speech Accessibility Project data, add --format sap",
 }
 
 

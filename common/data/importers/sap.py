@@ -119,7 +119,14 @@ def hold_out_dev(rows: Sequence[Row], *, fractions: Sequence[float], seed: int) 
         return list(rows)
     train = [row for row in rows if row.values["split"] == "train"]
     spoken = [
-        Utterance(str(i), "", 0.0, "", speaker=row.values.get("speaker", ""), etiology=row.values.get("etiology", ""))
+        Utterance(
+            str(i),
+            str(row.audio),
+            0.0,
+            "",
+            speaker=row.values.get("speaker", ""),
+            etiology=row.values.get("etiology", ""),
+        )
         for i, row in enumerate(train)
     ]
     share = fractions[1] / max(fractions[0] + fractions[1], 1e-9)

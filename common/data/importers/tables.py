@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.data.importers.build import build_corpus
-from common.data.importers.columns import Column, check_mapping, choose_columns
+from common.data.importers.columns import TO_THE_END, Column, check_mapping, choose_columns
 from common.data.importers.records import read_table
 from common.data.importers.rows import Imported, Row, find_audio
 from common.data.importers.splits import FRACTIONS
@@ -97,8 +98,8 @@ def read_rows(
     """
     check_mapping(columns)
     content = read_table(table, heading)
-    if not content.records and not content.faults:
-        return Rows([], [], [])
+    if not content.records:
+        return Rows([], content.faults, [])
     chosen, notes = choose_columns(table, content.columns, [record for _, record in content.records], columns)
     rows: list[Row] = []
     faults = list(content.faults)
@@ -122,12 +123,13 @@ def _values(where: str, record: Mapping[str, Any], chosen: Mapping[str, Column])
         except DataError as error:
             raise DataError(f"{where}: column {column.name!r} {error}") from None
         time = seconds(text) if column.scale != 1 else None
-        if text:
+        if text and not (field == "end" and text in TO_THE_END):
             values[field] = text if time is None else repr(time * column.scale)
     for field in ("audio_filepath", "text"):
         if field not in values:
             raise DataError(f"{where}: column {chosen[field].name!r} is empty: fill it, or take the row out")
-    address = values["audio_filepath"].partition("://")
-    if address[1] and address[0].isalnum():
-        raise DataError(f"{where}: {values['audio_filepath']} is an address, no file: download it, then name the file")
+    if re.match(r"[A-Za-z][A-Za-z\d+]+://", path := values["audio_filepath"]):
+        raise DataError(f"{where}: {path} is an address, no file: download it, then name the file")
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        raise DataError(f"{where}: {path} is a path of Windows: write paths that start from --audio-root")
     return values

@@ -238,7 +238,7 @@ def test_dealing_depends_on_the_seed_and_not_on_the_order():
 
 
 def test_utterances_without_speakers_are_dealt_one_by_one():
-    utterances = [Utterance(f"u{i}", "a.wav", 1.0, "text") for i in range(50)]
+    utterances = [Utterance(f"u{i}", f"{i}.wav", 1.0, "text") for i in range(50)]
     counts = Counter(u.split for u in split_by_speaker(utterances, fractions=(0.8, 0.1, 0.1), seed=1))
     assert counts == {"train": 40, "dev": 5, "test": 5}
 
