@@ -244,13 +244,14 @@ def import_corpus(
 ) -> None:
     """Makes a corpus of recordings with transcripts.
 
-    \b
-    SOURCE is one of
-      a table      CSV (comma, semicolon, tab or |), JSON Lines (as a NeMo manifest), JSON (an array of objects,
-                   pandas' or SpeechBrain's); also compressed with gzip
-      audiofolder  a folder of Hugging Face with metadata.csv or metadata.jsonl, or one for each split
-      sap          the unpacked Speech Accessibility Project (--format sap)
-      torgo        TORGO's folders (--format torgo)
+    SOURCE is a table, or a folder of one of three kinds.
+
+    A table: CSV (comma, semicolon, tab or |), JSON Lines (as a NeMo manifest), JSON (an array of objects, pandas' or
+    SpeechBrain's), each also compressed with gzip.
+
+    --format audiofolder: a folder as Hugging Face has it, with metadata.csv or metadata.jsonl, or one for each split.
+
+    --format sap: the unpacked Speech Accessibility Project. --format torgo: TORGO's folders.
 
     Every fault of a row is listed, with its file and line, and nothing is written (exit code 65); --skip-bad writes the
     corpus without these rows. Columns that are not used, names that are joined and folders that are passed over are
