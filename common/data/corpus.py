@@ -167,7 +167,9 @@ def join_identities(utterances: Sequence[Utterance]) -> tuple[list[Utterance], l
         return list(utterances), []
 
     def unified(u: Utterance) -> Utterance:
-        changes: dict[str, Any] = {name: table[getattr(u, name)] for name, table in joined.items() if getattr(u, name) in table}
+        changes: dict[str, Any] = {
+            name: table[getattr(u, name)] for name, table in joined.items() if getattr(u, name) in table
+        }
         return replace(u, **changes) if changes else u
 
     return [unified(u) for u in utterances], remarks
