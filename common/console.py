@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import NoReturn
 import click
 
 from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MoeAsrError, RetryableError, StoreError
+from common.text import printable
 
 LOST = {"AcceleratorError", "DistBackendError", "DistNetworkError"}  # torch's, when hardware or a peer fails
 
@@ -23,7 +25,7 @@ def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [_Stderr()]
     if log_file:
         try:
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise StoreError(f"--log-file {log_file}: {error.strerror}") from None
     logging.basicConfig(
@@ -57,6 +59,9 @@ def coloured(text: str, colour: str) -> str:
 
 def run_command(command: click.Command) -> None:
     """Runs a click command and ends the process with the exit code of what happened."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8, a terminal's encoding may be ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = command(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -94,6 +99,7 @@ def _crash() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    message = printable(message)
     _tell_cluster(message)
     if logging.getLogger().handlers:
         logging.getLogger("moe-asr").error("error: %s", message)

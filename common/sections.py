@@ -253,6 +253,11 @@ class DecodeConfig(Section):
         (0.0,), min_length=1, description="the first, then those for loops and guesses, as [0, 0.2, 0.4, 0.6, 0.8, 1]"
     )
     timestamps: bool = Field(False, description="decode with Whisper's timestamp tokens (by its rules)")
+    normaliser: Literal["unified", "published"] = Field(
+        "unified",
+        description="how texts are compared: published is Whisper's normaliser alone; unified brings apostrophes, "
+        "full-width letters, digits and the like to one form before it",
+    )
 
     @field_validator("temperatures")
     @classmethod

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +14,14 @@ from common.data.audio import SAMPLE_RATE, decode
 from common.data.corpus import Corpus, Utterance, shared_speakers
 from common.data.shards import check_shard
 from common.errors import DataError
-from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.progress import counted
+from common.text import odd_forms
 
 DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
 MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+PLACEHOLDERS = frozenset({"nan", "null", "none", "n/a", "<na>"})  # in small letters; some are words, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,11 @@ def audit(
         Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty or
         damaged), `not-finite`, `silent-audio` (a text without audio), `empty-text`, `too-long` (over 30 s),
         `too-many-tokens`, `duplicate-id`, `duplicate-across-splits`, `shared-speaker`, `bad-shard`. Kinds of
-        warning: `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`.
+        warning: `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`, `placeholder-text`;
+        and of the corpus as a whole, with its first such utterance, `odd-forms` and `no-speakers`.
     """
     findings = [*_text_findings(corpus.utterances, token_count), *_shared_speakers(corpus.utterances)]
+    findings += [*_odd_forms(corpus.utterances), *_no_speakers(corpus.utterances)]
     findings += _bad_shards(corpus)
     by_file: dict[str, list[Utterance]] = defaultdict(list)
     for u in corpus.utterances:
@@ -75,12 +79,33 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
         seen.add(u.id)
         if not u.text.strip():
             yield Finding("empty-text", u.id, "there is nothing to learn from an empty text", "error")
-        if u.duration > MAX_SECONDS:
-            yield Finding("too-long", u.id, f"{u.duration:.1f} s; Whisper hears {MAX_SECONDS:g} s", "error")
+        if is_too_long(u.duration):
+            yield Finding("too-long", u.id, f"{u.duration:.2f} s; Whisper hears {MAX_SECONDS:g} s", "error")
         if token_count is not None and (tokens := token_count(u.text)) > MAX_TOKENS:
             yield Finding("too-many-tokens", u.id, f"{tokens} tokens; the decoder takes {MAX_TOKENS}", "error")
         if u.duration > 0 and len(u.text) / u.duration > MAX_CHARACTERS_PER_SECOND:
             yield Finding("text-too-fast", u.id, f"{len(u.text)} characters in {u.duration:.2f} s", "warning")
+        if u.text.strip().lower() in PLACEHOLDERS:
+            yield Finding("placeholder-text", u.id, f"{u.text!r} may stand for a missing text", "warning")
+
+
+def _odd_forms(utterances: Iterable[Utterance]) -> Iterator[Finding]:
+    """How many texts hold what Whisper writes otherwise: a model would learn to write it so."""
+    counts: Counter[str] = Counter()
+    first = ""
+    for u in utterances:
+        if forms := odd_forms(u.text):
+            counts.update(forms)
+            first = first or u.id
+    if counts:
+        kinds = "texts with " + ", ".join(f"{form}: {count}" for form, count in counts.most_common())
+        yield Finding("odd-forms", first, f"{kinds} (`moe-asr corpus import --mend-text` mends them)", "warning")
+
+
+def _no_speakers(utterances: Sequence[Utterance]) -> Iterator[Finding]:
+    if utterances and not any(u.speaker for u in utterances):
+        detail = "no speaker is known: a voice may be in several splits, and rates have no intervals over speakers"
+        yield Finding("no-speakers", utterances[0].id, detail, "warning")
 
 
 def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ class Decoding:
             section 4.5). 0 is greedy or beam search, above 0 tokens are drawn.
         timestamps: decode with Whisper's timestamp tokens.
         seed: of drawn tokens.
+        normaliser: how texts are compared afterwards: `unified`, or `published`, Whisper's normaliser alone.
     """
 
     batch_size: int
@@ -49,6 +50,12 @@ class Decoding:
     temperatures: tuple[float, ...] = (0.0,)
     timestamps: bool = False
     seed: int = 0
+    normaliser: str = "unified"
+
+    @property
+    def published(self) -> bool:
+        """Whether texts are compared by Whisper's normaliser alone."""
+        return self.normaliser == "published"
 
 
 @dataclass(frozen=True, slots=True)

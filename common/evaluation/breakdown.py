@@ -54,11 +54,12 @@ def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = (()
     }
 
 
-def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis") -> Score:
+def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis", *, published: bool = False) -> Score:
     """The score of a row; counted anew from its texts where it does not hold all of it.
 
     Args:
         hypothesis: which text of the row; the counts beside it are those of `hypothesis`.
+        published: where it is scored anew, by Whisper's normaliser alone.
     """
     if hypothesis == "hypothesis" and "char_errors" in row:
         return Score(
@@ -72,7 +73,7 @@ def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis") -> 
             loop=row["loop"],
         )
     texts = [row["reference"], *([row["reference_alt"]] if row.get("reference_alt") else [])]
-    return score(str(row["id"]), row[hypothesis], texts, language)
+    return score(str(row["id"]), row[hypothesis], texts, language, published=published)
 
 
 def speakers_of(rows: Iterable[Row]) -> dict[str, str]:

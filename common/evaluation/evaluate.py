@@ -22,7 +22,7 @@ from common.evaluation.wer import score
 from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
-from common.limits import MAX_SECONDS
+from common.limits import MAX_SECONDS, is_too_long
 from common.model.routing import route_by_table
 from common.progress import progress
 
@@ -42,7 +42,7 @@ def choose_utterances(
         names = ", ".join(sorted({u.split for u in corpus.utterances}))
         raise DataError(f"corpus {corpus.url} has no utterances in split {split!r}: it has {names}")
     if long_audio == "drop":
-        found = [u for u in found if u.duration <= MAX_SECONDS]
+        found = [u for u in found if not is_too_long(u.duration)]
     if not found:
         raise DataError(f"all utterances of split {split!r} last over {MAX_SECONDS:.0f} s")
     return stratified_subset(found, count=min(samples or len(found), len(found)), seed=TEST_SEED)
@@ -66,7 +66,7 @@ def decode_corpus(
     Raises:
         DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
     """
-    long = [u for u in utterances if windows and u.duration > MAX_SECONDS]
+    long = [u for u in utterances if windows and is_too_long(u.duration)]
     apart = {u.id for u in long}
     short = [u for u in utterances if u.id not in apart]
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
@@ -85,7 +85,7 @@ def decode_corpus(
         for u in long:
             heard[u.id] = _heard_in_windows(opened, corpus, u, decoding), ((), ())
             bar.update()
-    return [_row(u, *heard[u.id], opened.language) for u in utterances]
+    return [_row(u, *heard[u.id], opened.language, decoding.published) for u in utterances]
 
 
 def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
@@ -125,8 +125,8 @@ def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known
     return {u.id: (logits_NE[i : i + 1], known_N[i : i + 1]) for i, u in enumerate(utterances)}
 
 
-def _row(u: Utterance, text: str, routing: Routing, language: str) -> Row:
-    return scored_row(u, text, score(u.id, text, references(u), language), routing)
+def _row(u: Utterance, text: str, routing: Routing, language: str, published: bool) -> Row:
+    return scored_row(u, text, score(u.id, text, references(u), language, published=published), routing)
 
 
 def describe_evaluation(

@@ -63,9 +63,15 @@ def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding
     return [one.text for one in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
 
 
-def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], language: str) -> list[Score]:
-    """One score per utterance, against the better of its references."""
-    return [score(u.id, texts[u.id], references(u), language) for u in utterances]
+def score_set(
+    utterances: Sequence[Utterance], texts: Mapping[str, str], language: str, *, published: bool = False
+) -> list[Score]:
+    """One score per utterance, against the better of its references.
+
+    Args:
+        published: compare by Whisper's normaliser alone, as for `common.text.normalise`.
+    """
+    return [score(u.id, texts[u.id], references(u), language, published=published) for u in utterances]
 
 
 def speakers_of_set(utterances: Sequence[Utterance]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
 from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
-from common.limits import MAX_SECONDS
+from common.limits import MAX_SECONDS, is_too_long
 from common.text import unspaced
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
@@ -95,6 +95,7 @@ def transcribe_audio(
         level_N = loudness(samples)
         pauses.append(find_pauses(level_N))
         seconds = len(samples) / SAMPLE_RATE
+        seconds = seconds if is_too_long(seconds) else min(seconds, MAX_SECONDS)
         limit = longest or (MAX_SECONDS if seconds <= MAX_SECONDS else usual_window(opened))
         windows = plan_windows(level_N, pauses[-1], seconds, longest=limit, overlap=min(OVERLAP, limit / 4))
         windows = [] if is_silent(level_N) else windows

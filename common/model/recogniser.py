@@ -73,7 +73,11 @@ class Recogniser(nn.Module):
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
         self.register_buffer("logits_NE", None, persistent=False)
         self.register_buffer("known_N", None, persistent=False)
-        self.num_experts = next((layer.num_experts for _, layer in mixture_layers(whisper)), 0)
+
+    @property
+    def num_experts(self) -> int:
+        """E, routed experts; 0 for a dense adapter, and for none."""
+        return next((layer.num_experts for _, layer in mixture_layers(self.whisper)), 0)
 
     def choose_by(
         self, *, embeddings_ND: Tensor | None = None, logits_NE: Tensor | None = None, known_N: Tensor | None = None

@@ -196,7 +196,7 @@ def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]
         scores = {"loss": mean_loss(module, dev.examples, dev.loader, joint.accelerator, seconds)}
         if full and config.asr.select_by == "wer":
             texts = decode_set(joint.recogniser, subset, subset_loader, joint.codec, decoding, joint.accelerator)
-            scored = score_set(decoded, texts, config.model.text_language)
+            scored = score_set(decoded, texts, config.model.text_language, published=decoding.published)
             scores["wer"] = wer(scored)
             for name, group in by_etiology(decoded, scored).items():
                 labels = {"split": "dev", "etiology": name, "model": "after"}
@@ -238,7 +238,8 @@ def _evaluate(
     if not accelerator.is_main_process:
         return
     language = config.model.text_language
-    old, new = (score_set(test.utterances, texts, language) for texts in (before, after))
+    published = decoding.published
+    old, new = (score_set(test.utterances, texts, language, published=published) for texts in (before, after))
     rows = prediction_rows(test.utterances, before, after, old, new, routing)
     summary = summarise(test.utterances, old, new)
     in_train = {u.speaker for u in joint.sets["train"].utterances} - {""}
