@@ -40,14 +40,17 @@ GPUS = ("a100-40", "a100-80", "h100-80", "h200-141", "cpu")
 class Config(Section):
     """All of it. `store` and `run` say where results go, never what they are."""
 
-    run: str = Field("full", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run in the store")
-    store: str = Field("runs", description="folder or s3://bucket/prefix")
-    endpoint_url: str | None = Field(None, description="of an S3-compatible store")
-    seed: int = Field(42, description="of everything random")
+    run: str = Field("full", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run in the store.")
+    store: str = Field("runs", description="Folder or s3://bucket/prefix for all results.")
+    endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible store.")
+    seed: int = Field(42, description="Random seed for data order, initialisation and dropout.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="of training: auto takes bf16, or fp16 with a scaler, on a GPU that has it, else fp32"
+        "auto",
+        description="Training precision. auto takes bf16, or fp16 with a loss scaler, on a GPU that has it, else fp32.",
     )
-    num_experts: int | None = Field(8, gt=0, description="experts, and clusters wanted")
+    num_experts: int | None = Field(
+        8, gt=0, description="Number of routed experts, and of clusters. 1 trains one adapter for everybody."
+    )
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     audio: AudioConfig = AudioConfig()

@@ -15,7 +15,7 @@ from common import __version__
 from common.config import Config, validate
 from common.console import run_command, set_up_logging
 from common.errors import DataError, UsageError
-from common.options import click_option, config_from, config_options
+from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
 from common.pipeline.runs import run_names
@@ -52,7 +52,7 @@ def stage_command(contract: Contract) -> click.Command:
         run_stage(contract, shard, options, given)
 
     for flag, path in own.items():
-        command = click_option(flag, path, "")(command)
+        command = click_option(Option(flag, path))(command)
     return click.command(contract.name, help=f"{contract.name}: {contract.summary}.")(command)
 
 
