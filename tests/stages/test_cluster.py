@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_info
 from common.clustering.embeddings import write_table
 from common.config import validate
 from common.data.corpus import read_corpus
-from common.harness.metrics import MetricsLog
-from common.harness.stage import Context
+from common.pipeline.metrics import MetricsLog
+from common.pipeline.stage import Context
 from stages.cluster.run import run
 
 
