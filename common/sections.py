@@ -252,7 +252,7 @@ class AsrConfig(SpeechTrainConfig):
         description="Peak learning rate of a shared expert of rank 48 at alpha / rank = 2, or of all weights. Other "
         "ranks scale it.",
     )
-    gate_learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the gate.")
+    gate_learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of a gate that was not pre-trained.")
     select_by: Literal["wer", "loss"] = Field(
         "wer", description="Metric that selects the checkpoint: decoded WER of a part of dev, or dev loss."
     )
@@ -288,6 +288,12 @@ class AsrConfig(SpeechTrainConfig):
         description="Learning rate of routed experts beside a shared one, as a multiple of the shared expert's.",
     )
     magnitude_rate: float = Field(30, gt=0, description="Learning rate of magnitudes, as a multiple of their expert's.")
+    routed_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of training utterances that get the shared expert alone, so that it can do without others.",
+    )
     abstain: bool = Field(
         True, description="Give an utterance unlike all groups the shared expert alone. The limit is set on dev."
     )

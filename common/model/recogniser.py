@@ -32,6 +32,7 @@ class RouterOptions:
     top_k: int = 2
     balance_weight: float = 0.0
     entropy_weight: float = 0.0
+    routed_dropout: float = 0.0
 
 
 class Recogniser(nn.Module):
@@ -175,8 +176,16 @@ class Recogniser(nn.Module):
         return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
 
     def known(self, row_B: Tensor) -> Tensor | None:
-        """Which rows are like one of the groups; None where all are."""
-        return None if self.known_N is None else self.known_N[row_B]
+        """Which rows get routed experts; None where all do.
+
+        These are the utterances that are like one of the groups. In training, a share of them is left to the shared
+        expert alone (`RouterOptions.routed_dropout`), so that it can do without the others.
+        """
+        known_B = None if self.known_N is None else self.known_N[row_B]
+        if not self.training or not self.options.routed_dropout:
+            return known_B
+        kept_B = torch.rand(len(row_B), device=row_B.device) >= self.options.routed_dropout
+        return kept_B if known_B is None else known_B & kept_B
 
     def gate_logits(self, row_B: Tensor) -> Tensor | None:
         """Logits over routed experts for rows of the table; None where nothing is to be chosen."""

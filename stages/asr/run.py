@@ -143,13 +143,17 @@ def _speech_set(
 
 
 def _prepare_gate(joint: Joint) -> None:
-    """Calibrates on dev which utterances are unlike all groups; a gate that decides for speakers is not trained."""
+    """Calibrates on dev which utterances are unlike all groups; a gate that was pre-trained is trained no further.
+
+    The load-balance loss of a few utterances is noise to a gate that knows its groups, and AdamW moves it at the full
+    rate however small its gradient is (docs/regimes.md has the figures).
+    """
     gate, router = joint.recogniser.gate, joint.router
     if gate is None:
         return
     if joint.config.asr.abstain and gate.center_ED.any():
         gate.calibrate(router.embeddings(joint.sets["dev"].utterances).to(gate.mean_D.device))
-    if router.by == "speaker":
+    if router.by == "speaker" or joint.config.asr.pretrain != "none":
         gate.requires_grad_(False)
 
 
