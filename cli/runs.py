@@ -191,7 +191,7 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
         moe-asr gc
         moe-asr gc --older-than 48 --delete
     """
-    from common.storage.artifacts import garbage
+    from common.storage.garbage import garbage
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     entries = garbage(store, older_than_hours=older_than)

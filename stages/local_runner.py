@@ -22,7 +22,7 @@ from common.pipeline.stage import execute, follow, heed_signals
 from common.report.model_card import model_card
 from common.report.report import RunView, render_report
 from common.storage import open_store
-from common.storage.artifacts import Manifest, inspect, set_aside
+from common.storage.artifacts import Manifest, inspect, quarantine
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
@@ -218,7 +218,7 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
     if one.status == "again" and one.manifest is not None:
         state = inspect(run.store, one.task.key)
         if state.status == "done" and state.manifest == one.manifest:
-            set_aside(run.store, one.task.key, state)
+            quarantine(run.store, one.task.key, state)
     task, function = one.task, run_function(one.task.contract.name)
     return execute(
         task,
