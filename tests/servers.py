@@ -177,13 +177,22 @@ def any_store(request, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB; yields its folder and a function that mounts it otherwise (read-only by default)."""
-    folder = tmp_path / "small"
+    with mounted(tmp_path / "small", "size=1m") as folder:
+        mount = ("mount", "-o")
+        yield folder, lambda options="ro": subprocess.run([*mount, f"remount,{options}", folder], check=True)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at a new folder, while the block runs; skips the test where that is not allowed."""
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", folder]).returncode:
+    if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", options, "none", folder]).returncode:
         pytest.skip("mounting needs root")
-    yield folder, lambda options="ro": subprocess.run([mount, "-o", f"remount,{options}", folder], check=True)
-    subprocess.run(["umount", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def free_port() -> int:

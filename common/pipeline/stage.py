@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -104,12 +104,15 @@ class Parts:
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """A part, or None when its bytes are not those that were written."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         for entry in self.store.list(f"{self.prefix}{name}."):
-            data = self.store.read(entry.key)
-            if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
-                return dict(load(data))
+            for _ in range(2):  # what is wrong once may have suffered on its way
+                data = self.store.read(entry.key)
+                if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
+                    with suppress(SafetensorError):
+                        return dict(load(data))
             log.warning("%s is damaged and is made again", entry.key)
         return None
 
@@ -202,7 +205,7 @@ def _make(
         folders, used = _fetch_inputs(task, config, store, corpus, scratch)
         output = new_attempt(store, task.key, work)
         context = _context(task, store, work, output, stopping, live)
-        started = time.time()
+        started, clock = time.time(), time.monotonic()  # the first may be set meanwhile
         try:
             run(config, context, **folders, output=output)
         except BaseException:
@@ -218,7 +221,7 @@ def _make(
             version=__version__,
             host=platform.node(),
             started=started,
-            seconds=time.time() - started,
+            seconds=time.monotonic() - clock,
             metrics={**context.summary, "live": last_values(live), **notes},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -223,7 +224,13 @@ def _below(path: Path, root: Path) -> Iterator[Path]:
 
 def _regular(path: Path) -> Path:
     """The path itself; what is no plain file counts as absent: a pipe or a device may never come to an end."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    try:
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        plain = False  # a link to itself
+    if not plain:
         raise FileNotFoundError
     return path
 

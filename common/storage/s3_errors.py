@@ -8,9 +8,14 @@ from typing import Any
 from common.errors import ConfigError, DataError, MoeAsrError, RetryableError, StoreError
 from common.files import NotFound
 
+RIGHTS = "s3:ListBucket on the bucket, s3:GetObject and s3:PutObject on its keys"
+RIGHTS_TO_CLEAN = "s3:DeleteObject and s3:AbortMultipartUpload on its keys, s3:ListBucketMultipartUploads on the bucket"
 MESSAGES = {
-    "access denied; its credentials need s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject and "
-    "s3:DeleteObject on its keys": ("AccessDenied", "AllAccessDisabled", "403"),
+    f"access denied; its credentials need {RIGHTS}; to clean up, also {RIGHTS_TO_CLEAN}": (
+        "AccessDenied",
+        "AllAccessDisabled",
+        "403",
+    ),
     "the server does not know these credentials; check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY": (
         "InvalidAccessKeyId",
         "SignatureDoesNotMatch",

@@ -68,14 +68,14 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Connection(AWSHTTPConnection):
-    response_class = _Response
+    response_class = _Response  # type: ignore[assignment] # botocore's stubs say more than its code
 
     def request(self, *args: Any, **options: Any) -> Any:
         return super().request(*args, **options | {"enforce_content_length": True})
 
 
 class _SecureConnection(AWSHTTPSConnection):
-    response_class = _Response
+    response_class = _Response  # type: ignore[assignment] # botocore's stubs say more than its code
 
     def request(self, *args: Any, **options: Any) -> Any:
         return super().request(*args, **options | {"enforce_content_length": True})
