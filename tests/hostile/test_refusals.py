@@ -24,6 +24,8 @@ from tests.stages.test_local_runner import micro_config
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
     monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr("common.storage.doctor.MANY", 20)
+    monkeypatch.setattr("common.storage.doctor.LARGE", 2**20)
 
 
 @pytest.fixture
