@@ -55,7 +55,7 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "priority-class": ("", "of all pods"),
     "queue": ("", "Kueue's local queue"),
     "artifacts": ("false", "true: also hand report and summary to Argo's artifact repository"),
-    "webhook": ("", "URL that gets the outcome as JSON"),
+    "webhook-secret": ("moe-asr-webhook", "Secret whose key `url` is an address that gets the outcome; may be missing"),
 }
 
 

@@ -27,6 +27,7 @@ from hera.workflows import (
     NoneArchiveStrategy,
     Parameter,
     RetryStrategy,
+    SecretEnv,
     SecretEnvFrom,
     Task,
     WorkflowTemplate,
@@ -228,7 +229,7 @@ def _outcome() -> None:
         "cluster",
         ["python", "-m", "stages", "outcome"],
         ["{{workflow.status}}", "{{workflow.failures}}"],
-        env={"WEBHOOK": parameter("webhook")},
+        secrets={"WEBHOOK": (parameter("webhook-secret"), "url")},
     )
 
 
@@ -241,6 +242,7 @@ def _container(
     inputs: Sequence[Parameter] = (),
     outputs: Sequence[Parameter | Artifact] = (),
     env: Mapping[str, str] | None = None,
+    secrets: Mapping[str, tuple[str, str]] | None = None,
     kind: str = "step",
     gpus: str = "",
     display: str = "",
@@ -251,6 +253,7 @@ def _container(
 
     Args:
         image: name of the stage whose image it uses.
+        secrets: variable → name and key of a Secret, which may be missing.
         kind: which of the resource parameters it takes: step, cpu-stage or gpu-stage.
         gpus: how many; empty for none.
         metrics: that the controller counts at the end of each try.
@@ -263,7 +266,7 @@ def _container(
         args=list(args) if args else None,
         inputs=list(inputs) or None,
         outputs=list(outputs) or None,
-        env=_env(env or {}),
+        env=_env(env or {}) + [_secret(variable, *place) for variable, place in (secrets or {}).items()],
         env_from=[SecretEnvFrom(name=parameter("store-secret"), optional=True)],
         labels={"app.kubernetes.io/name": "moe-asr", "app.kubernetes.io/component": name.removesuffix("-pod")}
         | {"kueue.x-k8s.io/queue-name": parameter("queue")},
@@ -304,6 +307,10 @@ def _env(more: Mapping[str, str]) -> list[Env]:
     return [Env(name=f"MOE_ASR_{n}", value=v) for n, v in values.items()] + [
         Env(name=n, value=v) for n, v in plain.items()
     ]
+
+
+def _secret(variable: str, name: str, key: str) -> SecretEnv:
+    return SecretEnv(name=f"MOE_ASR_{variable}", secret_name=name, secret_key=key, optional=True)
 
 
 def _volumes() -> list[EmptyDirVolume]:

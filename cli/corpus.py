@@ -12,6 +12,7 @@ import click
 
 from cli.shared import language_option
 from cli.table import text_table
+from common.console import echo
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def synth(
         )
     )
     hours = sum(u.duration for u in made.utterances) / 3600
-    click.echo(f"{out}: {len(made.utterances)} utterances, {hours:.2f} h")
+    echo(f"{out}: {len(made.utterances)} utterances, {hours:.2f} h")
 
 
 def opened(path: str, endpoint_url: str | None) -> Corpus:
@@ -125,7 +126,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     with closing(progress(files, "pack", unit="files")) as bar:
         made = pack_corpus(data, store, shard_bytes=size, scratch=cache_folder(), progress=bar.update)
     known = made.shards - made.stored
-    click.echo(
+    echo(
         f"{dest}: {made.files} audio files in {made.shards} shards, {made.size / 1e6:,.1f} MB"
         + (f" ({known} shards were there already)" if known else "")
     )
@@ -157,17 +158,17 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
 
         figures["wer"] = base_wer(data, model, language, endpoint_url)
     if as_json:
-        click.echo(json.dumps(figures, indent=1))
+        echo(json.dumps(figures, indent=1))
         return
     for name, values in figures.items():
         if isinstance(values, dict) and values and all(isinstance(v, dict) for v in values.values()):
             columns = list(next(iter(values.values())))
             rows = [(key, *(_cell(row.get(c)) for c in columns)) for key, row in values.items()]
-            click.echo(f"\n{text_table((name, *columns), rows)}")
+            echo(f"\n{text_table((name, *columns), rows)}")
         elif isinstance(values, dict):
-            click.echo(f"{name}: {', '.join(f'{count} {reason}' for reason, count in values.items()) or 'nothing'}")
+            echo(f"{name}: {', '.join(f'{count} {reason}' for reason, count in values.items()) or 'nothing'}")
         else:
-            click.echo(f"{name}: {_cell(values)}")
+            echo(f"{name}: {_cell(values)}")
 
 
 def _cell(value: object) -> str:
@@ -193,9 +194,9 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
         counter = load_codec(Path(model)).length
     findings = audit_corpus(opened(path, endpoint_url), token_count=counter)
     for finding in findings:
-        click.echo(f"{finding.severity}: {finding.utterance_id}: {finding.kind}: {finding.detail}")
+        echo(f"{finding.severity}: {finding.utterance_id}: {finding.kind}: {finding.detail}")
     errors = sum(finding.severity == "error" for finding in findings)
-    click.echo(f"{errors} errors, {len(findings) - errors} warnings")
+    echo(f"{errors} errors, {len(findings) - errors} warnings")
     if errors:
         raise DataError(f"corpus {path} has {errors} errors")
 
@@ -317,9 +318,9 @@ def _say_imported(out: Path, made: Imported) -> None:
     splits = ", ".join(f"{split} {count}" for split, count in sorted(Counter(u.split for u in utterances).items()))
     hours = sum(u.duration for u in utterances) / 3600
     for fault in made.faults:
-        click.echo(f"left out: {fault}", err=True)
+        echo(f"left out: {fault}", err=True)
     for note in made.notes:
-        click.echo(note)
+        echo(note)
     for reason, count in sorted(made.skipped.items()):
-        click.echo(f"left out: {count} {reason}")
-    click.echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")
+        echo(f"left out: {count} {reason}")
+    echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")

@@ -9,6 +9,7 @@ import click
 
 from cli.table import text_table
 from common.config import Config
+from common.console import echo
 from common.errors import UsageError
 from common.options import config_from, config_options
 from common.pipeline.runs import recorded_states, run_record
@@ -37,12 +38,12 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
     total = sum(row.gpu_hours for row in rows)
     if as_json:
         stages = {row.stage: {"audio_hours": row.audio_hours, "gpu_hours": row.gpu_hours} for row in rows}
-        click.echo(json.dumps({"basis": basis, "gpu_hours": total, "days": total / 24 / gpus, "stages": stages}))
+        echo(json.dumps({"basis": basis, "gpu_hours": total, "days": total / 24 / gpus, "stages": stages}))
         return
     table = [[row.stage, f"{row.audio_hours:,.0f}", f"{row.gpu_hours:,.2f}"] for row in rows]
-    click.echo(text_table(("stage", "hours of speech", "GPU hours"), [*table, ["total", "", f"{total:,.2f}"]]))
-    click.echo(f"\n{basis}")
-    click.echo(f"on {gpus} GPU{'s' if gpus > 1 else ''}: {total / 24 / gpus:.2f} days" + _priced(total, price))
+    echo(text_table(("stage", "hours of speech", "GPU hours"), [*table, ["total", "", f"{total:,.2f}"]]))
+    echo(f"\n{basis}")
+    echo(f"on {gpus} GPU{'s' if gpus > 1 else ''}: {total / 24 / gpus:.2f} days" + _priced(total, price))
 
 
 def _priced(total: float, price: float | None) -> str:
@@ -90,8 +91,8 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     config = config_from(options)
     found = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)
     if as_json:
-        click.echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
+        echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
         return
     place = f"{found.memory / 2**30:.1f} GiB on {found.device}"
-    click.echo(f"{found.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
-    click.echo(f"  --set asr.batch_seconds={found.batch_seconds:.0f} --set asr.batch_tokens={found.rows * tokens}")
+    echo(f"{found.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
+    echo(f"  --set asr.batch_seconds={found.batch_seconds:.0f} --set asr.batch_tokens={found.rows * tokens}")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-import yaml
 from pydantic.fields import FieldInfo
 
-from common.config import GPUS, MODES, Config, resolve
+from common.config import GPUS, MODES, SHOWN, Config, parse_yaml, resolve
 from common.errors import UsageError
+from common.escape import escaped
 from common.sections import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -198,12 +198,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
         UsageError: there is no `=`, or the value is not YAML.
     """
     path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise UsageError(f"--set {text}: write it as section.key=value")
+    shown = escaped(text)[:SHOWN]  # escaped first: half of an address with a password does not look like one
+    if not equals or not path.strip() or len(path) > SHOWN:
+        raise UsageError(f"--set {shown}: write it as section.key=value")
     try:
-        return path.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {text}: {value!r} is not YAML") from None
+        return path.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"--set {shown}: the value is not YAML ({error})") from None
 
 
 def resolve_gpu(name: str | None) -> str | None:

@@ -6,9 +6,13 @@ change a result. `docs/reference/config.md` is made of this file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+LARGEST = 2**53  # above it, JSON's numbers are not exact
+CREDENTIALS = "an address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
 
 
 def text_language(language: str, task: str) -> str:
@@ -16,16 +20,36 @@ def text_language(language: str, task: str) -> str:
     return "en" if task == "translate" else language
 
 
-class Section(BaseModel):
-    """One frozen section; an unknown name is refused."""
+def refuse_credentials(address: str | None) -> str | None:
+    """The address itself, which will be in run.json, the report and the workflow.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Raises:
+        PydanticCustomError: it holds a user or a password.
+    """
+    if "@" in (address or "").partition("://")[2].partition("/")[0]:
+        raise PydanticCustomError("credentials", CREDENTIALS)
+    return address
+
+
+class Section(BaseModel):
+    """One frozen section; an unknown name is refused, and so is a number that no computer reckons with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError("a whole number is at most 2**53")
+        return value
 
 
 class CorpusConfig(Section):
     """What to train on."""
 
     path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that holds index.jsonl.")
+
+    _no_credentials = field_validator("path")(refuse_credentials)
 
 
 class ModelConfig(Section):
@@ -37,6 +61,8 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Commit of a hub model. Pin it for reproducible results.")
     language: str = Field("en", description="Language of the speech, as the token of a multilingual model.")
     task: Literal["transcribe", "translate"] = Field("transcribe", description="Transcribe, or translate into English.")
+
+    _no_credentials = field_validator("name")(refuse_credentials)
 
     @property
     def text_language(self) -> str:

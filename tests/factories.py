@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,3 +121,23 @@ def bundle_info(model, *, rank, targets, **changes):
         "within": "",
     }
     return BundleInfo(**(values | changes))
+
+
+def run_record(**changes: Any) -> dict[str, Any]:
+    """A run.json of a run that has made one clustering."""
+    key, config = "0" * 32, {"seed": 1, "model": {"name": "m", "language": "en"}, "decode": {}, "corpus": {"path": "c"}}
+    made = {"stage": "cluster", "shard": None, "started": 1.0, "seconds": 2.0, "host": "here", "status": "run"}
+    return {
+        "schema": 1,
+        "name": "demo",
+        "status": "running",
+        "version": "0.1.0",
+        "started": 1.0,
+        "updated": 2.0,
+        "config": config,
+        "sources": {"corpus": "sha256:c", "model": "sha256:m"},
+        "keys": {"cluster": {"stage": "cluster", "format": 1, "values": {"seed": 1}, "inputs": {"corpus": "c"}}},
+        "tasks": {"cluster": {"key": key, "stage": "cluster"}, "experts[0]": {"key": key, "stage": "experts"}},
+        "timeline": [made, made | {"stage": "experts", "shard": "0"}],
+        **changes,
+    }

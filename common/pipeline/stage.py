@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,9 +31,9 @@ from common.errors import DataError, Preempted, RetryableError
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
-from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, set_aside
+from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, quarantine
 from common.storage.measured import MeasuredStore
-from common.storage.store import Store
+from common.storage.store import Store, remove_all
 from common.telemetry import TASKS, StageTelemetry, Telemetry
 
 if TYPE_CHECKING:
@@ -104,12 +104,15 @@ class Parts:
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """A part, or None when its bytes are not those that were written."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         for entry in self.store.list(f"{self.prefix}{name}."):
-            data = self.store.read(entry.key)
-            if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
-                return dict(load(data))
+            for _ in range(2):  # what is wrong once may have suffered on its way
+                data = self.store.read(entry.key)
+                if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
+                    with suppress(SafetensorError):
+                        return dict(load(data))
             log.warning("%s is damaged and is made again", entry.key)
         return None
 
@@ -167,7 +170,7 @@ def execute(
         The manifest, of this run or of the one that was faster.
 
     Raises:
-        RetryableError: an input turned out damaged and has been set aside.
+        RetryableError: an input turned out damaged and is quarantined.
         MoeAsrError: as the stage raises.
     """
     live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
@@ -180,7 +183,7 @@ def execute(
         with live.running():
             if state.status == "damaged":
                 log.warning("%s: %s; it is made again", task.label, state.reason)
-                set_aside(measured, task.key, state)
+                quarantine(measured, task.key, state)
             manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
         _clear_unfinished(task.key, store)
     return manifest
@@ -202,7 +205,7 @@ def _make(
         folders, used = _fetch_inputs(task, config, store, corpus, scratch)
         output = new_attempt(store, task.key, work)
         context = _context(task, store, work, output, stopping, live)
-        started = time.time()
+        started, clock = time.time(), time.monotonic()  # the first may be set meanwhile
         try:
             run(config, context, **folders, output=output)
         except BaseException:
@@ -218,7 +221,7 @@ def _make(
             version=__version__,
             host=platform.node(),
             started=started,
-            seconds=time.time() - started,
+            seconds=time.monotonic() - clock,
             metrics={**context.summary, "live": last_values(live), **notes},
         )
 
@@ -310,7 +313,7 @@ def _require(store: Store, key: Key) -> Manifest:
     if state.status == "done" and state.manifest:
         return state.manifest
     if state.status == "damaged":
-        set_aside(store, key, state)
+        quarantine(store, key, state)
         raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it has to be made again")
     raise DataError(
         f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
@@ -320,5 +323,4 @@ def _require(store: Store, key: Key) -> Manifest:
 
 def _clear_unfinished(key: Key, store: Store) -> None:
     for folder in ("checkpoints/", "parts/"):
-        for entry in list(store.list(key.prefix + folder)):
-            store.delete(entry.key)
+        remove_all(store, key.prefix + folder)

@@ -94,7 +94,7 @@ def test_values_are_the_defaults_of_parameters(rich, original):
         "priority-class": "normal",
         "gpu-stage-cpu": "8",
         "gpu-stage-memory": "64",
-        "webhook": "https://hooks.example.com/runs",
+        "webhook-secret": "hooks",
         "artifacts": "true",
         "verify": "true",
         "service-account": "atypical",

@@ -1,5 +1,6 @@
 """The five stages on one machine: what a run leaves, what a second one skips, what a broken one loses."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
 from common.pipeline.stage import heed_signals
 from common.storage import open_store
-from common.storage.artifacts import Key, inspect
+from common.storage.artifacts import FileRecord, Key, Manifest, content_digest, inspect
 from stages import STAGES
 from stages.local_runner import Run, run_pipeline
 from stages.processes import parallel_slots, run_in_processes
@@ -201,9 +203,11 @@ def test_a_deleted_manifest_means_not_done(again, finished):
 
 def test_work_of_another_content_is_not_taken_for_the_same(again):
     store, config = again
-    manifest = next((store / "artifacts" / "gating").glob("*/manifest.json"))
-    raw = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(raw | {"digest": "0" * 64}))
+    path = next((store / "artifacts" / "gating").glob("*/manifest.json"))
+    made = Manifest.from_json(path.read_bytes(), str(path))
+    (path.parent / made.attempt / "more").write_bytes(b"")
+    files = made.files | {"more": FileRecord(0, hashlib.sha256(b"").hexdigest())}
+    path.write_bytes(replace(made, files=files, digest=content_digest(files, made.volatile)).to_json())
     found = statuses(config)
     assert found["experts[0]"] == ("again", "its input gating (gate) was made again with another content")
 

@@ -21,7 +21,7 @@
   "scratch-size" $workflow.scratchSize
   "queue" $workflow.queue
   "priority-class" $workflow.priorityClassName
-  "webhook" $workflow.webhook
+  "webhook-secret" (default "none" $workflow.webhookSecret)
   "artifacts" (toString $workflow.artifacts)
 }}
 {{- range $name, $kind := dict "gpuStage" "gpu-stage" "cpuStage" "cpu-stage" "step" "step" }}
