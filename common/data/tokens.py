@@ -23,10 +23,17 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
-    values = _read_json(config)
+    try:
+        values = dict(json.loads(config.read_text(encoding="utf-8"), parse_constant=_refuse_number))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{config} cannot be read: {error}") from None
     if (kind := values.get("model_type")) != "whisper":
         raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
     return values
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"it holds {text}, which is no number")
 
 
 @dataclass(frozen=True)

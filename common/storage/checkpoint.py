@@ -28,6 +28,7 @@ from common.files import NotFound, explained, file_hash, make_folders
 from common.storage.artifacts import MANIFEST
 from common.storage.store import Entry, Store, remove_all, warn_once
 from common.telemetry import StageTelemetry, Telemetry
+from common.tensors import first_not_finite
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -171,7 +172,10 @@ class Checkpointer:
                     self.store.get(entries[file].key, paths[file])
                 if file_hash(paths[file]) != sha256:
                     raise _TornError(f"{file} is altered")
-            return manifest["step"], load_file(paths[TENSORS]), json.loads(paths[STATE].read_text(encoding="utf-8"))
+            tensors = load_file(paths[TENSORS])
+            if broken := first_not_finite(tensors):
+                raise _TornError(f"tensor {broken} holds NaN or infinite numbers")
+            return manifest["step"], tensors, _read_state(paths[STATE])
         except (NotFound, KeyError, ValueError, SafetensorError) as error:
             raise _TornError(f"{type(error).__name__}: {error}") from None
         finally:
@@ -234,6 +238,13 @@ def _describe(path: Path) -> dict[str, int | str]:
     return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise _TornError(f"{STATE} holds no JSON object")
+    return state
+
+
 def _read_manifest(data: bytes) -> dict[str, Any]:
     """Raises DataError where a newer version wrote it."""
     try:
@@ -244,6 +255,6 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _TornError("its manifest is damaged") from None
-    if set(files) != {TENSORS, STATE}:
+    if set(files) != {TENSORS, STATE} or step < 0:
         raise _TornError("its manifest is damaged")
     return {"step": step, "files": files}
