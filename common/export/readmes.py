@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from common.markdown import escape, one_line, shell_word
 
 CHOICE = """
 ## Which expert for which utterance
@@ -33,7 +36,7 @@ Made by `moe-asr export --to peft`. Load them with PEFT, from this folder:
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration
 
-base = WhisperForConditionalGeneration.from_pretrained("{base}")
+base = WhisperForConditionalGeneration.from_pretrained({base_text})
 model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")
 {more}model.set_adapter("{first}")
 ```
@@ -48,7 +51,7 @@ Made by `moe-asr export --to vllm`, whose developers have not run them on vLLM. 
 version 0.18 (vllm-project/vllm#29856); from this folder:
 
 ```sh
-vllm serve {base} --enable-lora --max-loras {count} --max-lora-rank {max_rank} \\
+vllm serve {base_word} --enable-lora --max-loras {count} --max-lora-rank {max_rank} \\
   --lora-modules {modules}
 ```
 
@@ -103,9 +106,11 @@ def _choice(table: Mapping[str, Any]) -> str:
 def _words(table: Mapping[str, Any]) -> dict[str, Any]:
     names = table["adapters"]
     return {
-        "base": table["base"],
+        "base": escape(table["base"]),
+        "base_text": json.dumps(one_line(table["base"]), ensure_ascii=False),
+        "base_word": shell_word(table["base"]),
         "first": names[0],
         "last": names[-1],
-        "language": table["language"],
+        "language": shell_word(table["language"]),
         **table["audio"],
     }
