@@ -1,4 +1,4 @@
-"""Figures of the hostile inputs, printed at the end of a test run."""
+"""Figures of the hostile inputs; `tests/hostile/figures.py` prints them at the end."""
 
 from __future__ import annotations
 
@@ -17,14 +17,3 @@ def tally(record_property) -> Callable[[int, int], None]:
         assert tried and not lost, f"{lost} of {tried} lost"
 
     return note
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    """One line per test of this folder; it works from any process of a parallel run."""
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
-    figures = [(report.nodeid, dict(report.user_properties)) for report in reports if report.when == "call"]
-    rows = [(name, found["tried"], found["lost"]) for name, found in figures if "tried" in found]
-    if rows:
-        terminalreporter.section("hostile inputs")
-        for name, tried, lost in sorted(rows):
-            terminalreporter.write_line(f"{tried:>6,} tried {lost:>4,} lost  {name}")

@@ -1,36 +1,21 @@
-"""Counts of hostile inputs, printed after all tests: `tried` and how many were `lost` (no clear error, or too late)."""
+"""What is printed after the hostile tests; tests/conftest.py takes it in, as xdist's first process reads no other."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
-import pytest
-
-Report = Callable[[str, int, int], None]
 SEEDS = int(os.environ.get("MOE_ASR_FUZZ_SEEDS", "200"))  # of each fuzzed format; more take longer and find more
 
 
-@pytest.fixture
-def figures(record_property) -> Report:
-    """A function that notes what was attacked, how many inputs were tried and how many lost; none may be."""
-
-    def note(name: str, tried: int, lost: int) -> None:
-        record_property("hostile", (name, tried, lost))
-        assert tried and not lost, f"{name}: {lost} of {tried} inputs were lost"
-
-    return note
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Prints what the fixture noted, in this process or in those of xdist, added up by name."""
+    """One line per test function: inputs tried and lost, added up over its parameters."""
     sums: dict[str, list[int]] = {}
-    for report in (report for reports in terminalreporter.stats.values() for report in reports):
-        if getattr(report, "when", "") == "call":
-            for name, tried, lost in (value for key, value in report.user_properties if key == "hostile"):
-                one = sums.setdefault(name, [0, 0])
-                one[:] = one[0] + tried, one[1] + lost
+    for report in (report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())):
+        found = dict(report.user_properties)
+        if report.when == "call" and "tried" in found:
+            one = sums.setdefault(report.nodeid.partition("[")[0], [0, 0])
+            one[:] = one[0] + found["tried"], one[1] + found["lost"]
     if sums:
-        terminalreporter.section("hostile inputs: tried, lost")
+        terminalreporter.section("hostile inputs")
         for name, (tried, lost) in sorted(sums.items()):
-            terminalreporter.write_line(f"{name:50} {tried:7} {lost:5}")
+            terminalreporter.write_line(f"{tried:>7,} tried {lost:>4,} lost  {name}")

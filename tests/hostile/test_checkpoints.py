@@ -42,7 +42,7 @@ def changed(tensors, state):
     yield tensors, {}
 
 
-def test_a_checkpoint_of_another_training_is_refused(stopped, tmp_path, figures):
+def test_a_checkpoint_of_another_training_is_refused(stopped, tmp_path, tally):
     step, tensors, state = open_points(stopped).latest()
     tried, lost = 0, []
     for other_tensors, other_state in changed(tensors, state):
@@ -55,12 +55,12 @@ def test_a_checkpoint_of_another_training_is_refused(stopped, tmp_path, figures)
         except DataError as error:
             assert "checkpoint" in str(error) and "\n" not in str(error)
     assert not lost
-    figures("checkpoints: of another training", tried, len(lost))
+    tally(tried, len(lost))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_checkpoint_that_is_not_finite_is_passed_over_and_the_end_is_the_same(
-    stopped, tmp_path, value, caplog, figures
+    stopped, tmp_path, value, caplog, tally
 ):
     whole, resumed = Line(), Line()
     fit(whole)
@@ -71,4 +71,4 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over_and_the_end_is_the_same(
     fit(resumed, folder=folder)
     assert torch.equal(weights(whole), weights(resumed))
     assert "model.linear.weight holds NaN or infinite numbers" in caplog.text
-    figures("checkpoints: not finite", 1, 0)
+    tally(1, 0)

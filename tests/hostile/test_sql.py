@@ -114,7 +114,7 @@ def table(tmp_path_factory):
     return path
 
 
-def test_each_query_ends_in_time_and_alone(table, tmp_path, monkeypatch, figures):
+def test_each_query_ends_in_time_and_alone(table, tmp_path, monkeypatch, tally):
     monkeypatch.chdir(tmp_path)
     seconds, ask = {}, sql.QueryProcess.ask
 
@@ -133,7 +133,7 @@ def test_each_query_ends_in_time_and_alone(table, tmp_path, monkeypatch, figures
     assert not late and not answered
     assert {query: outcomes[query].rows for query in HARMLESS} == HARMLESS
     assert table.read_bytes() == before and not list(tmp_path.iterdir())
-    figures("queries", len(outcomes), len(late) + len(answered))
+    tally(len(outcomes), len(late) + len(answered))
 
 
 def test_functions_that_are_allowed_exist_here_or_are_refused_by_name(table):

@@ -59,7 +59,7 @@ ACTIVE = re.compile(r"(?<!\\)(?:\\\\)*[`*_\[\]<>|~@&$!#]")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_changes_nothing_in_the_model_card_but_its_cell(name, figures):
+def test_a_name_changes_nothing_in_the_model_card_but_its_cell(name, tally):
     groups = {name: RATES | {"utterances": 30, "speakers": 1, "wer_after": 0.9}, "b": SUMMARY["by_etiology"]["slurred"]}
     plain = {("plain" if key == name else key): value for key, value in groups.items()}
     speech = [Utterance("1", "1.wav", 3600.0, "x", "train", name), Utterance("2", "2.wav", 1.0, "x", "test", "bob")]
@@ -75,7 +75,7 @@ def test_a_name_changes_nothing_in_the_model_card_but_its_cell(name, figures):
             lost = (
                 lost or bool(ACTIVE.search(shown)) or not shown.isprintable() or bool(re.search(r"(?<!\\)://", shown))
             )
-    figures("names in the model card", 1, int(lost))
+    tally(1, int(lost))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,7 +116,7 @@ FORMULAS += [
 ]
 
 
-def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path, figures):
+def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path, tally):
     rows = []
     for number, text in enumerate(FORMULAS):
         u = Utterance(f"{text}{number}", f"{text}.wav", 1.0, text, "test", text, text, text, text_alt=text)
@@ -126,7 +126,7 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path, figures):
         cells = [cell for row in csv.reader(file) for cell in row]
     formulas = [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝"))]
     assert not formulas and read_table(tmp_path / "utterances.csv") == rows
-    figures("cells of utterances.csv", len(cells), len(formulas))
+    tally(len(cells), len(formulas))
 
 
 class Tags(HTMLParser):
@@ -142,7 +142,7 @@ class Tags(HTMLParser):
         self.found[key] = self.found.get(key, 0) + 1
 
 
-def test_the_report_has_the_same_tags_whatever_groups_are_called(tmp_path, figures):
+def test_the_report_has_the_same_tags_whatever_groups_are_called(tmp_path, tally):
     from common.report.page import render_page
 
     def page(name):
@@ -155,4 +155,4 @@ def test_the_report_has_the_same_tags_whatever_groups_are_called(tmp_path, figur
     wanted = Tags(page("plain")).found
     lost = [name for name in NAMES if name != "\ud800" and Tags(page(name)).found != wanted]
     assert not lost
-    figures("names in a page", len(NAMES), len(lost))
+    tally(len(NAMES), len(lost))

@@ -79,14 +79,14 @@ def refused(load):
 
 
 @pytest.mark.parametrize("name", [FC1, "model.decoder.embed_tokens.weight", "model.encoder.conv1.bias"])
-def test_a_base_models_tensors(micro_model, tmp_path, name, figures):
+def test_a_base_models_tensors(micro_model, tmp_path, name, tally):
     folder = shutil.copytree(micro_model, tmp_path / "model")
     lost, tried = lost_tensors(folder / "model.safetensors", name, lambda: load_whisper(folder))
     assert not lost
-    figures(f"base model: {name}", tried, len(lost))
+    tally(tried, len(lost))
 
 
-def test_a_base_models_config(micro_model, tmp_path, figures):
+def test_a_base_models_config(micro_model, tmp_path, tally):
     folder = shutil.copytree(micro_model, tmp_path / "model")
     plain = json.loads((folder / "config.json").read_text())
     sizes = ("d_model", "vocab_size", "num_mel_bins", "encoder_layers", "decoder_layers", "encoder_ffn_dim")
@@ -103,11 +103,11 @@ def test_a_base_models_config(micro_model, tmp_path, figures):
         (folder / "config.json").write_text(text)
         lost += [] if refused(lambda: load_whisper(folder)) else [text[:9]]
     assert not lost
-    figures("base model: config.json", len(changes) + 7, len(lost))
+    tally(len(changes) + 7, len(lost))
 
 
 @pytest.mark.parametrize("part", ["experts/1/adapter_model", "gate"])
-def test_a_bundles_tensors(bundle, micro_model, tmp_path, part, figures):
+def test_a_bundles_tensors(bundle, micro_model, tmp_path, part, tally):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     path = folder / f"{part}.safetensors"
     lost, tried = [], 0
@@ -115,10 +115,10 @@ def test_a_bundles_tensors(bundle, micro_model, tmp_path, part, figures):
         more = lost_tensors(path, name, lambda: load_recogniser(folder, micro_model, CPU))
         lost, tried = lost + [(name, problem) for problem in more[0]], tried + more[1]
     assert not lost
-    figures(f"bundle: {part}", tried, len(lost))
+    tally(tried, len(lost))
 
 
-def test_a_bundles_description(bundle, micro_model, tmp_path, figures):
+def test_a_bundles_description(bundle, micro_model, tmp_path, tally):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     plain = json.loads((folder / "recogniser.json").read_text())
     changes = [{name: value} for name in ("alpha", "seconds") for value in (math.nan, math.inf, 0, -1, "4", [], True)]
@@ -141,10 +141,10 @@ def test_a_bundles_description(bundle, micro_model, tmp_path, figures):
         (folder / "recogniser.json").write_text(json.dumps({k: v for k, v in plain.items() if k != name}))
         lost += [] if refused(lambda: load_recogniser(folder, micro_model, CPU)) else [f"no {name}"]
     assert not lost
-    figures("bundle: recogniser.json", len(changes) + len(plain) - 4, len(lost))
+    tally(len(changes) + len(plain) - 4, len(lost))
 
 
-def test_a_gates_sizes(tmp_path, figures):
+def test_a_gates_sizes(tmp_path, tally):
     save_gate(Gate(4, 8, 2), tmp_path)
     plain = json.loads((tmp_path / "gate.json").read_text())
     changes = [{name: value} for name in plain for value in (10**9, 0, -1, "4", None, 4.5, math.nan)]
@@ -157,10 +157,10 @@ def test_a_gates_sizes(tmp_path, figures):
     save_file(tensors | {"std_D": torch.zeros(4)}, tmp_path / "gate.safetensors")
     lost += [] if refused(lambda: load_gate(tmp_path)) else ["std 0"]
     assert not lost
-    figures("bundle: gate.json", len(changes) + 1, len(lost))
+    tally(len(changes) + 1, len(lost))
 
 
-def test_an_adapter_of_pefts(bundle, micro_model, tmp_path, figures):
+def test_an_adapter_of_pefts(bundle, micro_model, tmp_path, tally):
     folder = shutil.copytree(bundle / "experts/0", tmp_path / "adapter")
 
     def load():
@@ -182,10 +182,10 @@ def test_an_adapter_of_pefts(bundle, micro_model, tmp_path, figures):
         (folder / "adapter_config.json").write_text(text)
         lost += [] if refused(load) else [text]
     assert not lost
-    figures("PEFT adapter", tried + len(changes) + 4, len(lost))
+    tally(tried + len(changes) + 4, len(lost))
 
 
-def test_models_that_are_merged(bundle, tmp_path, figures):
+def test_models_that_are_merged(bundle, tmp_path, tally):
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     path = folder / "experts/2/adapter_model.safetensors"
 
@@ -194,7 +194,7 @@ def test_models_that_are_merged(bundle, tmp_path, figures):
 
     lost, tried = lost_tensors(path, next(iter(load_file(path))), load)
     assert not lost
-    figures("models to merge", tried, len(lost))
+    tally(tried, len(lost))
 
 
 def test_what_is_whole_is_taken_in_every_type_of_weight(bundle, micro_model, tmp_path):
