@@ -38,8 +38,8 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_TYPES:
             raise DataError(f"{source}: tensor {name} has type {tensor.dtype}, and weights are float16 to float64")
-    if name := first_not_finite(tensors):
-        raise DataError(f"{source}: tensor {name} holds NaN or infinite numbers: restore the file from its source")
+    if broken := first_not_finite(tensors):
+        raise DataError(f"{source}: tensor {broken} holds NaN or infinite numbers: restore the file from its source")
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], source: str) -> None:

@@ -174,11 +174,17 @@ def check_checkpoint(
         usable = False
     if not usable:
         raise DataError(f"checkpoint {source}: its state cannot be used; {remedy}")
-    shapes = {f"{prefix}{name}": p.shape for prefix in weights for name, p in trained.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}{name}": p.shape for prefix in weights for name, p in trained.items()
+    }
     shapes |= {f"extra.{name}": value.shape for name, value in extra.items()}
     shapes["rng.cpu"] = torch.get_rng_state().shape
     for name, p in trained.items():  # none before the first step
-        moments = {f"optim.{name}.exp_avg": p.shape, f"optim.{name}.exp_avg_sq": p.shape, f"optim.{name}.step": ()}
+        moments: dict[str, tuple[int, ...]] = {
+            f"optim.{name}.exp_avg": p.shape,
+            f"optim.{name}.exp_avg_sq": p.shape,
+            f"optim.{name}.step": (),
+        }
         shapes |= moments if moments.keys() & tensors.keys() else {}
     check_names(tensors.keys() - {"rng.cuda"}, shapes, f"checkpoint {source}")
     for name, shape in shapes.items():

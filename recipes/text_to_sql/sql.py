@@ -111,9 +111,9 @@ class QueryProcess:
         except (OSError, EOFError) as error:  # TimeoutError is an OSError
             self.kill()
             raise RetryableError(f"a process for queries does not start: {error or type(error).__name__}") from None
-        if error := said.get("error"):
+        if problem := said.get("error"):
             self.kill()
-            raise DataError(f"database {self.database}: {error}")
+            raise DataError(f"database {self.database}: {problem}")
         return process
 
     def _read_line(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
