@@ -16,7 +16,8 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from common.data.decoders import AudioSource, AudioStream, Damage, Samples, open_audio
+from common.data.decoders import AudioSource, AudioStream, Damage, open_audio
+from common.data.decoders import Samples as Samples  # for those that read audio
 from common.errors import DataError, StoreError
 
 SAMPLE_RATE = 16000  # Hz, the only rate that Whisper knows

@@ -26,6 +26,7 @@ from common.errors import DataError
 from common.model.adapters import CONFIG as ADAPTER
 from common.model.adapters import read_adapter
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
+from common.model.mixture import untie
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
@@ -36,6 +37,7 @@ from common.training.train import make_accelerator
 
 log = logging.getLogger(__name__)
 Choice = tuple[torch.Tensor, torch.Tensor]  # logits_BE, known_B
+TIED = ("proj_out", "embed_tokens")  # layers that share one weight
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,17 @@ def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> Whi
     from peft import PeftModel, get_peft_model_state_dict
 
     wanted = set(read_adapter(folder))  # also refuses what PEFT would take a pickle for
+    if any(part in name.split(".") for name in wanted for part in TIED):
+        untie(whisper, whisper.proj_out)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below, with a name
+            warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # says what it does as it should
             model = PeftModel.from_pretrained(whisper, str(folder))
+            known = set(get_peft_model_state_dict(model))
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise DataError(f"adapter {folder} does not fit its base: {' '.join(str(error).split())[:300]}") from None
-    if odd := sorted(wanted ^ set(get_peft_model_state_dict(model))):
+    if odd := sorted(wanted ^ known):
         raise DataError(f"adapter {folder} does not fit its base: {odd[0]} is in one of them only")
     merged = model.merge_and_unload()
     assert isinstance(merged, WhisperForConditionalGeneration)
@@ -271,8 +277,8 @@ def route_batch(
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a model makes of a batch.
+class Transcript:
+    """The transcript of a batch.
 
     Attributes:
         decoded: text and how sure it is, of each utterance.
@@ -286,7 +292,9 @@ class Heard:
 
 
 @torch.inference_mode()
-def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Heard:
+def transcribe_batch(
+    opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None
+) -> Transcript:
     """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
 
     The slot keeps its routing.
@@ -297,4 +305,4 @@ def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice |
     with opened.accelerator.autocast():
         hidden_BTD = recogniser.encode_batch(own_rows)
         decoded = decode_hidden(recogniser.whisper, hidden_BTD, opened.codec, decoding, recogniser.slot)
-    return Heard(decoded, hidden_BTD, routing)
+    return Transcript(decoded, hidden_BTD, routing)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError
-from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer
+from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer, untie
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -129,6 +129,7 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
         weights: of routed experts, as a fixed routing would give them.
     """
     for name, layer in list(mixture_layers(model)):
+        untie(model, layer.base)
         with torch.no_grad():
             for expert, weight in weights.items():
                 layer.base.weight += weight * layer.routed.delta_weight(expert).to(layer.base.weight.dtype)
