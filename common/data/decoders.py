@@ -9,7 +9,7 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,6 +148,19 @@ def binary_file(source: AudioSource, label: str, stack: ExitStack) -> BinaryIO:
     return source
 
 
+class _Forgiving:
+    """A file for libsndfile, which in a damaged one may seek to before its beginning: that changes nothing."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.tell, self.file = file.read, file.tell, file
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """See io."""
+        with suppress(ValueError, OSError):  # of bytes in memory, of a file
+            self.file.seek(offset, whence)
+        return self.file.tell()
+
+
 def _open_sound(source: AudioSource, label: str, stack: ExitStack) -> tuple[soundfile.SoundFile | None, str]:
     """The file by libsndfile; None where that does not know its length exactly, and why."""
     file = binary_file(source, label, stack)
@@ -159,10 +172,9 @@ def _open_sound(source: AudioSource, label: str, stack: ExitStack) -> tuple[soun
         if inspect_ogg(file) != "whole":
             return None, "it is no Ogg file of one undamaged stream"
         file.seek(0)
-    try:  # by name where there is one: libsndfile then reads without Python
-        sound = stack.enter_context(
-            soundfile.SoundFile(os.fsencode(source) if isinstance(source, (str, Path)) else file)
-        )
+    by_name = isinstance(source, (str, Path))  # then libsndfile reads without Python
+    try:
+        sound = stack.enter_context(soundfile.SoundFile(os.fsencode(source) if by_name else _Forgiving(file)))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format such as .raw
         return None, str(getattr(error, "error_string", error))
     exact = sound.format not in ESTIMATED and not sound.subtype.startswith("MPEG")

@@ -27,6 +27,12 @@ class HeaderFault(NamedTuple):
     certain: bool = True
 
 
+OGG_FAULTS = {
+    "damaged": HeaderFault("pages of it are damaged or missing"),
+    "unended": HeaderFault("its last page is missing: it may have been cut short", certain=False),
+}
+
+
 def header_fault(source: AudioSource, label: str, seconds: float) -> HeaderFault | None:
     """How a file differs from what its header promises; None where it does not.
 
@@ -45,10 +51,7 @@ def header_fault(source: AudioSource, label: str, seconds: float) -> HeaderFault
         if head[:4] == b"fLaC" and _occurs_again(file, size, head[:8]):
             return HeaderFault("it is several files joined into one, and the first alone is read")
         if head[:4] == MARK:
-            unended = inspect_ogg(file) == "unended"
-            return (
-                HeaderFault("its last page is missing: it may have been cut short", certain=False) if unended else None
-            )
+            return OGG_FAULTS.get(inspect_ogg(file))
         promised = _mp3_seconds(head) if b"Xing" in head or b"Info" in head else None
         promised = promised or _av_seconds(source, label, stack)
     return _shorter(promised, seconds) if promised else None

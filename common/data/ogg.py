@@ -7,7 +7,7 @@ import struct
 import zlib
 from typing import BinaryIO, Literal
 
-Wholeness = Literal["whole", "unended", "damaged"]
+Wholeness = Literal["whole", "unended", "several", "damaged"]
 
 MARK = b"OggS"
 HEADER = struct.Struct("<4sBBqIIIB")  # mark, version, flags, position, stream, number, checksum, count of segments
@@ -16,26 +16,34 @@ REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 def inspect_ogg(file: BinaryIO) -> Wholeness:
-    """`whole`: one stream, its pages complete, in order and with right checksums, up to one that is marked as the last.
+    """The state of a file, from the headers and checksums of all its pages.
 
-    `unended`: the same without the last page. `damaged`: anything else, joined and multiplexed streams included.
+    Returns:
+        `whole`: one stream, its pages complete, in order, with right checksums, up to one that is marked as the last.
+        `unended`: the same without the last page. `several`: undamaged streams one after the other, or side by side.
+        `damaged`: anything else.
     """
     file.seek(0)
-    expected, stream, flags = 0, None, 0
+    expected: dict[int, int] = {}  # stream → number of its next page
+    streams = flags = 0
     while header := file.read(HEADER.size):
         if len(header) < HEADER.size:
             return "unended"
-        mark, _, flags, _, page_stream, number, checksum, segments = HEADER.unpack(header)
+        mark, _, flags, _, stream, number, checksum, segments = HEADER.unpack(header)
         lengths = file.read(segments)
         body = file.read(sum(lengths))
-        if mark == MARK and len(body) < sum(lengths):
+        if mark != MARK:
+            return "damaged"
+        if len(body) < sum(lengths):
             return "unended"
-        stream = page_stream if stream is None else stream
-        if mark != MARK or (page_stream, number) != (stream, expected) or bool(flags & FIRST) != (number == 0):
+        if flags & FIRST:
+            streams, expected[stream] = streams + 1, 0
+        page = header[:22] + bytes(4) + header[26:] + lengths + body
+        if number != expected.get(stream) or _checksum(page) != checksum:
             return "damaged"
-        if _checksum(header[:22] + bytes(4) + header[26:] + lengths + body) != checksum:
-            return "damaged"
-        expected += 1
+        expected[stream] = number + 1
+    if streams > 1:
+        return "several"
     return "whole" if flags & LAST else "unended"
 
 

@@ -215,18 +215,19 @@ def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> Whi
     from peft import PeftModel, get_peft_model_state_dict
 
     wanted = set(read_adapter(folder))  # also refuses what PEFT would take a pickle for
-    if any(part in name.split(".") for name in wanted for part in TIED):
-        untie(whisper, whisper.proj_out)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below, with a name
-            warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # says what it does as it should
+            # What it says of tied and of embedding layers is done right below.
+            warnings.filterwarnings("ignore", message=".*(save_embedding_layers|tie_word_embeddings).*")
             model = PeftModel.from_pretrained(whisper, str(folder))
             known = set(get_peft_model_state_dict(model))
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise DataError(f"adapter {folder} does not fit its base: {' '.join(str(error).split())[:300]}") from None
     if odd := sorted(wanted ^ known):
         raise DataError(f"adapter {folder} does not fit its base: {odd[0]} is in one of them only")
+    if any(part in name.split(".") for name in wanted for part in TIED):
+        untie(whisper, list(whisper.modules()))
     merged = model.merge_and_unload()
     assert isinstance(merged, WhisperForConditionalGeneration)
     return merged

@@ -128,8 +128,8 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
     Args:
         weights: of routed experts, as a fixed routing would give them.
     """
+    untie(model, [layer.base for _, layer in mixture_layers(model)])
     for name, layer in list(mixture_layers(model)):
-        untie(model, layer.base)
         with torch.no_grad():
             for expert, weight in weights.items():
                 layer.base.weight += weight * layer.routed.delta_weight(expert).to(layer.base.weight.dtype)

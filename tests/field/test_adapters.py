@@ -30,7 +30,9 @@ def logits(model):
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding_layers`", "ignore:Model with"
+)
 def test_an_adapter_on_a_tied_layer_keeps_its_logits(micro_model, tmp_path, options):
     """huggingface/peft#2972: merged into the tied weight, it would change the embedding, too."""
     torch.manual_seed(1)
