@@ -172,9 +172,10 @@ def _open_sound(source: AudioSource, label: str, stack: ExitStack) -> tuple[soun
         if inspect_ogg(file) != "whole":
             return None, "it is no Ogg file of one undamaged stream"
         file.seek(0)
-    by_name = isinstance(source, (str, Path))  # then libsndfile reads without Python
+    # By its name where it has one: libsndfile then reads without Python.
+    target = os.fsencode(source) if isinstance(source, (str, Path)) else _Forgiving(file)
     try:
-        sound = stack.enter_context(soundfile.SoundFile(os.fsencode(source) if by_name else _Forgiving(file)))
+        sound = stack.enter_context(soundfile.SoundFile(target))
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format such as .raw
         return None, str(getattr(error, "error_string", error))
     exact = sound.format not in ESTIMATED and not sound.subtype.startswith("MPEG")
