@@ -293,9 +293,7 @@ class Transcript:
 
 
 @torch.inference_mode()
-def transcribe_batch(
-    opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None
-) -> Transcript:
+def transcribe_batch(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Transcript:
     """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
 
     The slot keeps its routing.

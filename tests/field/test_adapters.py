@@ -7,7 +7,8 @@ from peft import LoraConfig, get_peft_model
 
 from common.inference.load_model import open_model
 from common.model.adapters import merge_experts
-from common.model.moe import Routing, add_mixture, mixture_layers
+from common.model.mixture import add_mixture
+from common.model.routing import Routing
 from common.model.whisper import load_whisper
 
 FRAMES = torch.linspace(-1, 1, 80 * 3000).reshape(1, 80, 3000)
@@ -50,8 +51,9 @@ def test_experts_on_the_output_projection_are_merged_into_it_alone(micro_model, 
     """The same kind, in adapters of our own, and in the checkpoint that is written of them."""
     whisper = load_whisper(micro_model).eval()
     slot = add_mixture(whisper, targets=("proj_out",), num_experts=1, rank=4, alpha=8)
-    for _, layer in mixture_layers(whisper):
-        torch.nn.init.normal_(layer.lora_B, std=0.3, generator=torch.Generator().manual_seed(2))
+    for name, parameter in whisper.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     slot.routing = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
     before = logits(whisper)
     merge_experts(whisper, {0: 1.0})
