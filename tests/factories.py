@@ -92,9 +92,9 @@ def micro_corpus(
 
 def heard_texts(opened, batch, decoding) -> list[str]:
     """Text of each utterance of a batch."""
-    from common.inference.load_model import hear
+    from common.inference.load_model import transcribe_batch
 
-    return [one.text for one in hear(opened, batch, decoding).decoded]
+    return [one.text for one in transcribe_batch(opened, batch, decoding).decoded]
 
 
 def bundle_info(model, *, rank, targets, **changes):

@@ -106,6 +106,9 @@ class Corpus:
         clip, path = self.clip(utterance), self.path(utterance)
         if clip is not None:
             return clip.read()
+        from common.data.decoders import check_regular  # brings decoders, which an index alone does not need
+
+        check_regular(path, str(path))
         with explained(path):
             return path.read_bytes()
 

@@ -47,6 +47,7 @@ class TextCodec:
         suppressed: tokens that decoding never emits.
         suppressed_first: tokens that it does not begin with.
         zero: the timestamp <|0.00|>, right after <|notimestamps|>; None where the tokenizer has no timestamps.
+        no_speech: the token for audio without speech; None where the tokenizer has none.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +56,7 @@ class TextCodec:
     suppressed: tuple[int, ...]
     suppressed_first: tuple[int, ...]
     zero: int | None = None
+    no_speech: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a transcript with its leading space, without any special token."""
@@ -108,6 +110,7 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         suppressed=tuple(generation.get("suppress_tokens") or ()),
         suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
         zero=tokenizer.token_to_id("<|0.00|>"),
+        no_speech=tokenizer.token_to_id("<|nospeech|>") or tokenizer.token_to_id("<|nocaptions|>"),  # by its version
     )
 
 

@@ -19,7 +19,7 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row
 from common.evaluation.wer import score
-from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
+from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
 from common.limits import MAX_SECONDS, is_too_long
@@ -77,18 +77,18 @@ def decode_corpus(
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         for batch in loader(batches):
             choice = stacked([choices[name] for name in batch.ids]) if choices else None
-            found = hear(opened, batch, decoding, choice)
+            found = transcribe_batch(opened, batch, decoding, choice)
             routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
             for name, one, chosen in zip(batch.ids, found.decoded, routing, strict=True):
                 heard[name] = one.text, chosen
             bar.update(len(batch))
         for u in long:
-            heard[u.id] = _heard_in_windows(opened, corpus, u, decoding), ((), ())
+            heard[u.id] = _transcribed_in_windows(opened, corpus, u, decoding), ((), ())
             bar.update()
     return [_row(u, *heard[u.id], opened.language, decoding.published) for u in utterances]
 
 
-def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
+def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
     clip = corpus.clip(u)
     source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
     samples = read_audio(source, offset=u.offset, duration=u.duration, name=name)

@@ -16,7 +16,7 @@ from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.data.corpus import Utterance
 from common.data.features import log_mel
 from common.data.tokens import TextCodec
-from common.decoding.decode import Decoding, decode_hidden, transcribe_batch
+from common.decoding.decode import Decoding, decode_hidden, decode_texts
 from common.evaluation.breakdown import references, scored_row, speakers_of
 from common.evaluation.wer import Score, bootstrap_interval, cer, score, wer
 from common.model.recogniser import Recogniser
@@ -48,7 +48,7 @@ def decode_set(
             texts = (
                 _base_texts(recogniser, batch, codec, decoding)
                 if base
-                else transcribe_batch(recogniser, batch, codec, decoding=decoding)
+                else decode_texts(recogniser, batch, codec, decoding=decoding)
             )
             found += zip(batch.ids, texts, strict=True)
     recogniser.train(was_training)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError
-from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer
+from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer, untie
 from common.tensors import check_names, check_weights, file_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -162,6 +162,7 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
     Args:
         weights: of routed experts, as a fixed routing would give them.
     """
+    untie(model, [layer.base for _, layer in mixture_layers(model)])
     for name, layer in list(mixture_layers(model)):
         with torch.no_grad():
             for expert, weight in weights.items():

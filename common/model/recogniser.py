@@ -90,7 +90,7 @@ class Recogniser(nn.Module):
             logits_NE: instead of the gate's; of speakers or of a table.
             known_N: false for utterances unlike all groups, which get the shared expert alone; None: all are known.
         """
-        device = self.whisper.proj_out.weight.device
+        device = self.whisper.device
         self.embeddings_ND, self.logits_NE, self.known_N = (
             None if value is None else value.to(device) for value in (embeddings_ND, logits_NE, known_N)
         )
@@ -166,7 +166,7 @@ class Recogniser(nn.Module):
         if self.logits_NE is None and (self.gate is None or self.embeddings_ND is None):
             return None, None
         size = len(self.logits_NE if self.logits_NE is not None else self.embeddings_ND)  # type: ignore[arg-type]
-        rows_N = torch.arange(size, device=self.whisper.proj_out.weight.device)
+        rows_N = torch.arange(size, device=self.whisper.device)
         with torch.no_grad():
             return self.gate_logits(rows_N), self.known_N
 
@@ -202,7 +202,7 @@ class Recogniser(nn.Module):
 
         A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one.
         """
-        device = self.whisper.proj_out.weight.device
+        device = self.whisper.device
         if logits_BE is None:
             routing = route_to(0 if self.num_experts else None, rows, device)
         else:

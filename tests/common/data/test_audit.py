@@ -111,7 +111,7 @@ def test_several_utterances_in_one_file_are_no_duplicates(tmp_path):
     twice = [*cut, replace(cut[3], id="u9")]
     assert findings(tmp_path, twice) == [("warning", "duplicate-audio", "u9")]
     past_the_end = [*cut, replace(cut[3], id="u9", offset=3.5)]
-    assert findings(tmp_path, past_the_end) == [("warning", "duration-differs", "u9")]
+    assert findings(tmp_path, past_the_end) == [("error", "past-the-end", "u9")]
 
 
 def test_an_id_that_occurs_twice_is_found(tmp_path, utterances):
