@@ -238,6 +238,8 @@ def _open_av(
         if not container.streams.audio:
             raise DataError(f"{label} has no audio stream: leave it out")
         stream = container.streams.audio[0]
+        if stream.codec_context is None:  # a codec that FFmpeg does not know
+            raise unusable
         origin = float((stream.start_time or 0) * stream.time_base)
         if seek:
             container.seek(int((origin + offset - PREROLL) / stream.time_base), stream=stream)
