@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 MODULES = {"stages": stages, "recipes.text_to_sql": text_to_sql}
-ELSEWHERE = ("kubectl", "helm", "argo", "docker", "podman", "git", "vllm", "curl")  # not ours to parse
+ELSEWHERE = ("kubectl", "helm", "argo", "docker", "podman", "git", "vllm", "curl", "ffmpeg")  # not ours to parse
 
 # Pages whose `moe-asr` and `stages` lines are run, in this order, in one folder.
-RUN = ("docs/tutorial.md", "docs/resume.md", "README.md")
+RUN = ("docs/tutorial.md", "docs/resume.md", "README.md", "docs/running.md")
 # What a line's words become, so that it takes seconds here: a model of two layers, tones, one epoch.
 SUBSTITUTIONS = {
     "openai/whisper-small": "{model}",
