@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from common.console import coloured
 from common.errors import DataError
 from common.files import make_folders
 from common.options import config_from, config_options
+from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
+from common.progress import clock
 from common.storage import open_store
+from common.storage.artifacts import Key
 from common.storage.store import Store
 from stages.local_runner import Run, cache_folder
 
@@ -88,8 +92,20 @@ def status(
     for label, task in record["tasks"].items():
         shard = label.partition("[")[2].rstrip("]") or None
         row = finished.get((task["stage"], shard))
-        rows.append((label, task["key"][:8], f"{row['seconds']:.0f} s on {row['host']}" if row else "not done"))
+        rows.append((label, task["key"][:8], _result(row) if row else _activity(store, task)))
     click.echo(text_table(("task", "key", "result"), rows))
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    """How long a finished task took, and where."""
+    attempts = row.get("attempts", 1)
+    return f"{clock(row['seconds'])} on {row['host']}" + (f", in {attempts} attempts" if attempts > 1 else "")
+
+
+def _activity(store: Store, task: Mapping[str, Any]) -> str:
+    """What the last attempt at an unfinished task does or did."""
+    attempts = attempts_at(store, Key(task["stage"], task["key"]))
+    return describe_attempt(attempts[-1], now=time.time()) if attempts else "not done"
 
 
 @click.group()
