@@ -28,20 +28,28 @@ from stages.local_runner import Run, cache_folder
 
 
 def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
-    """Prints state and reason of every task."""
+    """Prints state and reason of every task and, where it is not done, what it amounts to."""
+    from stages.forecast import forecasts
+
     run = Run(config)
     made = run.plan(deep=deep)
+    expected = forecasts(run, made)
     rows = [(p.task.label, p.status, p.reason, p.task.key.digest) for p in made.planned]
     rows += [(c.name, "todo", "its pieces are known once the stage before it is done", "") for c in made.open_ended]
     if as_json:
+        names = ("task", "status", "reason", "key")
+        found = [dict(zip(names, row, strict=True)) for row in rows]
         click.echo(
-            json.dumps([dict(zip(("task", "status", "reason", "key"), row, strict=True)) for row in rows], indent=1)
+            json.dumps(
+                [row | (expected[row["task"]].row() if row["task"] in expected else {}) for row in found], indent=1
+            )
         )
         return
     words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "again": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]
+        reason += f": {expected[task].describe()}" if task in expected else ""
         click.echo(f"{task:<{width}}  {coloured(f'{word:<11}', colour)}  {key[:8]:<8}  {reason}")
 
 

@@ -284,7 +284,7 @@ def _evaluate(
 
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}
-    context.summary |= {"steps": result.steps, "throughput": result.throughput}
+    context.summary |= {"device": joint.accelerator.device.type, "steps": result.steps, "throughput": result.throughput}
 
 
 def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *, base: bool = False) -> dict[str, str]:

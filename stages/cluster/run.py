@@ -48,7 +48,11 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     if options.plot != "none":
         _draw(options.plot, found.reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")
-    context.summary |= {"clusters": len(found.centroids_KD), "noise_share": report["noise_share"]}
+    context.summary |= {
+        "utterances": len(utterances),
+        "clusters": len(found.centroids_KD),
+        "noise_share": report["noise_share"],
+    }
 
 
 def _find(

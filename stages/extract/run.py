@@ -54,7 +54,11 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
         context.metrics.progress(number * every + len(part), len(examples), name="encoding", unit="utterances")
     bar.close()
     _write(output, parts, [done[part_name(every, number)] for number in range(len(parts))])
-    context.summary |= {"utterances": len(examples), "audio_seconds": sum(example.duration for example in examples)}
+    context.summary |= {
+        "device": accelerator.device.type,
+        "utterances": len(examples),
+        "audio_seconds": sum(example.duration for example in examples),
+    }
 
 
 def part_name(every: int, number: int) -> str:
