@@ -27,8 +27,8 @@ from common.storage import open_store
 def estimate(hours: float, gpus: int, source: str, price: float | None, as_json: bool, **options: Any) -> None:
     """Time of each stage for a corpus of --hours, at the pace of a finished run on the same kind of machine.
 
-    Limits of steps (--max-steps) and of utterances (subsets.asr_samples and the like) are kept. `moe-asr run --dry-run`
-    estimates the corpus itself.
+    Limits of steps (asr.max_steps) and of utterances (subsets.asr_samples and the like) are kept. For a corpus that is
+    there, `moe-asr run --dry-run` says the same more exactly.
 
     \b
         moe-asr estimate --hours 683 --from mine
