@@ -135,11 +135,11 @@ bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run
 
 lock: ## resolve pyproject.toml into the requirements files, with hashes
-	$(BIN)/uv pip compile -q pyproject.toml --extra demo --extra audio-formats --extra argo --python-version 3.11 \
+	$(BIN)/uv pip compile -q pyproject.toml --extra demo --extra argo --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -o requirements.txt
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev -c requirements.txt --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header -o requirements-dev.txt
-	$(BIN)/uv pip compile -q pyproject.toml --extra audio-formats --extra argo -c requirements.txt --python-version 3.11 \
+	$(BIN)/uv pip compile -q pyproject.toml --extra argo -c requirements.txt --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-header --no-annotate -o docker/requirements.txt
 	grep -A100 -E '^uv==' requirements-dev.txt | awk 'NR>1 && /^[a-z]/ {exit} {print}' | grep -v '^ *#' > requirements-uv.txt
 

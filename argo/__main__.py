@@ -1,11 +1,19 @@
-"""`python -m argo`: writes what is generated from contracts and parameters."""
+"""`python -m argo`: writes what is generated from contracts and parameters.
+
+With options it prints a template for one cluster instead: `python -m argo --registry R | kubectl apply -f -`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from argo.parameters import FILE, PARAMETERS
+from argo.parameters import FILE, PARAMETERS, Installation
 from argo.workflow import to_text
+from stages import STAGES
 
 DOCS = Path(__file__).parents[1] / "docs" / "cluster.md"
 BEGIN, END = "<!-- parameters -->", "<!-- /parameters -->"
@@ -26,8 +34,37 @@ def with_table(page: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
+DIGEST = re.compile(r"(?P<stage>[a-z]+)=(?P<digest>sha256:[0-9a-f]{64})")
+
+
+def installation(words: Sequence[str]) -> Installation | None:
+    """What the options of the command line say; None where there are none.
+
+    Raises:
+        SystemExit: an option is unknown, or a digest is none.
+    """
+    defaults = Installation()
+    parser = argparse.ArgumentParser("python -m argo", description="Print the workflow template for one cluster.")
+    parser.add_argument("--registry", default=defaults.registry, help="images are REGISTRY/<stage>:TAG")
+    parser.add_argument("--tag", default=defaults.tag, help="tag of the images")
+    parser.add_argument("--digest", action="append", default=[], metavar="STAGE=sha256:…", help="instead of the tag")
+    parser.add_argument("--service-account", default=defaults.service_account, help="account of all pods")
+    parser.add_argument("--store-secret", default=defaults.store_secret, help="Secret with the store's credentials")
+    parser.add_argument("--webhook-secret", default=defaults.webhook_secret, help="Secret with the outcome's address")
+    parser.add_argument("--priority-class", default=defaults.priority_class, help="priority class of all pods")
+    options = vars(parser.parse_args(words))
+    digests = [DIGEST.fullmatch(text) for text in options.pop("digest")]
+    if not all(found and found["stage"] in {contract.name for contract in STAGES} for found in digests):
+        parser.error("--digest: give STAGE=sha256:<64 hexadecimal digits> for the image of a stage")
+    place = Installation(**options, digests={found["stage"]: found["digest"] for found in digests if found})
+    return None if not words else place
+
+
 def main() -> None:
-    """Writes the workflow template and the table of its parameters."""
+    """Writes the workflow template and the table of its parameters, or prints a template for one cluster."""
+    if place := installation(sys.argv[1:]):
+        print(to_text(place), end="")
+        return
     FILE.write_text(to_text(), encoding="utf-8")
     DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
 

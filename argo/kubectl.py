@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
 from common.errors import DataError, MoeAsrError, RetryableError, UsageError
+
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]*")  # of runs; those of Kubernetes' objects and namespaces are among them
 
 
 def kubectl(*arguments: str, text: str | None = None) -> str:
@@ -39,22 +42,32 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
 
 def get(kind: str, namespace: str | None, *arguments: str) -> Any:
     """An object, or a list of them, as JSON."""
-    place = ["-n", namespace] if namespace else []
-    return json.loads(kubectl("get", kind, *arguments, *place, "-o", "json"))
+    return json.loads(kubectl("get", kind, *arguments, *_place(namespace), "-o", "json"))
 
 
 def create(thing: Mapping[str, Any], namespace: str | None) -> dict[str, Any]:
     """Creates an object and returns it as the cluster has it."""
-    place = ["-n", namespace] if namespace else []
-    return dict(json.loads(kubectl("create", "-f", "-", *place, "-o", "json", text=json.dumps(thing))))
+    made = kubectl("create", "-f", "-", *_place(namespace), "-o", "json", text=json.dumps(thing))
+    return dict(json.loads(made))
+
+
+def _place(namespace: str | None) -> list[str]:
+    if namespace and not NAME.fullmatch(namespace):
+        raise UsageError(f"--namespace {namespace!r} is no name of a namespace")
+    return ["-n", namespace] if namespace else []
 
 
 def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
     """A workflow by its own name, or the newest one of a run.
 
     Raises:
+        UsageError: it cannot be the name of either.
         DataError: there is neither.
     """
+    if not NAME.fullmatch(name):  # kubectl would take `--kubeconfig=…` for an option
+        raise UsageError(
+            f"{name!r} is no name of a run or workflow: letters, digits, . _ and -, a letter or digit first"
+        )
     listed = get("workflows.argoproj.io", namespace, "-l", f"moe-asr/run={name}")["items"]
     if listed:
         return dict(max(listed, key=lambda one: one["metadata"]["creationTimestamp"]))

@@ -1,9 +1,11 @@
-"""The parameters of the workflow: all that `argo submit -p name=value` can set."""
+"""The parameters of the workflow, all that `argo submit -p name=value` can set, and what its installation decides."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import __version__
@@ -29,10 +31,6 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "run": ("", "name of the run in the store; the configuration's by default"),
     "store": ("", "s3://bucket/prefix of all results, or a mounted folder"),
     "endpoint-url": ("", "of an S3-compatible store"),
-    "store-secret": (
-        "moe-asr-store",
-        "Secret with the store's credentials (AWS_*); may be missing",
-    ),
     "resume": ("false", "true: go on in a run that holds another configuration"),
     "verify": ("false", "true: the plan re-hashes every file that it relies on"),
     "parallelism": ("4", "pieces of one stage that run at once"),
@@ -49,17 +47,69 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "scratch-size": ("200Gi", "limit of a pod's scratch folder: inputs, model and checkpoints"),
     "retries": ("5", "tries after the first, where a piece lost its node or met a passing fault"),
     "stage-deadline": ("259200", "seconds that one try of a stage may take"),
-    "registry": ("moe-asr", "where the stages' images are: <registry>/<stage>:<tag>"),
-    "tag": (__version__, "of the images"),
-    "service-account": ("default", "of all pods; needs create and patch on workflowtaskresults"),
-    "priority-class": ("", "of all pods"),
     "queue": ("", "Kueue's local queue"),
     "artifacts": ("false", "true: also hand report and summary to Argo's artifact repository"),
-    "webhook": ("", "URL that gets the outcome as JSON"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """What is decided where the template is installed, and is no parameter: whoever may only refer to the template runs
+    these images, as this account, with these credentials and at this priority, or nothing.
+
+    Attributes:
+        registry, tag: the image of a stage is <registry>/<stage>:<tag>.
+        digests: stage → digest of its image (`sha256:…`), which then takes the place of the tag.
+        service_account: of all pods; needs create and patch on workflowtaskresults.
+        store_secret: Secret with the store's credentials (AWS_*); may be missing.
+        webhook_secret: Secret whose key `url` is an address that gets the outcome; may be missing.
+        priority_class: of all pods.
+    """
+
+    registry: str = "moe-asr"
+    tag: str = __version__
+    digests: Mapping[str, str] = field(default_factory=dict)
+    service_account: str = "default"
+    store_secret: str = "moe-asr-store"
+    webhook_secret: str = "moe-asr-webhook"
+    priority_class: str = ""
+
+    def image(self, stage: str) -> str:
+        """Name of a stage's image."""
+        digest = self.digests.get(stage)
+        return f"{self.registry}/{stage}@{digest}" if digest else f"{self.registry}/{stage}:{self.tag}"
+
+
+# What a quantity of CPU or memory is: decimal, with a suffix or none. Without `?`, which would end Argo's condition.
+QUANTITY = "^[0-9]+([.][0-9]+|)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|)$"
+# Whole numbers, so that nothing else reaches a pod's patch.
+NUMBERS = ("parallelism", "gpus", "gpu-stage-memory", "cpu-stage-memory", "step-memory", "retries", "stage-deadline")
+QUANTITIES = ("gpu-stage-cpu", "cpu-stage-cpu", "step-cpu", "shm-size", "scratch-size")
+FLAGS = ("resume", "verify", "artifacts")
 
 
 def parameter(name: str) -> str:
     """The tag that stands for a workflow parameter."""
     assert name in PARAMETERS, name
     return f"{{{{workflow.parameters.{name}}}}}"
+
+
+def quantity(name: str) -> str:
+    """The tag of a parameter in a pod's patch: its value where that is a quantity, else what Kubernetes refuses.
+
+    Argo puts a value into the text of the patch as it is, quotation marks included: it could be any part of a pod.
+    """
+    assert name in QUANTITIES, name
+    value = f"workflow.parameters['{name}']"
+    return f"{{{{={value} matches '{QUANTITY}' ? {value} : 'parameter {name} is no quantity'}}}}"
+
+
+def find_problem(name: str, value: str) -> str:
+    """Why a value cannot be that of a parameter; empty where it can."""
+    if name in NUMBERS and not re.fullmatch("[0-9]{1,9}", value):
+        return "give a whole number"
+    if name in QUANTITIES and not re.fullmatch(QUANTITY, value):
+        return "give a Kubernetes quantity, as 500m, 2, 1.5 or 200Gi"
+    if name in FLAGS and value not in ("true", "false"):
+        return "give true or false"
+    return ""

@@ -137,7 +137,9 @@ def explain(pod: Object, nodes: Sequence[Object]) -> str:
     for container in pod.get("status", {}).get("containerStatuses", []):
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
-            return f"image {container['image']} cannot be pulled: check parameters registry and tag, and pull secrets"
+            return (
+                f"image {container['image']} cannot be pulled: check registry and tag of the template, and pull secrets"
+            )
         if waiting.get("message"):
             return f"{waiting['reason']}: {waiting['message']}"
     for condition in pod.get("status", {}).get("conditions", []):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from argo.parameters import FILE, PARAMETERS, PRODUCTS
+from argo.parameters import FILE, PARAMETERS, PRODUCTS, find_problem
 from common.config import Config, flatten, resolve
 from common.data.sources import is_hub_name
 from common.errors import UsageError
@@ -66,14 +66,16 @@ def check_reachable(config: Config) -> None:
 
 
 def chosen_parameters(given: Mapping[str, str]) -> dict[str, str]:
-    """Checks the names of `-p name=value`.
+    """Checks the names and values of `-p name=value`.
 
     Raises:
-        UsageError: the template has no such parameter.
+        UsageError: the template has no such parameter, or not with this value.
     """
     for name in given:
         if name not in PARAMETERS:
             raise UsageError(f"-p {name}: the workflow has no such parameter; it has {', '.join(PARAMETERS)}")
+        if problem := find_problem(name, given[name]):
+            raise UsageError(f"-p {name}={given[name]}: {problem}")
     return dict(given)
 
 

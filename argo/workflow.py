@@ -27,13 +27,14 @@ from hera.workflows import (
     NoneArchiveStrategy,
     Parameter,
     RetryStrategy,
+    SecretEnv,
     SecretEnvFrom,
     Task,
     WorkflowTemplate,
 )
 from hera.workflows import models as m
 
-from argo.parameters import GPU_LABEL, PARAMETERS, parameter
+from argo.parameters import GPU_LABEL, PARAMETERS, Installation, parameter, quantity
 from common import __version__
 from common.pipeline.contract import Contract
 from stages import STAGES
@@ -57,8 +58,9 @@ RETRY_EXPRESSION = (
 )
 
 
-def build() -> WorkflowTemplate:
+def build(place: Installation | None = None) -> WorkflowTemplate:
     """The whole template."""
+    place = place or Installation()
     with WorkflowTemplate(
         name=f"moe-asr-{__version__}",
         annotations={
@@ -76,7 +78,7 @@ def build() -> WorkflowTemplate:
                 "workflows.argoproj.io/description": f"results in {parameter('store')}",
             },
         ),
-        service_account_name=parameter("service-account"),
+        service_account_name=place.service_account,
         security_context=m.PodSecurityContext(
             run_as_non_root=True,
             run_as_user=UID,
@@ -88,13 +90,13 @@ def build() -> WorkflowTemplate:
         ttl_strategy=m.TTLStrategy(seconds_after_success=604_800, seconds_after_failure=1_209_600),
         pod_gc=m.PodGC(strategy="OnPodSuccess", delete_delay_duration="600s"),
     ) as template:
-        _plan()
+        _plan(place)
         for contract in STAGES:
-            _stage_pod(contract)
+            _stage_pod(contract, place)
             _stage(contract)
-        _report()
-        _publish()
-        _outcome()
+        _report(place)
+        _publish(place)
+        _outcome(place)
         _main()
     return template
 
@@ -159,13 +161,14 @@ def _locks(contract: Contract) -> list[m.Mutex]:
     return locks
 
 
-def _stage_pod(contract: Contract) -> None:
+def _stage_pod(contract: Contract, place: Installation) -> None:
     """The pod of one piece of a stage, with retries."""
     inputs = [Parameter(name=name) for name in POD_INPUTS]
     args = ["--shard", "{{inputs.parameters.shard}}"] if contract.fan_out else None
     env = {"MEMO": "{{inputs.parameters.memo}}", "MODEL": MODEL}
     gpus = parameter("gpus") if contract.together else str(contract.gpus)
     _container(
+        place,
         f"{contract.name}-pod",
         contract.name,
         ["python", "-m", "stages", contract.name],
@@ -181,9 +184,10 @@ def _stage_pod(contract: Contract) -> None:
     )
 
 
-def _plan() -> None:
+def _plan(place: Installation) -> None:
     """Which pieces the stages have: on a CPU, before each of them."""
     _container(
+        place,
         "plan",
         "cluster",
         ["python", "-m", "stages", "plan"],
@@ -195,8 +199,9 @@ def _plan() -> None:
     )
 
 
-def _report() -> None:
+def _report(place: Installation) -> None:
     _container(
+        place,
         "report",
         "cluster",
         ["python", "-m", "stages", "report"],
@@ -207,10 +212,11 @@ def _report() -> None:
     )
 
 
-def _publish() -> None:
+def _publish(place: Installation) -> None:
     """The report once more, as Argo artifacts; apart from `report` since it needs an artifact repository."""
     files = {name: f"{OUTPUTS}/{name}" for name in ("report.html", "summary.json")}
     _container(
+        place,
         "publish",
         "cluster",
         ["python", "-m", "stages", "report"],
@@ -222,17 +228,19 @@ def _publish() -> None:
     )
 
 
-def _outcome() -> None:
+def _outcome(place: Installation) -> None:
     _container(
+        place,
         "outcome",
         "cluster",
         ["python", "-m", "stages", "outcome"],
         ["{{workflow.status}}", "{{workflow.failures}}"],
-        env={"WEBHOOK": parameter("webhook")},
+        secrets={"WEBHOOK": (place.webhook_secret, "url")},
     )
 
 
 def _container(
+    place: Installation,
     name: str,
     image: str,
     command: Sequence[str],
@@ -241,6 +249,7 @@ def _container(
     inputs: Sequence[Parameter] = (),
     outputs: Sequence[Parameter | Artifact] = (),
     env: Mapping[str, str] | None = None,
+    secrets: Mapping[str, tuple[str, str]] | None = None,
     kind: str = "step",
     gpus: str = "",
     display: str = "",
@@ -251,27 +260,28 @@ def _container(
 
     Args:
         image: name of the stage whose image it uses.
+        secrets: variable → name and key of a Secret, which may be missing.
         kind: which of the resource parameters it takes: step, cpu-stage or gpu-stage.
         gpus: how many; empty for none.
         metrics: that the controller counts at the end of each try.
     """
     Container(
         name=name,
-        image=f"{parameter('registry')}/{image}:{parameter('tag')}",
+        image=place.image(image),
         image_pull_policy="IfNotPresent",
         command=list(command),
         args=list(args) if args else None,
         inputs=list(inputs) or None,
         outputs=list(outputs) or None,
-        env=_env(env or {}),
-        env_from=[SecretEnvFrom(name=parameter("store-secret"), optional=True)],
+        env=_env(env or {}) + [_secret(variable, *entry) for variable, entry in (secrets or {}).items()],
+        env_from=[SecretEnvFrom(name=place.store_secret, optional=True)],
         labels={"app.kubernetes.io/name": "moe-asr", "app.kubernetes.io/component": name.removesuffix("-pod")}
         | {"kueue.x-k8s.io/queue-name": parameter("queue")},
         annotations=_display(display) if display else None,
         volumes=_volumes(),
         affinity=_affinity() if gpus else None,
         tolerations=[m.Toleration(key=GPU_RESOURCE, operator="Exists", effect="NoSchedule")] if gpus else None,
-        priority_class_name=parameter("priority-class"),
+        priority_class_name=place.priority_class or None,
         security_context=m.SecurityContext(
             allow_privilege_escalation=False,
             capabilities=m.Capabilities(drop=["ALL"]),
@@ -306,6 +316,10 @@ def _env(more: Mapping[str, str]) -> list[Env]:
     ]
 
 
+def _secret(variable: str, name: str, key: str) -> SecretEnv:
+    return SecretEnv(name=f"MOE_ASR_{variable}", secret_name=name, secret_key=key, optional=True)
+
+
 def _volumes() -> list[EmptyDirVolume]:
     """Their sizes are parameters, so the pod patch sets them."""
     return [
@@ -336,18 +350,18 @@ def _patch(kind: str, gpus: str) -> str:
         f"{{{{=asInt(workflow.parameters['{kind}-memory']) * "
         "(lastRetry.exitCode == '137' ? min(2 ** asInt(retries), 4) : 1)}}Gi"
     )
-    requests = {"cpu": parameter(f"{kind}-cpu"), "memory": memory}
+    requests = {"cpu": quantity(f"{kind}-cpu"), "memory": memory}
     limits = {"memory": memory}
     if gpus:
         limits[GPU_RESOURCE] = f"{{{{=workflow.parameters.gpu == 'cpu' ? '0' : '{gpus}'}}}}"
         if "{{" in gpus:
-            limits[GPU_RESOURCE] = "{{=workflow.parameters.gpu == 'cpu' ? '0' : workflow.parameters.gpus}}"
+            limits[GPU_RESOURCE] = "{{=workflow.parameters.gpu == 'cpu' ? 0 : asInt(workflow.parameters.gpus)}}"
     patch = {
         "terminationGracePeriodSeconds": 60,
         "containers": [{"name": "main", "resources": {"requests": requests, "limits": limits}}],
         "volumes": [
-            {"name": "scratch", "emptyDir": {"sizeLimit": parameter("scratch-size")}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": parameter("shm-size")}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": quantity("scratch-size")}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": quantity("shm-size")}},
         ],
     }
     return json.dumps(patch)
@@ -381,7 +395,7 @@ def _display(text: str) -> dict[str, str]:
     return {"workflows.argoproj.io/display-name": text}
 
 
-def to_text() -> str:
+def to_text(place: Installation | None = None) -> str:
     """The YAML file, with a first line that says where it comes from."""
-    text: Any = build().to_yaml()
+    text: Any = build(place).to_yaml()
     return f"# Generated by `make argo` from the stages' contracts: change argo/workflow.py instead.\n{text}"

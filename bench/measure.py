@@ -16,7 +16,7 @@ import torch
 from bench.setting import Setting
 
 Row = dict[str, Any]
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn", "hdbscan")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
 
 
 def rounds(

@@ -19,7 +19,7 @@ from typing import Any
 
 from common.evaluation.compare import compare
 from common.evaluation.results import Result, before_training, read_result
-from common.json_files import read_object
+from common.json_files import read_object, read_rows
 from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store
 from common.storage.store import Store
@@ -113,7 +113,7 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
 
 def dev_wer(folder: Path) -> float:
     """Of the weights that were kept: what a learning rate is chosen by."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
 
 

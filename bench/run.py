@@ -27,12 +27,6 @@ RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
 
-def _clustering(setting: Setting) -> list[Row]:
-    from bench import clustering
-
-    return clustering.rows(setting)
-
-
 def _options(setting: Setting) -> list[Row]:
     from bench import options
 
@@ -54,10 +48,8 @@ GROUPS: Mapping[str, Callable[[Setting], list[Row]]] = {
     "log-mel": encoding.mel_rows,
     "generate": decoding.rows,
     "options": _options,
-    "clustering": _clustering,
     "between-epochs": _between_epochs,
 }
-CPU_ONLY = ("clustering",)
 FULL_SIZE_ONLY = ("between-epochs",)
 
 
@@ -126,7 +118,7 @@ def choose(device: str, *, quick: bool) -> Setting:
 
 def measure(name: str, setting: Setting) -> list[Row]:
     """The rows of a group; one that fails is named and left out."""
-    if (setting.on_gpu and name in CPU_ONLY) or (setting.name == "quick" and name in FULL_SIZE_ONLY):
+    if setting.name == "quick" and name in FULL_SIZE_ONLY:
         return []
     started, rows = time.monotonic(), []
     print(f"{name} …", end=" ", file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ def base_wer(corpus: Corpus, model: str, language: str, endpoint_url: str | None
     recogniser = Recogniser(load_whisper(folder)).to(accelerator.device)
     decoding = decoding_options(config)
     texts = decode_set(recogniser, examples, loader, codec, decoding, accelerator)
-    scores = score_set(corpus.utterances, texts, config.model.language)
+    scores = score_set(corpus.utterances, texts, config.model.language, published=decoding.published)
     return {
         name: {"wer": wer(group), "wer_unclipped": wer(group, clipped=False), "utterances": len(group)}
         for name, group in sorted(by_etiology(corpus.utterances, scores).items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from common.console import echo
 from common.errors import UsageError
 
 
@@ -22,6 +23,6 @@ def completion(context: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None, "click knows these three"
     try:
-        click.echo(kind(context.find_root().command, {}, "moe-asr", "_MOE_ASR_COMPLETE").source())
+        echo(kind(context.find_root().command, {}, "moe-asr", "_MOE_ASR_COMPLETE").source())
     except RuntimeError as error:  # its bash is too old
         raise UsageError(f"completion {shell}: {error}") from None

@@ -6,17 +6,18 @@ import json
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 
 from cli.shared import language_option
 from cli.table import text_table
+from common.console import echo
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from common.data.corpus import Corpus
-    from common.data.importers import Imported
+    from common.data.importers.rows import Imported
 
 
 @click.group()
@@ -86,7 +87,7 @@ def synth(
         )
     )
     hours = sum(u.duration for u in made.utterances) / 3600
-    click.echo(f"{out}: {len(made.utterances)} utterances, {hours:.2f} h")
+    echo(f"{out}: {len(made.utterances)} utterances, {hours:.2f} h")
 
 
 def opened(path: str, endpoint_url: str | None) -> Corpus:
@@ -125,7 +126,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     with closing(progress(files, "pack", unit="files")) as bar:
         made = pack_corpus(data, store, shard_bytes=size, scratch=cache_folder(), progress=bar.update)
     known = made.shards - made.stored
-    click.echo(
+    echo(
         f"{dest}: {made.files} audio files in {made.shards} shards, {made.size / 1e6:,.1f} MB"
         + (f" ({known} shards were there already)" if known else "")
     )
@@ -144,24 +145,30 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
         moe-asr corpus stats data/mine
         moe-asr corpus stats data/mine --model openai/whisper-small --json
     """
-    from common.data.corpus import corpus_stats
+    from common.data.corpus import PROVENANCE, corpus_stats
+    from common.json_files import read_object
 
     data = opened(path, endpoint_url)
     figures = corpus_stats(data)
+    made_of = data.root / PROVENANCE
+    if data.remote is None and made_of.is_file():
+        figures["left_out"] = read_object(made_of).get("left_out") or {}
     if model is not None:
         from cli.base_wer import base_wer
 
         figures["wer"] = base_wer(data, model, language, endpoint_url)
     if as_json:
-        click.echo(json.dumps(figures, indent=1))
+        echo(json.dumps(figures, indent=1))
         return
     for name, values in figures.items():
         if isinstance(values, dict) and values and all(isinstance(v, dict) for v in values.values()):
             columns = list(next(iter(values.values())))
             rows = [(key, *(_cell(row.get(c)) for c in columns)) for key, row in values.items()]
-            click.echo(f"\n{text_table((name, *columns), rows)}")
+            echo(f"\n{text_table((name, *columns), rows)}")
+        elif isinstance(values, dict):
+            echo(f"{name}: {', '.join(f'{count} {reason}' for reason, count in values.items()) or 'nothing'}")
         else:
-            click.echo(f"{name}: {_cell(values)}")
+            echo(f"{name}: {_cell(values)}")
 
 
 def _cell(value: object) -> str:
@@ -187,9 +194,9 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
         counter = load_codec(Path(model)).length
     findings = audit_corpus(opened(path, endpoint_url), token_count=counter)
     for finding in findings:
-        click.echo(f"{finding.severity}: {finding.utterance_id}: {finding.kind}: {finding.detail}")
+        echo(f"{finding.severity}: {finding.utterance_id}: {finding.kind}: {finding.detail}")
     errors = sum(finding.severity == "error" for finding in findings)
-    click.echo(f"{errors} errors, {len(findings) - errors} warnings")
+    echo(f"{errors} errors, {len(findings) - errors} warnings")
     if errors:
         raise DataError(f"corpus {path} has {errors} errors")
 
@@ -203,49 +210,99 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     type=click.Choice(("auto", "table", "audiofolder", "sap", "torgo")),
     default="auto",
     show_default=True,
-    help="auto: a file is a table, a folder an audiofolder.",
+    help="Kind of SOURCE. auto takes a file for a table and a folder for an audiofolder.",
 )
-@click.option("--audio-root", type=click.Path(path_type=Path), help="table: where relative audio paths start.")
-@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="table: which column is text, …")
-@click.option("--official-splits", is_flag=True, help="sap: keep Train and Dev, also where nothing is left for test.")
 @click.option(
-    "--microphone", type=click.Choice(("head", "array", "both")), default="head", show_default=True, help="torgo"
+    "--audio-root", type=click.Path(path_type=Path), help="Folder that a table's relative paths start from.  [its own]"
 )
-@click.option("--copy-audio", is_flag=True, help="Copy the audio instead of referring to it.")
-@click.option("--seed", default=42, show_default=True, help="Of the split by speaker.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help="Column of a table for a field; without a COLUMN, none is taken. Fields: audio_filepath, text, text_alt, id, "
+    "split, speaker, etiology, severity, offset, end, duration.",
+)
+@click.option("--heading", metavar="NAME,NAME,…", help="Names of a table's columns, where it has no heading row.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, each named, and import the others.")
+@click.option(
+    "--mend-text",
+    is_flag=True,
+    help="Write texts as Whisper does: straight apostrophes and quotes, no full-width letters or invisible characters.",
+)
+@click.option(
+    "--official-splits", is_flag=True, help="Keep the splits Train and Dev of sap, even if nothing is left for test."
+)
+@click.option(
+    "--microphone",
+    type=click.Choice(("head", "array", "both")),
+    default="head",
+    show_default=True,
+    help="Microphone of torgo.",
+)
+@click.option("--copy-audio", is_flag=True, help="Copy the audio into OUT instead of referring to it.")
+@click.option("--seed", default=42, show_default=True, help="Random seed of the split by speaker.")
 def import_corpus(
     source: Path,
     out: Path,
     kind: str,
     audio_root: Path | None,
     columns: tuple[str, ...],
+    heading: str | None,
+    skip_bad: bool,
+    mend_text: bool,
     official_splits: bool,
     microphone: Literal["head", "array", "both"],
     copy_audio: bool,
     seed: int,
 ) -> None:
-    """Makes a corpus of a table (CSV, JSON Lines), an audiofolder, Speech Accessibility Project data or TORGO.
+    """Makes a corpus of recordings with transcripts.
+
+    SOURCE is a table, or a folder of one of three kinds.
+
+    A table: CSV (comma, semicolon, tab or |), JSON Lines (as a NeMo manifest), JSON (an array of objects, pandas' or
+    SpeechBrain's), each also compressed with gzip.
+
+    --format audiofolder: a folder as Hugging Face has it, with metadata.csv or metadata.jsonl, or one for each split.
+
+    --format sap: the unpacked Speech Accessibility Project. --format torgo: TORGO's folders.
+
+    Every fault of a row is listed, with its file and line, and nothing is written (exit code 65); --skip-bad writes the
+    corpus without these rows. Columns that are not used, names that are joined and folders that are passed over are
+    named. What was left out is kept in OUT/provenance.json.
 
     \b
         moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
         moe-asr corpus import SAP data/sap --format sap
     """
-    from common.data.importers import Imported, import_audiofolder, import_table
-    from common.data.importers_sap import import_sap
-    from common.data.importers_torgo import import_torgo
+    from common.data.importers.audiofolder import import_audiofolder
+    from common.data.importers.sap import import_sap
+    from common.data.importers.tables import import_table
+    from common.data.importers.torgo import import_torgo
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
+    shared: _Shared = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
-        made = import_sap(source, out, official_splits=official_splits, copy_audio=copy_audio, seed=seed)
+        made = import_sap(source, out, official_splits=official_splits, **shared)
     elif kind == "torgo":
-        made = import_torgo(source, out, microphone=microphone, copy_audio=copy_audio, seed=seed)
+        made = import_torgo(source, out, microphone=microphone, **shared)
     elif kind == "audiofolder":
-        made = Imported(import_audiofolder(source, out, columns=mapping, copy_audio=copy_audio, seed=seed), {})
+        made = import_audiofolder(source, out, columns=mapping, skip_bad=skip_bad, **shared)
     else:
-        found = import_table(source, out, audio_root=audio_root, columns=mapping, copy_audio=copy_audio, seed=seed)
-        made = Imported(found, {})
+        names = [name.strip() for name in heading.split(",")] if heading else []
+        made = import_table(
+            source, out, audio_root=audio_root, columns=mapping, heading=names, skip_bad=skip_bad, **shared
+        )
     _say_imported(out, made)
+
+
+class _Shared(TypedDict):
+    """Options of all importers."""
+
+    copy_audio: bool
+    mend_text: bool
+    seed: int
 
 
 def _columns(columns: tuple[str, ...]) -> dict[str, str] | None:
@@ -260,6 +317,10 @@ def _say_imported(out: Path, made: Imported) -> None:
     speakers = len({u.speaker for u in utterances if u.speaker})
     splits = ", ".join(f"{split} {count}" for split, count in sorted(Counter(u.split for u in utterances).items()))
     hours = sum(u.duration for u in utterances) / 3600
-    click.echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")
+    for fault in made.faults:
+        echo(f"left out: {fault}", err=True)
+    for note in made.notes:
+        echo(note)
     for reason, count in sorted(made.skipped.items()):
-        click.echo(f"left out: {count} {reason}")
+        echo(f"left out: {count} {reason}")
+    echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")

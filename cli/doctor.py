@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from common.console import coloured
+from common.console import coloured, echo
 from common.errors import UsageError
 from common.machine import Finding, check_machine
 from stages.local_runner import cache_folder
@@ -40,13 +40,12 @@ def doctor(
     for one in _findings(store_url, endpoint_url, machine=not only_store):
         found.append(one)
         if not as_json:
-            word = coloured(f"{one.state:<4}", COLOURS[one.state])
-            click.echo(f"{word}  {one.name:<28} {one.detail}")
+            echo(coloured(f"{one.state:<4}", COLOURS[one.state]), f"  {one.name:<28} {one.detail}")
     failed = [one.name for one in found if one.state == "fail"]
     if as_json:
-        click.echo(json.dumps({"ok": not failed, "checks": [asdict(one) for one in found]}, indent=1))
+        echo(json.dumps({"ok": not failed, "checks": [asdict(one) for one in found]}, indent=1))
     elif failed:
-        click.echo(f"\n{len(failed)} of {len(found)} checks failed: {', '.join(failed)}", err=True)
+        echo(f"\n{len(failed)} of {len(found)} checks failed: {', '.join(failed)}", err=True)
     context.exit(1 if failed else 0)
 
 
@@ -57,5 +56,5 @@ def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool)
     if machine:
         yield from check_machine(cache_folder())
     if store_url is not None:
-        for name, held, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
-            yield Finding(f"store: {name}", "ok" if held else "fail", detail)
+        for name, state, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
+            yield Finding(f"store: {name}", state, detail)

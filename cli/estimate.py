@@ -9,6 +9,7 @@ import click
 
 from cli.table import text_table
 from common.config import Config
+from common.console import echo
 from common.cost import Pace, measured_pace
 from common.errors import UsageError
 from common.options import config_from, config_options
@@ -45,14 +46,14 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
     if as_json:
         stages = {row.stage: {"audio_hours": row.audio_hours, "hours": row.hours} for row in rows}
         found = {"basis": basis, "device": pace.device, "hours": total, "days": total / 24 / gpus, "stages": stages}
-        click.echo(json.dumps(found))
+        echo(json.dumps(found))
         return
     table = [[row.stage, f"{row.audio_hours:,.2f}", f"{row.hours:,.2f}"] for row in rows]
     header = ("stage", "hours of speech", f"{device} hours")
-    click.echo(text_table(header, [*table, ["total", "", f"{total:,.2f}"]]))
-    click.echo(f"\n{basis}")
+    echo(text_table(header, [*table, ["total", "", f"{total:,.2f}"]]))
+    echo(f"\n{basis}")
     spent = clock(3600 * total / gpus)
-    click.echo(f"on {gpus} {device}{'s' if gpus > 1 else ''}: {spent}" + _priced(total, price, device))
+    echo(f"on {gpus} {device}{'s' if gpus > 1 else ''}: {spent}" + _priced(total, price, device))
 
 
 def _priced(total: float, price: float | None, device: str) -> str:
@@ -94,8 +95,8 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     config = config_from(options)
     found = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)
     if as_json:
-        click.echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
+        echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
         return
     place = f"{found.memory / 2**30:.1f} GiB on {found.device}"
-    click.echo(f"{found.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
-    click.echo(f"  --set asr.batch_seconds={found.batch_seconds:.0f} --set asr.batch_tokens={found.rows * tokens}")
+    echo(f"{found.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
+    echo(f"  --set asr.batch_seconds={found.batch_seconds:.0f} --set asr.batch_tokens={found.rows * tokens}")

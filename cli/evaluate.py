@@ -12,6 +12,7 @@ import click
 
 from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
 from cli.table import text_table
+from common.console import echo
 from common.errors import UsageError
 from common.storage import open_store
 
@@ -91,7 +92,7 @@ def evaluate(
         num_workers=config.runtime.num_workers,
         quiet=quiet or config.runtime.quiet,
     )
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else evaluation_table(result, out))
+    echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else evaluation_table(result, out))
 
 
 def evaluation_table(result: Mapping[str, Any], out: Path) -> str:
@@ -173,14 +174,14 @@ def compare(
     if out:
         write_comparison(made, out, overwrite=overwrite)
     if as_json:
-        click.echo(json.dumps(made, indent=1, ensure_ascii=False))
+        echo(json.dumps(made, indent=1, ensure_ascii=False))
         return
-    click.echo(text_table(*table_rows(made)))
-    click.echo(f"\n{made['utterances']} utterances of {made['speakers']} speakers")
+    echo(text_table(*table_rows(made)))
+    echo(f"\n{made['utterances']} utterances of {made['speakers']} speakers")
     for note in made["notes"]:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
     if out:
-        click.echo(f"page: {out / 'compare.html'}")
+        echo(f"page: {out / 'compare.html'}")
 
 
 def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[str]]:

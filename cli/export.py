@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cli.shared import base_option, with_options, with_store
+from common.console import echo
 from common.errors import UsageError
 from common.files import new_folder
 from common.storage import open_store
@@ -90,9 +91,9 @@ def export(
         if merging:
             fixed = fixed_routing(opened.info, opened.folder, expert=expert, weights=shares, mean=mean)
         export_model(opened, target, folder, routing=fixed, base_name=base, quantization=quantization)
-    click.echo(out)
+    echo(out)
     if shares or mean:
-        click.echo(f"one routing for all utterances; what that costs: moe-asr evaluate {out} CORPUS", err=True)
+        echo(f"one routing for all utterances; what that costs: moe-asr evaluate {out} CORPUS", err=True)
 
 
 @click.command()
@@ -133,4 +134,4 @@ def merge(
         made = merge_models(found, shares, folder, rank=rank)
         said = {"models": list(models), "weights": shares, "rank": made.rank, "relative_error": made.error}
         (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{out}: rank {made.rank}, relative error {made.error:.2%}")
+    echo(f"{out}: rank {made.rank}, relative error {made.error:.2%}")

@@ -8,6 +8,7 @@ import click
 
 from cli.shared import device_option, with_store
 from cli.table import text_table
+from common.console import echo
 from common.json_files import Row
 from common.storage import open_store
 
@@ -18,6 +19,7 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "
 
 @click.command()
 @click.argument("run")
+@click.argument("corpus")
 @with_store
 @click.option("--layer", "layers", type=int, multiple=True, help="Encoder layer to cluster too (encodes again).")
 @click.option(
@@ -28,6 +30,7 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(
     run: str,
+    corpus: str,
     store_url: str,
     endpoint_url: str | None,
     layers: tuple[int, ...],
@@ -36,18 +39,28 @@ def gate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measures the gate of a finished RUN on dev and test, and compares encoder layers, poolings and clusterings.
+    """Measures the gate of a finished RUN on dev and test of its CORPUS, and compares layers, poolings and clusterings.
 
     \b
-        moe-asr gate mine
-        moe-asr gate mine --layer 8 --layer -1 --pooling mean --pooling meanstd
+        moe-asr gate mine data/mine
+        moe-asr gate mine data/mine --layer 8 --layer -1 --pooling mean --pooling meanstd
     """
     from stages.gate_study import examine_gate
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    found = examine_gate(run, store, cache_folder(), layers=layers, poolings=poolings, samples=samples, device=device)
-    click.echo(json.dumps(found, indent=1) if as_json else _tables(found))
+    found = examine_gate(
+        run,
+        store,
+        cache_folder(),
+        corpus=corpus,
+        endpoint_url=endpoint_url,
+        layers=layers,
+        poolings=poolings,
+        samples=samples,
+        device=device,
+    )
+    echo(json.dumps(found, indent=1) if as_json else _tables(found))
 
 
 def _tables(found: Row) -> str:

@@ -23,7 +23,7 @@ from cli.table import summary_table
 from cli.transcribe import transcribe
 from common import __version__
 from common.config import to_yaml
-from common.console import run_command, set_up_logging
+from common.console import echo, run_command, set_up_logging
 from common.options import config_from, config_options
 
 
@@ -63,7 +63,7 @@ def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
         return
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
     summary = run_pipeline(config, resume=resume)
-    click.echo(json.dumps(summary, indent=1) if as_json else summary_table(summary))
+    echo(json.dumps(summary, indent=1) if as_json else summary_table(summary))
 
 
 @cli.group("config")
@@ -79,7 +79,7 @@ def config_show(**options: Any) -> None:
     \b
         moe-asr config show --mode demo > my.yaml
     """
-    click.echo(to_yaml(config_from(options)), nl=False)
+    echo(to_yaml(config_from(options)), nl=False)
 
 
 for command in (

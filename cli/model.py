@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from common.console import echo
+
 
 @click.group()
 def model() -> None:
@@ -26,4 +28,4 @@ def import_model(source: str, out: Path) -> None:
     from demo.ct2 import bundled_tiny_en, import_ct2
 
     import_ct2(bundled_tiny_en() if source == "tiny.en" else Path(source), out)
-    click.echo(out)
+    echo(out)

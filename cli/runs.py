@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,9 @@ from cli.shared import with_store
 from cli.submit import namespace_option, show_workflow, show_workflow_logs
 from cli.table import text_table
 from common.config import Config
-from common.console import coloured
+from common.console import coloured, echo
 from common.errors import DataError
-from common.files import make_folders
+from common.files import NotFound, make_folders
 from common.options import config_from, config_options
 from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
@@ -25,6 +26,8 @@ from common.storage import open_store
 from common.storage.artifacts import Key
 from common.storage.store import Store
 from stages.local_runner import Run, cache_folder
+
+log = logging.getLogger(__name__)
 
 
 def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
@@ -39,18 +42,15 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
     if as_json:
         names = ("task", "status", "reason", "key")
         found = [dict(zip(names, row, strict=True)) for row in rows]
-        click.echo(
-            json.dumps(
-                [row | (expected[row["task"]].row() if row["task"] in expected else {}) for row in found], indent=1
-            )
-        )
+        more = {task: one.row() for task, one in expected.items()}
+        echo(json.dumps([row | more.get(row["task"], {}) for row in found], indent=1))
         return
     words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "again": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]
         reason += f": {expected[task].describe()}" if task in expected else ""
-        click.echo(f"{task:<{width}}  {coloured(f'{word:<11}', colour)}  {key[:8]:<8}  {reason}")
+        echo(f"{task:<{width}}  ", coloured(f"{word:<11}", colour), f"  {key[:8]:<8}  {reason}")
 
 
 @click.command()
@@ -91,17 +91,17 @@ def status(
     store = open_store(store_url, endpoint_url=endpoint_url)
     record = run_record(store, run)
     if as_json:
-        click.echo(json.dumps(record, indent=1))
+        echo(json.dumps(record, indent=1))
         return
     updated = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["updated"]))
-    click.echo(f"run {record['name']}: {record['status']}, last news {updated}, moe-asr {record['version']}")
+    echo(f"run {record['name']}: {record['status']}, last news {updated}, moe-asr {record['version']}")
     finished = {(r["stage"], r["shard"]): r for r in record["timeline"]}
     rows = []
     for label, task in record["tasks"].items():
         shard = label.partition("[")[2].rstrip("]") or None
         row = finished.get((task["stage"], shard))
         rows.append((label, task["key"][:8], _result(row) if row else _activity(store, task)))
-    click.echo(text_table(("task", "key", "result"), rows))
+    echo(text_table(("task", "key", "result"), rows))
 
 
 def _result(row: Mapping[str, Any]) -> str:
@@ -133,23 +133,30 @@ def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
     store = open_store(store_url, endpoint_url=endpoint_url)
     found = [_run_facts(store, name) for name in run_names(store)]
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        echo(json.dumps(found, indent=1))
         return
     rows = []
     for one in found:
         rates = ["-" if one[key] is None else f"{one[key]:.1%}" for key in ("wer_before", "wer_after")]
-        news = time.strftime("%Y-%m-%d %H:%M", time.localtime(one["updated"]))
+        news = "-" if one["updated"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(one["updated"]))
         rows.append((one["run"], one["status"], news, *rates))
-    click.echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
+    echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
 
 
 def _run_facts(store: Store, name: str) -> dict[str, Any]:
-    """Name, status, time of the last news and, of a finished run, its error rates."""
-    record = run_record(store, name)
-    key = f"{name}/summary.json"
-    summary = json.loads(store.read(key)) if store.size(key) is not None else {}
-    rates = {rate: summary.get(rate) for rate in ("wer_before", "wer_after")}
-    return {"run": name, "status": record["status"], "updated": record["updated"], **rates}
+    """Name, status, time of the last news and, of a finished run, its error rates; `damaged` where it is unreadable."""
+    facts = {"run": name, "status": "damaged", "updated": None, "wer_before": None, "wer_after": None}
+    try:
+        record = run_record(store, name)
+        facts |= {key: record[key] for key in ("status", "updated")}
+        summary = json.loads(store.read(f"{name}/summary.json"))
+        rates = {rate: summary.get(rate) for rate in ("wer_before", "wer_after")}
+    except NotFound:  # not finished yet
+        return facts
+    except (DataError, ValueError, AttributeError, RecursionError) as error:
+        log.warning("%s", error)
+        return facts | {"status": "damaged"}
+    return facts | {rate: value for rate, value in rates.items() if isinstance(value, float)}
 
 
 @click.command()
@@ -169,9 +176,9 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     bad = [label for label, state, _ in found if state != "whole"]
     if as_json:
         names = ("task", "state", "reason")
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in found], indent=1))
+        echo(json.dumps([dict(zip(names, row, strict=True)) for row in found], indent=1))
     for label, state, reason in found if not as_json else ():
-        click.echo(f"{label:<12} {coloured(state, 'green' if state == 'whole' else 'red')}  {reason}")
+        echo(f"{label:<12} ", coloured(state, "green" if state == "whole" else "red"), f"  {reason}")
     if bad:
         raise DataError(f"{len(bad)} of {len(found)} results are missing or damaged: run it again to make them")
 
@@ -201,7 +208,7 @@ def logs(
         raise DataError(f"run {run} in {store.url} has no log yet")
     for line in store.read(key).decode("utf-8", "replace").splitlines():
         if stage is None or f" {stage}" in line:
-            click.echo(line)
+            echo(line)
 
 
 @click.command()
@@ -215,16 +222,16 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
         moe-asr gc
         moe-asr gc --older-than 48 --delete
     """
-    from common.storage.artifacts import garbage
+    from common.storage.garbage import garbage
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     entries = garbage(store, older_than_hours=older_than)
     for entry in entries:
-        click.echo(f"{'deleted' if delete else 'would delete'} {entry.key} ({entry.size:,} bytes)")
+        echo(f"{'deleted' if delete else 'would delete'} {entry.key} ({entry.size:,} bytes)")
         if delete:
             store.delete(entry.key)
     total = sum(entry.size for entry in entries)
-    click.echo(f"{len(entries)} files, {total:,} bytes" + ("" if delete else "; --delete removes them"))
+    echo(f"{len(entries)} files, {total:,} bytes" + ("" if delete else "; --delete removes them"))
 
 
 @click.command()
@@ -246,4 +253,4 @@ def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Pat
     single = {"clusters": plot_clusters, "gating": plot_gating, "asr": plot_asr}
     drawn = plot_experts(folders, out) if what == "experts" else single[what](folders[0], out)
     for path in drawn:
-        click.echo(path)
+        echo(path)

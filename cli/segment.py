@@ -10,6 +10,7 @@ import click
 
 from cli.corpus import endpoint_option, opened
 from cli.shared import base_option, device_option, language_option
+from common.console import echo
 from common.data.corpus import INDEX_NAME, index_lines
 from common.errors import UsageError
 
@@ -81,8 +82,8 @@ def segment(
     target.write(name, "".join(index_lines(utterances, made.places)).encode())
     unfinished.unlink(missing_ok=True)
     count = f"{len(found)} of {len(corpus.utterances)} utterances were too long"
-    click.echo(f"{count}; {summary(found, rows)}" if found else f"{count}: the index is a copy")
-    click.echo(f"{place}/{name}: {len(utterances)} utterances")
+    echo(f"{count}; {summary(found, rows)}" if found else f"{count}: the index is a copy")
+    echo(f"{place}/{name}: {len(utterances)} utterances")
 
 
 def folder_of(source: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from cli.table import text_table
+from common.console import echo
 from common.errors import DataError, MoeAsrError, UsageError
 from common.options import config_from, config_options
 
@@ -41,14 +42,14 @@ def submit(
     parameters |= chosen_parameters(dict(_pair(text) for text in given))
     workflow = make_workflow(template or default_template(), parameters)
     if dry_run:
-        click.echo(json.dumps(workflow, indent=1))
+        echo(json.dumps(workflow, indent=1))
         return
     made = create(workflow, namespace)
     name, place = made["metadata"]["name"], made["metadata"]["namespace"]
-    click.echo(f"submitted {name} in namespace {place}; to follow it:")
-    click.echo(f"  moe-asr status --cluster -n {place} {name}")
-    click.echo(f"  moe-asr logs --cluster -n {place} {name}")
-    click.echo(f"  argo watch -n {place} {name}")
+    echo(f"submitted {name} in namespace {place}; to follow it:")
+    echo(f"  moe-asr status --cluster -n {place} {name}")
+    echo(f"  moe-asr logs --cluster -n {place} {name}")
+    echo(f"  argo watch -n {place} {name}")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -66,19 +67,19 @@ def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     workflow = find_workflow(name, namespace)
     found = pieces(workflow)
     if as_json:
-        click.echo(json.dumps(workflow, indent=1))
+        echo(json.dumps(workflow, indent=1))
         return
     status = workflow.get("status", {})
-    click.echo(f"workflow {workflow['metadata']['name']}: {phase(workflow)} {status.get('progress', '')}".rstrip())
+    echo(f"workflow {workflow['metadata']['name']}: {phase(workflow)} {status.get('progress', '')}".rstrip())
     waiting = _waiting(workflow)
     rows = []
     for one in found:
         told = next((waiting[t.pod] for t in one.tries if t.pod in waiting), one.message)
         state = "from cache" if one.hit else one.phase
         rows.append((one.label, state, _duration(one.started, one.finished), str(len(one.tries)), told))
-    click.echo(text_table(("task", "state", "took", "pods", "message"), rows))
+    echo(text_table(("task", "state", "took", "pods", "message"), rows))
     if status.get("message") and phase(workflow) != "Succeeded":
-        click.echo(status["message"])
+        echo(status["message"])
 
 
 def _duration(started: float | None, finished: float | None) -> str:
@@ -119,4 +120,4 @@ def show_workflow_logs(name: str, stage: str | None, namespace: str | None) -> N
             for line in said.splitlines():
                 if "argo=true" in line:  # Argo's own, of its wrapper around the stage
                     continue
-                click.echo(f"{pod['metadata']['labels']['app.kubernetes.io/component']}: {line}")
+                echo(f"{pod['metadata']['labels']['app.kubernetes.io/component']}: {line}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.table import text_table
-from common.console import set_up_logging
+from common.console import echo, set_up_logging
 from common.errors import UsageError
 from common.options import config_from, config_options, parse_setting
 from common.storage import open_store
@@ -70,10 +70,10 @@ def sweep(
         settings=settings,
     )
     if dry_run:
-        click.echo(plan_table(runs))
+        echo(plan_table(runs))
         return
     run_sweep(runs)
-    click.echo(comparison(runs, out))
+    echo(comparison(runs, out))
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +13,13 @@ from cli.shared import decoding_config, open_as_told, opening_options, with_opti
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from common.data.audio import Samples
+    from common.decoding.decode import Decoding
     from common.inference.load_model import OpenedModel
-    from common.inference.transcribe import HeardWindow
+    from common.inference.recordings import LoadedRecording, Recording
+    from common.inference.transcribe import WindowTranscript
 
 SUFFIXES = ("txt", "srt", "vtt", "json")
-FALL_BACK = "[0, 0.2, 0.4, 0.6, 0.8, 1]"  # Whisper's own temperatures
+TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # Whisper's own
 GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file is held whole
 
 
@@ -27,16 +27,36 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A run, a folder with a model, or a hub name.")
 @click.option(
-    "--format", "kind", type=click.Choice([*SUFFIXES, "all"]), default="txt", show_default=True, help="Of text."
+    "--format", "kind", type=click.Choice([*SUFFIXES, "all"]), default="txt", show_default=True, help="Output format."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording; without: printed.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are already in --out.")
 @with_store
 @click.option("--num-beams", type=click.IntRange(1, 64), help="Hypotheses of beam search; 1 is greedy.")
 @click.option(
-    "--window", type=click.FloatRange(5, 30), help="Seconds heard at once; by default as long as what was trained on."
+    "--window",
+    type=click.FloatRange(5, 30),
+    help="Longest stretch that is decoded at once, in seconds; by default as long as what was trained on.",
 )
-@click.option("--fall-back", is_flag=True, help="Decode loops and guesses again at higher temperatures.")
+@click.option(
+    "--fall-back/--no-fall-back",
+    default=True,
+    show_default=True,
+    help="Decode loops and guesses again at higher temperatures, as Whisper does.",
+)
+@click.option(
+    "--loops",
+    type=click.Choice(("cut", "keep", "drop")),
+    default="cut",
+    show_default=True,
+    help="Loops that remain: keep one repetition, keep all, or drop the window's text. JSON marks them.",
+)
+@click.option(
+    "--no-speech",
+    type=click.FloatRange(0, 1),
+    help="Drop the text of windows that are a guess (mean log-probability below -1) and have at least this probability "
+    "of no speech; Whisper takes 0.6. By default no window is dropped: atypical speech can look like none.",
+)
 @with_options(opening_options)
 def transcribe(
     files: Sequence[Path],
@@ -52,30 +72,39 @@ def transcribe(
     num_beams: int | None,
     window: float | None,
     fall_back: bool,
+    loops: str,
+    no_speech: float | None,
     settings: Sequence[str],
     device: str,
     quiet: bool,
 ) -> None:
     """Transcribes recordings of any length and format, mono or not, at any sample rate.
 
-    Text is decoded as `moe-asr evaluate` decodes it: as the run did whose model it is, else by the defaults.
+    FILE is an audio or video file, a folder of them, a pipe, or `-` for standard input. What cannot be read is listed
+    at the end (exit code 65), and the others are transcribed. Text is decoded with the settings of the run whose model
+    it is, else with the defaults.
 
     \b
         moe-asr transcribe talk.mp3 --model mine
-        moe-asr transcribe *.wav --model mine --format all --out transcripts
+        moe-asr transcribe recordings --model mine --format all --out transcripts
+        curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
+    from common.inference.recordings import find_recordings, load_groups
     from common.inference.transcribe import transcribe_audio
     from common.progress import progress
     from common.storage import open_store
     from stages.settings import decoding_options
 
     kinds = SUFFIXES if kind == "all" else (kind,)
-    check_outputs(files, kinds, out, overwrite)
+    recordings = find_recordings(files)
+    check_outputs(recordings, kinds, out, overwrite)
+    faults: dict[str, str] = {}
+    readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
     beams = [f"decode.num_beams={num_beams}"] if num_beams else []
-    config = decoding_config(
-        model, store, [*settings, *beams, *([f"decode.temperatures={FALL_BACK}"] if fall_back else [])]
-    )
+    config = decoding_config(model, store, [*settings, *beams])
+    told = any(text.startswith("decode.temperatures=") for text in settings)
+    decoding = decoding_of(decoding_options(config), fall_back=fall_back and not told, no_speech=no_speech)
     opened = open_as_told(
         model,
         store,
@@ -87,102 +116,135 @@ def transcribe(
         device=device,
         endpoint_url=endpoint_url,
     )
-    failed: list[Path] = []
-    bar = progress(round(total_seconds(files), 1), "transcribe", unit="s", hidden=quiet)
-    for group in groups(files, failed.append):
-        audios = [samples for _, samples in group]
-        heard = transcribe_audio(opened, audios, decoding_options(config), bar.update, longest=window)
-        for (file, samples), windows in zip(group, heard, strict=True):
-            write(opened, file, len(samples), windows, kinds, out, titled=len(files) > 1)
+    bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
+    written = 0
+    for group in load_groups(readable, faults, GROUP_SECONDS):
+        audios = [one.samples for one in group]
+        for one, windows in zip(
+            group, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
+        ):
+            kept = one.treated(windows, loops, no_speech, opened.language)
+            written += write(opened, one, kept, kinds, out, titled=len(recordings) > 1)
     bar.close()
-    if failed:
-        raise DataError(f"{len(failed)} of {len(files)} files could not be transcribed: see above")
+    if out is not None:
+        say(f"{out}: {written} files written, of {len(recordings) - len(faults)} recordings")
+    fail(faults, len(recordings))
 
 
-def check_outputs(files: Sequence[Path], kinds: Sequence[str], out: Path | None, overwrite: bool) -> None:
+def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Path | None, overwrite: bool) -> None:
     """Refuses, before anything is done, what would be overwritten.
 
     Raises:
-        UsageError: several formats without a folder, two files of one name, or a file that is there.
+        UsageError: several formats without a folder, two recordings of one name, or a file that is there.
     """
     if out is None:
         if len(kinds) > 1:
             raise UsageError("--format all writes several files: name their folder with --out")
         return
-    first_of: dict[str, Path] = {}
-    for file in files:
-        if (first := first_of.setdefault(file.stem, file)) is not file:
-            raise UsageError(f"{first} and {file} would both become {out / file.stem}.{kinds[0]}: rename one of them")
+    first_of: dict[Path, Recording] = {}
+    for one in recordings:
+        if (first := first_of.setdefault(one.stem, one)) is not one:
+            target = out / f"{one.stem}.{kinds[0]}"
+            raise UsageError(f"{first.name} and {one.name} would both become {target}: rename one of them")
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise UsageError(f"{there[0]}{more}: already there; --overwrite replaces, another --out keeps them")
 
 
-def total_seconds(files: Sequence[Path]) -> float:
-    """Of the files that can be read; the others are named when their turn comes."""
-    from common.data.audio import audio_info
+def check_inputs(recordings: Sequence[Recording], faults: dict[str, str]) -> list[Recording]:
+    """The recordings that can be opened, found out before a model is loaded; of the others, why not.
 
-    total = 0.0
-    for file in files:
-        with suppress(DataError):
-            total += audio_info(file).duration
-    return total
+    Raises:
+        DataError: none can.
+    """
+    from common.inference.recordings import check_recording
 
-
-def groups(files: Sequence[Path], failed: Callable[[Path], object]) -> Iterator[list[tuple[Path, Samples]]]:
-    """The files' audio, so many at a time that their windows fill batches; what cannot be read is said."""
-    from common.data.audio import SAMPLE_RATE, read_audio
-
-    group: list[tuple[Path, Samples]] = []
-    for file in files:
+    readable = []
+    for one in recordings:
         try:
-            group.append((file, read_audio(file)))
+            check_recording(one)
+            readable.append(one)
         except DataError as error:
-            say(f"error: {error}")
-            failed(file)
-        if sum(len(samples) for _, samples in group) >= GROUP_SECONDS * SAMPLE_RATE:
-            yield group
-            group = []
-    if group:
-        yield group
+            faults[one.name] = str(error)
+    if not readable:
+        fail(faults, len(recordings))
+    if faults:
+        say(f"{len(faults)} of {len(recordings)} recordings cannot be opened (listed at the end)")
+    return readable
+
+
+def fail(faults: dict[str, str], total: int) -> None:
+    """Lists what could not be transcribed.
+
+    Raises:
+        DataError: there is some.
+    """
+    if len(faults) == total == 1:
+        raise DataError(*faults.values())
+    for reason in faults.values():
+        say(reason)
+    if faults:
+        raise DataError(f"{len(faults)} of {total} recordings could not be transcribed: see above")
+
+
+def decoding_of(decoding: Decoding, *, fall_back: bool, no_speech: float | None) -> Decoding:
+    """The decoding of a run, with Whisper's fallback where there is none, and asked whether somebody speaks."""
+    temperatures = decoding.temperatures
+    if fall_back and len(temperatures) == 1:
+        temperatures = (*temperatures, *(t for t in TEMPERATURES if t > temperatures[0]))
+    threshold = 1.0 if no_speech is None else no_speech  # no probability is above 1
+    return replace(decoding, temperatures=temperatures, no_speech_threshold=threshold)
+
+
+def total_seconds(recordings: Sequence[Recording]) -> float:
+    """For the progress bar: by headers alone, 0 of what has none."""
+    from common.data.headers import guess_seconds
+
+    return sum(guess_seconds(one.path) for one in recordings)
 
 
 def say(line: str, *, on_stdout: bool = False) -> None:
-    """Writes around a running progress bar."""
+    """Writes around a running progress bar; what the terminal's encoding lacks is escaped."""
     import sys
 
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stdout if on_stdout else sys.stderr, end="" if on_stdout else "\n")
+    stream = sys.stdout if on_stdout else sys.stderr
+    encoding = stream.encoding or "utf-8"
+    shown = line.encode(encoding, "backslashreplace").decode(encoding)
+    tqdm.write(shown, file=stream, end="" if on_stdout else "\n")
 
 
 def write(
     opened: OpenedModel,
-    file: Path,
-    samples: int,
-    windows: Sequence[HeardWindow],
+    loaded: LoadedRecording,
+    windows: Sequence[WindowTranscript],
     kinds: Sequence[str],
     out: Path | None,
     *,
     titled: bool,
-) -> None:
-    """Prints one recording's transcript, or writes it in every format that is asked for."""
+) -> int:
+    """Prints one recording's transcript, or writes it in every format that is asked for; returns the files."""
     from common.data.audio import SAMPLE_RATE
     from common.files import explained, new_file
     from common.inference.subtitles import FORMATS
     from common.inference.transcribe import segments_of
 
+    name = loaded.recording.name
     segments = segments_of(windows, opened.language)
     if not segments:
-        say(f"{file}: no speech was heard")
-    seconds = round(samples / SAMPLE_RATE, 3)
-    facts = {"file": os.fspath(file), "seconds": seconds, "model": opened.name, "language": opened.language}
+        loaded.notes.append("no speech was found")
+    for note in loaded.notes:
+        say(f"{name}: {note.removeprefix(f'{name} ')}")
+    seconds = round(len(loaded.samples) / SAMPLE_RATE, 3)
+    facts = {"file": name, "seconds": seconds, "model": opened.name, "language": opened.language, "notes": loaded.notes}
     for kind in kinds:
         text = FORMATS[kind](segments, facts)
         if out is None:
-            say((f"==> {file} <==\n" if titled and kind != "json" else "") + text, on_stdout=True)
+            say((f"==> {name} <==\n" if titled and kind != "json" else "") + text, on_stdout=True)
             continue
-        target = out / f"{file.stem}.{kind}"
+        target = out / f"{loaded.recording.stem}.{kind}"
         with explained(target), new_file(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    return 0 if out is None else len(kinds)

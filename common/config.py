@@ -6,16 +6,19 @@ Only the border reads it: stages hand plain arguments to the modules. What each 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from common.errors import ConfigError, UsageError
 from common.sections import (
+    CREDENTIALS,
     AdaloraConfig,
     AsrConfig,
     AudioConfig,
@@ -31,23 +34,31 @@ from common.sections import (
     RuntimeConfig,
     Section,
     SubsetsConfig,
+    refuse_credentials,
 )
 
 MODES = ("full", "quick", "demo")
+# Where something lies, not what it is: may differ within a run, and never comes from a record in a store.
+PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")
+LONGEST, DEEPEST = 2**20, 50  # characters of a YAML text, and brackets in brackets
+SHOWN = 120  # characters of a value or a reason in an error
 GPUS = ("a100-40", "a100-80", "h100-80", "h200-141", "cpu")
 
 
 class Config(Section):
     """All of it. `store` and `run` say where results go, never what they are."""
 
-    run: str = Field("full", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run in the store")
-    store: str = Field("runs", description="folder or s3://bucket/prefix")
-    endpoint_url: str | None = Field(None, description="of an S3-compatible store")
-    seed: int = Field(42, description="of everything random")
+    run: str = Field("full", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run in the store.")
+    store: str = Field("runs", description="Folder or s3://bucket/prefix for all results.")
+    endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible store.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Random seed for data order, initialisation and dropout.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="of training: auto takes bf16, or fp16 with a scaler, on a GPU that has it, else fp32"
+        "auto",
+        description="Training precision. auto takes bf16, or fp16 with a loss scaler, on a GPU that has it, else fp32.",
     )
-    num_experts: int | None = Field(8, gt=0, description="experts, and clusters wanted")
+    num_experts: int | None = Field(
+        8, gt=0, description="Number of routed experts, and of clusters. 1 trains one adapter for everybody."
+    )
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
     audio: AudioConfig = AudioConfig()
@@ -62,6 +73,15 @@ class Config(Section):
     asr: AsrConfig = AsrConfig()
     decode: DecodeConfig = DecodeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    _no_credentials = field_validator("store")(refuse_credentials)
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _server_alone(cls, url: str | None) -> str | None:
+        if url and ("@" in url or "?" in url):
+            raise PydanticCustomError("credentials", CREDENTIALS)
+        return url
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,16 +113,47 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML or holds no mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"configuration file {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML: {error}") from None
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {path} holds no mapping of sections (found {type(tree).__name__})")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Without what a few lines can make endless: aliases stand for more values than fit into memory, and the time that
+    brackets take grows with the square of their depth."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= DEEPEST:
+            raise ValueError("it is nested too deeply")
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("aliases (*name) are not used here: write the value itself")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is none; the message is one short line.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST:,} characters")
+    try:
+        return _Loader(text).get_single_data()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())[:SHOWN]) from None
 
 
 def shipped(*parts: str) -> Path:
@@ -191,12 +242,24 @@ def validate(tree: Mapping[str, Any]) -> Config:
 
 
 def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) for part in problem["loc"])[:SHOWN]
+    if problem["type"] == "credentials":
+        return f"{path}: {problem['msg']}"
     if problem["type"] != "extra_forbidden":
-        return f"{path}: {problem['msg']}; got {problem['input']!r}"
+        return f"{path}: {problem['msg']}; got {_shown(problem['input'])}"
     near = difflib.get_close_matches(path, [*known_paths(), *Config.model_fields], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "; `moe-asr config show` lists all names"
     return f"{path}: no such setting{hint}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, or the beginning of that."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = SHOWN
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def scale_subsets(config: Config, data_percent: float) -> Config:

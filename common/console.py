@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MoeAsrError, RetryableError, StoreError
+from common.escape import escaped
 
 LOST = {"AcceleratorError", "DistBackendError", "DistNetworkError"}  # torch's, when hardware or a peer fails
 
@@ -23,15 +25,26 @@ def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
     handlers: list[logging.Handler] = [_Stderr()]
     if log_file:
         try:
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             raise StoreError(f"--log-file {log_file}: {error.strerror}") from None
-    logging.basicConfig(
-        level=logging.INFO, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    for handler in handlers:
+        handler.setFormatter(LineFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     handlers[0].setLevel(logging.WARNING if quiet else logging.INFO)
     for noisy in ("numba", "matplotlib", "httpx", "urllib3", "botocore", "boto3", "s3transfer", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class LineFormatter(logging.Formatter):
+    """One line per message, whatever it quotes: a log is read, and may be a file that others run."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = escaped(record.message, one_line=True)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return escaped(super().formatException(ei))
 
 
 class _Stderr(logging.Handler):
@@ -42,31 +55,54 @@ class _Stderr(logging.Handler):
 
         line = self.format(record)
         if record.levelno >= logging.WARNING and sys.stderr.isatty():
-            line = coloured(line, "red" if record.levelno >= logging.ERROR else "yellow")
+            line = _styled(line, "red" if record.levelno >= logging.ERROR else "yellow")
         tqdm.write(line, file=sys.stderr)
 
 
-def coloured(text: str, colour: str) -> str:
-    """The text in a colour of the terminal, for `click.echo`, which takes it out again where there is no terminal.
+class Coloured(str):
+    """Text that is escaped already and has codes of the terminal around it."""
+
+    __slots__ = ()
+
+
+def coloured(text: str, colour: str) -> Coloured:
+    """The text in a colour of the terminal: a part for `echo`, which takes it out again where there is no terminal.
 
     Plain where $NO_COLOR is set (no-color.org) or the terminal is a dumb one.
     """
+    return Coloured(_styled(escaped(text, one_line=True), colour))
+
+
+def _styled(text: str, colour: str) -> str:
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
     return text if plain else click.style(text, fg=colour)
 
 
+def echo(*parts: object, err: bool = False, nl: bool = True) -> None:
+    """Prints the parts one after the other, escaped: what commands show comes from corpora, stores and models."""
+    shown = (part if isinstance(part, Coloured) else escaped(str(part)) for part in parts)
+    click.echo("".join(shown), err=err, nl=nl)
+
+
 def run_command(command: click.Command) -> None:
     """Runs a click command and ends the process with the exit code of what happened."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8, a terminal's encoding may be ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.lastResort = _Stderr(logging.WARNING)  # of commands that set up no logging
+    logging.lastResort.setFormatter(LineFormatter("%(levelname)s: %(message)s"))
     try:
         code = command(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        echo(shown.getvalue(), err=True, nl=False)
         sys.exit(64)
     except click.Abort:
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except MoeAsrError as error:
         _fail(str(error), error.exit_code)
@@ -82,23 +118,24 @@ def run_command(command: click.Command) -> None:
         if "OutOfMemoryError" in kinds:
             _fail(f"{error}; set smaller batches (docs/memory.md)", ConfigError.exit_code)
         if kinds & LOST and "assert" not in str(error):  # an assertion on the device is our fault
-            traceback.print_exc()
+            echo(traceback.format_exc(), err=True, nl=False)
             _fail("a GPU, or the connection to another process, failed (above): run it again", RetryableError.exit_code)
         _crash()
 
 
 def _crash() -> NoReturn:
     """A fault of the program: the traceback, and a code of its own, so that no cluster tries it again."""
-    traceback.print_exc()
+    echo(traceback.format_exc(), err=True, nl=False)
     sys.exit(EXIT_FAULT)
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    message = escaped(message, one_line=True)
     _tell_cluster(message)
     if logging.getLogger().handlers:
         logging.getLogger("moe-asr").error("error: %s", message)
     else:
-        click.echo(f"{coloured('error:', 'red')} {message}", err=True)
+        echo(coloured("error:", "red"), f" {message}", err=True)
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.text import lone_surrogate
 
 REMEDY = "run the stage that writes it again"
 Row = dict[str, Any]
@@ -36,28 +37,41 @@ def read_rows(path: Path) -> list[Row]:
     return [row for _, row in read_jsonl(path, remedy=REMEDY)]
 
 
-def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, Row]]:
     """The objects of a JSON Lines file with their line numbers, blank lines skipped.
 
+    A line ends at a line feed alone: JSON may hold U+2028 and U+0085 as they are, where `str.splitlines` would cut.
+
     Raises:
-        DataError: the file cannot be read (the message ends in `remedy`), or a line is no JSON object.
+        DataError: the file cannot be read (the message ends in `remedy`), or a line is no JSON object, or holds text
+            that UTF-8 cannot hold.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse_object(line, f"{path}:{number}")
+                    yield number, parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not utf-8 text ({error.reason}): save it as utf-8") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}: {remedy}") from error
 
 
-def _parse_object(line: str, where: str) -> dict[str, Any]:
+def parse_line(line: str, where: str) -> Row:
+    """The object in a line of JSON Lines.
+
+    Args:
+        where: file and line, for messages.
+
+    Raises:
+        DataError: no JSON, no object, or half of a surrogate pair in it, which no UTF-8 file can hold.
+    """
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}): one JSON object a line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: holds a {type(record).__name__}, not an object: one JSON object a line")
+    if "\\ud" in line.lower() and (half := lone_surrogate(json.dumps(record, ensure_ascii=False))):
+        raise DataError(f"{where}: holds \\u{half}, half of a surrogate pair, which is no character: correct the text")
     return record

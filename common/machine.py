@@ -177,10 +177,7 @@ def _decoding(format_: str, subtype: str | None) -> Finding:
 
 
 def _more_formats() -> Finding:
-    try:
-        return Finding("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
-    except PackageNotFoundError:
-        return Finding("other formats", "note", "M4A, WMA and video need `pip install moe-asr[audio-formats]`")
+    return Finding("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
 
 
 def _compiler() -> Finding:

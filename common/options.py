@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-import yaml
 from pydantic.fields import FieldInfo
 
-from common.config import GPUS, MODES, Config, resolve
+from common.config import GPUS, MODES, SHOWN, Config, parse_yaml, resolve
 from common.errors import UsageError
+from common.escape import escaped
 from common.sections import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,107 +20,118 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """`flag` sets the configuration's `path`; with `value`, the flag takes none and sets that one."""
+    """`flag` sets the configuration's `path`; its help text is the setting's description.
+
+    Attributes:
+        value: of a flag that takes none: what it sets.
+        help: of such a flag.
+    """
 
     flag: str
     path: str
-    help: str
     value: Any = None
+    help: str = ""
 
 
 RUN_OPTIONS = (
-    Option("--seed", "seed", "of everything random"),
-    Option("--num-experts", "num_experts", "experts, and clusters wanted"),
-    Option("--model", "model.name", "base Whisper: hub name, folder or store URI"),
-    Option("--revision", "model.revision", "commit of a hub model"),
-    Option("--corpus", "corpus.path", "folder or s3://bucket/prefix with index.jsonl"),
-    Option("--store", "store", "folder or s3://bucket/prefix for all results"),
-    Option("--endpoint-url", "endpoint_url", "of an S3-compatible store"),
-    Option("--run", "run", "name of the run in the store; the mode's name by default"),
-    Option("--gating-batch-size", "gating.batch_size", "utterances per batch of the gate"),
-    Option("--expert-batch-size", "experts.batch_size", "utterances per batch of an expert"),
-    Option("--asr-batch-size", "asr.batch_size", "utterances per batch of joint training"),
-    Option("--num-workers", "runtime.num_workers", "loader processes"),
-    Option("--device", "runtime.device", "auto, cpu or cuda"),
-    Option("--processes", "runtime.processes", "of joint training, one per GPU; they share the batches of a step"),
-    Option("--clustering-algorithm", "cluster.algorithm", ""),
-    Option("--reduce", "cluster.reduce", "before clustering"),
-    Option("--reduce-dim", "cluster.reduce_dim", "dimensions to reduce to"),
-    Option("--plot-method", "cluster.plot", "of the cluster map"),
-    Option("--min-cluster-size", "cluster.min_cluster_size", "HDBSCAN's, where it starts"),
-    Option("--mixture", "asr.mixture", "how experts are mixed"),
-    Option("--top-k", "asr.top_k", "experts per utterance"),
-    Option("--adapt", "asr.adapt", "LoRA experts, AdaLoRA or all weights"),
-    Option("--audio-context", "audio.context", "encoder length"),
-    Option("--save-every-n-epochs", "runtime.save_every_n_epochs", "checkpoint at least this often"),
-    Option("--log-file", "runtime.log_file", "also log to this file"),
-    Option("--metrics-port", "runtime.metrics_port", "serve Prometheus metrics while running; 0 takes any free port"),
-    Option("--no-reduce-experts", "cluster.reduce_experts", "fail when fewer clusters than experts are found", False),
-    Option("--use-chunking", "audio.long_audio", "cut utterances over 30 s at pauses, their text aligned", "segment"),
-    Option("--no-shared-expert", "asr.shared_expert", "train routed experts without a shared one", False),
-    Option("--gradient-checkpointing", "asr.gradient_checkpointing", "recompute activations, saving memory", True),
-    Option("--save-only-best", "runtime.save_only_best", "keep no checkpoint but the best and the newest", True),
-    Option("--quiet", "runtime.quiet", "no progress bars", True),
-    Option("--fp16", "precision", "train in fp16 with a loss scaler (default: by device)", "fp16"),
-    Option("--bf16", "precision", "train in bf16 (default: by device)", "bf16"),
+    Option("--seed", "seed"),
+    Option("--num-experts", "num_experts"),
+    Option("--model", "model.name"),
+    Option("--revision", "model.revision"),
+    Option("--corpus", "corpus.path"),
+    Option("--store", "store"),
+    Option("--endpoint-url", "endpoint_url"),
+    Option("--run", "run"),
+    Option("--gating-batch-size", "gating.batch_size"),
+    Option("--expert-batch-size", "experts.batch_size"),
+    Option("--asr-batch-size", "asr.batch_size"),
+    Option("--num-workers", "runtime.num_workers"),
+    Option("--device", "runtime.device"),
+    Option("--processes", "runtime.processes"),
+    Option("--clustering-algorithm", "cluster.algorithm"),
+    Option("--reduce", "cluster.reduce"),
+    Option("--reduce-dim", "cluster.reduce_dim"),
+    Option("--plot-method", "cluster.plot"),
+    Option("--min-cluster-size", "cluster.min_cluster_size"),
+    Option("--mixture", "asr.mixture"),
+    Option("--top-k", "asr.top_k"),
+    Option("--adapt", "asr.adapt"),
+    Option("--audio-context", "audio.context"),
+    Option("--save-every-n-epochs", "runtime.save_every_n_epochs"),
+    Option("--log-file", "runtime.log_file"),
+    Option("--metrics-port", "runtime.metrics_port"),
+    Option("--no-reduce-experts", "cluster.reduce_experts", False, "Fail when fewer clusters than experts are found."),
+    Option(
+        "--use-chunking", "audio.long_audio", "segment", "Cut utterances over 30 s at pauses, with their text aligned."
+    ),
+    Option("--no-shared-expert", "asr.shared_expert", False, "Train routed experts without a shared one."),
+    Option(
+        "--gradient-checkpointing",
+        "asr.gradient_checkpointing",
+        True,
+        "Recompute activations in the backward pass to save memory.",
+    ),
+    Option("--save-only-best", "runtime.save_only_best", True, "Keep only the best and the newest checkpoint."),
+    Option("--quiet", "runtime.quiet", True, "Show no progress bars."),
+    Option("--fp16", "precision", "fp16", "Train in fp16 with a loss scaler. The default depends on the device."),
+    Option("--bf16", "precision", "bf16", "Train in bf16. The default depends on the device."),
 )
 
 # One flag that sets several stages at once.
-SHARED_OPTIONS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "--gradient-accumulation-steps": (
-        ("experts.gradient_accumulation_steps", "asr.gradient_accumulation_steps"),
-        "batches per optimiser step, of all processes",
-    ),
-    "--eval-every-n-epochs": (
-        ("gating.eval_every_n_epochs", "experts.eval_every_n_epochs", "asr.eval_every_n_epochs"),
-        "full evaluation; the epochs between look at the loss only",
-    ),
+SHARED_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "--gradient-accumulation-steps": ("experts.gradient_accumulation_steps", "asr.gradient_accumulation_steps"),
+    "--eval-every-n-epochs": ("gating.eval_every_n_epochs", "experts.eval_every_n_epochs", "asr.eval_every_n_epochs"),
 }
 
 
 def config_options(function: F) -> F:
     """Adds every option that leads to a configuration; the command then gets them in `**options`."""
     for option in reversed(RUN_OPTIONS):
-        function = click_option(option.flag, option.path, option.help, option.value)(function)
-    for flag, (paths, text) in reversed(list(SHARED_OPTIONS.items())):
-        function = click_option(flag, paths[0], text)(function)
+        function = click_option(option)(function)
+    for flag, paths in reversed(list(SHARED_OPTIONS.items())):
+        function = click_option(Option(flag, paths[0]))(function)
     for decorate in reversed(BASE_OPTIONS):
         function = decorate(function)
     return function
 
 
 BASE_OPTIONS = (
+    click.option("--mode", type=click.Choice(MODES), help="Shipped configuration to start from.  [default: full]"),
     click.option(
-        "--mode", type=click.Choice(MODES), help="Which shipped configuration to start from.  [default: full]"
+        "--config", "config_file", type=click.Path(path_type=Path), help="YAML file that overrides the mode's values."
     ),
-    click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file laid over the mode's."),
     click.option(
-        "--gpu", type=click.Choice((*GPUS, "auto")), help="Batch sizes for this GPU; auto looks at this machine."
+        "--gpu",
+        type=click.Choice((*GPUS, "auto")),
+        help="Batch sizes and precision for this GPU. auto detects the machine's.",
     ),
-    click.option("--set", "settings", multiple=True, metavar="PATH=VALUE", help="Any other setting, as asr.epochs=3."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="PATH=VALUE",
+        help="Any setting of the configuration, as asr.epochs=3.",
+    ),
     click.option(
         "--data-percent",
         type=float,
-        help="Keep this share of each subset (of the ASR data alone with --skip-pretraining).",
+        help="Share of each subset to keep, in percent; of the ASR data alone with --skip-pretraining.",
     ),
     click.option(
-        "--skip-pretraining", is_flag=True, help="Regular mixture: random gate and experts; needs --num-experts."
+        "--skip-pretraining", is_flag=True, help="Train a regular mixture with a random gate. Needs --num-experts."
     ),
     click.option("--no-plot", is_flag=True, help="Draw no plots."),
 )
 
 
-def click_option(flag: str, path: str, text: str, value: Any = None) -> Callable[[F], F]:
-    name = flag.removeprefix("--").replace("-", "_")
-    if value is not None:
-        return click.option(flag, name, is_flag=True, default=False, help=f"{_sentence(text)}.")
-    field = field_of(path)
-    return click.option(flag, name, type=_click_type(field), default=None, help=f"{_sentence(text) or path} [{path}].")
-
-
-def _sentence(text: str) -> str:
-    """With a capital first letter; the rest keeps its names and abbreviations."""
-    return text[:1].upper() + text[1:]
+def click_option(option: Option) -> Callable[[F], F]:
+    """A click option that sets a value of the configuration."""
+    name = option.flag.removeprefix("--").replace("-", "_")
+    if option.value is not None:
+        return click.option(option.flag, name, is_flag=True, default=False, help=option.help)
+    field = field_of(option.path)
+    text = f"{field.description} [{option.path}]"
+    return click.option(option.flag, name, type=_click_type(field), default=None, help=text)
 
 
 def field_of(path: str) -> FieldInfo:
@@ -160,7 +171,7 @@ def config_from(
         given = options.get(option.flag.removeprefix("--").replace("-", "_"))
         if given is not None and given is not False:
             chosen[option.path] = given if option.value is None else option.value
-    for flag, (paths, _) in SHARED_OPTIONS.items():
+    for flag, paths in SHARED_OPTIONS.items():
         given = options.get(flag.removeprefix("--").replace("-", "_"))
         chosen |= dict.fromkeys(paths, given) if given is not None else {}
     if options.get("no_plot"):
@@ -187,12 +198,13 @@ def parse_setting(text: str) -> tuple[str, Any]:
         UsageError: there is no `=`, or the value is not YAML.
     """
     path, equals, value = text.partition("=")
-    if not equals or not path.strip():
-        raise UsageError(f"--set {text}: write it as section.key=value")
+    shown = escaped(text)[:SHOWN]  # escaped first: half of an address with a password does not look like one
+    if not equals or not path.strip() or len(path) > SHOWN:
+        raise UsageError(f"--set {shown}: write it as section.key=value")
     try:
-        return path.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {text}: {value!r} is not YAML") from None
+        return path.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"--set {shown}: the value is not YAML ({error})") from None
 
 
 def resolve_gpu(name: str | None) -> str | None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
+from common.escape import escaped
+
 T = TypeVar("T")
 FIRST, EVERY = 10.0, 60.0  # seconds to the first line, and between lines
 
@@ -62,11 +64,8 @@ class Lines:
         share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         unit = f" {self.unit}" if self.unit else ""
-        print(
-            f"{self.label}: {self.done:,.10g} of {self.total:,.10g}{unit}{share}, {rate:.3g}/s{left}{self.values}",
-            file=sys.stderr,
-            flush=True,
-        )
+        done = f"{self.done:,.10g} of {self.total:,.10g}{unit}{share}, {rate:.3g}/s{left}{self.values}"
+        print(escaped(f"{self.label}: {done}", one_line=True), file=sys.stderr, flush=True)
 
 
 class _Hidden:
@@ -95,7 +94,9 @@ def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hi
         return Lines(total, initial, label, unit)
     from tqdm import tqdm
 
-    bar: Bar = tqdm(total=total, initial=initial, desc=label, unit=f" {unit}" if unit else "it", dynamic_ncols=True)
+    bar: Bar = tqdm(
+        total=total, initial=initial, desc=escaped(label), unit=f" {unit}" if unit else "it", dynamic_ncols=True
+    )
     return bar
 
 

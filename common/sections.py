@@ -6,9 +6,13 @@ change a result. `docs/reference/config.md` is made of this file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+LARGEST = 2**53  # above it, JSON's numbers are not exact
+CREDENTIALS = "an address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
 
 
 def text_language(language: str, task: str) -> str:
@@ -16,27 +20,49 @@ def text_language(language: str, task: str) -> str:
     return "en" if task == "translate" else language
 
 
-class Section(BaseModel):
-    """One frozen section; an unknown name is refused."""
+def refuse_credentials(address: str | None) -> str | None:
+    """The address itself, which will be in run.json, the report and the workflow.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Raises:
+        PydanticCustomError: it holds a user or a password.
+    """
+    if "@" in (address or "").partition("://")[2].partition("/")[0]:
+        raise PydanticCustomError("credentials", CREDENTIALS)
+    return address
+
+
+class Section(BaseModel):
+    """One frozen section; an unknown name is refused, and so is a number that no computer reckons with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError("a whole number is at most 2**53")
+        return value
 
 
 class CorpusConfig(Section):
     """What to train on."""
 
-    path: str = Field("data/corpus", description="folder or s3://bucket/prefix that holds index.jsonl")
+    path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that holds index.jsonl.")
+
+    _no_credentials = field_validator("path")(refuse_credentials)
 
 
 class ModelConfig(Section):
     """The base model: any Whisper checkpoint."""
 
-    name: str = Field("openai/whisper-large-v2", description="hub name, local folder or store URI")
-    revision: str | None = Field(None, description="commit of a hub model; pin it for results that can be repeated")
-    language: str = Field("en", description="language token of multilingual models")
-    task: Literal["transcribe", "translate"] = Field(
-        "transcribe", description="what Whisper is asked to do; translate goes to English"
+    name: str = Field(
+        "openai/whisper-large-v2", description="Hub name, local folder or store address of the base model."
     )
+    revision: str | None = Field(None, description="Commit of a hub model. Pin it for reproducible results.")
+    language: str = Field("en", description="Language of the speech, as the token of a multilingual model.")
+    task: Literal["transcribe", "translate"] = Field("transcribe", description="Transcribe, or translate into English.")
+
+    _no_credentials = field_validator("name")(refuse_credentials)
 
     @property
     def text_language(self) -> str:
@@ -48,22 +74,26 @@ class AudioConfig(Section):
     """How audio becomes encoder input; the same in training, evaluation and transcription."""
 
     context: Literal["dynamic", "30s"] = Field(
-        "dynamic", description="encode the utterance's own length, or pad to 30 s"
+        "dynamic", description="Encoder input: the utterance's own length, or padded to 30 s."
     )
-    margin: int = Field(64, ge=64, description="encoder positions (20 ms each) of silence after the last sample")
+    margin: int = Field(64, ge=64, description="Encoder positions (20 ms each) of silence after the last sample.")
     long_audio: Literal["error", "drop", "segment"] = Field(
-        "error", description="utterances over 30 s or 448 tokens: refuse, leave out, or cut at pauses"
+        "error",
+        description="Treatment of utterances over 30 s or 448 tokens: refuse the corpus, leave them out, or cut them "
+        "at pauses.",
     )
 
 
 class AugmentConfig(Section):
     """What is done to training audio, on the device; evaluation hears it as it is."""
 
-    speeds: tuple[float, ...] = Field((), description="speed factors to draw from, as [0.9, 1.0, 1.1]")
-    time_masks: int = Field(0, ge=0, description="SpecAugment: stripes of time per utterance")
-    time_width: float = Field(0.05, gt=0, le=1, description="the longest, as a share of the utterance")
-    mel_masks: int = Field(0, ge=0, description="SpecAugment: stripes of mel bands per utterance")
-    mel_width: int = Field(27, gt=0, description="the widest, in bands")
+    speeds: tuple[float, ...] = Field((), description="Speed factors to draw from, as [0.9, 1.0, 1.1].")
+    time_masks: int = Field(0, ge=0, description="SpecAugment: time masks per utterance.")
+    time_width: float = Field(
+        0.05, gt=0, le=1, description="SpecAugment: longest time mask, as a share of the utterance."
+    )
+    mel_masks: int = Field(0, ge=0, description="SpecAugment: frequency masks per utterance.")
+    mel_width: int = Field(27, gt=0, description="SpecAugment: widest frequency mask, in mel bands.")
 
     @field_validator("speeds")
     @classmethod
@@ -76,27 +106,35 @@ class AugmentConfig(Section):
 class SubsetsConfig(Section):
     """Nested, stratified parts of the training split, in percent or as a number of utterances."""
 
-    embeddings_percent: float = Field(10, gt=0, le=100, description="utterances that are clustered")
-    embeddings_samples: int | None = Field(None, gt=0, description="the same as a number of utterances")
-    experts_percent: float = Field(15, gt=0, le=100, description="utterances that pre-train the experts")
-    experts_samples: int | None = Field(None, gt=0, description="the same as a number of utterances")
-    asr_percent: float = Field(100, gt=0, le=100, description="utterances of the joint training")
-    asr_samples: int | None = Field(None, gt=0, description="the same as a number of utterances")
-    dev_samples: int | None = Field(None, gt=0, description="utterances of dev that are looked at; all when unset")
-    test_samples: int | None = Field(None, gt=0, description="utterances of test that are scored; all when unset")
+    embeddings_percent: float = Field(10, gt=0, le=100, description="Share of train that is clustered, in percent.")
+    embeddings_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    experts_percent: float = Field(
+        15, gt=0, le=100, description="Share of train that pre-trains the experts, in percent."
+    )
+    experts_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    asr_percent: float = Field(100, gt=0, le=100, description="Share of train for joint training, in percent.")
+    asr_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    dev_samples: int | None = Field(
+        None, gt=0, description="Number of dev utterances that are evaluated. All when unset."
+    )
+    test_samples: int | None = Field(
+        None, gt=0, description="Number of test utterances that are scored. All when unset."
+    )
 
 
 class ExtractConfig(Section):
     """Pooled embeddings of the frozen encoder."""
 
     layer: int = Field(
-        -1, ge=-1, description="encoder layer: -1 the last after its norm, 0 the convolutions, n the n-th block"
+        -1,
+        ge=-1,
+        description="Encoder layer: -1 for the last one after its norm, 0 for the convolutions, n for the n-th block.",
     )
-    pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="over the utterance's own frames")
-    keep_frames: bool = Field(False, description="also write fp16 embeddings of every valid frame")
-    shard_size: int = Field(20_000, gt=0, description="utterances per shard of the fan-out")
-    checkpoint_every: int = Field(100, gt=0, description="utterances between two resumable parts")
-    clear_cache: bool = Field(False, description="empty the device cache after each part")
+    pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="Pooling over the utterance's own frames.")
+    keep_frames: bool = Field(False, description="Also write fp16 embeddings of every valid frame.")
+    shard_size: int = Field(20_000, gt=0, description="Utterances per shard.")
+    checkpoint_every: int = Field(100, gt=0, description="Utterances between two checkpoints of the extraction.")
+    clear_cache: bool = Field(False, description="Empty the device's memory cache after each checkpoint.")
 
 
 class ClusterConfig(Section):
@@ -104,44 +142,55 @@ class ClusterConfig(Section):
 
     algorithm: Literal["hdbscan", "spectral", "etiology"] = Field(
         "hdbscan",
-        description="HDBSCAN finds the number of clusters, spectral clustering is told it; etiology takes the corpus's "
-        "own groups",
+        description="Clustering algorithm. hdbscan finds the number of clusters, spectral takes num_experts of them, "
+        "etiology takes the corpus's own groups.",
     )
-    reduce: Literal["none", "pca", "umap"] = Field("pca", description="how embeddings are reduced before clustering")
-    reduce_dim: int = Field(50, gt=0, description="dimensions to reduce to")
-    min_cluster_size: int = Field(5, ge=2, description="HDBSCAN's; lowered while it finds fewer clusters than experts")
-    min_samples: int = Field(5, ge=1, description="HDBSCAN's: neighbours that make a point dense")
-    reduce_experts: bool = Field(True, description="accept fewer clusters than experts")
-    plot: Literal["umap", "pca", "tsne", "none"] = Field("umap", description="projection of the cluster map")
+    reduce: Literal["none", "pca", "umap"] = Field("pca", description="Dimensionality reduction before clustering.")
+    reduce_dim: int = Field(50, gt=0, description="Number of dimensions after the reduction.")
+    min_cluster_size: int = Field(
+        5, ge=2, description="Smallest cluster of HDBSCAN. It is lowered while fewer clusters than experts are found."
+    )
+    min_samples: int = Field(5, ge=1, description="Number of neighbours that make a point dense, for HDBSCAN.")
+    reduce_experts: bool = Field(True, description="Accept fewer clusters than experts.")
+    plot: Literal["umap", "pca", "tsne", "none"] = Field("umap", description="Projection for the cluster map.")
 
 
 class LoraConfig(Section):
     """The shape of the experts."""
 
-    rank: int = Field(16, gt=0, description="rank of each routed expert")
-    alpha: float = Field(32, gt=0, description="every expert's output is scaled by alpha / rank")
-    shared_rank: int = Field(48, gt=0, description="rank of the shared expert, which every utterance uses")
-    magnitude: bool = Field(True, description="learn a magnitude for each rank, folded into the weights when saved")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input of each expert, in training")
+    rank: int = Field(16, gt=0, description="Rank of each routed expert.")
+    alpha: float = Field(32, gt=0, description="Scale of every expert's output: alpha / rank.")
+    shared_rank: int = Field(48, gt=0, description="Rank of the shared expert, which every utterance uses.")
+    magnitude: bool = Field(
+        True, description="Learn a magnitude for each rank. It is folded into the weights when an adapter is saved."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the input of each expert.")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-        description="names of the linear layers that get experts",
+        description="Names of the linear layers that are adapted.",
     )
-    modules: Literal["all", "encoder", "decoder"] = Field("all", description="which half of the model gets experts")
+    modules: Literal["all", "encoder", "decoder"] = Field("all", description="Part of the model that is adapted.")
 
 
 class AdaloraConfig(Section):
     """AdaLoRA: one adapter whose ranks go where they matter (`asr.adapt: adalora`); the rest is `lora`'s."""
 
-    init_rank: int | None = Field(None, gt=0, description="of each layer at the start; 1.5 times the target when unset")
-    target_rank: int | None = Field(None, gt=0, description="mean over layers at the end; lora.rank when unset")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of all steps before the first rank is taken away")
-    final: float = Field(
-        0.3, ge=0, lt=1, description="share of all steps after the last one is; the best is among these"
+    init_rank: int | None = Field(
+        None, gt=0, description="Rank of each layer at the start. 1.5 times the target when unset."
     )
-    interval: int = Field(10, gt=0, description="steps between two allocations")
-    orthogonality: float = Field(0.5, ge=0, description="weight of the penalty on P and Q that are not orthonormal")
-    value_rate: float = Field(20, gt=0, description="learning rate of the singular values, times asr.learning_rate")
+    target_rank: int | None = Field(None, gt=0, description="Mean rank over layers at the end. lora.rank when unset.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of all steps before the first rank is removed.")
+    final: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="Share of all steps after the last rank is removed. Checkpoints are selected among these.",
+    )
+    interval: int = Field(10, gt=0, description="Optimizer steps between two allocations of ranks.")
+    orthogonality: float = Field(0.5, ge=0, description="Weight of the penalty that keeps P and Q orthonormal.")
+    value_rate: float = Field(
+        20, gt=0, description="Learning rate of the singular values, as a multiple of asr.learning_rate."
+    )
 
     @model_validator(mode="after")
     def _plausible(self) -> AdaloraConfig:
@@ -155,104 +204,156 @@ class AdaloraConfig(Section):
 class TrainConfig(Section):
     """What one run of the training loop needs."""
 
-    epochs: int = Field(10, gt=0, description="at most; early stopping may end before")
-    max_steps: int | None = Field(None, gt=0, description="stop after this many optimiser steps")
-    batch_size: int = Field(4, gt=0, description="utterances per batch")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="batches per optimiser step, of all processes")
-    learning_rate: float = Field(1e-4, gt=0, description="of AdamW, at its highest")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of all steps")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    patience: int = Field(3, gt=0, description="evaluations without improvement before stopping")
-    eval_every_n_epochs: int = Field(1, gt=0, description="full evaluation; the epochs between look at the loss only")
-    select_by: Literal["wer", "loss"] = Field(
-        "loss", description="which figure on dev selects the checkpoint and stops early"
+    epochs: int = Field(10, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
+    max_steps: int | None = Field(None, gt=0, description="Maximum number of optimizer steps.")
+    batch_size: int = Field(4, gt=0, description="Utterances per batch.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Batches per optimizer step, over all processes.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of all steps in which the learning rate rises.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Maximum gradient norm. Larger gradients are clipped to it.")
+    patience: int = Field(3, gt=0, description="Evaluations without improvement before training stops early.")
+    eval_every_n_epochs: int = Field(
+        1, gt=0, description="Epochs between two full evaluations. The other epochs evaluate the loss only."
     )
-    average: int = Field(1, gt=0, description="average the weights of n evaluations; kept unless the best is better")
-    average_of: Literal["best", "last"] = Field("best", description="which n")
+    select_by: Literal["wer", "loss"] = Field(
+        "loss", description="Metric on dev that selects the checkpoint and stops training early."
+    )
+    average: int = Field(
+        1,
+        gt=0,
+        description="Number of evaluated weights to average at the end. The average is kept unless the best "
+        "checkpoint is better.",
+    )
+    average_of: Literal["best", "last"] = Field(
+        "best", description="Which evaluations are averaged: the best ones or the last ones."
+    )
 
 
 class SpeechTrainConfig(TrainConfig):
     """The same for what trains on audio and text."""
 
-    batch_seconds: float | None = Field(None, gt=0, description="padded seconds of audio per batch instead")
-    batch_tokens: int | None = Field(None, gt=0, description="with batch_seconds: padded text tokens per batch at most")
-    compile: bool = Field(False, description="compile the blocks of the model (torch.compile; needs a C++ compiler)")
+    batch_seconds: float | None = Field(
+        None, gt=0, description="Padded seconds of audio per batch, in place of batch_size."
+    )
+    batch_tokens: int | None = Field(
+        None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
+    )
+    compile: bool = Field(
+        False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."
+    )
 
 
 class GatingConfig(TrainConfig):
     """The gate: an MLP from embedding to cluster."""
 
-    batch_size: int = Field(256, gt=0, description="utterances per batch")
-    epochs: int = Field(20, gt=0, description="at most; early stopping may end before")
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its highest")
-    hidden: int = Field(256, gt=0, description="width of its hidden layer")
-    dropout: float = Field(0.1, ge=0, lt=1, description="in training")
-    class_weights: bool = Field(True, description="weigh clusters by the inverse of their size")
-    select_by: Literal["loss"] = Field("loss", description="figure on dev that selects the checkpoint and stops early")
+    batch_size: int = Field(256, gt=0, description="Utterances per batch.")
+    epochs: int = Field(20, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    hidden: int = Field(256, gt=0, description="Width of the gate's hidden layer.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability on the gate's hidden layer.")
+    class_weights: bool = Field(True, description="Weight each cluster by the inverse of its size.")
+    select_by: Literal["loss"] = Field(
+        "loss", description="Metric on dev that selects the checkpoint and stops training early."
+    )
 
 
 class ExpertsConfig(SpeechTrainConfig):
     """Pre-training of one expert per cluster."""
 
-    epochs: int = Field(3, gt=0, description="at most; early stopping may end before")
-    learning_rate: float = Field(5e-4, gt=0, description="of AdamW, at its highest")
-    select_by: Literal["loss"] = Field("loss", description="figure on dev that selects the checkpoint and stops early")
+    epochs: int = Field(3, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    select_by: Literal["loss"] = Field(
+        "loss", description="Metric on dev that selects the checkpoint and stops training early."
+    )
 
 
 class AsrConfig(SpeechTrainConfig):
     """Joint training, and the regime of it."""
 
-    epochs: int = Field(5, gt=0, description="at most; early stopping may end before")
-    learning_rate: float = Field(2e-4, gt=0, description="of experts, or of all weights, at its highest")
-    gate_learning_rate: float = Field(1e-3, gt=0, description="of the gate")
-    select_by: Literal["wer", "loss"] = Field("wer", description="decoded WER of a part of dev, or its loss")
+    epochs: int = Field(5, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        description="Peak learning rate of a shared expert of rank 48 at alpha / rank = 2, or of all weights. Other "
+        "ranks scale it.",
+    )
+    gate_learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of a gate that was not pre-trained.")
+    select_by: Literal["wer", "loss"] = Field(
+        "wer", description="Metric that selects the checkpoint: decoded WER of a part of dev, or dev loss."
+    )
     pretrain: Literal["gate", "alone", "none"] = Field(
         "gate",
-        description="what is trained before joint training: the gate on clusters; gate and every expert alone on its "
-        "cluster; or nothing",
+        description="Training before joint training: the gate on clusters, the gate and every expert alone on its "
+        "cluster, or none.",
     )
     adapt: Literal["lora", "adalora", "full"] = Field(
-        "lora", description="mixture of LoRA experts, one adapter with ranks by importance, or all weights"
+        "lora",
+        description="Weights that are trained: a mixture of LoRA experts, one adapter with ranks by importance, or "
+        "all weights.",
     )
     mixture: Literal["blend", "loss", "hard"] = Field(
-        "blend", description="experts blended in each layer, by their losses, or the first alone"
+        "blend",
+        description="How experts are combined: their outputs in each layer, their losses, or the most probable one "
+        "alone.",
     )
-    top_k: int = Field(2, gt=0, description="experts per utterance")
+    top_k: int = Field(2, gt=0, description="Routed experts per utterance.")
     route_by: Literal["utterance", "speaker", "table"] = Field(
         "utterance",
-        description="who decides on experts: the gate for each utterance, the gate for all utterances of a speaker in "
-        "a split together, or a column of the corpus",
+        description="Routing decision: by the gate for each utterance, by the gate for all utterances of a speaker "
+        "in a "
+        "split together, or by a column of the corpus.",
     )
     route_column: Literal["etiology", "severity", "speaker"] = Field(
-        "etiology", description="column of the corpus for route_by: table, with one routed expert per value in train"
+        "etiology", description="Column of the corpus for route_by: table. Each value in train gets a routed expert."
     )
-    shared_expert: bool = Field(True, description="train an expert that every utterance uses beside routed ones")
+    shared_expert: bool = Field(True, description="Train an expert that every utterance uses beside routed ones.")
     routed_rate: float = Field(
-        0.3, gt=0, description="learning rate of routed experts beside a shared one, times the shared expert's"
+        0.3,
+        gt=0,
+        description="Learning rate of routed experts beside a shared one, as a multiple of the shared expert's.",
     )
-    magnitude_rate: float = Field(30, gt=0, description="learning rate of magnitudes, times their expert's")
+    magnitude_rate: float = Field(30, gt=0, description="Learning rate of magnitudes, as a multiple of their expert's.")
+    routed_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of training utterances that get the shared expert alone, so that it can do without others.",
+    )
     abstain: bool = Field(
-        True, description="give an utterance unlike all groups the shared expert alone; the limit is set on dev"
+        True, description="Give an utterance unlike all groups the shared expert alone. The limit is set on dev."
     )
-    drop_experts: bool = Field(True, description="drop routed experts that do not lower the loss on dev")
-    balance_weight: float = Field(0.01, ge=0, description="weight of the load-balance loss")
-    entropy_weight: float = Field(0.0, ge=0, description="weight of the router's entropy (positive: sharper)")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass, saving memory")
-    select_samples: int = Field(200, gt=0, description="dev utterances that are decoded for selection")
+    drop_experts: bool = Field(True, description="Drop routed experts that do not lower the loss on dev.")
+    balance_weight: float = Field(0.01, ge=0, description="Weight of the load-balance loss.")
+    entropy_weight: float = Field(
+        0.0, ge=0, description="Weight of the router's entropy in the loss. A positive value makes routing sharper."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    select_samples: int = Field(
+        200, gt=0, description="Number of dev utterances that are decoded to select the checkpoint."
+    )
 
 
 class DecodeConfig(Section):
     """How text is decoded, in the selection of checkpoints, in evaluation and in transcription."""
 
-    batch_size: int = Field(16, gt=0, description="utterances that are decoded at once")
-    max_new_tokens: int = Field(224, gt=0, le=443, description="where a transcript that does not end is cut")
-    num_beams: int = Field(1, gt=0, le=64, description="hypotheses of beam search; 1 is greedy")
-    length_penalty: float = Field(1.0, description="beams compare log-probability / length ** this")
+    batch_size: int = Field(16, gt=0, description="Utterances that are decoded at once.")
+    max_new_tokens: int = Field(224, gt=0, le=443, description="Maximum number of tokens of a transcript.")
+    num_beams: int = Field(1, gt=0, le=64, description="Number of beams. 1 decodes greedily.")
+    length_penalty: float = Field(1.0, description="Exponent of the length by which beam scores are divided.")
     temperatures: tuple[float, ...] = Field(
-        (0.0,), min_length=1, description="the first, then those for loops and guesses, as [0, 0.2, 0.4, 0.6, 0.8, 1]"
+        (0.0,),
+        min_length=1,
+        description="Sampling temperatures: the first, then those to fall back on, as [0, 0.2, 0.4, 0.6, 0.8, 1].",
     )
-    timestamps: bool = Field(False, description="decode with Whisper's timestamp tokens (by its rules)")
+    timestamps: bool = Field(False, description="Decode with Whisper's timestamp tokens.")
+    normaliser: Literal["unified", "published"] = Field(
+        "unified",
+        description="Normalisation of texts for scoring: published is Whisper's normaliser alone, unified brings "
+        "apostrophes, full-width letters, digits and the like to one form before it.",
+    )
 
     @field_validator("temperatures")
     @classmethod
@@ -265,20 +366,34 @@ class DecodeConfig(Section):
 class RuntimeConfig(Section):
     """What no result depends on: never part of a key."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda, cuda:1 …")
-    num_workers: int = Field(4, ge=0, description="loader processes")
-    log_file: str | None = Field(None, description="also log to this file")
-    save_every_n_epochs: int = Field(5, gt=0, description="checkpoint at least this often")
-    checkpoint_minutes: float = Field(10, gt=0, description="and at least this often in time")
-    save_only_best: bool = Field(False, description="keep no checkpoint but the best and the newest")
-    audio_cache_bytes: int = Field(
-        20_000_000_000, ge=0, description="of audio from a corpus in a store that are kept on this machine"
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="Device: auto, cpu, cuda or one GPU as cuda:1."
     )
-    extract_batch_seconds: float = Field(240, gt=0, description="padded audio per batch of the frozen encoder")
-    parallel_experts: int | None = Field(None, gt=0, description="experts trained at once; one per GPU when unset")
-    processes: int = Field(1, gt=0, description="joint training's, one per GPU; they share the batches of each step")
-    plots: bool = Field(True, description="draw plots beside the stages' results")
-    quiet: bool = Field(False, description="no progress bars")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="serve Prometheus metrics; 0: any free port")
-    metrics_host: str | None = Field(None, description="interface for them: by default loopback, in Kubernetes all")
-    metrics_linger_seconds: float = Field(20, ge=0, description="wait for a last scrape where there were any")
+    num_workers: int = Field(4, ge=0, description="Number of loader processes.")
+    log_file: str | None = Field(None, description="File that log lines are also written to.")
+    save_every_n_epochs: int = Field(5, gt=0, description="Maximum number of epochs between two checkpoints.")
+    checkpoint_minutes: float = Field(10, gt=0, description="Maximum number of minutes between two checkpoints.")
+    save_only_best: bool = Field(False, description="Keep only the best and the newest checkpoint.")
+    audio_cache_bytes: int = Field(
+        20_000_000_000, ge=0, description="Maximum size of the local cache for audio from a remote corpus, in bytes."
+    )
+    extract_batch_seconds: float = Field(
+        240, gt=0, description="Padded seconds of audio per batch of the frozen encoder."
+    )
+    parallel_experts: int | None = Field(
+        None, gt=0, description="Experts that are trained at once. One per GPU when unset."
+    )
+    processes: int = Field(
+        1, gt=0, description="Number of processes of joint training, one per GPU. They share the batches of each step."
+    )
+    plots: bool = Field(True, description="Write plots beside the results of the stages.")
+    quiet: bool = Field(False, description="Show no progress bars.")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port for Prometheus metrics. 0 takes any free port."
+    )
+    metrics_host: str | None = Field(
+        None, description="Interface for Prometheus metrics. Loopback by default, all interfaces in Kubernetes."
+    )
+    metrics_linger_seconds: float = Field(
+        20, ge=0, description="Seconds to wait for a last scrape at the end, where there were scrapes."
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 # Written without spaces between words: each character counts as a word, as in Whisper's paper.
@@ -13,17 +15,115 @@ LOOP_WORDS, LOOP_REPEATS = 12, 4
 # Or, within one word, at most this many characters, this often in a row.
 LOOP_CHARS, LOOP_CHAR_REPEATS = 8, 8
 
+# What people and programs type for an apostrophe: curly quotes, accents, primes, modifier letters, full-width.
+APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u2032\u00b4\u0060\u02bb\u02bc\uff07\u055a\ua78c"), "'")
+QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f\uff02"), '"')
+WIDE = {code: chr(code - 0xFEE0) for code in range(0xFF10, 0xFF5B) if chr(code).isalnum()}  # letters and digits alone
+LIGATURES = {code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFB00, 0xFB07)}
+# Soft hyphen, zero-width space, marks of direction, word joiner, byte order mark. U+200C and U+200D are spelling.
+INVISIBLE = dict.fromkeys(
+    (0xAD, 0x200B, 0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF)
+)
+# Letters that look or mean the same in one language, by language code.
+_TURKISH = {ord("I"): "\u0131", ord("\u0130"): "i"}
+_PERSIAN = {ord("\u064a"): "\u06cc", ord("\u0649"): "\u06cc", ord("\u0643"): "\u06a9", 0x200C: " "}
+LETTERS: dict[str, Mapping[int, str]] = {
+    "tr": _TURKISH,
+    "az": _TURKISH,
+    "ro": {ord(old): new for old, new in zip("\u015e\u015f\u0162\u0163", "\u0218\u0219\u021a\u021b", strict=True)},
+    "fa": _PERSIAN,
+    "ur": _PERSIAN,
+}
+ODD_FORMS: dict[str, Mapping[int, object]] = {
+    "curly or other apostrophes": APOSTROPHES,
+    "curly quotes": QUOTES,
+    "full-width letters or digits": WIDE,
+    "ligatures": LIGATURES,
+    "invisible characters": INVISIBLE,
+}
+_ELLIPSIS = re.compile(r"\u2026|\.{2,}")
+_INVISIBLE = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
+_POINTS = re.compile("[\u0640\u064b-\u0652\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]")  # Arabic, Hebrew
 
-def normalise(text: str, language: str = "en") -> str:
-    """A text as it is compared: Whisper's English normaliser, or its basic one for other languages.
+
+def normalise(text: str, language: str = "en", *, published: bool = False) -> str:
+    """A text as it is compared: in one form (`unify`), then through Whisper's English normaliser, or its basic one.
+
+    Of scripts that write vowels as marks (Hindi, Thai, …) the marks are kept, which the published normaliser takes for
+    punctuation.
 
     Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C.
 
     Args:
         text: reference or hypothesis.
         language: code of the language, such as "en"; a region after it ("en-GB", "en_us") is ignored.
+        published: Whisper's normaliser alone, as in published figures.
     """
-    return _normalise(text, _base(language))
+    return _normalise(text, _base(language), published)
+
+
+def unify(text: str, language: str = "en") -> str:
+    """A text with one form for what is written in several ways and spoken alike.
+
+    NFKC (full-width letters, ligatures, composed accents), straight apostrophes, ASCII digits; no invisible characters,
+    no ellipses, no points of Arabic and Hebrew vowels; the casing of Turkish and Azerbaijani; cedillas of Romanian;
+    Arabic letters in Persian and Urdu.
+
+    Args:
+        language: code of the language, with or without a region.
+    """
+    if text.isascii() and "`" not in text and _base(language) not in LETTERS:
+        return _ELLIPSIS.sub(" ", text)
+    return _unify(text, _base(language))
+
+
+def _unify(text: str, language: str) -> str:
+    text = unicodedata.normalize("NFC", text).translate(LETTERS.get(language, {}))
+    text = _POINTS.sub("", unicodedata.normalize("NFKC", _ELLIPSIS.sub(" ", text.translate(APOSTROPHES))))
+    text = text.translate(APOSTROPHES).replace("\u0130", "I").replace("i\u0307", "i")
+    return "".join(map(_plain, text))
+
+
+@lru_cache(maxsize=1 << 12)
+def _plain(character: str) -> str:
+    """A digit of any script as an ASCII digit; nothing for an invisible character."""
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    return "" if category in ("Cf", "Cc") and not character.isspace() else character
+
+
+def mend(text: str) -> str:
+    """A text to train on in the form that Whisper writes, with nothing that is heard changed.
+
+    Composed (NFC), straight apostrophes and quotes, full-width letters and digits as ASCII, ligatures apart, plain
+    spaces, no invisible characters but the joiners that some scripts need. Punctuation of other scripts stays.
+    """
+    text = unicodedata.normalize("NFC", text).translate(APOSTROPHES | QUOTES | WIDE | LIGATURES)
+    return " ".join(_INVISIBLE.sub("", text).split())
+
+
+def odd_forms(text: str) -> list[str]:
+    """Names of what `mend` would change in a text, apart from spaces at its ends and between words."""
+    if text.isascii() and "`" not in text:
+        return []
+    return [name for name, table in ODD_FORMS.items() if not set(map(ord, text)).isdisjoint(table)] + (
+        [] if unicodedata.is_normalized("NFC", text) else ["decomposed accents"]
+    )
+
+
+def lone_surrogate(text: str) -> str:
+    """The code of the first half of a surrogate pair in a text, as four hex digits; empty without one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"{ord(text[error.start]):04x}"
+    return ""
+
+
+def printable(text: str) -> str:
+    """A text that any UTF-8 terminal or file takes: what it cannot hold (a Latin-1 file name) is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def unspaced(language: str) -> bool:
@@ -37,19 +137,22 @@ def _base(language: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)  # references come again with every evaluation
-def _normalise(text: str, language: str) -> str:
-    return _normaliser(language)(text).strip()
+def _normalise(text: str, language: str, published: bool) -> str:
+    plain = text if published else unify(text, language)
+    return _normaliser(language, published)(plain).strip()
 
 
 @lru_cache(maxsize=8)
-def _normaliser(language: str) -> Callable[[str], str]:
+def _normaliser(language: str, published: bool) -> Callable[[str], str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # an escape in the package's docstrings, when it is compiled
         warnings.simplefilter("ignore", DeprecationWarning)  # the same in Python 3.11
         from whisper_normalizer.basic import BasicTextNormalizer
         from whisper_normalizer.english import EnglishTextNormalizer
     english: Callable[[str], str] = EnglishTextNormalizer()
-    basic: Callable[[str], str] = BasicTextNormalizer(split_letters=language in UNSPACED_LANGUAGES)
+    basic: Callable[[str], str] = BasicTextNormalizer(
+        split_letters=language in UNSPACED_LANGUAGES, preserve_marks=not published
+    )
     return english if language == "en" else basic
 
 

@@ -125,7 +125,7 @@ def _norm(model: Ct2Model, ct2: str, hf: str) -> Iterator[tuple[str, Array]]:
 def _linear(model: Ct2Model, ct2: str, hf: list[str]) -> Iterator[tuple[str, Array]]:
     """Splits a weight and bias that hold `hf`'s projections one above the other. Whisper's keys have no bias."""
     weight, bias = model.take(f"{ct2}/weight"), model.take(f"{ct2}/bias")
-    if weight.shape[0] % len(hf) or bias.shape != weight.shape[:1]:
+    if not weight.size or weight.ndim < 2 or weight.shape[0] % len(hf) or bias.shape != weight.shape[:1]:
         raise DataError(f"{model.path}: {ct2!r} has shapes {weight.shape} and {bias.shape}, not {len(hf)} projections")
     for name, rows, shift in zip(hf, np.split(weight, len(hf)), np.split(bias, len(hf)), strict=True):
         yield f"{name}.weight", rows
@@ -137,6 +137,7 @@ def _linear(model: Ct2Model, ct2: str, hf: list[str]) -> Iterator[tuple[str, Arr
 
 def _model_config(model: Ct2Model, tensors: dict[str, Array]) -> Json:
     """The part of transformers' WhisperConfig that follows from the shapes of the weights."""
+    _check_shapes(model.path, tensors)
     vocab_size, width = tensors["model.decoder.embed_tokens.weight"].shape
     config: Json = {
         "architectures": ["WhisperForConditionalGeneration"],
@@ -155,12 +156,42 @@ def _model_config(model: Ct2Model, tensors: dict[str, Array]) -> Json:
     for part in ("encoder", "decoder"):
         if not (layers := model.count_layers(part)):
             raise DataError(f"{model.path}: the {part} has no layers")
+        heads = model.scalar(f"{part}/num_heads", width // 64)
+        if heads < 1 or width % heads:
+            raise DataError(f"{model.path}: {heads} attention heads do not divide the width {width}")
         config |= {
             f"{part}_layers": layers,
-            f"{part}_attention_heads": model.scalar(f"{part}/num_heads", width // 64),
+            f"{part}_attention_heads": heads,
             f"{part}_ffn_dim": tensors[f"model.{part}.layers.0.fc1.weight"].shape[0],
         }
     return config
+
+
+def _check_shapes(path: Path, tensors: dict[str, Array]) -> None:
+    """Raises DataError where a tensor's shape is not the one that the model's sizes ask for."""
+    tokens, conv1 = tensors["model.decoder.embed_tokens.weight"], tensors["model.encoder.conv1.weight"]
+    if tokens.ndim != 2 or conv1.ndim != 3 or not tokens.size or not conv1.size:
+        raise DataError(f"{path}: embeddings of shape {tokens.shape} and a convolution of shape {conv1.shape}")
+    vocabulary, width = tokens.shape
+    inner = {
+        part: len(fc1) if (fc1 := tensors.get(f"model.{part}.layers.0.fc1.bias")) is not None and fc1.ndim else 0
+        for part in ("encoder", "decoder")
+    }
+    for name, value in tensors.items():
+        _, part, *_ = name.split(".")
+        end = name.removesuffix(".weight").rpartition(".")[2] if name.endswith(".weight") else "bias"
+        shape: tuple[int | None, ...] = {
+            "bias": (inner.get(part) if name.endswith("fc1.bias") else width,),
+            "fc1": (inner.get(part), width),
+            "fc2": (width, inner.get(part)),
+            "conv1": (width, None, 3),
+            "conv2": (width, width, 3),
+            "embed_positions": (None, width),
+            "embed_tokens": (vocabulary, width),
+            "proj_out": (vocabulary, width),
+        }.get(end, (width,) if end.endswith("norm") else (width, width))
+        if len(shape) != value.ndim or any(a not in (None, b) for a, b in zip(shape, value.shape, strict=True)):
+            raise DataError(f"{path}: {name} has shape {value.shape}, which is not of a model of width {width}")
 
 
 def _special_ids(tokens: dict[str, int], ct2_config: Json) -> Json:

@@ -9,6 +9,7 @@ All little-endian; a string is a u16 length that counts its closing NUL, then th
 A quantised weight `w` has a `w_scale` by which it is divided: one number for int16, one for each row for int8.
 """
 
+import math
 import mmap
 import re
 import struct
@@ -26,7 +27,7 @@ SPEC_NAME = "WhisperSpec"
 # By CTranslate2's type number. bfloat16 has no numpy type: its bits are read as u16 and widened.
 DTYPES = tuple(np.dtype(name) for name in ("<f4", "<i1", "<i2", "<i4", "<f2", "<u2"))
 BFLOAT16 = 5
-MAX_RANK = 8
+MAX_RANK, MAX_NAME = 8, 300
 
 Array = NDArray[Any]
 
@@ -56,15 +57,25 @@ class Ct2Model:
             if (scale := self.variables.get(f"{name}_scale")) is None:
                 raise DataError(f"{self.path}: {name!r} is {stored.dtype.name} but has no {name + '_scale'!r}")
             # One scale for all (int16) or one for each row (int8).
+            if not value.ndim or scale.size not in (1, len(value)) or not scale.all():
+                raise DataError(f"{self.path}: {name + '_scale'!r} of shape {scale.shape} is no scale of {name!r}")
             value /= scale.astype(np.float32).reshape(-1, *[1] * (value.ndim - 1))
+        if not np.isfinite(value).all():
+            raise DataError(f"{self.path}: {name!r} holds NaN or infinite numbers")
         return value
 
     def scalar(self, name: str, default: int) -> int:
         """An integer variable of rank 0."""
-        return int(self.variables[name]) if name in self.variables else default
+        value = self.variables.get(name)
+        if value is None:
+            return default
+        if value.ndim or value.dtype.kind != "i":
+            raise DataError(f"{self.path}: {name!r} is {value.dtype.name} of shape {value.shape}, not an integer")
+        return int(value)
 
     def count_layers(self, part: str) -> int:
-        numbers = {int(m[1]) for name in self.variables if (m := re.match(rf"{part}/layer_(\d+)/", name))}
+        """How many layers there are, by the highest number."""
+        numbers = {int(m[1]) for name in self.variables if (m := re.match(rf"{part}/layer_([0-9]{{1,4}})/", name))}
         return max(numbers, default=-1) + 1
 
     def refuse_unused(self) -> None:
@@ -98,6 +109,8 @@ class _Cursor:
 
     def string(self, expected: str) -> str:
         size = self.number("H", f"the length of {expected}")
+        if size > MAX_NAME:
+            raise self.fail(f"the length of {expected}, at most {MAX_NAME}", size, self.offset - 2)
         at = self.advance(size, expected)
         raw = self.data[at : at + size]
         if not raw.endswith(b"\0") or not raw[:-1].isascii():
@@ -149,10 +162,12 @@ def _read_variable(cursor: _Cursor) -> tuple[str, Array]:
     if (type_id := cursor.number("B", f"the type of {name!r}")) >= len(DTYPES):
         raise cursor.fail(f"the type of {name!r}, at most {len(DTYPES) - 1}", type_id, cursor.offset - 1)
     dtype, at = DTYPES[type_id], cursor.offset
-    wanted = dtype.itemsize * int(np.prod(shape, dtype=np.uint64))
+    wanted = dtype.itemsize * math.prod(shape)
     if (size := cursor.number("I", f"the size of {name!r}")) != wanted:
         raise cursor.fail(f"{wanted:,} bytes for {name!r} of shape {shape}", f"{size:,}", at)
     start = cursor.advance(size, f"the data of {name!r}")
+    if not size:  # numpy makes no empty array of a buffer
+        return name, np.empty(shape, dtype)
     value = np.frombuffer(cursor.data, dtype, count=size // dtype.itemsize, offset=start).reshape(shape)
     if type_id == BFLOAT16:  # the upper half of a float32
         value = (value.astype(np.uint32) << 16).view(np.float32)

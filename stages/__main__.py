@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,19 +13,20 @@ from typing import Any
 import click
 
 from common import __version__
-from common.config import Config, validate
-from common.console import run_command, set_up_logging
+from common.config import Config, flatten, validate
+from common.console import echo, run_command, set_up_logging
 from common.errors import DataError, UsageError
-from common.options import click_option, config_from, config_options
+from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
-from common.pipeline.runs import run_names
+from common.pipeline.runs import read_record, run_names, settings_alone
 from common.pipeline.stage import hand_out, heed_signals
 from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch
-from stages.local_runner import Run, follow_one, read_record, run_one
+from stages.local_runner import Run, follow_one, run_one
 
+log = logging.getLogger(__name__)
 RANK = os.environ.get("RANK")  # of this process in one training; set by torchrun
 # A stage's own section gives its options; these come from an earlier stage's that decides its input.
 BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.layer"}}
@@ -35,8 +37,9 @@ BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.laye
 def stages() -> None:
     """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
 
-    Without --mode and --config, the configuration of the newest run in ./runs is used. Where $MOE_ASR_STORE is set,
-    as in a workflow's pods, all of it comes from MOE_ASR_* variables instead (docs/cluster.md).
+    Without --mode and --config, the configuration of the newest run in ./runs is used, except for `runtime` and places:
+    --corpus and --model say where these are. Where $MOE_ASR_STORE is set, as in a workflow's pods, all of it comes from
+    MOE_ASR_* variables instead (docs/cluster.md).
     """
 
 
@@ -52,7 +55,7 @@ def stage_command(contract: Contract) -> click.Command:
         run_stage(contract, shard, options, given)
 
     for flag, path in own.items():
-        command = click_option(flag, path, "")(command)
+        command = click_option(Option(flag, path))(command)
     return click.command(contract.name, help=f"{contract.name}: {contract.summary}.")(command)
 
 
@@ -103,27 +106,46 @@ def _run_piece(planned: Planned, run: Run, stopping: Callable[[], bool]) -> None
     task = planned.task
     prefix = f"{task.key.prefix}{manifest.attempt}"
     where = run.store.local_path(prefix) or f"{run.store.url.rstrip('/')}/{prefix}"
-    click.echo(f"{task.label}: {where}")
+    echo(f"{task.label}: {where}")
     if pod.in_pod():
         pod.write_output("result", {"digest": manifest.digest, "seconds": round(manifest.seconds, 1)})
 
 
 def stage_config(options: dict[str, Any], own: dict[str, Any]) -> Config:
-    """From the options; starting from the newest run's configuration where neither mode nor file is given."""
+    """From the options; starting from the newest run's configuration where neither mode nor file is given.
+
+    Raises:
+        UsageError: that run had another corpus or model than the options say; a record may come from anybody, so what
+            it names is not used, only told.
+    """
     if options.get("mode") or options.get("config_file"):
         return config_from(options, own)
     record = newest_record(options.get("store") or "runs", options.get("endpoint_url"))
     if record is None:
         return config_from(options, own)
-    return config_from(options, own, base=validate(record["config"]))
+    config = config_from(options, own, base=validate({**settings_alone(record), "run": record["name"]}))
+    recorded, now = (dict(flatten(tree)) for tree in (record["config"], config.model_dump(mode="json")))
+    for option, path in (("corpus", "corpus.path"), ("model", "model.name")):
+        given = options.get(option) is not None or any(s.startswith(f"{path}=") for s in options.get("settings", ()))
+        if not given and recorded.get(path) != now[path]:
+            raise UsageError(
+                f"--{option} is missing: run {record['name']} had {recorded.get(path)!r}, and where something lies is "
+                f"not taken from a store; give --{option}, or --mode or --config"
+            )
+    return config
 
 
 def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | None:
-    """run.json of the run that was updated last."""
+    """run.json of the run that was updated last; damaged ones are passed over with a warning."""
     if "://" not in store_url and not Path(store_url).is_dir():
         return None
     store = open_store(store_url, endpoint_url=endpoint_url)
-    records = [record for name in run_names(store) if (record := read_record(store, name))]
+    records = []
+    for name in run_names(store):
+        try:
+            records += [record] if (record := read_record(store, name)) else []
+        except DataError as error:
+            log.warning("%s", error)
     return max(records, key=lambda record: record["updated"], default=None)
 
 
@@ -139,7 +161,7 @@ def plan_command(stage: str) -> None:
 def report_command() -> None:
     """A workflow's summary and report, once its stages are done (configured by variables)."""
     set_up_logging()
-    click.echo(json.dumps(pod.write_report(), indent=1))
+    echo(json.dumps(pod.write_report(), indent=1))
 
 
 @stages.command("outcome")
@@ -148,7 +170,7 @@ def report_command() -> None:
 def outcome_command(status: str, failures: str) -> None:
     """Notes in the store how a workflow ended and why (configured by variables)."""
     set_up_logging()
-    click.echo(json.dumps(pod.write_outcome(status, failures), indent=1))
+    echo(json.dumps(pod.write_outcome(status, failures), indent=1))
 
 
 for _contract in STAGES:

@@ -7,7 +7,7 @@ passes through; there is none where nothing was measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -169,32 +169,42 @@ def _saved(run: Run, key: Key) -> int:
     return max(steps, default=parts * run.config.extract.checkpoint_every)
 
 
-def _measured(store: Store, stage: str, model: str) -> Manifest | None:
-    """The newest finished work of a stage on this base model."""
+@dataclass(frozen=True)
+class Measured:
+    """The pace of finished work: seconds per unit of `Work.amount`, seconds per second of scored speech, and where."""
+
+    per_amount: float
+    per_scored: float
+    host: str
+
+
+def _measured(store: Store, stage: str, model: str) -> Measured | None:
+    """The pace of the newest finished work of a stage on this base model."""
     prefix = f"{ROOT}{stage}/"
-    entries = [
-        entry for entry in store.list(prefix) if entry.key.count("/") == 3 and entry.key.endswith(f"/{MANIFEST}")
-    ]
+    entries = [e for e in store.list(prefix) if e.key.count("/") == 3 and e.key.endswith(f"/{MANIFEST}")]
     for entry in sorted(entries, key=lambda entry: -entry.modified)[:READ]:
         try:
             manifest = Manifest.from_json(store.read(entry.key), entry.key)
-        except MoeAsrError:  # a damaged one measures nothing
-            continue
-        if manifest.ingredients["inputs"].get("model", model) == model and _amount(manifest.metrics):
-            return manifest
+            if manifest.ingredients["inputs"].get("model", model) == model and (pace := _pace(manifest)):
+                return pace
+        except (MoeAsrError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            continue  # damaged, or of another version: it measures nothing
     return None
 
 
-def _amount(metrics: Mapping[str, Any]) -> float:
-    """What passed through a finished task, as in `Work.amount`."""
+def _pace(manifest: Manifest) -> Measured | None:
+    """What a manifest measured; None where it does not say how much passed through."""
+    metrics = manifest.metrics
     trained = metrics.get("throughput", {}).get("audio_seconds")
-    return float(trained or metrics.get("audio_seconds") or metrics.get("utterances") or 0)
+    amount = float(trained or metrics.get("audio_seconds") or metrics.get("utterances") or 0)
+    scoring = metrics.get("scoring", {"seconds": 0.0, "audio_seconds": 1.0})
+    if amount <= 0:
+        return None
+    per_scored = scoring["seconds"] / (scoring["audio_seconds"] or 1.0)
+    return Measured((manifest.seconds - scoring["seconds"]) / amount, per_scored, manifest.host)
 
 
-def _seconds(work: Work, saved: int, measured: Manifest) -> float:
+def _seconds(work: Work, saved: int, pace: Measured) -> float:
     """What the rest of the work will take at the measured pace."""
-    whole = work.steps or work.utterances
-    left = work.amount * (1 - min(1.0, saved / max(1, whole)))
-    scoring = measured.metrics.get("scoring", {"seconds": 0.0, "audio_seconds": 0.0})
-    decode = work.scored * scoring["seconds"] / (scoring["audio_seconds"] or 1.0)
-    return float((measured.seconds - scoring["seconds"]) * left / _amount(measured.metrics) + decode)
+    left = 1 - min(1.0, saved / max(1, work.steps or work.utterances))
+    return work.amount * left * pace.per_amount + work.scored * pace.per_scored

@@ -24,7 +24,7 @@ from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row, read_rows
 from common.model.bundle import load_gate
 from common.model.gate import Gate
-from common.pipeline.runs import run_record, stage_folders
+from common.pipeline.runs import run_record, settings_alone, stage_folders
 from common.storage.store import Store
 from stages.inputs import evaluation_subset, load_corpus, training_subset
 
@@ -38,6 +38,8 @@ def examine_gate(
     store: Store,
     cache: Path,
     *,
+    corpus: str,
+    endpoint_url: str | None = None,
     layers: Sequence[int] = (),
     poolings: Sequence[str] = (),
     samples: int = 2000,
@@ -49,6 +51,8 @@ def examine_gate(
         name: of the run.
         store: holds the run.
         cache: where what is remote is kept.
+        corpus: the run's, a folder or an address; its record is not asked where it lies.
+        endpoint_url: of an S3-compatible store that holds the corpus.
         layers, poolings: clustered beside the run's own; the audio is encoded again for them.
         samples: utterances that the ways of clustering are compared on; 0 leaves the comparison out.
 
@@ -61,13 +65,14 @@ def examine_gate(
         DataError: there is no such run, it is not finished, or it has no gate.
     """
     record = run_record(store, name)
-    config = validate(record["config"] | {"store": store.url})
+    place = {"store": store.url, "endpoint_url": endpoint_url, "corpus": {"path": corpus}}
+    config = validate(settings_alone(record) | place)
     opened = open_model(record["name"], store=store, cache=cache, device=device, precision=config.precision)
     if opened.recogniser.gate is None:
         raise DataError(f"run {record['name']} has one expert at most, and so no gate: name one with several")
     stages = {task["stage"] for task in record["tasks"].values()}
     folders = {stage: stage_folders(store, record, stage, cache) for stage in {"extract", "cluster", "gating"} & stages}
-    corpus, table = load_corpus(config, cache), read_tables(folders["extract"])
+    data, table = load_corpus(config, cache), read_tables(folders["extract"])
     gates = {"pre-trained": load_gate(folders["gating"][0])} if "gating" in folders else {}
     gates["after joint training"] = opened.recogniser.gate
     found: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
@@ -76,7 +81,7 @@ def examine_gate(
         labels_N = np.array([row["cluster"] for row in rows], np.int64)
         neighbours, found["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
         for split in ("dev", "test"):
-            utterances = evaluation_subset(config, corpus, split)
+            utterances = evaluation_subset(config, data, split)
             ids = [u.id for u in utterances]
             together = utterances if config.asr.route_by == "speaker" else ()
             label_N = neighbours.predict(table.rows(ids))
@@ -85,7 +90,7 @@ def examine_gate(
                 figures = {key: report[key] for key in ("utterances", "accuracy", "expected_calibration_error")}
                 found["gates"].append({"gate": which, "split": split} | figures)
     if samples:
-        found["clusterings"] = _clusterings(config, corpus, opened, table, layers, poolings, samples)
+        found["clusterings"] = _clusterings(config, data, opened, table, layers, poolings, samples)
     return found
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from common import __version__
-from common.config import Config, flatten, to_yaml
+from common.config import PLACES, Config, flatten, to_yaml
+from common.console import LineFormatter
 from common.data.corpus import Corpus
-from common.errors import ConfigError, Preempted, RetryableError
+from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.files import explained, make_folders
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
@@ -22,7 +23,7 @@ from common.pipeline.stage import execute, follow, heed_signals
 from common.report.model_card import model_card
 from common.report.report import RunView, render_report
 from common.storage import open_store
-from common.storage.artifacts import Manifest, inspect, set_aside
+from common.storage.artifacts import Manifest, inspect, quarantine
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
@@ -30,7 +31,6 @@ from stages.inputs import base_digest, load_corpus
 from stages.processes import parallel_slots, run_in_processes
 
 log = logging.getLogger(__name__)
-PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")  # where, not what: may differ within a run
 ROUNDS = 3  # how often a damaged input is made again in one run
 
 
@@ -52,8 +52,16 @@ class Run:
         self.cache = cache_folder()
         self.corpus: Corpus = load_corpus(config, self.cache)
         self.sources = {"corpus": f"sha256:{self.corpus.digest}", "model": model or base_digest(config, self.cache)}
-        self.record = read_record(self.store, config.run) or {}
+        self.record = self._read_record()
         self.telemetry = Telemetry()
+
+    def _read_record(self) -> dict[str, Any]:
+        """What was recorded; nothing where that is damaged: it is no part of what is done, and is written again."""
+        try:
+            return read_record(self.store, self.config.run) or {}
+        except DataError as error:
+            log.warning("%s", error)
+            return {}
 
     def serving(self) -> AbstractContextManager[int | None]:
         """Serves the live metrics while a block runs, if the configuration says so."""
@@ -99,6 +107,7 @@ class Run:
             "keys": keys,
             "tasks": {p.task.label: {"key": p.task.key.digest, "stage": p.task.contract.name} for p in plan.planned},
             "timeline": self.record.get("timeline", []),
+            "workflow": self.record.get("workflow"),
         }
         self.store.write(f"{self.config.run}/run.json", _json(self.record))
 
@@ -219,7 +228,7 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
     if one.status == "again" and one.manifest is not None:
         state = inspect(run.store, one.task.key)
         if state.status == "done" and state.manifest == one.manifest:
-            set_aside(run.store, one.task.key, state)
+            quarantine(run.store, one.task.key, state)
     task, function = one.task, run_function(one.task.contract.name)
     return execute(
         task,
@@ -301,20 +310,21 @@ def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
 @contextmanager
 def log_to_run(run: Run) -> Iterator[None]:
     """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
-    folder = run.store.local_path(f"{run.config.run}/logs")
-    path = (folder or run.cache / run.config.run) / "run.log"
+    name = f"{run.config.run}/logs/run.log"
+    inside = run.store.local_path(name, to_write=True)
+    path = inside or run.cache / run.config.run / "run.log"
     with explained(path.parent):
         make_folders(path.parent)
         handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-        if folder is None:
-            run.store.put(f"{run.config.run}/logs/run.log", path)
+        if inside is None:
+            run.store.put(name, path)
 
 
 def _json(value: Any) -> bytes:

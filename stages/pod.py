@@ -13,17 +13,18 @@ import os
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
-from common.config import Config, resolve
+from common.config import Config, parse_yaml, resolve
+from common.console import echo
 from common.errors import ConfigError, MoeAsrError, UsageError
 from common.options import parse_setting
 from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
+from common.storage.artifacts import KEY_DIGEST
 from stages import STAGES
 from stages.local_runner import Run, finish, read_record
 
@@ -71,9 +72,9 @@ def config_text(text: str) -> dict[str, Any]:
         ConfigError: it is not YAML, or no mapping.
     """
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"parameter config is not valid YAML: {' '.join(str(error).split())}") from None
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"parameter config is not valid YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -92,7 +93,9 @@ def memo_key(planned: Planned, nonce: str) -> str:
     """
     key = planned.task.key.digest
     if planned.status == "done" and planned.manifest is not None:
-        return str(planned.manifest.metrics.get("memo") or _digest(key, planned.manifest.attempt))
+        memo = planned.manifest.metrics.get("memo")
+        known = isinstance(memo, str) and KEY_DIGEST.fullmatch(memo)  # it becomes a name in the cluster
+        return str(memo) if known else _digest(key, planned.manifest.attempt)
     return _digest(key, nonce)
 
 
@@ -157,7 +160,7 @@ def write_output(name: str, value: Any) -> None:
     """Writes a JSON file that becomes an output parameter of the pod; prints it where no folder is given."""
     folder = variable("OUTPUTS")
     if not folder:
-        print(json.dumps({name: value}))
+        echo(json.dumps({name: value}))
         return
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,9 +239,11 @@ def _post(url: str, outcome: Mapping[str, Any]) -> None:
     if not url:
         return
     body = json.dumps(outcome).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    host = None
     try:
+        host = urlsplit(url).hostname
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
         urllib.request.urlopen(request, timeout=10).close()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         # Of the address its host alone: chat services put their secret into the path.
-        log.warning("webhook at %s: %s", urlsplit(url).hostname, type(error).__name__)
+        log.warning("webhook at %s: %s", host, type(error).__name__)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hostile.figures import pytest_terminal_summary  # noqa: F401 - a hook
 from tests.servers import (  # noqa: F401 - fixtures and a hook
     any_store,
     bucket,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,9 +92,9 @@ def micro_corpus(
 
 def heard_texts(opened, batch, decoding) -> list[str]:
     """Text of each utterance of a batch."""
-    from common.inference.load_model import hear
+    from common.inference.load_model import transcribe_batch
 
-    return [one.text for one in hear(opened, batch, decoding).decoded]
+    return [one.text for one in transcribe_batch(opened, batch, decoding).decoded]
 
 
 def bundle_info(model, *, rank, targets, **changes):
@@ -120,3 +121,23 @@ def bundle_info(model, *, rank, targets, **changes):
         "within": "",
     }
     return BundleInfo(**(values | changes))
+
+
+def run_record(**changes: Any) -> dict[str, Any]:
+    """A run.json of a run that has made one clustering."""
+    key, config = "0" * 32, {"seed": 1, "model": {"name": "m", "language": "en"}, "decode": {}, "corpus": {"path": "c"}}
+    made = {"stage": "cluster", "shard": None, "started": 1.0, "seconds": 2.0, "host": "here", "status": "run"}
+    return {
+        "schema": 1,
+        "name": "demo",
+        "status": "running",
+        "version": "0.1.0",
+        "started": 1.0,
+        "updated": 2.0,
+        "config": config,
+        "sources": {"corpus": "sha256:c", "model": "sha256:m"},
+        "keys": {"cluster": {"stage": "cluster", "format": 1, "values": {"seed": 1}, "inputs": {"corpus": "c"}}},
+        "tasks": {"cluster": {"key": key, "stage": "cluster"}, "experts[0]": {"key": key, "stage": "experts"}},
+        "timeline": [made, made | {"stage": "experts", "shard": "0"}],
+        **changes,
+    }

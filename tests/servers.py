@@ -177,13 +177,22 @@ def any_store(request, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB; yields its folder and a function that mounts it otherwise (read-only by default)."""
-    folder = tmp_path / "small"
+    with mounted(tmp_path / "small", "size=1m") as folder:
+        mount = ("mount", "-o")
+        yield folder, lambda options="ro": subprocess.run([*mount, f"remount,{options}", folder], check=True)
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at a new folder, while the block runs; skips the test where that is not allowed."""
     folder.mkdir()
     mount = shutil.which("mount")
-    if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "none", folder]).returncode:
+    if not mount or os.geteuid() or subprocess.run([mount, "-t", "tmpfs", "-o", options, "none", folder]).returncode:
         pytest.skip("mounting needs root")
-    yield folder, lambda options="ro": subprocess.run([mount, "-o", f"remount,{options}", folder], check=True)
-    subprocess.run(["umount", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def free_port() -> int:
@@ -223,10 +232,12 @@ class Fault:
 
     Attributes:
         kind: `status` answers with `value` and an S3 error `code`; `truncate` breaks the answer's body off after
-            `value` bytes; `lose` passes the request on and drops the answer; `drop` closes before passing on; `flip`
-            inverts a bit of the answer's byte `value`; `delay` waits `value` seconds.
+            `value` bytes; `cut` breaks the whole reply off after `value` bytes, headers included; `lose` passes the
+            request on and drops the answer; `drop` closes before passing on; `flip` inverts a bit of the answer's byte
+            `value`; `delay` waits `value` seconds.
         times: how many requests.
         every: of those that match, only each n-th.
+        length, head: bytes of the whole reply that was cut, and of its headers alone.
         method, path: the request's method, and a part of its path; empty for any.
     """
 
@@ -238,6 +249,8 @@ class Fault:
     code: str = "InternalError"
     every: int = 1
     asked: int = 0
+    length: int = 0
+    head: int = 0
 
     def matches(self, method: str, path: str) -> bool:
         if self.times <= 0 or self.method not in ("", method) or self.path not in path:
@@ -253,6 +266,8 @@ class Proxy:
     target: int
     faults: list[Fault] = field(default_factory=list)
     seen: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the answer's body
+    hidden: frozenset[str] = frozenset()  # headers that are not passed on
+    instead: bytes | None = None  # the body of every reply, with status 200: as a page that asks to sign in
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def break_next(self, kind: str, value: float = 0, **options) -> Fault:
@@ -306,13 +321,22 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "flip" and answer:
             at = min(int(fault.value), len(answer) - 1)
             answer = answer[:at] + bytes([answer[at] ^ 1]) + answer[at + 1 :]
-        self.send_response_only(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
+        if self.proxy.instead is not None:
+            status, answer = 200, self.proxy.instead
+            headers = [("Content-Length", str(len(answer)))]
         if kind == "truncate":
             answer, self.close_connection = answer[: int(fault.value)], True
-        self.wfile.write(answer)
+        lines = [
+            f"HTTP/1.1 {status} {self.responses.get(status, ('',))[0]}",
+            *(f"{n}: {v}" for n, v in headers),
+            "",
+            "",
+        ]
+        reply = "\r\n".join(lines).encode("latin-1") + answer
+        if kind == "cut":
+            fault.length, fault.head = len(reply), len(reply) - len(answer)
+            reply, self.close_connection = reply[: int(fault.value)], True
+        self.wfile.write(reply)
 
     def forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.target, timeout=60)
@@ -324,7 +348,8 @@ class _Handler(BaseHTTPRequestHandler):
         response = connection.getresponse()
         answer = response.read()
         connection.close()
-        kept = [(n, v) for n, v in response.getheaders() if n.lower() not in ("transfer-encoding", "connection")]
+        dropped = {"transfer-encoding", "connection", *self.proxy.hidden}
+        kept = [(n, v) for n, v in response.getheaders() if n.lower() not in dropped]
         if self.command not in BODILESS and not any(n.lower() == "content-length" for n, _ in kept):
             kept.append(("Content-Length", str(len(answer))))
         return response.status, kept, answer

@@ -223,7 +223,7 @@ def test_a_page_can_be_read_by_ear_and_walked_by_keyboard(newcomer, name):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_background(scheme):
-    css = (ROOT / "common" / "pages" / "templates" / "report.css").read_text(encoding="utf-8")
+    css = (ROOT / "common" / "report" / "templates" / "report.css").read_text(encoding="utf-8")
     light, _, dark = css.partition("@media (prefers-color-scheme: dark)")
     found = re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark.partition("\n}")[0])
     colours = {name: luminance(value) for name, value in found}

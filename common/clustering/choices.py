@@ -14,8 +14,9 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from common.clustering.cluster import Algorithm, Clustering, cluster, cluster_report, known_groups
+from common.clustering.cluster import Algorithm, Clustering, cluster, known_groups
 from common.clustering.reduction import Reduction
+from common.clustering.report import cluster_report
 from common.data.batches import BatchLoader, Example, epoch_batches
 from common.data.features import log_mel
 from common.errors import DataError

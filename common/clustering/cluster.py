@@ -1,11 +1,10 @@
-"""Groups of similar speech from pooled embeddings: reduction, clustering, report, and a plane to draw them in.
+"""Groups of similar speech from pooled embeddings.
 
 Shapes: N utterances, D embedding width, P reduced width, K final clusters, C clusters found, B rows of a chunk.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,18 +12,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.clustering.hdbscan import flat_clusters, spanning_tree
-from common.clustering.neighbours import Floats, Ints, nearest_neighbours
-from common.clustering.reduction import CHUNK, Reduction, chunks, project, reduce_dimensions
+from common.clustering.density import DenseClusters, dense_clusters
+from common.clustering.reduction import CHUNK, Floats, Ints, Reduction, chunks, reduce_dimensions
+from common.clustering.spectral import spectral_clusters
 from common.errors import DataError
-
-__all__ = ["Clustering", "cluster", "cluster_report", "known_groups", "project"]
 
 Algorithm = Literal["hdbscan", "spectral", "etiology"]
 
 HUGE = 1e15  # no embedding is so long, and its square still fits float32
-SILHOUETTE_SAMPLE = 5000
-DENSE_UP_TO = 500  # utterances whose graph is decomposed whole
+SAMPLE = 100_000  # more utterances are clustered by a sample of this size: time grows with its square
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +28,16 @@ class Clustering:
     """What was found, cluster 0 being the largest.
 
     Attributes:
-        labels_N: the cluster of each utterance; one that was noise has that of the nearest centroid.
+        labels_N: the cluster of each utterance, also of noise.
         noise_N: which ones HDBSCAN called noise.
-        probability_N: how firmly each belongs, in [0, 1]; 0 for noise.
+        probability_N: strength of membership in [0, 1]; 0 for noise and for utterances outside the sample.
         centroids_KD: mean embeddings, in the original space.
         attempts: HDBSCAN's tries in turn, each {"min_cluster_size", "clusters"}, and "leaves" where it took these.
         algorithm: the one whose result this is.
         merged_from: how many clusters there were before merging, None if none was merged.
         min_cluster_size: HDBSCAN's that was used.
         reduced_NP: the points as they were clustered.
+        sampled: how many utterances were clustered; the others joined the nearest centroid.
     """
 
     labels_N: NDArray[np.int32]
@@ -52,6 +49,7 @@ class Clustering:
     merged_from: int | None
     min_cluster_size: int | None
     reduced_NP: NDArray[np.float32]
+    sampled: int
 
 
 def cluster(
@@ -69,7 +67,9 @@ def cluster(
     """Finds `num_clusters` groups of utterances, or fewer where that is allowed.
 
     HDBSCAN is tried with smaller and smaller `min_cluster_size`, down to 2, until it finds enough clusters. Noise then
-    joins the nearest centroid, and of too many clusters the nearest are merged. All this is done in the reduced space.
+    joins the cluster of its largest membership, and of too many clusters the nearest are merged. Of more than 100,000
+    utterances a random sample is clustered, and the others join the nearest centroid. All this is done in the reduced
+    space.
 
     Args:
         points_ND: embeddings; may be a memory map.
@@ -79,39 +79,39 @@ def cluster(
         min_cluster_size: of HDBSCAN's first try.
         min_samples: neighbours within the core distance; more of them call more points noise.
         allow_reduce: accept fewer clusters; and where HDBSCAN finds none, take spectral clustering.
-        seed: of UMAP and of spectral clustering's k-means.
+        seed: of the sample, of UMAP and of spectral clustering's k-means.
 
     Raises:
         DataError: too few utterances or clusters, equal or non-finite embeddings.
     """
     _check(points_ND, num_clusters)
+    N = len(points_ND)
     reduced_NP = reduce_dimensions(points_ND, method=reduce, dim=reduce_dim, seed=seed)
-    attempts: tuple[dict[str, int], ...] = ()
-    used_size: int | None = None
-    found_N: Ints = np.zeros(len(points_ND), np.int64)
-    probability_N: Floats = np.ones(len(points_ND))
+    sample = _sample(N, seed)
+    dense: DenseClusters | None = None
+    found_S: Ints = np.zeros(len(sample), np.int64)
     if algorithm == "hdbscan" and num_clusters > 1:
-        found_N, probability_N, attempts, used_size = _decreasing(
-            reduced_NP, num_clusters, min_cluster_size, min_samples
-        )
-    if num_clusters > 1 and (algorithm == "spectral" or (found_N.max() < 0 and allow_reduce)):
-        found_N, probability_N, used_size = _spectral(reduced_NP, num_clusters, seed), np.ones(len(found_N)), None
-        algorithm = "spectral"
-    if found_N.max() + 1 < num_clusters and not allow_reduce:
-        raise DataError(_too_few(int(found_N.max()) + 1, num_clusters, attempts, len(found_N)))
-    filled_N = _join_nearest_centroid(reduced_NP, found_N)
-    found = int(filled_N.max()) + 1
-    labels_N = _by_size(_merge(reduced_NP, filled_N, num_clusters))
+        dense = dense_clusters(reduced_NP[sample], num_clusters, min_cluster_size, min_samples)
+        found_S = dense.labels_N
+    attempts = dense.attempts if dense else ()
+    if num_clusters > 1 and (algorithm == "spectral" or (found_S.max() < 0 and allow_reduce)):
+        found_S, dense, algorithm = spectral_clusters(reduced_NP[sample], num_clusters, seed), None, "spectral"
+    found = int(found_S.max()) + 1
+    if found < num_clusters and not allow_reduce:
+        raise DataError(_too_few(found, num_clusters, attempts, N))
+    labels_N = _spread(found_S, sample, N, -1)
+    labels_N = _by_size(_merge(reduced_NP, _join_nearest_centroid(reduced_NP, labels_N), num_clusters))
     return Clustering(
         labels_N=labels_N,
-        noise_N=found_N < 0,
-        probability_N=probability_N.astype(np.float32),
+        noise_N=_spread(dense.noise_N if dense else np.zeros(len(sample), bool), sample, N, False),
+        probability_N=_spread(dense.probability_N if dense else np.ones(len(sample)), sample, N, 0).astype(np.float32),
         centroids_KD=_means(points_ND, labels_N).astype(np.float32),
         attempts=attempts,
         algorithm=algorithm,
         merged_from=found if found > num_clusters else None,
-        min_cluster_size=used_size,
+        min_cluster_size=dense.min_cluster_size if dense else None,
         reduced_NP=reduced_NP,
+        sampled=len(sample),
     )
 
 
@@ -143,42 +143,8 @@ def known_groups(
         merged_from=None,
         min_cluster_size=None,
         reduced_NP=reduce_dimensions(points_ND, method=reduce, dim=reduce_dim, seed=seed),
+        sampled=len(labels_N),
     )
-
-
-def cluster_report(
-    clustering: Clustering, points_reduced: Floats, *, groups: Mapping[str, Sequence[str]], seed: int
-) -> dict[str, Any]:
-    """How clear the clusters are, and what they stand for.
-
-    Args:
-        clustering: from `cluster`.
-        points_reduced: (N, P), as they were clustered.
-        groups: for each property its value for each utterance, {"speaker": […], "etiology": […]}.
-        seed: of the sample that stands for more than 5,000 points in the silhouette.
-
-    Returns:
-        Plain values. Purity is the share of utterances whose cluster has mostly their group (1 is best, but many small
-        clusters have it too); the adjusted Rand index is 1 for equal partitions and 0 for unrelated ones; the
-        silhouette is in [-1, 1], None for a single cluster.
-    """
-    from sklearn.metrics import adjusted_rand_score
-
-    labels_N = clustering.labels_N
-    if wrong := [name for name, values in groups.items() if len(values) != len(labels_N)]:
-        raise ValueError(f"group {wrong[0]!r} has {len(groups[wrong[0]])} values for {len(labels_N)} utterances")
-    return {
-        "algorithm": clustering.algorithm,
-        "clusters": len(clustering.centroids_KD),
-        "sizes": np.bincount(labels_N).tolist(),
-        "noise_share": float(clustering.noise_N.mean()),
-        "silhouette": _silhouette(points_reduced, labels_N, seed),
-        "purity": {name: _purity(labels_N, values) for name, values in groups.items()},
-        "adjusted_rand": {name: float(adjusted_rand_score(values, labels_N)) for name, values in groups.items()},
-        "min_cluster_size": clustering.min_cluster_size,
-        "attempts": [dict(attempt) for attempt in clustering.attempts],
-        "merged_from": clustering.merged_from,
-    }
 
 
 # ---- checks ----
@@ -219,83 +185,18 @@ def _too_few(found: int, wanted: int, attempts: Sequence[Mapping[str, int]], N: 
 # ---- clusters ----
 
 
-def _decreasing(
-    points_NP: Floats, wanted: int, min_cluster_size: int, min_samples: int
-) -> tuple[Ints, Floats, tuple[dict[str, int], ...], int]:
-    """HDBSCAN with smaller and smaller clusters until there are enough of them; if never, the try that found most.
-
-    Groups that lie in a few large regions are found as these regions, whatever their size: then the leaves of the tree
-    are tried, from large to small.
-
-    Returns:
-        (labels_N, probability_N, attempts, min_cluster_size of the labels).
-    """
-    tree = spanning_tree(points_NP, min_samples)
-    attempts, results = [], []
-    size = min_cluster_size
-    while size >= 2:
-        labels_N, probability_N = flat_clusters(tree, size)
-        found = int(labels_N.max()) + 1
-        attempts.append({"min_cluster_size": size, "clusters": found})
-        results.append((labels_N, probability_N))
-        if found >= wanted:
-            break
-        size = max(10, size // 2) if size > 10 else size - 1
-    size = max(min_cluster_size, len(points_NP) // (4 * wanted))  # a quarter of a fair share
-    while attempts[-1]["clusters"] < wanted and size >= min_cluster_size:
-        labels_N, probability_N = flat_clusters(tree, size, leaves=True)
-        # Where most points are noise, leaves are the accidents of one group's density.
-        found = int(labels_N.max()) + 1 if (labels_N >= 0).mean() > 0.5 else 0
-        attempts.append({"min_cluster_size": size, "clusters": found, "leaves": 1})
-        results.append((labels_N, probability_N))
-        size = size * 3 // 4
-    best = max(range(len(attempts)), key=lambda i: attempts[i]["clusters"])  # of equal ones the largest size
-    return *results[best], tuple(attempts), attempts[best]["min_cluster_size"]
+def _sample(N: int, seed: int) -> Ints:
+    """The rows that are clustered, ascending."""
+    if N <= SAMPLE:
+        return np.arange(N)
+    return np.sort(np.random.default_rng(seed).choice(N, SAMPLE, replace=False))
 
 
-def _spectral(points_NP: Floats, num_clusters: int, seed: int) -> Ints:
-    """Spectral clustering (Ng, Jordan & Weiss, NIPS 2001) of the neighbour graph.
-
-    The spanning tree joins the graph: groups that no neighbours link would otherwise be told apart by chance.
-    """
-    from scipy.sparse import coo_array, dia_array
-
-    points_NP, copy_of_N = np.unique(points_NP, axis=0, return_inverse=True)  # copies stay together
-    N = len(points_NP)
-    if num_clusters >= N:
-        return np.asarray(copy_of_N)
-    index_NK, _ = nearest_neighbours(points_NP, min(10, N - 1))
-    tree = spanning_tree(points_NP, 1)
-    start_E = np.concatenate([np.repeat(np.arange(N), index_NK.shape[1]), tree.start_E])
-    stop_E = np.concatenate([index_NK.ravel(), tree.stop_E])
-    directed = coo_array((np.ones(len(start_E)), (start_E, stop_E)), shape=(N, N)).tocsr()
-    directed.data[:] = 1.0  # an edge found twice counts once
-    graph = directed + directed.T
-    scale = dia_array(((1.0 / np.sqrt(graph.sum(axis=1)))[None], [0]), shape=(N, N))
-    vectors_NK = _leading_vectors((scale @ graph @ scale).tocsr(), num_clusters, seed)
-    vectors_NK = vectors_NK / np.maximum(np.linalg.norm(vectors_NK, axis=1, keepdims=True), 1e-12)
-    return _k_means(vectors_NK, num_clusters, seed)[copy_of_N]
-
-
-def _leading_vectors(graph: Any, count: int, seed: int) -> Floats:
-    N = graph.shape[0]
-    if max(DENSE_UP_TO, 2 * count) >= N:
-        return np.asarray(np.linalg.eigh(graph.toarray())[1][:, -count:])
-    from scipy.sparse.linalg import eigsh
-
-    # Products alone, no factorisation: that of a neighbour graph fills up.
-    start_N = np.random.default_rng(seed).uniform(-1, 1, N)
-    return np.asarray(eigsh(graph, k=count, which="LA", v0=start_N, tol=1e-5, maxiter=50 * N)[1])
-
-
-def _k_means(points_NP: Floats, num_clusters: int, seed: int) -> Ints:
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters: fewer are returned
-        label_N = KMeans(num_clusters, n_init=10, random_state=seed).fit_predict(points_NP)
-    return np.asarray(np.unique(label_N, return_inverse=True)[1])
+def _spread(value_S: NDArray[Any], sample_S: Ints, N: int, rest: float) -> NDArray[Any]:
+    """Values of a sample at their rows among all, and `rest` at the others."""
+    value_N = np.full(N, rest, value_S.dtype)
+    value_N[sample_S] = value_S
+    return value_N
 
 
 def _means(points_ND: Floats, labels_N: Ints) -> NDArray[np.float64]:
@@ -374,24 +275,3 @@ def _by_size(labels_N: Ints) -> NDArray[np.int32]:
     rank_K = np.empty(len(size_K), np.int32)
     rank_K[np.lexsort((first_K, -size_K))] = np.arange(len(size_K), dtype=np.int32)
     return np.asarray(rank_K[labels_N], np.int32)
-
-
-# ---- report ----
-
-
-def _silhouette(points_NP: Floats, labels_N: Ints, seed: int) -> float | None:
-    from sklearn.metrics import silhouette_score
-
-    chosen = np.arange(len(labels_N))
-    if len(chosen) > SILHOUETTE_SAMPLE:
-        chosen = np.sort(np.random.default_rng(seed).choice(chosen, SILHOUETTE_SAMPLE, replace=False))
-    if not 2 <= len(np.unique(labels_N[chosen])) < len(chosen):
-        return None
-    return float(silhouette_score(points_NP[chosen], labels_N[chosen]))
-
-
-def _purity(labels_N: Ints, values: Sequence[str]) -> float:
-    _, value_N = np.unique(np.asarray(values, dtype=str), return_inverse=True)
-    table_KV = np.zeros((int(labels_N.max()) + 1, int(value_N.max()) + 1), np.int64)
-    np.add.at(table_KV, (labels_N, value_N), 1)
-    return float(table_KV.max(axis=1).sum() / len(labels_N))

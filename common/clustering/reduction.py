@@ -10,13 +10,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.clustering.neighbours import Floats, nearest_neighbours
-
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
 Reduction = Literal["none", "pca", "umap"]
 Projection = Literal["umap", "pca", "tsne"]
 
@@ -86,14 +86,16 @@ def _principal_components(points_ND: Floats, width: int) -> NDArray[np.float32]:
 
 def _umap(points_ND: NDArray[np.float32], width: int, seed: int) -> NDArray[np.float32]:
     """UMAP on exact neighbours; it starts from PCA, as its spectral start fails on small and on disconnected graphs."""
-    _numba_cache()
+    _set_up_numba()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImportWarning)  # says that TensorFlow is not there, for a part not used
         warnings.filterwarnings("ignore", message=r"precomputed_knn\[2\]")  # new points cannot be added: none will be
+        from sklearn.neighbors import NearestNeighbors
         from umap import UMAP
 
         N = len(points_ND)
-        index_NK, distance_NK = nearest_neighbours(points_ND, min(14, N - 2))  # and the point itself
+        neighbours = NearestNeighbors(n_neighbors=min(14, N - 2)).fit(points_ND)
+        distance_NK, index_NK = neighbours.kneighbors()  # the point itself is not among them
         own_N1 = np.arange(N, dtype=index_NK.dtype)[:, None]
         known = (np.hstack([own_N1, index_NK]), np.pad(distance_NK, ((0, 0), (1, 0))).astype(np.float32))
         mapper = UMAP(
@@ -113,10 +115,22 @@ def _umap_start(points_ND: NDArray[np.float32], width: int) -> NDArray[np.float3
     return np.asarray(10 * scores_NP / max(float(np.abs(scores_NP).max()), 1e-12), np.float32)
 
 
-def _numba_cache() -> None:
-    """UMAP's compiler refuses to load where it cannot write what it compiled: in a read-only image, without a home."""
-    if "NUMBA_CACHE_DIR" in os.environ:
-        return
+def _set_up_numba() -> None:
+    """Sets the threads of UMAP's compiler, numba, and the folder that it caches in.
+
+    With OpenMP, which it prefers, it sets the number of threads of the whole process to that of the processors,
+    torch's included, and all later training is several times slower where torch was to use fewer. Its own work queue
+    leaves OpenMP alone; it is not for several UMAPs at once in threads of one process.
+    """
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        os.environ["NUMBA_CACHE_DIR"] = str(_numba_cache())
+    import numba
+
+    numba.config.THREADING_LAYER = "workqueue"
+
+
+def _numba_cache() -> Path:
+    """A writable folder: numba does not load without one, as in a read-only image or without a home."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moe-asr" / "numba"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +138,7 @@ def _numba_cache() -> None:
             raise PermissionError(folder)
     except (OSError, RuntimeError):
         folder = Path(tempfile.mkdtemp(prefix="moe-asr-numba-"))
-    os.environ["NUMBA_CACHE_DIR"] = str(folder)
+    return folder
 
 
 def _two_columns(points_NP: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,30 +1,102 @@
-"""Reading and writing audio: soundfile first, PyAV for what libsndfile does not know, soxr for the sample rate."""
+"""Reading and writing audio: what comes out is mono, 16 kHz and within [-1, 1], whatever goes in.
+
+Shape letters: T samples of the result, N frames of a block, C channels.
+"""
 
 import io
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 import soxr
 
+from common.data.decoders import AudioSource, AudioStream, Damage, open_audio
+from common.data.decoders import Samples as Samples  # for those that read audio
 from common.errors import DataError, StoreError
 
 SAMPLE_RATE = 16000  # Hz, the only rate that Whisper knows
-
-Samples = npt.NDArray[np.float32]
-AudioSource = str | Path | bytes | BinaryIO
+CANCELLED = 0.1  # of the power that one channel alone would leave in the mean: below, the channels cancel
+OVERSHOOT = 2.0  # peaks up to here are clipped, as in a 16-bit file; higher ones are of samples at another scale
+TOLERATED_LOSS = 0.25  # s of audio that may be silence because it is damaged
 
 
 class AudioInfo(NamedTuple):
-    """What a file's header says: seconds, Hz, number of channels."""
+    """Seconds, Hz, number of channels."""
 
     duration: float
     rate: int
     channels: int
+
+
+@dataclass
+class Levels:
+    """What is known of a stretch once it is decoded.
+
+    Attributes:
+        frames: how many there were, of C channels at `rate` Hz.
+        finite: no sample is NaN or infinite.
+        power: sums of squares, of each channel and of their mean, shape (C + 1,).
+        low, high: extremes of the same, shape (C + 1,).
+        damage: what could not be decoded.
+    """
+
+    rate: int
+    channels: int
+    damage: Damage
+    frames: int = 0
+    finite: bool = True
+    power: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    low: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    high: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        self.power = np.zeros(self.channels + 1)
+        self.low = np.full(self.channels + 1, np.inf)
+        self.high = np.full(self.channels + 1, -np.inf)
+
+    def add(self, block_NC: Samples) -> Samples:
+        """Counts a block; returns the mean of its channels, shape (N,)."""
+        mean_N = block_NC[:, 0] if self.channels == 1 else block_NC.mean(axis=1)
+        self.frames += len(block_NC)
+        if not np.isfinite(mean_N).all():  # of finite channels, too, when their sum is beyond float32
+            self.finite = False
+        elif len(block_NC):
+            for column, one_N in enumerate([*block_NC.T, mean_N]):
+                self.power[column] += np.square(one_N, dtype=np.float64).sum()
+                self.low[column] = min(self.low[column], one_N.min())
+                self.high[column] = max(self.high[column], one_N.max())
+        return mean_N
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.frames / self.rate
+
+    @property
+    def channel(self) -> int | None:
+        """The loudest channel, where the channels cancel in their mean (opposite phase); None: the mean is good."""
+        loudest = int(self.power[:-1].argmax())
+        # One channel that speaks while the others are silent leaves this share of its power in the mean.
+        least = CANCELLED * self.power[loudest] / self.channels**2
+        return loudest if self.power[-1] < least else None
+
+    @property
+    def amplitude(self) -> float:
+        """Half of the distance between the extremes of what is read; a constant offset does not count."""
+        column = -1 if (channel := self.channel) is None else channel
+        return float(self.high[column] - self.low[column]) / 2 if self.frames else 0.0
+
+    @property
+    def peak(self) -> float:
+        """The largest absolute value of what is read, before it is brought into [-1, 1]."""
+        column = -1 if (channel := self.channel) is None else channel
+        return max(-float(self.low[column]), float(self.high[column])) if self.frames else 0.0
 
 
 def read_audio(
@@ -34,8 +106,12 @@ def read_audio(
     duration: float | None = None,
     sample_rate: int = SAMPLE_RATE,
     name: str | None = None,
+    on_damage: Callable[[str], object] | None = None,
 ) -> Samples:
-    """Decode audio to mono at one rate; channels are averaged, other rates resampled.
+    """Decode audio to mono at one rate, block by block: memory is that of the result.
+
+    Channels are averaged; where they cancel (opposite phase), the loudest one is taken. Peaks beyond full scale are
+    clipped; samples at another scale (over twice full scale) are scaled down to it.
 
     Args:
         source: a path, the bytes of a file, or an open binary file that can seek.
@@ -43,41 +119,83 @@ def read_audio(
         duration: seconds to read at most; None reads to the end.
         sample_rate: Hz of the result.
         name: how errors call a source that is not a path.
+        on_damage: told what cannot be decoded, which is then silence; by default that is an error.
 
     Returns:
         samples in [-1, 1], float32, shape (T,), T >= 1.
 
     Raises:
-        DataError: a missing, unreadable, empty or undecodable file, or NaN or infinite samples; it names the file.
+        DataError: a missing, unreadable, empty, damaged or undecodable file, or NaN or infinite samples; it names the
+            file.
     """
-    label = _label(source, name)
-    samples_TC, rate = decode(source, offset=offset, duration=duration, name=name)
-    if samples_TC.size == 0:
-        where = f" after {offset:g} s" if offset else ""
-        raise DataError(f"{label} holds no audio{where}: leave it out or correct its offset")
-    if not np.isfinite(samples_TC).all():
-        raise DataError(f"{label} holds samples that are not finite (NaN or infinity): export it again, as PCM")
-    mono_T = samples_TC[:, 0] if samples_TC.shape[1] == 1 else samples_TC.mean(axis=1)
-    if rate != sample_rate:
-        mono_T = soxr.resample(mono_T, rate, sample_rate)
-        if mono_T.size == 0:
-            raise DataError(f"{label} holds no audio: {samples_TC.shape[0]} samples at {rate} Hz are too short")
-    return np.ascontiguousarray(mono_T, dtype=np.float32)
+    label = label_of(source, name)
+
+    def read(channel: int | None) -> tuple[Samples, Levels]:
+        with open_audio(source, label, offset=offset, duration=duration) as stream:
+            levels = Levels(stream.rate, stream.channels, stream.damage)
+            return _collect(_at_rate(_one_channel(stream, levels, channel), stream.rate, sample_rate)), levels
+
+    mono_T, levels = read(None)
+    check_levels(levels, label, offset, on_damage)
+    if (channel := levels.channel) is not None:
+        mono_T, _ = read(channel)
+    if mono_T.size == 0:
+        raise DataError(f"{label} holds no audio: {levels.frames} samples at {levels.rate} Hz are too short")
+    if levels.peak > OVERSHOOT:
+        mono_T /= np.abs(mono_T).max()
+    return np.clip(mono_T, -1, 1, out=mono_T)
 
 
-def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
-    """Duration, rate and channels without decoding (formats that need PyAV are decoded).
+def measure_audio(
+    source: AudioSource, *, offset: float = 0.0, duration: float | None = None, name: str | None = None
+) -> Levels:
+    """What `read_audio` would meet in a stretch, without keeping its samples.
 
     Raises:
         DataError: a missing or undecodable file; it names the file.
     """
-    label = _label(source, name)
-    try:
-        with _open(source, label) as file:
-            return AudioInfo(file.frames / file.samplerate, file.samplerate, file.channels)
-    except (soundfile.LibsndfileError, TypeError) as error:
-        samples_TC, rate = _decode_with_av(source, label, error)
-        return AudioInfo(samples_TC.shape[0] / rate, rate, samples_TC.shape[1])
+    with open_audio(source, label_of(source, name), offset=offset, duration=duration) as stream:
+        levels = Levels(stream.rate, stream.channels, stream.damage)
+        for block_NC in stream.blocks:
+            levels.add(block_NC)
+        return levels
+
+
+def check_levels(
+    levels: Levels, label: str, offset: float = 0.0, on_damage: Callable[[str], object] | None = None
+) -> None:
+    """Refuses what cannot be learnt from: no samples, samples that are no numbers, a damaged stretch.
+
+    Raises:
+        DataError: naming the file.
+    """
+    if not levels.frames:
+        where = f" after {offset:g} s" if offset else ""
+        raise DataError(f"{label} holds no audio{where}: leave it out or correct its offset")
+    if not levels.finite:
+        raise DataError(f"{label} holds samples that are not finite (NaN or infinity): export it again, as PCM")
+    damage = levels.damage
+    if damage.seconds > (TOLERATED_LOSS if on_damage is None else 0):
+        lost = f"{label} is damaged: {damage.seconds:.2f} s from {damage.first:.2f} s on cannot be decoded"
+        if on_damage is None:
+            raise DataError(f"{lost}: copy it again, or leave it out")
+        on_damage(lost)
+
+
+def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
+    """Duration, rate and channels: by the header where it is exact (WAV, FLAC and the like), else by decoding.
+
+    Raises:
+        DataError: a missing, damaged or undecodable file; it names the file.
+    """
+    label = label_of(source, name)
+    with open_audio(source, label) as stream:
+        if stream.frames is not None:
+            return AudioInfo(stream.frames / stream.rate, stream.rate, stream.channels)
+    levels = measure_audio(source, name=name)
+    if levels.frames:
+        check_levels(levels, label)
+    return AudioInfo(levels.seconds, levels.rate, levels.channels)
 
 
 def write_wav(path: str | Path, samples: npt.ArrayLike, rate: int = SAMPLE_RATE) -> None:
@@ -104,7 +222,8 @@ def write_wav(path: str | Path, samples: npt.ArrayLike, rate: int = SAMPLE_RATE)
         raise StoreError(f"cannot write {target}: {error.strerror}: free space or change rights") from error
 
 
-def _label(source: AudioSource, name: str | None) -> str:
+def label_of(source: AudioSource, name: str | None) -> str:
+    """How errors call a source."""
     if name is not None:
         return name
     if isinstance(source, (str, Path)):
@@ -112,73 +231,26 @@ def _label(source: AudioSource, name: str | None) -> str:
     return str(getattr(source, "name", "audio in memory"))
 
 
-def _open(source: AudioSource, label: str) -> soundfile.SoundFile:
-    if isinstance(source, bytes):
-        return soundfile.SoundFile(io.BytesIO(source))
-    if isinstance(source, (str, Path)):
-        try:
-            with Path(source).open("rb") as file:
-                if not file.read(1):
-                    raise DataError(f"{label} is empty (0 bytes): leave it out or copy it again")
-        except OSError as error:
-            raise DataError(f"cannot read {label}: {error.strerror}: check the path and its rights") from error
-        return soundfile.SoundFile(str(source))
-    source.seek(0)
-    return soundfile.SoundFile(source)
+def _one_channel(stream: AudioStream, levels: Levels, channel: int | None) -> Iterator[Samples]:
+    """The mean of the channels, or one of them; `levels` counts them all."""
+    for block_NC in stream.blocks:
+        mean_N = levels.add(block_NC)
+        yield mean_N if channel is None else block_NC[:, channel]
 
 
-def decode(
-    source: AudioSource, *, offset: float = 0.0, duration: float | None = None, name: str | None = None
-) -> tuple[Samples, int]:
-    """The wanted stretch as the file has it, unchecked: samples (T, channels), T >= 0, and their rate in Hz.
-
-    Raises:
-        DataError: a missing or undecodable file; it names the file.
-    """
-    label = _label(source, name)
-    try:
-        with _open(source, label) as file:
-            start, frames = _stretch(file.samplerate, offset, duration)
-            if start >= file.frames:
-                return np.zeros((0, file.channels), np.float32), file.samplerate
-            file.seek(start)
-            return file.read(frames, dtype="float32", always_2d=True), file.samplerate
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless format such as .raw
-        samples_TC, rate = _decode_with_av(source, label, error)
-        start, frames = _stretch(rate, offset, duration)
-        return samples_TC[start : None if frames < 0 else start + frames], rate
+def _at_rate(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
+    if rate == wanted:
+        yield from blocks
+        return
+    resampler: Any = soxr.ResampleStream(rate, wanted, 1, dtype="float32")
+    for block_N in blocks:
+        yield resampler.resample_chunk(np.ascontiguousarray(block_N))
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _stretch(rate: int, offset: float, duration: float | None) -> tuple[int, int]:
-    """The first frame and the number of frames, -1 for all the rest."""
-    return round(offset * rate), -1 if duration is None else round(duration * rate)
-
-
-def _decode_with_av(source: AudioSource, label: str, cause: Exception) -> tuple[Samples, int]:
-    """All samples (T, channels) of the first audio stream. PyAV seeks inexactly, so callers cut afterwards."""
-    try:
-        import av
-    except ImportError:
-        raise DataError(
-            f"{label} cannot be decoded by libsndfile ({cause}): `pip install moe-asr[audio-formats]` reads more "
-            "formats, or convert it to WAV or FLAC"
-        ) from cause
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    elif not isinstance(source, (str, Path)):
-        source.seek(0)
-    blocks_CT: list[Samples] = []
-    try:
-        with av.open(str(source) if isinstance(source, Path) else source) as container:
-            if not container.streams.audio:
-                raise DataError(f"{label} has no audio stream: leave it out")
-            rate = int(container.streams.audio[0].rate)
-            to_float = av.AudioResampler(format="fltp", rate=rate)
-            for frame in container.decode(audio=0):
-                blocks_CT.extend(block.to_ndarray() for block in to_float.resample(frame))
-            blocks_CT.extend(block.to_ndarray() for block in to_float.resample(None))
-    except (av.FFmpegError, ValueError) as error:
-        raise DataError(f"{label} cannot be decoded ({error}): it is damaged or no audio file") from error
-    if not blocks_CT:
-        return np.zeros((0, 1), np.float32), rate
-    return np.concatenate(blocks_CT, axis=1).T.astype(np.float32), rate
+def _collect(blocks: Iterator[Samples]) -> Samples:
+    """One array of all blocks, grown in place, so that nothing is ever there twice."""
+    buffer = bytearray()
+    for block_N in blocks:
+        buffer += np.asarray(block_N, np.float32).tobytes()
+    return np.frombuffer(buffer, np.float32)

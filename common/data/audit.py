@@ -2,24 +2,34 @@
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from common.data.audio import SAMPLE_RATE, decode
+from common.data.audio import OVERSHOOT, SAMPLE_RATE, Levels, check_levels, measure_audio
+from common.data.clips import MOST_BYTES
 from common.data.corpus import Corpus, Utterance, shared_speakers
+from common.data.decoders import check_regular
+from common.data.headers import header_fault
 from common.data.shards import check_shard
 from common.errors import DataError
-from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.files import file_hash
+from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.progress import counted
+from common.text import odd_forms
 
 DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
 MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+PLACEHOLDERS = frozenset({"nan", "null", "none", "n/a", "<na>"})  # in small letters; some are words, too
+
+
+Severity = Literal["error", "warning"]
+ERROR: Severity = "error"
+WARNING: Severity = "warning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class Finding:
     kind: str
     utterance_id: str
     detail: str
-    severity: Literal["error", "warning"]
+    severity: Severity
 
 
 def audit(
@@ -43,12 +53,17 @@ def audit(
         threads: how many files are decoded at a time; None takes one for each processor.
 
     Returns:
-        Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty or
-        damaged), `not-finite`, `silent-audio` (a text without audio), `empty-text`, `too-long` (over 30 s),
+        Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty, no
+        file, or damaged), `not-finite`, `silent-audio` (a text without audio), `past-the-end` (the index wants more
+        than the file holds), `cut-short` (the file's own header promises more), `empty-text`, `too-long` (over 30 s),
         `too-many-tokens`, `duplicate-id`, `duplicate-across-splits`, `shared-speaker`, `bad-shard`. Kinds of
-        warning: `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`, `duplicate-audio`.
+        warning: `damaged-audio` (a moment that is read as silence), `unended-audio` (an Ogg file without its last
+        page), `out-of-range`, `opposite-phase`, `resampled`, `mixed-down`, `duration-differs`, `text-too-fast`,
+        `duplicate-audio`, `placeholder-text`; and of the corpus as a whole, with its first such utterance, `odd-forms`
+        and `no-speakers`.
     """
     findings = [*_text_findings(corpus.utterances, token_count), *_shared_speakers(corpus.utterances)]
+    findings += [*_odd_forms(corpus.utterances), *_no_speakers(corpus.utterances)]
     findings += _bad_shards(corpus)
     by_file: dict[str, list[Utterance]] = defaultdict(list)
     for u in corpus.utterances:
@@ -75,12 +90,33 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
         seen.add(u.id)
         if not u.text.strip():
             yield Finding("empty-text", u.id, "there is nothing to learn from an empty text", "error")
-        if u.duration > MAX_SECONDS:
-            yield Finding("too-long", u.id, f"{u.duration:.1f} s; Whisper hears {MAX_SECONDS:g} s", "error")
+        if is_too_long(u.duration):
+            yield Finding("too-long", u.id, f"{u.duration:.2f} s; Whisper hears {MAX_SECONDS:g} s", "error")
         if token_count is not None and (tokens := token_count(u.text)) > MAX_TOKENS:
             yield Finding("too-many-tokens", u.id, f"{tokens} tokens; the decoder takes {MAX_TOKENS}", "error")
         if u.duration > 0 and len(u.text) / u.duration > MAX_CHARACTERS_PER_SECOND:
             yield Finding("text-too-fast", u.id, f"{len(u.text)} characters in {u.duration:.2f} s", "warning")
+        if u.text.strip().lower() in PLACEHOLDERS:
+            yield Finding("placeholder-text", u.id, f"{u.text!r} may stand for a missing text", "warning")
+
+
+def _odd_forms(utterances: Iterable[Utterance]) -> Iterator[Finding]:
+    """How many texts hold what Whisper writes otherwise: a model would learn to write it so."""
+    counts: Counter[str] = Counter()
+    first = ""
+    for u in utterances:
+        if forms := odd_forms(u.text):
+            counts.update(forms)
+            first = first or u.id
+    if counts:
+        kinds = "texts with " + ", ".join(f"{form}: {count}" for form, count in counts.most_common())
+        yield Finding("odd-forms", first, f"{kinds} (`moe-asr corpus import --mend-text` mends them)", "warning")
+
+
+def _no_speakers(utterances: Sequence[Utterance]) -> Iterator[Finding]:
+    if utterances and not any(u.speaker for u in utterances):
+        detail = "no speaker is known: a voice may be in several splits, and rates have no intervals over speakers"
+        yield Finding("no-speakers", utterances[0].id, detail, "warning")
 
 
 def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
@@ -105,38 +141,75 @@ def _bad_shards(corpus: Corpus) -> Iterator[Finding]:
 def _inspect_file(corpus: Corpus, utterances: list[Utterance]) -> tuple[str, list[Finding]]:
     """The sha256 of one audio file (empty when it cannot be read), and what is wrong with its utterances."""
     try:
-        content = corpus.audio(utterances[0])
+        source, digest = _source(corpus, utterances[0])
     except DataError as error:
         return "", [Finding("unreadable-audio", u.id, str(error), "error") for u in utterances]
-    found = [finding for u in utterances for finding in _inspect_stretch(content, u, whole=len(utterances) == 1)]
-    return hashlib.sha256(content).hexdigest(), found
+    whole = len(utterances) == 1 and utterances[0].offset == 0
+    return digest, [finding for u in utterances for finding in _inspect_stretch(source, u, whole=whole)]
 
 
-def _inspect_stretch(content: bytes, u: Utterance, *, whole: bool) -> Iterator[Finding]:
-    """Decode one utterance. `whole`: it has its file to itself, so both must be equally long."""
-    whole = whole and u.offset == 0
+def _source(corpus: Corpus, utterance: Utterance) -> tuple[bytes | Path, str]:
+    """An audio file and its sha256: the bytes of one in a shard or store, the path of any other.
+
+    Raises:
+        DataError: it is not there, no file, or damaged.
+    """
+    if (clip := corpus.clip(utterance)) is not None:
+        content = clip.read()
+        return content, hashlib.sha256(content).hexdigest()
+    path = corpus.path(utterance)
+    if (size := check_regular(path, utterance.audio_filepath)) > MOST_BYTES:
+        raise DataError(f"{utterance.audio_filepath} has {size:,} bytes, over {MOST_BYTES:,}: cut it into utterances")
+    return path, file_hash(path)
+
+
+def _inspect_stretch(source: bytes | Path, u: Utterance, *, whole: bool) -> Iterator[Finding]:
+    """Decode one utterance as training does. `whole`: it has its file to itself, so both must be equally long."""
+    name = u.audio_filepath
     try:
-        samples_TC, rate = decode(
-            content, offset=u.offset, duration=None if whole else u.duration, name=u.audio_filepath
-        )
+        levels = measure_audio(source, offset=u.offset, duration=None if whole else u.duration, name=name)
+        if not levels.finite:
+            yield Finding("not-finite", u.id, f"{name} holds NaN or infinite samples", "error")
+            return
+        check_levels(levels, name, u.offset)
     except DataError as error:
         yield Finding("unreadable-audio", u.id, str(error), "error")
         return
-    if samples_TC.size == 0:
-        yield Finding("unreadable-audio", u.id, f"{u.audio_filepath} holds no audio after {u.offset:g} s", "error")
-        return
-    if not np.isfinite(samples_TC).all():
-        yield Finding("not-finite", u.id, f"{u.audio_filepath} holds NaN or infinite samples", "error")
-    elif np.abs(samples_TC).max() < SILENCE_PEAK:
-        yield Finding("silent-audio", u.id, f"{u.audio_filepath} is silent: a text without audio", "error")
-    seconds = len(samples_TC) / rate
-    if abs(seconds - u.duration) > DURATION_TOLERANCE:
-        detail = f"the index says {u.duration:.2f} s, {u.audio_filepath} holds {seconds:.2f} s"
-        yield Finding("duration-differs", u.id, detail, "warning")
-    if rate != SAMPLE_RATE:
-        yield Finding("resampled", u.id, f"{rate} Hz is resampled to {SAMPLE_RATE} Hz while reading", "warning")
-    if samples_TC.shape[1] > 1:
-        yield Finding("mixed-down", u.id, f"{samples_TC.shape[1]} channels are averaged while reading", "warning")
+    yield from _length_findings(source, levels, u, whole=whole)
+    yield from _sound_findings(levels, u)
+
+
+def _length_findings(source: bytes | Path, levels: Levels, u: Utterance, *, whole: bool) -> Iterator[Finding]:
+    """The length of an utterance against its index and its file's header."""
+    missing = u.duration - levels.seconds
+    if abs(missing) > DURATION_TOLERANCE:
+        start = f" from {u.offset:g} s on" if u.offset else ""
+        detail = f"the index says {u.duration:.2f} s{start}, {u.audio_filepath} holds {levels.seconds:.2f} s"
+        kind, severity = ("past-the-end", ERROR) if missing > 0 else ("duration-differs", WARNING)
+        yield Finding(kind, u.id, detail, severity)
+    if whole and (fault := header_fault(source, u.audio_filepath, levels.seconds)):
+        kind, severity = ("cut-short", ERROR) if fault.certain else ("unended-audio", WARNING)
+        yield Finding(kind, u.id, f"{u.audio_filepath}: {fault.detail}", severity)
+
+
+def _sound_findings(levels: Levels, u: Utterance) -> Iterator[Finding]:
+    """What the encoder would hear, and what was done to the file's samples for it."""
+    name, damage = u.audio_filepath, levels.damage
+    loudest = min(levels.amplitude, levels.amplitude / levels.peak if levels.peak > OVERSHOOT else 1.0)
+    if loudest < SILENCE_PEAK:
+        yield Finding("silent-audio", u.id, f"{name} is silent: a text without audio", "error")
+    if damage.seconds:
+        detail = f"{damage.seconds:.2f} s from {damage.first:.2f} s on cannot be decoded, and are read as silence"
+        yield Finding("damaged-audio", u.id, f"{name}: {detail}", "warning")
+    if levels.peak > OVERSHOOT:
+        yield Finding("out-of-range", u.id, f"{name} peaks at {levels.peak:.4g}, and is scaled to 1", "warning")
+    if levels.channel is not None:
+        detail = f"the channels of {name} cancel each other; the loudest alone is read"
+        yield Finding("opposite-phase", u.id, detail, "warning")
+    elif levels.channels > 1:
+        yield Finding("mixed-down", u.id, f"{levels.channels} channels are averaged while reading", "warning")
+    if levels.rate != SAMPLE_RATE:
+        yield Finding("resampled", u.id, f"{levels.rate} Hz is resampled to {SAMPLE_RATE} Hz while reading", "warning")
 
 
 def _duplicates(groups: Iterable[list[Utterance]]) -> Iterator[Finding]:

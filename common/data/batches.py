@@ -29,7 +29,7 @@ from common.data.corpus import Corpus, Utterance
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
 from common.data.tokens import IGNORED, TextCodec
 from common.errors import DataError, MoeAsrError, RetryableError
-from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -131,9 +131,9 @@ def make_examples(
     """
     examples: list[Example] = []
     for utterance in utterances:
-        if utterance.duration > MAX_SECONDS:
+        if is_too_long(utterance.duration):
             raise DataError(
-                f"utterance {utterance.id} lasts {utterance.duration:.1f} s, over Whisper's {MAX_SECONDS:.0f} s: "
+                f"utterance {utterance.id} lasts {utterance.duration:.2f} s, over Whisper's {MAX_SECONDS:.0f} s: "
                 "`moe-asr corpus segment` cuts such utterances at pauses (nothing is ever truncated)"
             )
         inputs, labels = codec.pair(utterance.text)

@@ -6,26 +6,31 @@ These fields are not part of the digest, so a corpus has the same keys packed an
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from common.data.clips import Clip, Place, Remote
+from common.data.identities import identifier, join_spellings, joined_in_words
 from common.errors import DataError, StoreError, UsageError
 from common.files import explained
 from common.json_files import read_jsonl
 
+log = logging.getLogger(__name__)
 INDEX_NAME = "index.jsonl"
+PROVENANCE = "provenance.json"  # of an imported corpus: from what it was made, and what was left out
+IDENTITIES = ("speaker", "etiology", "severity")
 GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
 
 
@@ -101,6 +106,9 @@ class Corpus:
         clip, path = self.clip(utterance), self.path(utterance)
         if clip is not None:
             return clip.read()
+        from common.data.decoders import check_regular  # brings decoders, which an index alone does not need
+
+        check_regular(path, str(path))
         with explained(path):
             return path.read_bytes()
 
@@ -126,7 +134,8 @@ _encode_ascii = json.JSONEncoder(ensure_ascii=True).encode
 def read_corpus(path: str | Path) -> Corpus:
     """Read a corpus folder, or an index file by its own name (a NeMo manifest is one).
 
-    A line without `id` is known by its audio path. Fields that are not ours are ignored.
+    A line without `id` is known by its audio path. Fields that are not ours are ignored. Ids, speakers and groups are
+    brought to one form (`common.data.identities`), and spellings of one name are joined, which is logged as a warning.
 
     Raises:
         DataError: a missing file, bad JSON, a missing or mistyped field, a duplicate id, no utterance at all;
@@ -150,8 +159,32 @@ def read_corpus(path: str | Path) -> Corpus:
             raise DataError(f"{index}:{number}: {utterance.audio_filepath} lies in two places: pack the corpus again")
     if not utterances:
         raise DataError(f"{index} holds no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
+    utterances, joined = join_identities(utterances)
+    for remark in joined:
+        log.warning("%s: %s", index, remark)
     utterances.sort(key=lambda u: u.id)
     return Corpus(root, tuple(utterances), index_digest(utterances), places)
+
+
+def join_identities(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[str]]:
+    """Utterances with one spelling for each speaker, etiology and severity, and what was joined, in words."""
+    joined: dict[str, dict[str, str]] = {}
+    remarks: list[str] = []
+    for name in IDENTITIES:
+        counts = Counter(getattr(u, name) for u in utterances)
+        if others := join_spellings(counts):
+            joined[name] = others
+            remarks += joined_in_words(name, others, counts)
+    if not joined:
+        return list(utterances), []
+
+    def unified(u: Utterance) -> Utterance:
+        changes: dict[str, Any] = {
+            name: table[getattr(u, name)] for name, table in joined.items() if getattr(u, name) in table
+        }
+        return replace(u, **changes) if changes else u
+
+    return [unified(u) for u in utterances], remarks
 
 
 def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
@@ -321,7 +354,7 @@ def _hash64(text: str) -> int:
 
 
 def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utterance:
-    values = {name: record[name] for name in _FIELD_NAMES if record.get(name) is not None}
+    values = {name: record[name] for name in _FIELD_NAMES if not _is_missing(record.get(name), name)}
     for name in _REQUIRED:
         if name not in values:
             raise DataError(f"{where}: field {name!r} is missing: every utterance needs {', '.join(_REQUIRED)}")
@@ -331,14 +364,24 @@ def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utteranc
         elif type(value) is not str:
             raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value)}: put it in quotes")
         elif name in GROUP_FIELDS:  # a million utterances share a few speakers and etiologies: one string object each
-            values[name] = sys.intern(value)
+            values[name] = sys.intern(value if name in IDENTITIES else _split(value))
     if not values["audio_filepath"]:
         raise DataError(f"{where}: field 'audio_filepath' is empty: name the audio file")
     values["audio_filepath"] = _relative_to(root, values["audio_filepath"])
     values.setdefault("id", values["audio_filepath"] + (f"@{values['offset']}" if values.get("offset") else ""))
+    values["id"] = identifier(values["id"])
     if not values["id"]:
         raise DataError(f"{where}: field 'id' is empty: give each utterance a name of its own")
     return Utterance(**values)
+
+
+def _split(name: str) -> str:
+    return name.lower() if name.lower() in ("train", "dev", "test") else name
+
+
+def _is_missing(value: object, name: str) -> bool:
+    """Whether a field has no value: null or, but for numbers, NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value) and name not in _NUMBER_FIELDS)
 
 
 def _check_seconds(value: object, name: str, where: str) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from common.data.audio import audio_info
 from common.data.clips import MOST_BYTES, Place
-from common.data.corpus import INDEX_NAME, Corpus, Utterance, index_lines
+from common.data.corpus import INDEX_NAME, PROVENANCE, Corpus, Utterance, index_lines
 from common.errors import DataError, UsageError
 from common.files import TEMPORARY, explained, file_hash
 from common.storage.store import Store
@@ -93,6 +93,8 @@ def pack_corpus(
                 stored += 1
             path.unlink()
             progress(len(members))
+    if corpus.remote is None and (corpus.root / PROVENANCE).is_file():
+        store.put(PROVENANCE, corpus.root / PROVENANCE)
     index = "".join(index_lines(corpus.utterances, places)).encode()
     if not store.put_if_absent(INDEX_NAME, index) and store.read(INDEX_NAME) != index:
         raise other

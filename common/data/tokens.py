@@ -23,10 +23,17 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
-    values = _read_json(config)
+    try:
+        values = dict(json.loads(config.read_text(encoding="utf-8"), parse_constant=_refuse_number))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{config} cannot be read: {error}") from None
     if (kind := values.get("model_type")) != "whisper":
         raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
     return values
+
+
+def _refuse_number(text: str) -> None:
+    raise ValueError(f"it holds {text}, which is no number")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class TextCodec:
         suppressed: tokens that decoding never emits.
         suppressed_first: tokens that it does not begin with.
         zero: the timestamp <|0.00|>, right after <|notimestamps|>; None where the tokenizer has no timestamps.
+        no_speech: the token for audio without speech; None where the tokenizer has none.
     """
 
     tokenizer: Tokenizer
@@ -48,6 +56,7 @@ class TextCodec:
     suppressed: tuple[int, ...]
     suppressed_first: tuple[int, ...]
     zero: int | None = None
+    no_speech: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a transcript with its leading space, without any special token."""
@@ -101,6 +110,7 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         suppressed=tuple(generation.get("suppress_tokens") or ()),
         suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
         zero=tokenizer.token_to_id("<|0.00|>"),
+        no_speech=tokenizer.token_to_id("<|nospeech|>") or tokenizer.token_to_id("<|nocaptions|>"),  # by its version
     )
 
 

@@ -5,7 +5,6 @@ Shape letters: B utterances, R rows of the shrinking batch, T encoder positions,
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +17,13 @@ from common.data.batches import Batch
 from common.data.tokens import TextCodec
 from common.decoding.beam import beam_search
 from common.decoding.decoder_step import Found, decoder_step
+from common.decoding.loops import COMPRESSION_RATIO_THRESHOLD, compression_ratio
 from common.decoding.token_rules import Rules, make_rules
 from common.model.recogniser import Recogniser
 from common.model.routing import RoutingSlot
 
 SHRINK_AT = 0.75  # rows that must be alive for a batch to stay as it is
-MOST_REPETITIVE = 2.4  # bytes of a text over bytes of its zlib compression: above, the text is a loop
-LEAST_PROBABLE = -1.0  # mean log-probability of a text's tokens: below, it is a guess
+LOGPROB_THRESHOLD = -1.0  # mean log-probability of a text's tokens: below, it is a guess
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +36,13 @@ class Decoding:
         num_beams: 1 is greedy.
         length_penalty: beams are compared by log-probability / length ** this.
         temperatures: the first is used; the next ones for texts that come out as loops or guesses (Radford et al. 2022,
-            section 4.5). 0 is greedy or beam search, above 0 tokens are drawn.
+            section 4.5). 0 is greedy or beam search, above 0 tokens are drawn. Of texts that are all doubtful, the most
+            probable one that is no loop is taken.
         timestamps: decode with Whisper's timestamp tokens.
         seed: of drawn tokens.
+        normaliser: how texts are compared afterwards: `unified`, or `published`, Whisper's normaliser alone.
+        no_speech_threshold: above it, a text that is a guess is taken for one of silence, and not decoded again; None
+            does not ask the model whether somebody speaks.
     """
 
     batch_size: int
@@ -49,6 +52,13 @@ class Decoding:
     temperatures: tuple[float, ...] = (0.0,)
     timestamps: bool = False
     seed: int = 0
+    normaliser: str = "unified"
+    no_speech_threshold: float | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether texts are compared by Whisper's normaliser alone."""
+        return self.normaliser == "published"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +69,39 @@ class Decoded:
         tokens: without prompt and end token; timestamps included.
         mean_log_probability: of its tokens, the end token included.
         temperature: at which it was decoded.
+        no_speech_probability: that nobody speaks; None where the model was not asked, or has no token for it.
     """
 
     text: str
     tokens: tuple[int, ...]
     mean_log_probability: float
     temperature: float
+    no_speech_probability: float | None = None
+
+    @property
+    def repetitive(self) -> bool:
+        """Whether it reads like a loop, by Whisper's limit."""
+        return compression_ratio(self.text) > COMPRESSION_RATIO_THRESHOLD
+
+    @property
+    def guessed(self) -> bool:
+        """Whether its tokens are improbable, by Whisper's limit."""
+        return self.mean_log_probability < LOGPROB_THRESHOLD
 
     @property
     def doubtful(self) -> bool:
-        """Whether it reads like a loop or a guess, by Whisper's two limits."""
-        return compression_ratio(self.text) > MOST_REPETITIVE or self.mean_log_probability < LEAST_PROBABLE
+        """Whether it reads like a loop or a guess."""
+        return self.repetitive or self.guessed
 
+    def of_silence(self, threshold: float | None) -> bool:
+        """Whether it is a guess where probably nobody speaks: what Whisper leaves out.
 
-def compression_ratio(text: str) -> float:
-    """Bytes of a text over bytes of its zlib compression: high for loops."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data))
+        Args:
+            threshold: of `no_speech_probability`; Whisper's is 0.6.
+        """
+        if threshold is None or self.no_speech_probability is None:
+            return False
+        return self.no_speech_probability > threshold and self.guessed
 
 
 @torch.inference_mode()
@@ -93,18 +119,40 @@ def decode_hidden(
         slot: holds the batch's routing, before and after; in between the rows that are decoded.
     """
     rules = make_rules(codec, model.config.vocab_size, hidden_BTD.device, timestamps=decoding.timestamps)
-    results: list[Decoded | None] = [None] * len(hidden_BTD)
+    asked = decoding.no_speech_threshold is not None and codec.no_speech is not None
+    silence_B = no_speech_probabilities(model, hidden_BTD, codec) if asked else [None] * len(hidden_BTD)
+    results: dict[int, Decoded] = {}
     waiting = list(range(len(hidden_BTD)))
     for temperature in decoding.temperatures:
         index = torch.tensor(waiting, device=hidden_BTD.device)
         with routed_rows(slot, index):
             found = _decode_at(model, hidden_BTD[index], rules, decoding, slot, temperature)
         for number, (tokens, mean) in zip(waiting, found, strict=True):
-            results[number] = Decoded(codec.decode(tokens), tuple(tokens), mean, temperature)
-        waiting = [number for number in waiting if (one := results[number]) is not None and one.doubtful]
+            one = Decoded(codec.decode(tokens), tuple(tokens), mean, temperature, silence_B[number])
+            results[number] = better(results.get(number, one), one)
+        waiting = [n for n in waiting if _worth_another_try(results[n], decoding.no_speech_threshold)]
         if not waiting:
             break
-    return [one for one in results if one is not None]
+    return [results[number] for number in range(len(hidden_BTD))]
+
+
+def better(first: Decoded, second: Decoded) -> Decoded:
+    """Of two texts of one utterance the one to keep: one that is no loop, and then the more probable one."""
+    return max(first, second, key=lambda one: (not one.doubtful, not one.repetitive, one.mean_log_probability))
+
+
+def _worth_another_try(one: Decoded, no_speech_threshold: float | None) -> bool:
+    return one.repetitive or (one.guessed and not one.of_silence(no_speech_threshold))
+
+
+def no_speech_probabilities(
+    model: WhisperForConditionalGeneration, hidden_BTD: Tensor, codec: TextCodec
+) -> list[float]:
+    """How probable the model finds it that nobody speaks: its no-speech token after the start of a transcript."""
+    start_B1 = torch.full((len(hidden_BTD), 1), codec.prompt[0], device=hidden_BTD.device)
+    logits_BV, _ = decoder_step(model, start_B1, hidden_BTD, None)
+    found: list[float] = logits_BV.softmax(1)[:, codec.no_speech].tolist()
+    return found
 
 
 def _decode_at(
@@ -224,7 +272,7 @@ def decode_batch(recogniser: Recogniser, batch: Batch, codec: TextCodec, decodin
     return decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding, recogniser.slot)
 
 
-def transcribe_batch(
+def decode_texts(
     recogniser: Recogniser,
     batch: Batch,
     codec: TextCodec,

@@ -14,6 +14,7 @@ from common.data.audio import SAMPLE_RATE, Samples
 from common.limits import MAX_SECONDS
 
 FRAME = SAMPLE_RATE // 100  # samples: 10 ms
+BLOCK = 6000 * FRAME  # samples that are looked at at once: a minute
 EMPHASIS = 0.97  # of the sample before, that is subtracted
 SMOOTH = 3  # frames whose power is averaged
 QUIET_SHARE = 0.3  # of the way from the room's loudness to the voice's, in dB: below is a pause
@@ -67,13 +68,20 @@ def loudness(samples: Samples) -> Samples:
 
     Pre-emphasis takes away hum and rumble, and brings fricatives up.
     """
-    frames = max(1, -(-len(samples) // FRAME))
-    padded = np.zeros(frames * FRAME, np.float32)
-    padded[: len(samples)] = samples
-    padded[1 : len(samples)] -= EMPHASIS * samples[:-1]
-    power_N = np.square(padded).reshape(frames, FRAME).mean(1)
+    power_N = np.concatenate([_power(samples, start) for start in range(0, max(1, len(samples)), BLOCK)])
     smooth_N = np.convolve(power_N, np.ones(SMOOTH) / SMOOTH, mode="same")
     return np.asarray(10 * np.log10(np.maximum(smooth_N, 1e-12)), np.float32)
+
+
+def _power(samples: Samples, start: int) -> Samples:
+    """Mean squares of the frames of one block: of a long recording, all at once would take its size twice more."""
+    before = samples[start - 1 : start] if start else np.zeros(1, np.float32)
+    block = samples[start : start + BLOCK]
+    frames = max(1, -(-len(block) // FRAME))
+    padded = np.zeros(frames * FRAME, np.float32)
+    padded[: len(block)] = block
+    padded[: len(block)] -= EMPHASIS * np.concatenate([before, block[:-1]])[: len(block)]
+    return np.asarray(np.square(padded).reshape(frames, FRAME).mean(1), np.float32)
 
 
 def is_silent(level_N: Samples) -> bool:

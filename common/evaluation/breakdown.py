@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = (()
     }
 
 
-def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis") -> Score:
+def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis", *, published: bool = False) -> Score:
     """The score of a row; counted anew from its texts where it does not hold all of it.
 
     Args:
         hypothesis: which text of the row; the counts beside it are those of `hypothesis`.
+        published: where it is scored anew, by Whisper's normaliser alone.
     """
     if hypothesis == "hypothesis" and "char_errors" in row:
         return Score(
@@ -72,7 +74,7 @@ def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis") -> 
             loop=row["loop"],
         )
     texts = [row["reference"], *([row["reference_alt"]] if row.get("reference_alt") else [])]
-    return score(str(row["id"]), row[hypothesis], texts, language)
+    return score(str(row["id"]), row[hypothesis], texts, language, published=published)
 
 
 def speakers_of(rows: Iterable[Row]) -> dict[str, str]:
@@ -116,11 +118,16 @@ def named(group: Mapping[str, Any]) -> bool:
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """utterances.csv: a line for each row, lists with spaces between their values."""
+    """utterances.csv: a line for each row, lists with spaces between their values.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
 
     def cell(value: Any) -> Any:
         if isinstance(value, list):
             return " ".join(map(str, value))
+        if isinstance(value, str) and _FORMULA.match(value):
+            return f"'{value}"
         return int(value) if isinstance(value, bool) else value
 
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -137,11 +144,18 @@ def read_table(path: Path) -> list[Row]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return [row | {name: read(row[name]) for name, read in _TYPES.items()} for row in csv.DictReader(file)]
+            rows = [{name: _plain(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [row | {name: read(row[name]) for name, read in _TYPES.items()} for row in rows]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a table of utterances: {error}") from None
 
 
+def _plain(value: str) -> str:
+    return value[1:] if value.startswith("'") and _FORMULA.match(value) else value
+
+
+# How a formula begins in some spreadsheet, by itself or behind apostrophes, so that reading can take ours away again.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff0b\uff0d\uff1d\uff20]")
 _COUNTS = ("words", "errors", "insertions", "chars", "char_errors", "reference_used")
 _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(_COUNTS, int),

@@ -238,4 +238,5 @@ def _plain_decoding(decoding: Row | None) -> Row | None:
     if decoding is None:
         return None
     known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}
+    known.setdefault("normaliser", "published")
     return DecodeConfig.model_validate(known).model_dump(mode="json", exclude={"batch_size"})

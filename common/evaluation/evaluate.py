@@ -19,10 +19,10 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
-from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
+from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
-from common.limits import MAX_SECONDS
+from common.limits import MAX_SECONDS, is_too_long
 from common.model.routing import route_by_table
 from common.progress import progress
 
@@ -42,7 +42,7 @@ def choose_utterances(
         names = ", ".join(sorted({u.split for u in corpus.utterances}))
         raise DataError(f"corpus {corpus.url} has no utterances in split {split!r}: it has {names}")
     if long_audio == "drop":
-        found = [u for u in found if u.duration <= MAX_SECONDS]
+        found = [u for u in found if not is_too_long(u.duration)]
     if not found:
         raise DataError(f"all utterances of split {split!r} last over {MAX_SECONDS:.0f} s")
     return stratified_subset(found, count=min(samples or len(found), len(found)), seed=TEST_SEED)
@@ -66,7 +66,7 @@ def decode_corpus(
     Raises:
         DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
     """
-    long = [u for u in utterances if windows and u.duration > MAX_SECONDS]
+    long = [u for u in utterances if windows and is_too_long(u.duration)]
     apart = {u.id for u in long}
     short = [u for u in utterances if u.id not in apart]
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
@@ -76,21 +76,21 @@ def decode_corpus(
 
     def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
         choice = stacked([choices[name] for name in batch.ids]) if choices else None
-        found = hear(opened, batch, decoding, choice)
+        found = transcribe_batch(opened, batch, decoding, choice)
         routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
         return [(one.text, chosen) for one, chosen in zip(found.decoded, routing, strict=True)]
 
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         found = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
-            found[u.id] = _heard_in_windows(opened, corpus, u, decoding), ((), ())
+            found[u.id] = _transcribed_in_windows(opened, corpus, u, decoding), ((), ())
             bar.update()
     texts = {name: text for name, (text, _) in found.items()}
     routing = {name: chosen for name, (_, chosen) in found.items()}
-    return scored_rows(utterances, texts, routing, opened.language)
+    return scored_rows(utterances, texts, routing, opened.language, published=decoding.published)
 
 
-def _heard_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
+def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
     clip = corpus.clip(u)
     source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
     samples = read_audio(source, offset=u.offset, duration=u.duration, name=name)

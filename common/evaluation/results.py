@@ -66,13 +66,19 @@ def before_training(result: Result) -> Result:
     if not all("hypothesis_before" in row for row in result.rows):
         raise DataError(f"{result.name} does not hold what its base model heard: name a run, or evaluate the base")
     facts = {key: result.facts.get(key) for key in ("decoding", "language")}
-    language = facts["language"] or "en"
-    scores = {str(row["id"]): score_of(row, language, "hypothesis_before") for row in result.rows}
+    language, published = facts["language"] or "en", _published(facts)
+    scores = {str(row["id"]): score_of(row, language, "hypothesis_before", published=published) for row in result.rows}
     return Result(BASE, result.rows, scores, facts)
 
 
 def _result(name: str, rows: list[Row], language: str, facts: Row) -> Result:
-    return Result(name, rows, {str(row["id"]): score_of(row, language) for row in rows}, facts)
+    published = _published(facts)
+    return Result(name, rows, {str(row["id"]): score_of(row, language, published=published) for row in rows}, facts)
+
+
+def _published(facts: Row) -> bool:
+    """Whether texts were compared by Whisper's normaliser alone, as older versions did without a word of it."""
+    return bool((facts.get("decoding") or {}).get("normaliser", "published") == "published")
 
 
 def _facts_of_run(store: Store, record: Row, model: Path) -> Row:

@@ -16,7 +16,7 @@ from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.data.corpus import Utterance
 from common.data.features import log_mel
 from common.data.tokens import TextCodec
-from common.decoding.decode import Decoding, decode_hidden, transcribe_batch
+from common.decoding.decode import Decoding, decode_hidden, decode_texts
 from common.errors import Preempted
 from common.evaluation.breakdown import Routing, breakdown, references, score_of, scored_row
 from common.evaluation.wer import Score, score
@@ -54,7 +54,7 @@ def decode_set(
         texts = (
             _base_texts(recogniser, batch, codec, decoding)
             if base
-            else transcribe_batch(recogniser, batch, codec, decoding=decoding)
+            else decode_texts(recogniser, batch, codec, decoding=decoding)
         )
         return [(text, ((), ())) for text in texts]
 
@@ -113,9 +113,15 @@ def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding
     return [one.text for one in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
 
 
-def score_set(utterances: Sequence[Utterance], texts: Mapping[str, str], language: str) -> list[Score]:
-    """One score per utterance, against the better of its references."""
-    return [score(u.id, texts[u.id], references(u), language) for u in utterances]
+def score_set(
+    utterances: Sequence[Utterance], texts: Mapping[str, str], language: str, *, published: bool = False
+) -> list[Score]:
+    """One score per utterance, against the better of its references.
+
+    Args:
+        published: compare by Whisper's normaliser alone, as for `common.text.normalise`.
+    """
+    return [score(u.id, texts[u.id], references(u), language, published=published) for u in utterances]
 
 
 def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
@@ -128,15 +134,21 @@ def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dic
 
 
 def scored_rows(
-    utterances: Sequence[Utterance], texts: Mapping[str, str], routing: Mapping[str, Routing], language: str
+    utterances: Sequence[Utterance],
+    texts: Mapping[str, str],
+    routing: Mapping[str, Routing],
+    language: str,
+    *,
+    published: bool = False,
 ) -> list[Row]:
     """Rows of what a model wrote, each scored against the better of its references (`breakdown.scored_row`).
 
     Args:
         texts: by utterance id.
         routing: likewise, of those that were routed.
+        published: as for `score_set`.
     """
-    scores = score_set(utterances, texts, language)
+    scores = score_set(utterances, texts, language, published=published)
     return [
         scored_row(u, texts[u.id], one, routing.get(u.id, ((), ()))) for u, one in zip(utterances, scores, strict=True)
     ]

@@ -50,7 +50,9 @@ class Score:
     loop: bool = False
 
 
-def score(id: str, hypothesis: str, references: Sequence[str], language: str = "en") -> Score:
+def score(
+    id: str, hypothesis: str, references: Sequence[str], language: str = "en", *, published: bool = False
+) -> Score:
     """Counts the errors of a hypothesis against the reference with the lowest word error rate (the first, if equal).
 
     A reference can be empty, or become so (the normaliser removes "um" and what is in brackets). Its rate is 0 for an
@@ -62,15 +64,16 @@ def score(id: str, hypothesis: str, references: Sequence[str], language: str = "
         hypothesis: what a model wrote, not normalised.
         references: one or more transcripts, not normalised.
         language: of all of them, as for `normalise`.
+        published: compare by Whisper's normaliser alone, as for `normalise`.
 
     Raises:
         DataError: there is no reference.
     """
     if not references:
         raise DataError(f"utterance {id!r} has no reference to score against: give its text in the corpus index")
-    said = normalise(hypothesis, language)
+    said, *meant = (normalise(text, language, published=published) for text in (hypothesis, *references))
     spaced = not unspaced(language)
-    candidates = [_score(id, said, normalise(text, language), i, spaced) for i, text in enumerate(references)]
+    candidates = [_score(id, said, text, i, spaced) for i, text in enumerate(meant)]
     return min(candidates, key=_rate)  # min keeps the first of equals
 
 

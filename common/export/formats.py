@@ -210,7 +210,8 @@ def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
     """Matrices of each adapter by name, complete in themselves: the shared expert's ranks stand beside a routed one's.
 
     Returns:
-        `shared`, where there is a shared expert: what an utterance unlike all groups gets; `expert-0`, `expert-1`, …
+        `shared`, where there is a shared expert: what an utterance unlike all groups gets; `expert-0`, `expert-1`, …;
+        `adapter` alone for a dense model.
 
     Raises:
         UsageError: the model has no experts.
@@ -222,6 +223,8 @@ def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
     if not info.shared_rank:
         return experts
     shared = expert_matrices(whisper, None)
+    if not experts:
+        return {"adapter": shared}
     return {"shared": shared} | {name: _beside(shared, expert) for name, expert in experts.items()}
 
 

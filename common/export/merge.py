@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError, UsageError
-from common.model.adapters import Matrices, read_adapter, save_adapter
+from common.model.adapters import Matrices, adapter_matrices, save_adapter
 from common.model.bundle import DESCRIPTION, BundleInfo, read_info
 
 MARK = "merge.json"
@@ -64,7 +64,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
     final = {"experts": 1, "shared": 0}  # ranks
     parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * bool(infos[0].shared_rank)
     for part in parts:
-        summed = _side_by_side([_matrices(folder / part) for folder in folders], scales)
+        summed = _side_by_side([adapter_matrices(folder / part) for folder in folders], scales)
         total = len(next(iter(summed.values()))[0])
         kept = min(rank or total, total)
         if kept < total:
@@ -107,21 +107,14 @@ def _gate(folder: Path) -> list[bytes]:
         raise DataError(f"{folder} is a mixture without a gate: it is not whole") from None
 
 
-def _matrices(folder: Path) -> Matrices:
-    """A PEFT adapter by layer."""
-    tensors = read_adapter(folder)
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    return {
-        name.removeprefix("base_model.model."): (tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"])
-        for name in names
-    }
-
-
 def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matrices:
     """One adapter of scale 1 that adds Σ scale · B A."""
     for adapter in adapters:
         if strange := adapter.keys() ^ adapters[0].keys():
             raise DataError(f"the adapters differ in {min(strange)}: one of them is not whole")
+        for name in adapter:
+            if _layer_size(adapter[name]) != _layer_size(adapters[0][name]):
+                raise DataError(f"the adapters differ in the size of {name}: they were trained on different bases")
     return {
         name: (
             torch.cat([adapter[name][0].float() for adapter in adapters]),
@@ -129,6 +122,11 @@ def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matr
         )
         for name in adapters[0]
     }
+
+
+def _layer_size(matrices: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    """Input and output features of the layer that an adapter's two matrices are for."""
+    return matrices[0].shape[1], matrices[1].shape[0]
 
 
 def truncate(matrices: Matrices, rank: int) -> tuple[Matrices, float, float]:

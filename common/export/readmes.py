@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from common.data.features import BUCKETS, MAX_POSITIONS
+from common.markdown import escape, one_line, shell_word
 
 MAX_NEW_TOKENS = 224  # of a text, as decoding has it by default
 
@@ -37,7 +39,7 @@ Made by `moe-asr export --to peft`. Load them with PEFT, from this folder:
 from peft import PeftModel
 from transformers import WhisperForConditionalGeneration
 
-base = WhisperForConditionalGeneration.from_pretrained("{base}")
+base = WhisperForConditionalGeneration.from_pretrained({base_text})
 model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")
 {more}model.set_adapter("{first}")
 ```
@@ -56,7 +58,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 whisper = model.get_base_model().eval()
 encoder = whisper.get_encoder()
 positions = encoder.embed_positions.weight.detach().clone()
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+tokenizer = AutoTokenizer.from_pretrained({base_text})
 extract = WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins)
 LENGTHS = {lengths}  # encoder positions of 20 ms
 
@@ -84,7 +86,7 @@ Made by `moe-asr export --to vllm`, whose developers have not run them on vLLM. 
 version 0.18 (vllm-project/vllm#29856); from this folder:
 
 ```sh
-vllm serve {base} --enable-lora --max-loras {count} --max-lora-rank {max_rank} \\
+vllm serve {base_word} --enable-lora --max-loras {count} --max-lora-rank {max_rank} \\
   --lora-modules {modules}
 ```
 
@@ -139,12 +141,12 @@ def _choice(table: Mapping[str, Any]) -> str:
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
     """What the lines from audio to text depend on: the encoder's lengths, language and task."""
     dynamic = table["audio"]["context"] == "dynamic"
-    multilingual = f"language={table['language']!r}, task={table['task']!r}, " if table["multilingual"] else ""
+    wanted = f"language={json.dumps(table['language'])}, task={json.dumps(table['task'])}, "
     return {
         "lengths": BUCKETS if dynamic else (MAX_POSITIONS,),
         "margin_text": f" and a margin of {table['audio']['margin']} encoder positions" if dynamic else "",
         "instead": ", in place of Whisper's 30 s" if dynamic else "",
-        "generate": multilingual,
+        "generate": wanted if table["multilingual"] else "",
         "max_new_tokens": MAX_NEW_TOKENS,
     }
 
@@ -152,9 +154,11 @@ def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
 def _words(table: Mapping[str, Any]) -> dict[str, Any]:
     names = table["adapters"]
     return {
-        "base": table["base"],
+        "base": escape(table["base"]),
+        "base_text": json.dumps(one_line(table["base"]), ensure_ascii=False),
+        "base_word": shell_word(table["base"]),
         "first": names[0],
         "last": names[-1],
-        "language": table["language"],
+        "language": shell_word(table["language"]),
         **table["audio"],
     }

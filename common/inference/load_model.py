@@ -26,16 +26,21 @@ from common.errors import DataError
 from common.model.adapters import CONFIG as ADAPTER
 from common.model.adapters import read_adapter
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
+from common.model.mixture import untie
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import text_language
 from common.storage.artifacts import MANIFEST, Manifest
 from common.storage.store import Store
+from common.tensors import check_weights
 from common.training.train import make_accelerator
 
 log = logging.getLogger(__name__)
 Choice = tuple[torch.Tensor, torch.Tensor]  # logits_BE, known_B
+PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3")  # matrices that become part of the base's weights
+MAX_SETTING = 16_384  # of a number in adapter_config.json: a rank above Whisper's widest layer only takes memory
+TIED = ("proj_out", "embed_tokens")  # layers that share one weight
 
 
 @dataclass(frozen=True)
@@ -202,10 +207,25 @@ def _warn_of_other_context(name: str, info: BundleInfo, context: str | None, mar
 
 
 def _adapter_settings(folder: Path) -> Mapping[str, Any]:
+    """What adapter_config.json says.
+
+    Raises:
+        DataError: it cannot be read, is of a kind that is more than matrices, or would make PEFT import a module.
+    """
     try:
-        return dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
-    except ValueError as error:
+        settings = dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8"), parse_constant=float))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / ADAPTER} cannot be read: {error}") from None
+    if (kind := settings.get("peft_type")) not in PEFT_TYPES:
+        raise DataError(f"{folder / ADAPTER}: peft_type {kind!r} is not one of {', '.join(PEFT_TYPES)}")
+    if settings.get("megatron_config"):
+        raise DataError(f"{folder / ADAPTER}: megatron_config is not supported")
+    patterns = [settings.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    for values in (settings, *(pattern for pattern in patterns if isinstance(pattern, dict))):
+        for name, value in values.items():
+            if isinstance(value, int | float) and not -MAX_SETTING <= value <= MAX_SETTING:
+                raise DataError(f"{folder / ADAPTER}: {name} {value} makes no sense")
+    return settings
 
 
 def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> WhisperForConditionalGeneration:
@@ -216,13 +236,19 @@ def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> Whi
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below, with a name
+            # What it says of tied and of embedding layers is done right below.
+            warnings.filterwarnings("ignore", message=".*(save_embedding_layers|tie_word_embeddings).*")
             model = PeftModel.from_pretrained(whisper, str(folder))
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
+            known = set(get_peft_model_state_dict(model))
+    except Exception as error:  # PEFT raises errors of many types for an adapter_config.json that makes no sense
         raise DataError(f"adapter {folder} does not fit its base: {' '.join(str(error).split())[:300]}") from None
-    if odd := sorted(wanted ^ set(get_peft_model_state_dict(model))):
+    if odd := sorted(wanted ^ known):
         raise DataError(f"adapter {folder} does not fit its base: {odd[0]} is in one of them only")
+    if any(part in name.split(".") for name in wanted for part in TIED):
+        untie(whisper, list(whisper.modules()))
     merged = model.merge_and_unload()
     assert isinstance(merged, WhisperForConditionalGeneration)
+    check_weights(merged.state_dict(), f"base with adapter {folder}")
     return merged
 
 
@@ -271,8 +297,8 @@ def route_batch(
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a model makes of a batch.
+class Transcript:
+    """The transcript of a batch.
 
     Attributes:
         decoded: text and how sure it is, of each utterance.
@@ -286,7 +312,7 @@ class Heard:
 
 
 @torch.inference_mode()
-def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Heard:
+def transcribe_batch(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Transcript:
     """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
 
     The slot keeps its routing.
@@ -297,4 +323,4 @@ def hear(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice |
     with opened.accelerator.autocast():
         hidden_BTD = recogniser.encode_batch(own_rows)
         decoded = decode_hidden(recogniser.whisper, hidden_BTD, opened.codec, decoding, recogniser.slot)
-    return Heard(decoded, hidden_BTD, routing)
+    return Transcript(decoded, hidden_BTD, routing)

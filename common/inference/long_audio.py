@@ -21,7 +21,7 @@ from common.data.corpus import Corpus, Utterance, index_digest
 from common.data.sources import locate_model, model_digest
 from common.errors import DataError
 from common.files import explained
-from common.limits import MAX_SECONDS, MAX_TOKENS
+from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.storage import open_store
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Calla
     count: Callable[[str], int] | None = None
     found = []
     for u in utterances:
-        if u.duration > MAX_SECONDS:
+        if is_too_long(u.duration):
             found.append(u)
         elif len(u.text) > SHORT_TEXT // 4 and len(u.text.encode()) > SHORT_TEXT:
             count = count or counter()

@@ -29,6 +29,7 @@ from common.data.corpus import Utterance
 from common.data.features import context_positions
 from common.decoding.alignment import Word, align
 from common.decoding.decode import Decoding
+from common.decoding.loops import key_of
 from common.decoding.pauses import Stretch, Window, find_pauses, loudness, plan_windows
 from common.inference.load_model import OpenedModel, route_batch
 from common.inference.transcribe import join_words, make_batch, snap, transcribe_audio
@@ -147,18 +148,13 @@ def split_words(text: str, language: str) -> list[str]:
     return re.findall(r" ?\S", " ".join(text.split())) if unspaced(language) else text.split()
 
 
-def _key(word: str) -> str:
-    """A word without what recognisers and transcribers differ in."""
-    return "".join(c for c in word.casefold() if c.isalnum()) or word
-
-
 def _matched(written: Sequence[str], heard: Sequence[Word]) -> float:
     return len(anchors(written, heard)) / max(1, len(written))
 
 
 def anchors(written: Sequence[str], heard: Sequence[Word]) -> list[tuple[int, Word]]:
     """(number of a written word, the heard one) of words that were heard as they are written, in order."""
-    blocks = Levenshtein.opcodes([_key(word) for word in written], [_key(word.text) for word in heard])
+    blocks = Levenshtein.opcodes([key_of(word) for word in written], [key_of(word.text) for word in heard])
     return [
         (block.src_start + step, heard[block.dest_start + step])
         for block in blocks

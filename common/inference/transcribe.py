@@ -1,6 +1,6 @@
 """Audio of any length as text with times: windows cut at pauses, each routed by the gate, decoded, its words aligned.
 
-A file of 30 s or less is one window, heard just as `moe-asr evaluate` hears it.
+A file of 30 s or less is one window, transcribed just as `moe-asr evaluate` transcribes it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from common.data.features import context_positions
 from common.data.tokens import IGNORED
 from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
+from common.decoding.loops import is_loop, kept_items, key_of, shortened
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
-from common.inference.load_model import Choice, OpenedModel, gate_evidence, hear, stacked
-from common.limits import MAX_SECONDS
+from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
+from common.limits import MAX_SECONDS, is_too_long
 from common.text import unspaced
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
@@ -34,12 +35,13 @@ TOUCH = 0.02  # s: one position of the encoder
 
 
 @dataclass(frozen=True, slots=True)
-class HeardWindow:
-    """What was heard in one window.
+class WindowTranscript:
+    """The transcript of one window.
 
     Attributes:
         words: those that it is responsible for, with times in the whole audio.
         experts, weights: its routing; empty without a gate.
+        loop: its text repeats a phrase as no speaker does (see `decoding.loops.is_loop`).
     """
 
     window: Window
@@ -47,11 +49,12 @@ class HeardWindow:
     decoded: Decoded
     experts: tuple[int, ...]
     weights: tuple[float, ...]
+    loop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A few words that are shown together; experts, weights and log-probability are those of its window."""
+    """A few words that are shown together; all but text, times and words are those of its window."""
 
     start: float
     end: float
@@ -60,6 +63,9 @@ class Segment:
     experts: tuple[int, ...]
     weights: tuple[float, ...]
     mean_log_probability: float
+    no_speech_probability: float | None = None
+    temperature: float = 0.0
+    loop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,8 @@ def transcribe_audio(
     progress: Callable[[float], object] = lambda seconds: None,
     *,
     longest: float | None = None,
-) -> list[list[HeardWindow]]:
-    """What is said in each audio, window by window, in order; windows of all of them share batches.
+) -> list[list[WindowTranscript]]:
+    """The transcript of each audio, window by window, in order; windows of all of them share batches.
 
     Args:
         audios: mono samples at 16 kHz.
@@ -95,6 +101,7 @@ def transcribe_audio(
         level_N = loudness(samples)
         pauses.append(find_pauses(level_N))
         seconds = len(samples) / SAMPLE_RATE
+        seconds = seconds if is_too_long(seconds) else min(seconds, MAX_SECONDS)
         limit = longest or (MAX_SECONDS if seconds <= MAX_SECONDS else usual_window(opened))
         windows = plan_windows(level_N, pauses[-1], seconds, longest=limit, overlap=min(OVERLAP, limit / 4))
         windows = [] if is_silent(level_N) else windows
@@ -103,13 +110,13 @@ def transcribe_audio(
             part = samples[round(window.start * SAMPLE_RATE) : round(window.end * SAMPLE_RATE)]
             length = context_positions(len(part) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
             pieces.append(_Piece(number, window, length, part))
-    found: list[list[HeardWindow]] = [[] for _ in audios]
+    found: list[list[WindowTranscript]] = [[] for _ in audios]
     groups = list(_batches(pieces, decoding.batch_size))
     choices = _recording_choices(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
     for group in groups:
         choice = stacked([choices[piece.audio] for piece in group]) if choices else None
-        for piece, heard in zip(group, _hear_pieces(opened, group, pauses, decoding, choice), strict=True):
-            found[piece.audio].append(heard)
+        for piece, one in zip(group, _transcribe_pieces(opened, group, pauses, decoding, choice), strict=True):
+            found[piece.audio].append(one)
             progress(piece.window.ends - piece.window.begins)
     return [sorted(windows, key=lambda one: one.window.start) for windows in found]
 
@@ -166,26 +173,38 @@ def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) 
 
 
 @torch.inference_mode()
-def _hear_pieces(
+def _transcribe_pieces(
     opened: OpenedModel,
     pieces: Sequence[_Piece],
     pauses: Sequence[Sequence[Stretch]],
     decoding: Decoding,
     choice: Choice | None,
-) -> Iterator[HeardWindow]:
+) -> Iterator[WindowTranscript]:
     batch = make_batch(opened, [(piece.samples, piece.positions) for piece in pieces])
-    heard = hear(opened, batch, decoding, choice)
-    texts = [[token for token in one.tokens if token < opened.codec.end] for one in heard.decoded]
+    transcript = transcribe_batch(opened, batch, decoding, choice)
+    texts = [[token for token in one.tokens if token < opened.codec.end] for one in transcript.decoded]
     with opened.accelerator.autocast():
-        times = align(opened.recogniser.whisper, heard.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)
+        times = align(opened.recogniser.whisper, transcript.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)
     for row, piece in enumerate(pieces):
         window = piece.window
         words = words_of(opened.codec, texts[row], times[row] + window.start, opened.language)
         words = snap(words, pauses[piece.audio])
         if window.start < window.begins or window.end > window.ends:  # the neighbour says the rest
             words = [word for word in words if window.begins <= word.start < window.ends]
-        experts, weights = ([], []) if heard.routing is None else (heard.routing[0][row], heard.routing[1][row])
-        yield HeardWindow(window, tuple(words), heard.decoded[row], tuple(experts), tuple(weights))
+        routing = transcript.routing
+        experts, weights = ([], []) if routing is None else (routing[0][row], routing[1][row])
+        decoded = transcript.decoded[row]
+        loop = is_loop(decoded.text, window.end - window.start, spaced=not unspaced(opened.language))
+        yield WindowTranscript(window, tuple(words), decoded, tuple(experts), tuple(weights), loop)
+
+
+def without_loop(transcript: WindowTranscript, language: str) -> WindowTranscript:
+    """The transcript with each looped phrase once; one that is no loop as it is."""
+    if not transcript.loop:
+        return transcript
+    words = [replace(word, text=shortened(word.text)) for word in transcript.words]
+    kept = kept_items([key_of(word.text) for word in words], spaced=not unspaced(language))
+    return replace(transcript, words=tuple(words[number] for number in kept))
 
 
 def snap(words: Sequence[Word], pauses: Sequence[Stretch]) -> list[Word]:
@@ -213,20 +232,23 @@ def join_words(words: Sequence[str], language: str) -> str:
     return "".join(words).strip() if unspaced(language) else " ".join(words)
 
 
-def segments_of(windows: Sequence[HeardWindow], language: str) -> list[Segment]:
+def segments_of(windows: Sequence[WindowTranscript], language: str) -> list[Segment]:
     """Words grouped to be read: a segment ends at a pause, at the end of a sentence or window, or when it is long."""
     segments = []
-    for heard in windows:
-        for words in _grouped(heard.words):
+    for window in windows:
+        for words in _grouped(window.words):
             segments.append(
                 Segment(
                     start=words[0].start,
                     end=max(words[-1].end, words[0].start + TOUCH),
                     text=join_words([word.text for word in words], language),
                     words=tuple(words),
-                    experts=heard.experts,
-                    weights=heard.weights,
-                    mean_log_probability=heard.decoded.mean_log_probability,
+                    experts=window.experts,
+                    weights=window.weights,
+                    mean_log_probability=window.decoded.mean_log_probability,
+                    no_speech_probability=window.decoded.no_speech_probability,
+                    temperature=window.decoded.temperature,
+                    loop=window.loop,
                 )
             )
     return segments

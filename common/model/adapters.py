@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import DataError
-from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer
+from common.model.mixture import LoraStack, MixtureLinear, mixture_layers, replace_layer, untie
+from common.tensors import check_names, check_weights, file_shapes
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"  # of names in PEFT's file
 
 Matrices = dict[str, tuple[Tensor, Tensor]]  # layer name → (A (R, I), B (O, R)), on the CPU
 
@@ -56,8 +57,8 @@ def save_adapter(matrices: Matrices, folder: Path, *, base_model: str, alpha: fl
     """Writes matrices of one rank as a PEFT LoRA adapter."""
     tensors: dict[str, Tensor] = {}
     for name, (a_RI, b_OR) in matrices.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a_RI.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b_OR.contiguous()
+        tensors[f"{PREFIX}{name}{A}"] = a_RI.contiguous()
+        tensors[f"{PREFIX}{name}{B}"] = b_OR.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     description = {
@@ -111,15 +112,48 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a PEFT adapter folder.
 
     Raises:
-        DataError: they are missing or damaged.
+        DataError: they are missing or damaged, or a number in them is not finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {WEIGHTS}: not a PEFT LoRA adapter") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    check_weights(tensors, str(folder / WEIGHTS))
     return tensors
+
+
+def adapter_matrices(folder: Path) -> Matrices:
+    """The matrices of a PEFT LoRA adapter by layer, without their scale.
+
+    Raises:
+        DataError: as `read_adapter`; or a layer lacks one of the two matrices, or they do not fit each other.
+    """
+    tensors = read_adapter(folder)
+    names = sorted({name.removesuffix(end) for name in tensors for end in (A, B) if name.endswith(end)})
+    check_names(tensors, [name + end for name in names for end in (A, B)], f"adapter {folder}")
+    matrices = {name.removeprefix(PREFIX): (tensors[name + A], tensors[name + B]) for name in names}
+    for name, (a_RI, b_OR) in matrices.items():
+        if a_RI.ndim != 2 or b_OR.ndim != 2 or len(a_RI) != b_OR.shape[1]:
+            raise DataError(f"adapter {folder}: {name} has shapes {tuple(a_RI.shape)} and {tuple(b_OR.shape)}")
+    return matrices
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank of an adapter, from the header of its file.
+
+    Raises:
+        DataError: the file cannot be read, or holds no LoRA matrix.
+    """
+    try:
+        shapes = file_shapes(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"adapter {folder} cannot be read: {error}") from None
+    ranks = [shape[0] for name, shape in shapes.items() if name.endswith(A) and shape]
+    if not ranks:
+        raise DataError(f"adapter {folder} holds no LoRA matrix")
+    return ranks[0]
 
 
 def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
@@ -128,6 +162,7 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
     Args:
         weights: of routed experts, as a fixed routing would give them.
     """
+    untie(model, [layer.base for _, layer in mixture_layers(model)])
     for name, layer in list(mixture_layers(model)):
         with torch.no_grad():
             for expert, weight in weights.items():

@@ -8,20 +8,23 @@ experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weigh
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError
-from common.model.adapters import load_expert, save_expert
+from common.model.adapters import adapter_rank, load_expert, save_expert
 from common.model.gate import Gate
 from common.model.mixture import add_mixture
 from common.model.recogniser import Mixture, Recogniser, RouterOptions
 from common.model.whisper import load_whisper
+from common.tensors import check_weights
 
 DESCRIPTION = "recogniser.json"
 
@@ -84,12 +87,20 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
     """
     try:
         sizes = json.loads((folder / "gate.json").read_text(encoding="utf-8"))
-        gate = Gate(sizes["dim"], sizes["hidden"], sizes["num_experts"], dropout)
-        gate.load_state_dict(load_file(folder / "gate.safetensors"))
+        tensors = load_file(folder / "gate.safetensors")
+        dim, hidden, experts = sizes["dim"], sizes["hidden"], sizes["num_experts"]
+        if [(hidden, dim), (experts, hidden)] != [tuple(tensors[f"net.{n}.weight"].shape) for n in (0, 3)]:
+            raise ValueError("gate.json and gate.safetensors differ in the gate's sizes")
+        check_weights(tensors, "gate.safetensors")
+        gate = Gate(dim, hidden, experts, dropout)
+        gate.load_state_dict(tensors)
+        if not (gate.std_D > 0).all():
+            raise ValueError("a standard deviation in std_D is not above 0")
         return gate
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
         # A missing key or tensor alone would say no more than its name.
-        raise DataError(f"gate in {folder} cannot be read: {type(error).__name__}: {error}") from None
+        message = " ".join(str(error).split())[:300]
+        raise DataError(f"gate in {folder} cannot be read: {type(error).__name__}: {message}") from None
 
 
 def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> None:
@@ -115,11 +126,54 @@ def read_info(folder: Path) -> BundleInfo:
     """
     try:
         values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        return BundleInfo(**(values | {name: tuple(values[name]) for name in ("targets", "groups")}))
+        BundleInfo(**values)  # refuses names that it does not know, which pydantic would pass over
+        info = TypeAdapter(BundleInfo).validate_json(json.dumps(values), strict=True)
+        if problem := _find_problem(info):
+            raise ValueError(problem)
+        return info
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {DESCRIPTION}: it is not the output of the asr stage") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise DataError(f"{folder / DESCRIPTION} cannot be used: {name} {first['input']!r}: {first['msg']}") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{folder / DESCRIPTION} cannot be used: {error}") from None
+
+
+def _find_problem(info: BundleInfo) -> str:
+    """What of a bundle's values, each of the right type, no training can have written; empty where nothing is wrong."""
+    checks = {
+        "alpha": math.isfinite(info.alpha) and info.alpha > 0,
+        "rank": info.rank > 0,
+        "num_experts": info.num_experts >= 0 and (info.num_experts + info.shared_rank > 0 or info.adapt == "full"),
+        "shared_rank": info.shared_rank >= 0,
+        "groups": len(info.groups) == (info.num_experts if info.route_by == "table" else 0),
+        "top_k": info.top_k > 0,
+        "margin": info.margin >= 0,
+        "layer": info.layer >= -1,
+        "seconds": info.seconds is None or (math.isfinite(info.seconds) and info.seconds > 0),
+        "context": info.context in ("dynamic", "30s"),
+        "adapt": info.adapt in ("lora", "adalora", "full"),
+        "pooling": info.pooling in ("mean", "max", "meanstd"),
+        "task": info.task in ("transcribe", "translate"),
+    }
+    return "; ".join(f"{name} {getattr(info, name)!r} makes no sense" for name, good in checks.items() if not good)
+
+
+def _check_experts(info: BundleInfo, folder: Path) -> None:
+    """Compares the experts that are there with the description, before a mixture of its sizes takes memory.
+
+    Raises:
+        DataError: one is missing, one too many, or of another rank.
+    """
+    count = len(list((folder / "experts").glob("*")))
+    if count != info.num_experts:
+        raise DataError(f"{folder} holds {count} routed experts, and {DESCRIPTION} says {info.num_experts}")
+    ranks = {f"experts/{number}": info.rank for number in range(info.num_experts)}
+    for part, expected in (ranks | ({"shared": info.shared_rank} if info.shared_rank else {})).items():
+        if (rank := adapter_rank(folder / part)) != expected:
+            raise DataError(f"adapter {folder / part} has rank {rank}, and {DESCRIPTION} says {expected}")
 
 
 def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Recogniser, BundleInfo]:
@@ -134,21 +188,31 @@ def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Rec
     info = read_info(folder)
     if info.adapt == "full":
         return Recogniser(load_whisper(folder / "dense")).to(device).eval(), info
+    _check_experts(info, folder)
     whisper = load_whisper(base)
-    slot = add_mixture(
-        whisper,
-        targets=info.targets,
-        num_experts=info.num_experts,
-        rank=info.rank,
-        alpha=info.alpha,
-        shared_rank=info.shared_rank,
-        magnitude=False,  # folded into the weights
-        within=info.within,
-    )
+    try:
+        slot = add_mixture(
+            whisper,
+            targets=info.targets,
+            num_experts=info.num_experts,
+            rank=info.rank,
+            alpha=info.alpha,
+            shared_rank=info.shared_rank,
+            magnitude=False,  # folded into the weights
+            within=info.within,
+        )
+    except ValueError as error:
+        raise DataError(f"model {folder} does not fit its base {base}: {error}") from None
     for expert in range(info.num_experts):
         load_expert(whisper, expert, folder / "experts" / str(expert))
     if info.shared_rank:
         load_expert(whisper, None, folder / "shared")
     gate = load_gate(folder) if info.num_experts > 1 and info.route_by != "table" else None
+    width = whisper.config.d_model * (2 if info.pooling == "meanstd" else 1)
+    if gate and (gate.num_experts, gate.dim) != (info.num_experts, width):
+        raise DataError(
+            f"the gate in {folder} takes {gate.dim} values for {gate.num_experts} experts; the model gives {width} "
+            f"for {info.num_experts}"
+        )
     options = RouterOptions(mixture=info.mixture, top_k=info.top_k)
     return Recogniser(whisper, slot=slot, gate=gate, options=options).to(device).eval(), info

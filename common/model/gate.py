@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+NO_LIMIT = 1e30  # a distance that nothing has: files of weights hold no infinity
 SHRINKAGE = 0.1  # of the covariance within groups towards a sphere: there are few utterances per dimension
 FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an utterance belongs to none
 
@@ -26,7 +27,7 @@ class Gate(nn.Module):
     Shape:
         embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED`
         are the groups' means in that scale, `whiten_DD` makes the deviations within groups white, and `limit` is the
-        distance beyond which an utterance is unlike all groups (infinite until `calibrate`).
+        distance beyond which an utterance is unlike all groups (`NO_LIMIT` until `calibrate`).
     """
 
     mean_D: Tensor
@@ -41,7 +42,7 @@ class Gate(nn.Module):
         self.register_buffer("std_D", torch.ones(dim))
         self.register_buffer("center_ED", torch.zeros(num_experts, dim))
         self.register_buffer("whiten_DD", torch.eye(dim))
-        self.register_buffer("limit", torch.tensor(math.inf))
+        self.register_buffer("limit", torch.tensor(NO_LIMIT))
         self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
 

@@ -9,8 +9,8 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). Shared expert: Dai et al. 2024, DeepSee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -286,6 +286,19 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Puts `layer` where the module called `name` is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)
+
+
+def untie(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Gives linear layers weights of their own where an embedding uses the same ones.
+
+    Whisper's output projection is its token embedding: what is merged into one must not change the other.
+    """
+    shared = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    for layer in layers:
+        if isinstance(layer, nn.Linear) and id(layer.weight) in shared:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+            config: Any = model.config
+            config.tie_word_embeddings = False  # else saving or loading would tie them again
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:

@@ -32,6 +32,7 @@ class RouterOptions:
     top_k: int = 2
     balance_weight: float = 0.0
     entropy_weight: float = 0.0
+    routed_dropout: float = 0.0
 
 
 class Recogniser(nn.Module):
@@ -73,7 +74,11 @@ class Recogniser(nn.Module):
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
         self.register_buffer("logits_NE", None, persistent=False)
         self.register_buffer("known_N", None, persistent=False)
-        self.num_experts = next((layer.num_experts for _, layer in mixture_layers(whisper)), 0)
+
+    @property
+    def num_experts(self) -> int:
+        """E, routed experts; 0 for a dense adapter, and for none."""
+        return next((layer.num_experts for _, layer in mixture_layers(self.whisper)), 0)
 
     def choose_by(
         self, *, embeddings_ND: Tensor | None = None, logits_NE: Tensor | None = None, known_N: Tensor | None = None
@@ -85,7 +90,7 @@ class Recogniser(nn.Module):
             logits_NE: instead of the gate's; of speakers or of a table.
             known_N: false for utterances unlike all groups, which get the shared expert alone; None: all are known.
         """
-        device = self.whisper.proj_out.weight.device
+        device = self.whisper.device
         self.embeddings_ND, self.logits_NE, self.known_N = (
             None if value is None else value.to(device) for value in (embeddings_ND, logits_NE, known_N)
         )
@@ -161,7 +166,7 @@ class Recogniser(nn.Module):
         if self.logits_NE is None and (self.gate is None or self.embeddings_ND is None):
             return None, None
         size = len(self.logits_NE if self.logits_NE is not None else self.embeddings_ND)  # type: ignore[arg-type]
-        rows_N = torch.arange(size, device=self.whisper.proj_out.weight.device)
+        rows_N = torch.arange(size, device=self.whisper.device)
         with torch.no_grad():
             return self.gate_logits(rows_N), self.known_N
 
@@ -171,8 +176,16 @@ class Recogniser(nn.Module):
         return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
 
     def known(self, row_B: Tensor) -> Tensor | None:
-        """Which rows are like one of the groups; None where all are."""
-        return None if self.known_N is None else self.known_N[row_B]
+        """Which rows get routed experts; None where all do.
+
+        These are the utterances that are like one of the groups. In training, a share of them is left to the shared
+        expert alone (`RouterOptions.routed_dropout`), so that it can do without the others.
+        """
+        known_B = None if self.known_N is None else self.known_N[row_B]
+        if not self.training or not self.options.routed_dropout:
+            return known_B
+        kept_B = torch.rand(len(row_B), device=row_B.device) >= self.options.routed_dropout
+        return kept_B if known_B is None else known_B & kept_B
 
     def gate_logits(self, row_B: Tensor) -> Tensor | None:
         """Logits over routed experts for rows of the table; None where nothing is to be chosen."""
@@ -189,7 +202,7 @@ class Recogniser(nn.Module):
 
         A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one.
         """
-        device = self.whisper.proj_out.weight.device
+        device = self.whisper.device
         if logits_BE is None:
             routing = route_to(0 if self.num_experts else None, rows, device)
         else:

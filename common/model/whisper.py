@@ -5,12 +5,12 @@ Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import WhisperForConditionalGeneration
@@ -18,22 +18,78 @@ from transformers.utils import logging as transformers_logging
 
 from common.data.tokens import IGNORED, whisper_config
 from common.errors import DataError
+from common.tensors import check_names, check_weights, file_shapes
 
 
 def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> WhisperForConditionalGeneration:
     """A Whisper checkpoint in Hugging Face's format.
 
     Raises:
-        DataError: the folder is not one, or its weights are damaged.
+        DataError: the folder is not one; its weights are damaged, lack a tensor of the model, have another one, or are
+            not all finite.
     """
     transformers_logging.disable_progress_bar()
-    whisper_config(folder)
+    config, source = whisper_config(folder), f"model {folder}"
+    if "quantization_config" in config:
+        raise DataError(f"{source} is quantised: give the checkpoint that it was made of")
     try:
-        return WhisperForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        _check_sizes(folder, config)
+        model, info = WhisperForConditionalGeneration.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"model {folder} cannot be loaded: {' '.join(str(error).split())}") from None
+    except DataError:
+        raise
+    except Exception as error:  # transformers raises errors of many types for a config.json that makes no sense
+        raise DataError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    for name, found, expected in info["mismatched_keys"]:
+        raise DataError(f"{source}: tensor {name} has shape {tuple(found)}, and by config.json {tuple(expected)}")
+    check_names(info["unexpected_keys"], info["missing_keys"], source)
+    check_weights(model.state_dict(), source)
+    return model
+
+
+# Sizes in config.json → where they are seen in the weights: end of a tensor's name, and which of its dimensions.
+_SIZES = {
+    "d_model": ("decoder.embed_tokens.weight", 1),
+    "vocab_size": ("decoder.embed_tokens.weight", 0),
+    "num_mel_bins": ("encoder.conv1.weight", 1),
+    "max_source_positions": ("encoder.embed_positions.weight", 0),
+    "max_target_positions": ("decoder.embed_positions.weight", 0),
+    "encoder_ffn_dim": ("encoder.layers.0.fc1.weight", 0),
+    "decoder_ffn_dim": ("decoder.layers.0.fc1.weight", 0),
+}
+
+
+def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Compares config.json with the headers of the weights, before a model of those sizes takes memory.
+
+    Raises:
+        DataError: they differ, or a tensor is missing.
+    """
+    whole = Path(folder) / "model.safetensors"
+    paths = [whole] if whole.is_file() else sorted(Path(folder).glob("*.safetensors"))
+    shapes = {name.removeprefix("model."): shape for path in paths for name, shape in file_shapes(path).items()}
+    for name, (tensor, axis) in _SIZES.items():
+        shape = shapes.get(tensor, ())
+        if axis >= len(shape):
+            raise DataError(f"model {folder} lacks tensor model.{tensor}, or its shape {shape} is too short")
+        if config.get(name, shape[axis]) != shape[axis]:
+            raise DataError(f"model {folder}: config.json says {name} {config[name]!r}, its weights {shape[axis]}")
+    for part in ("encoder", "decoder"):
+        layers = len({name.split(".")[2] for name in shapes if name.startswith(f"{part}.layers.")})
+        if config.get(f"{part}_layers", layers) != layers:
+            raise DataError(
+                f"model {folder}: config.json says {part}_layers {config[f'{part}_layers']!r}, not {layers}"
+            )
+        heads, width = config.get(f"{part}_attention_heads", 1), shapes["decoder.embed_tokens.weight"][1]
+        if heads not in range(1, width + 1):
+            raise DataError(f"model {folder}: config.json says {part}_attention_heads {heads!r}")
 
 
 def encode(

@@ -25,6 +25,7 @@ from common.storage.store import Store
 
 log = logging.getLogger(__name__)
 EVERY = 30.0  # seconds between two records of a running attempt
+FAR = 1e11  # seconds; what is beyond is no time of an attempt
 
 
 @dataclass
@@ -83,17 +84,18 @@ class Attempt:
     number: int
     earlier: float
     started: float = field(default_factory=time.time)
+    clock: float = field(default_factory=time.monotonic)  # the time of day may be set meanwhile
     activity: Activity = field(default_factory=Activity)
 
     @property
     def seconds(self) -> float:
         """Wall time of all attempts; what lay between them does not count."""
-        return self.earlier + time.time() - self.started
+        return self.earlier + time.monotonic() - self.clock
 
     def record(self) -> dict[str, Any]:
         """The attempt alone, as JSON."""
-        now = time.time()
-        own = {"started": self.started, "updated": now, "seconds": now - self.started, "host": platform.node()}
+        seconds = time.monotonic() - self.clock
+        own = {"started": self.started, "updated": time.time(), "seconds": seconds, "host": platform.node()}
         return own | {name: getattr(self.activity, name) for name in ("name", "done", "total", "unit")}
 
 
@@ -138,7 +140,10 @@ def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
     for entry in store.list(_prefix(key)):
         try:
             record = json.loads(store.read(entry.key))
-            found.append(record | {name: float(record[name]) for name in ("started", "updated", "seconds")})
+            times = {name: float(record[name]) for name in ("started", "updated", "seconds")}
+            if not all(0 <= value < FAR for value in times.values()):
+                raise ValueError(f"{times} are no times")
+            found.append(record | times)
         except (MoeAsrError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is left out: %s", entry.key, error)
     return sorted(found, key=lambda one: one["started"])

@@ -2,27 +2,134 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from common.config import PLACES
 from common.errors import DataError
+from common.files import NotFound
 from common.storage import open_store
-from common.storage.artifacts import Key, State, fetch, inspect
+from common.storage.artifacts import KEY_DIGEST, ONE_LINE, STAGE_NAME, Key, State, fetch, inspect
 from common.storage.store import Store
+
+SCHEMA = 1
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _one_line(text: str) -> str:
+    if not ONE_LINE.fullmatch(text):
+        raise ValueError("not one line of text")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+Stage = Annotated[str, Field(pattern=f"^{STAGE_NAME.pattern}$")]
+
+
+class _Loose(BaseModel):
+    """Part of a record; what a later version adds is let through."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Task(_Loose):
+    stage: Stage
+    key: str = Field(pattern=f"^{KEY_DIGEST.pattern}$")
+
+
+class _Row(_Loose):
+    """Of the timeline."""
+
+    stage: Stage
+    shard: Annotated[str, Field(pattern=r"^[0-9]{1,9}$")] | None
+    started: FiniteFloat
+    seconds: FiniteFloat
+    host: Line
+    status: Literal["run", "skipped"]
+
+
+class _ModelSetting(_Loose):
+    language: Line
+
+
+class _Settings(_Loose):
+    """Of the configuration, what is read without validating all of it."""
+
+    seed: int
+    model: _ModelSetting
+    decode: dict[str, Any]
+
+
+class _Ingredients(_Loose):
+    """Of a key."""
+
+    format: int
+    values: dict[Line, Any]
+    inputs: dict[Line, Line]
+
+
+class _Record(_Loose):
+    status: Literal["running", "done", "stopped", "failed"]
+    version: Line
+    started: FiniteFloat
+    updated: FiniteFloat
+    config: _Settings
+    keys: dict[Stage, _Ingredients]
+    tasks: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*(\[[0-9]{1,9}\])?$")], _Task]
+    timeline: list[_Row]
 
 
 def read_record(store: Store, name: str) -> dict[str, Any] | None:
-    """run.json of a run, None when there is none."""
+    """run.json of a run, None when there is none.
+
+    Raises:
+        DataError: it is damaged, or of a newer version.
+    """
     key = f"{name}/run.json"
-    return dict(json.loads(store.read(key))) if store.size(key) is not None else None
+    where = f"{store.url.rstrip('/')}/{key}"
+    try:
+        record = json.loads(store.read(key))
+        if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
+            raise DataError(f"{where} has format {record['schema']}, this moe-asr knows {SCHEMA}: upgrade it")
+        _Record.model_validate(record)
+    except NotFound:
+        return None
+    except ValidationError as failed:
+        problem = failed.errors(include_input=False, include_url=False)[0]
+        raise _damaged(where, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    except (ValueError, RecursionError):
+        raise _damaged(where, "it is not JSON") from None
+    return {**record, "name": name}  # whatever it calls itself
+
+
+def _damaged(where: str, reason: str) -> DataError:
+    return DataError(f"{where} is damaged ({reason}): `moe-asr run` with the run's configuration writes it again")
+
+
+def settings_alone(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run without places and `runtime`: what comes from a store says what, never where or how.
+
+    Args:
+        record: the run's.
+    """
+    tree: dict[str, Any] = copy.deepcopy({n: v for n, v in record["config"].items() if n not in ("runtime", *PLACES)})
+    for path in PLACES:
+        section, _, name = path.partition(".")
+        if name and isinstance(tree.get(section), dict):
+            tree[section].pop(name, None)
+    return tree
 
 
 def run_names(store: Store) -> list[str]:
     """Names of all runs of a store."""
-    keys = (entry.key for entry in store.list(""))
-    return sorted({key.split("/")[0] for key in keys if key.count("/") == 1 and key.endswith("/run.json")})
+    parts = [entry.key.split("/") for entry in store.list("")]
+    return sorted({at[0] for at in parts if len(at) == 2 and at[1] == "run.json" and RUN_NAME.fullmatch(at[0])})
 
 
 def run_record(store: Store, name: str) -> dict[str, Any]:

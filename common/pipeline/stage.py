@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -32,9 +32,9 @@ from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
-from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, set_aside
+from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, quarantine
 from common.storage.measured import MeasuredStore
-from common.storage.store import Store
+from common.storage.store import Store, remove_all
 from common.telemetry import TASKS, StageTelemetry, Telemetry
 
 if TYPE_CHECKING:
@@ -106,12 +106,15 @@ class Parts:
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """A part, or None when its bytes are not those that were written."""
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         for entry in self.store.list(f"{self.prefix}{name}."):
-            data = self.store.read(entry.key)
-            if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
-                return dict(load(data))
+            for _ in range(2):  # what is wrong once may have suffered on its way
+                data = self.store.read(entry.key)
+                if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
+                    with suppress(SafetensorError):
+                        return dict(load(data))
             log.warning("%s is damaged and is made again", entry.key)
         return None
 
@@ -171,7 +174,7 @@ def execute(
         The manifest, of this run or of the one that was faster.
 
     Raises:
-        RetryableError: an input turned out damaged and has been set aside.
+        RetryableError: an input turned out damaged and is quarantined.
         MoeAsrError: as the stage raises.
     """
     live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
@@ -184,7 +187,7 @@ def execute(
         with live.running():
             if state.status == "damaged":
                 log.warning("%s: %s; it is made again", task.label, state.reason)
-                set_aside(measured, task.key, state)
+                quarantine(measured, task.key, state)
             manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
         _clear_unfinished(task.key, store)
     return manifest
@@ -322,7 +325,7 @@ def _require(store: Store, key: Key) -> Manifest:
     if state.status == "done" and state.manifest:
         return state.manifest
     if state.status == "damaged":
-        set_aside(store, key, state)
+        quarantine(store, key, state)
         raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it has to be made again")
     raise DataError(
         f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
@@ -332,5 +335,4 @@ def _require(store: Store, key: Key) -> Manifest:
 
 def _clear_unfinished(key: Key, store: Store) -> None:
     for folder in ("checkpoints/", "parts/"):
-        for entry in list(store.list(key.prefix + folder)):
-            store.delete(entry.key)
+        remove_all(store, key.prefix + folder)

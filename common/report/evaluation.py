@@ -19,7 +19,7 @@ from common.evaluation.evaluate import PAGE, RESULT, TABLE, choose_utterances, d
 from common.files import new_folder
 from common.inference.load_model import OpenedModel
 from common.json_files import Row
-from common.limits import MAX_SECONDS
+from common.limits import is_too_long
 from common.report.page import clock, percent, render_page
 from common.report.rates import TABLE_ROWS, axis_end, caution, worst_section
 
@@ -181,7 +181,7 @@ def evaluate_to_folder(
     with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
         utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples)
         everything = corpus.utterances if split == "all" else corpus.split(split)
-        left_out = sum(u.duration > MAX_SECONDS for u in everything) if long_audio == "drop" else 0
+        left_out = sum(is_too_long(u.duration) for u in everything) if long_audio == "drop" else 0
         started = time.monotonic()
         windows = long_audio == "windows"
         rows = decode_corpus(

@@ -10,6 +10,7 @@ from typing import Any
 from common import __version__
 from common.config import Config
 from common.data.corpus import Utterance, shared_speakers
+from common.markdown import Markdown, code, escape, shell_word
 from common.report.page import clock, percent
 from common.storage.artifacts import Manifest
 
@@ -40,8 +41,10 @@ def model_card(
     import jinja2
 
     text = (files("common.report.templates") / "model_card.md").read_text(encoding="utf-8")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"rate": percent, "cell": lambda value: str(value).replace("|", "\\|")}
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=escape
+    )
+    environment.filters |= {"rate": percent, "code": code, "word": shell_word}
     shared = len(shared_speakers(utterances))
     body = environment.from_string(text).render(
         name=config.run,
@@ -108,10 +111,10 @@ def _what(config: Config, report: Mapping[str, Any]) -> str:
     return f"Whisper with {experts} LoRA experts, {top}, chosen by a gate from the frozen encoder's embedding."
 
 
-def _base_told(config: Config, model_digest: str) -> str:
+def _base_told(config: Config, model_digest: str) -> Markdown:
     if model_digest.startswith(HUB):
-        return f"`{config.model.name}`, revision `{config.model.revision or 'main'}`"
-    return f"the local checkpoint `{PurePosixPath(config.model.name).name}` ({model_digest})"
+        return Markdown(f"{code(config.model.name)}, revision {code(config.model.revision or 'main')}")
+    return Markdown(f"the local checkpoint {code(PurePosixPath(config.model.name).name)} ({escape(model_digest)})")
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,7 +167,7 @@ def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
 
 def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """What keeps a reader from taking the figures for more than they are."""
-    groups = summary["by_etiology"]
+    groups, language = summary["by_etiology"], config.model.language
     limits = []
     if summary["speakers"] < SMALL_SAMPLE:
         limits.append(
@@ -177,7 +180,7 @@ def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any
     if report.get("collapsed"):
         limits.append("The experts collapsed: almost all routing goes to few of them.")
     limits += [
-        f"Trained and scored in language `{config.model.language}` on this one corpus; nothing is known of others.",
+        Markdown(f"Trained and scored in language {code(language)} on this one corpus; nothing is known of others."),
         f"Audio has to be encoded as in training (context {config.audio.context}); tools that pad otherwise differ.",
         "Groups are as the corpus labels them. Neither clusters nor experts say anything about a person's health.",
         "The licences of the base model and of the corpus apply; this card does not know them.",

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Drawing = tuple[str, Callable[[], "Figure"], str]  # caption, how to draw it, what it shows in words
 EVENTS = 200
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "umap-learn",
-            "soundfile", "soxr", "rapidfuzz", "whisper-normalizer", "matplotlib")  # fmt: skip
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scikit-learn", "hdbscan",
+            "umap-learn", "soundfile", "soxr", "rapidfuzz", "whisper-normalizer", "matplotlib")  # fmt: skip
 TITLES = {
     "result": "Result",
     "etiologies": "WER by etiology",
@@ -131,7 +131,7 @@ def _clusters(folder: Path | None) -> Row | str:
     for field, colour in (("cluster", "cluster"), ("etiology", "etiology")):
         label = f"Scatter plot of {len(drawn)} utterances by {field}; the table below has the counts."
         svg = inline_svg(partial(plots.draw_map, drawn, field), f"map-{field}", label)
-        section["maps"].append((f"Utterances by {colour}{cut}. Hollow: noise, assigned to the nearest cluster.", svg))
+        section["maps"].append((f"Utterances by {colour}{cut}. Hollow: noise, in the most similar cluster.", svg))
     return section | {"composition": _composition(rows)}
 
 

@@ -21,6 +21,7 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         ConfigError: another scheme, no bucket, a malformed address, or credentials in it.
     """
     text = str(url)
+    _check_endpoint(endpoint_url or "")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme is None:
         if not text:
@@ -31,12 +32,16 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
         raise ConfigError(f"store {scheme[1]}://…: only folders and s3://bucket/prefix are known (with endpoint_url)")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise ConfigError("store s3://…: what follows s3:// must be a bucket's name, without credentials or port")
-    try:
-        server = urlsplit(endpoint_url or "").netloc
-    except ValueError:
-        raise ConfigError("endpoint_url is malformed: write it as http://host:port") from None
-    if "@" in server:  # it would be in the record of every run
-        raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     from common.storage.s3 import S3Store
 
     return S3Store(bucket, prefix, endpoint_url=endpoint_url)
+
+
+def _check_endpoint(url: str) -> None:
+    """An address alone, whatever the store: it is recorded."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("endpoint_url is malformed: write it as http://host:port") from None
+    if "@" in url or parts.query:
+        raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import re
 import secrets
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from common.errors import DataError, RetryableError
 from common.files import NotFound, explained, file_hash, make_folders
 from common.storage.local import folder_files
-from common.storage.store import Entry, Store, check_key
+from common.storage.store import Store, check_key, remove_all
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -35,6 +35,11 @@ ROOT = "artifacts/"
 HASH_BYTES = 16 * 2**20  # read at once from a remote store
 PARALLEL = 8
 TRIES = 5  # of a commit that meets damaged manifests
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+KEY_DIGEST = re.compile(r"[0-9a-f]{32}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+ATTEMPT = re.compile(r"[0-9a-z]{4,64}")
+ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{0,1000}")
 
 
 class Malformed(DataError):  # noqa: N818 - a state more than an error
@@ -115,7 +120,7 @@ class Manifest:
         """
         try:
             raw = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Malformed(f"{where} is not JSON") from None
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if isinstance(schema, int) and schema > SCHEMA:
@@ -129,14 +134,38 @@ def _validated(data: bytes, where: str) -> Manifest:
 
     try:
         manifest: Manifest = _manifest_type().validate_json(data, strict=True)
-        for name in (f"{manifest.attempt}/", *manifest.files):
-            check_key(name)  # a manifest may come from anywhere: none may point out of its own folder
+        _check_names(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         raise Malformed(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except DataError as error:
         raise Malformed(f"{where}: {error}") from None
     return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """A manifest may come from anywhere: none may point out of its own folder, or write more than a line into a log.
+
+    Raises:
+        DataError: a name, digest or version that no stage of ours writes.
+    """
+    digests = (manifest.digest, *(file.sha256 for file in manifest.files.values()))
+    used = [row for rows in manifest.inputs.values() for row in rows]
+    checks: list[tuple[re.Pattern[str], Iterable[str]]] = [
+        (STAGE_NAME, (manifest.stage, *manifest.inputs)),
+        (KEY_DIGEST, (manifest.key, *(row.get("key", "") for row in used))),
+        (SHA256, (*digests, *(row.get("digest", "") for row in used))),
+        (ATTEMPT, (manifest.attempt,)),
+        (ONE_LINE, (manifest.version, manifest.host, *manifest.files)),
+    ]
+    for pattern, names in checks:
+        for name in names:
+            if not pattern.fullmatch(name):
+                raise DataError(f"{name[:80]!r} is no name that a manifest may hold")
+    for name in manifest.files:
+        check_key(name)
+    if not all(map(math.isfinite, (manifest.started, manifest.seconds))):
+        raise DataError("a time that is no number")
 
 
 @lru_cache(maxsize=1)
@@ -186,7 +215,7 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 
 def inspect(store: Store, key: Key, *, deep: bool = False) -> State:
-    """Whether an artifact is there and whole.
+    """Whether an artifact is there and whole; `damaged` only where a second look has found damage too.
 
     Args:
         deep: re-hash all files; otherwise names and sizes are compared.
@@ -194,6 +223,11 @@ def inspect(store: Store, key: Key, *, deep: bool = False) -> State:
     Raises:
         DataError: a newer version wrote it.
     """
+    state = _inspect_once(store, key, deep)
+    return _inspect_once(store, key, deep) if state.status == "damaged" else state
+
+
+def _inspect_once(store: Store, key: Key, deep: bool) -> State:
     where = f"{store.url}/{key.prefix}{MANIFEST}"
     try:
         raw = store.read(key.prefix + MANIFEST)
@@ -205,6 +239,8 @@ def inspect(store: Store, key: Key, *, deep: bool = False) -> State:
         return State("damaged", str(error), None, raw)
     if (manifest.stage, manifest.key) != (key.stage, key.digest):
         return State("damaged", f"{where} belongs to {manifest.stage}/{manifest.key}", manifest, raw)
+    if manifest.digest != content_digest(manifest.files, manifest.volatile):
+        return State("damaged", f"{where} has a digest that is not that of its files", manifest, raw)
     damage = _find_damage(store, f"{key.prefix}{manifest.attempt}/", manifest, deep)
     return State("damaged" if damage else "done", damage, manifest, raw)
 
@@ -219,30 +255,32 @@ def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> s
             return f"{name} has {sizes[name]:,} bytes instead of {file.size:,}"
     if deep:
         with ThreadPoolExecutor(PARALLEL if store.local_path("") is None else 2) as pool:
-            altered = pool.map(lambda pair: _is_altered(store, folder + pair[0], pair[1]), manifest.files.items())
-            return next((f"{name} is altered" for name, bad in zip(manifest.files, altered, strict=True) if bad), "")
+            hashes = pool.map(
+                lambda name: _stored_hash(store, folder + name, manifest.files[name].size), manifest.files
+            )
+            files = zip(manifest.files.items(), hashes, strict=True)
+            return next((f"{name} is altered" for (name, file), found in files if found != file.sha256), "")
     return ""
 
 
-def _is_altered(store: Store, key: str, expected: FileRecord) -> bool:
-    """Whether a stored file hashes wrong, twice: the first time it may have suffered on its way."""
-    return all(_stored_hash(store, key, expected.size) != expected.sha256 for _ in range(2))
-
-
 def _stored_hash(store: Store, key: str, size: int) -> str:
+    """sha256 of a stored file; empty where it is gone, or shorter, since it was listed."""
     path = store.local_path(key)
-    if path is not None:
-        return file_hash(path)
     digest = hashlib.sha256()
-    for start in range(0, size, HASH_BYTES):
-        digest.update(store.read_range(key, start, min(HASH_BYTES, size - start)))
+    try:
+        if path is not None:
+            return file_hash(path)
+        for start in range(0, size, HASH_BYTES):
+            digest.update(store.read_range(key, start, min(HASH_BYTES, size - start)))
+    except DataError:
+        return ""
     return digest.hexdigest()
 
 
 def new_attempt(store: Store, key: Key, scratch: Path) -> Path:
     """An empty folder for the outputs: in the store itself where that is a folder, else under `scratch`."""
     attempt = secrets.token_hex(6)
-    folder = store.local_path(f"{key.prefix}{attempt}") or scratch / attempt
+    folder = store.local_path(f"{key.prefix}{attempt}", to_write=True) or scratch / attempt
     with explained(folder):
         make_folders(folder)
     return folder
@@ -301,12 +339,11 @@ def commit(
             return state.manifest  # written, but a network file system or a repeated request said that it was taken
         if state.status == "done" and state.manifest:
             log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
-            for entry in list(store.list(own)):
-                store.delete(entry.key)
+            remove_all(store, own)
             shutil.rmtree(folder, ignore_errors=True)
             return state.manifest
         if state.status == "damaged":
-            set_aside(store, key, state)
+            quarantine(store, key, state)
     raise RetryableError(f"{store.url}/{key.prefix}{MANIFEST} is taken and cannot be read: run it again")
 
 
@@ -326,7 +363,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         The folder with the files: the store's own where that is a folder, else `into`.
 
     Raises:
-        RetryableError: a file is damaged; the artifact has been set aside and will be made again.
+        RetryableError: a file is damaged; the artifact is quarantined and will be made again.
     """
     prefix = f"{key.prefix}{manifest.attempt}/"
     folder = store.local_path(prefix) or into
@@ -336,20 +373,20 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         for _ in range(2):  # what is wrong once may have suffered on its way
             if _is_right(folder / name, manifest.files[name]):
                 return ""
-            if store.size(prefix + name) is None:
-                return f"{name} is missing"
-            if folder == into:
+            if store.size(prefix + name) is not None and folder == into:
                 store.get(prefix + name, into / name)
-        return "" if _is_right(folder / name, manifest.files[name]) else f"{name} is altered"
+        if _is_right(folder / name, manifest.files[name]):
+            return ""
+        return f"{name} is {'missing' if store.size(prefix + name) is None else 'altered'}"
 
     with ThreadPoolExecutor(PARALLEL) as pool:
         damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
     if damage:
         state = inspect(store, key)
         if state.manifest == manifest:  # else somebody has already put it right
-            set_aside(store, key, state)
+            quarantine(store, key, state)
         name = f"{key.stage}/{key.digest[:8]} in {store.url}"
-        raise RetryableError(f"{name} is damaged ({damage}): it is set aside and has to be made again")
+        raise RetryableError(f"{name} is damaged ({damage}): it is quarantined and has to be made again")
     return folder
 
 
@@ -357,43 +394,10 @@ def _is_right(path: Path, expected: FileRecord) -> bool:
     return path.is_file() and path.stat().st_size == expected.size and file_hash(path) == expected.sha256
 
 
-def set_aside(store: Store, key: Key, state: State) -> None:
+def quarantine(store: Store, key: Key, state: State) -> None:
     """Renames the manifest that was judged, if it is still the same one: the key counts as missing from then on."""
     aside = f"{key.prefix}manifest.{hashlib.sha256(state.raw).hexdigest()[:8]}.damaged.json"
     store.move_aside(key.prefix + MANIFEST, aside, state.raw)
-
-
-def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
-    """Files that nothing refers to: attempts that lost or were killed, manifests that were set aside, checkpoints and
-    parts of finished stages, temporary files.
-
-    Args:
-        older_than_hours: a key under which something was written since is left alone: an attempt may be running.
-    """
-    before = time.time() - 3600 * older_than_hours
-    by_key: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
-    for entry in store.list(ROOT):
-        parts = entry.key.split("/")
-        if len(parts) >= 4:
-            by_key[tuple(parts[1:3])].append(entry)
-    found = [entry for entry in store.leftovers() if entry.modified < before]
-    for (stage, digest), entries in by_key.items():
-        if all(entry.modified < before for entry in entries):
-            found += _unreferenced(store, Key(stage, digest), entries)
-    return found
-
-
-def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
-    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
-    try:
-        kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
-    except NotFound:
-        pass
-    except DataError:  # not ours to judge
-        return
-    for entry in entries:
-        if entry.key[len(key.prefix) :].partition("/")[0] not in kept:
-            yield entry
 
 
 def verify(store: Store) -> Iterator[tuple[str, State]]:

@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import DataError
+from common.errors import DataError, MoeAsrError
 from common.files import NotFound, explained, file_hash, make_folders
 from common.storage.artifacts import MANIFEST
-from common.storage.store import Entry, Store
+from common.storage.store import Entry, Store, remove_all, warn_once
 from common.telemetry import StageTelemetry, Telemetry
+from common.tensors import first_not_finite
 
 log = logging.getLogger(__name__)
 SCHEMA = 1
@@ -100,20 +101,22 @@ class Checkpointer:
     def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest whole checkpoint: step, tensors on the CPU, state. A damaged one is skipped with a warning."""
         self.wait()
-        for name, entries in sorted(self._folders().items(), reverse=True):
-            try:
-                return self._load(name, entries)
-            except _TornError as error:
-                log.warning("checkpoint %s%s is skipped: %s", self.prefix, name, error)
+        for name in sorted(self._folders(), reverse=True):
+            for look in (1, 2):  # what is wrong once may have suffered on its way
+                try:
+                    return self._load(name, self._folders().get(name, {}))
+                except _TornError as error:
+                    if look == 2:
+                        log.warning("checkpoint %s%s is skipped: %s", self.prefix, name, error)
         return None
 
     def clear(self) -> None:
-        """Deletes all checkpoints."""
+        """Deletes all checkpoints, as far as the store allows it."""
         with self._lock:
             self._waiting = None
         self.wait()
-        for name, entries in self._folders().items():
-            self._delete(name, entries)
+        for name in self._folders(follow=False):
+            self._delete(name)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -137,7 +140,7 @@ class Checkpointer:
 
     def _write(self, snapshot: _Snapshot) -> None:
         name = f"{snapshot.step:09d}-{time.time_ns() // 1000:016x}{secrets.token_hex(2)}"
-        inside = self.store.local_path(self.prefix + name)
+        inside = self.store.local_path(self.prefix + name, to_write=True)
         folder = inside or self.scratch / f"checkpoint-{name}"
         try:
             with explained(folder):
@@ -169,35 +172,43 @@ class Checkpointer:
                     self.store.get(entries[file].key, paths[file])
                 if file_hash(paths[file]) != sha256:
                     raise _TornError(f"{file} is altered")
-            return manifest["step"], load_file(paths[TENSORS]), json.loads(paths[STATE].read_text(encoding="utf-8"))
+            tensors = load_file(paths[TENSORS])
+            if broken := first_not_finite(tensors):
+                raise _TornError(f"tensor {broken} holds NaN or infinite numbers")
+            return manifest["step"], tensors, _read_state(paths[STATE])
         except (NotFound, KeyError, ValueError, SafetensorError) as error:
             raise _TornError(f"{type(error).__name__}: {error}") from None
         finally:
             shutil.rmtree(into, ignore_errors=True)
 
-    def _folders(self) -> dict[str, dict[str, Entry]]:
+    def _folders(self, *, follow: bool = True) -> dict[str, dict[str, Entry]]:
         """Folder name → file name → entry."""
         found: dict[str, dict[str, Entry]] = {}
-        for entry in self.store.list(self.prefix):
+        for entry in self.store.list(self.prefix, follow=follow):
             folder, _, file = entry.key[len(self.prefix) :].partition("/")
             if file and folder[:9].isdigit():
                 found.setdefault(folder, {})[file] = entry
         return found
 
     def _prune(self) -> None:
-        folders = self._folders()
+        try:
+            folders, now = self._folders(follow=False), self.store.now()
+        except MoeAsrError as error:
+            warn_once(self.store, error)
+            return
         whole = sorted(name for name, entries in folders.items() if MANIFEST in entries)
         torn = [
             name
             for name, entries in folders.items()
-            if name not in whole and all(time.time() - entry.modified > TORN_SECONDS for entry in entries.values())
+            if name not in whole and all(now - entry.modified > TORN_SECONDS for entry in entries.values())
         ]
         for name in [*whole[: -self.keep], *torn]:
-            self._delete(name, folders[name])
+            self._delete(name)
 
-    def _delete(self, name: str, entries: Mapping[str, Entry]) -> None:
-        for file in sorted(entries, key=lambda file: file != MANIFEST):  # without it, the rest counts for nothing
-            self.store.delete(entries[file].key)
+    def _delete(self, name: str) -> None:
+        folder = f"{self.prefix}{name}/"
+        remove_all(self.store, folder + MANIFEST)  # without it, the rest counts for nothing
+        remove_all(self.store, folder)
 
 
 class _TornError(DataError):
@@ -227,6 +238,13 @@ def _describe(path: Path) -> dict[str, int | str]:
     return {"size": path.stat().st_size, "sha256": file_hash(path)}
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise _TornError(f"{STATE} holds no JSON object")
+    return state
+
+
 def _read_manifest(data: bytes) -> dict[str, Any]:
     """Raises DataError where a newer version wrote it."""
     try:
@@ -235,8 +253,8 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
             raise DataError(f"a checkpoint has format {manifest['schema']}, this moe-asr knows {SCHEMA}: upgrade it")
         files = {file: (int(record["size"]), str(record["sha256"])) for file, record in manifest["files"].items()}
         step = int(manifest["step"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _TornError("its manifest is damaged") from None
-    if set(files) != {TENSORS, STATE}:
+    if set(files) != {TENSORS, STATE} or step < 0:
         raise _TornError("its manifest is damaged")
     return {"step": step, "files": files}

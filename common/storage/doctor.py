@@ -10,45 +10,46 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from common.errors import DataError, MoeAsrError, StoreError
 from common.files import NotFound, file_hash
-from common.storage.store import Store
+from common.storage.store import Store, remove_all
 
 MANY = 1_050  # more keys than one answer of an S3 server lists
 LARGE = 40 * 2**20  # bytes; more than goes in one part
 RACES = 16
 CLOCK_SECONDS = 300.0
 
+State = Literal["ok", "note", "fail"]
 Check = Callable[[Store, str], str]  # (store, prefix) → what it promises
 
 
-def check_store(store: Store) -> Iterator[tuple[str, bool, str]]:
-    """Runs all checks under a name of their own, which is removed afterwards.
+def check_store(store: Store) -> Iterator[tuple[str, State, str]]:
+    """Runs all checks under a name of their own, which is removed afterwards where the store allows it.
 
     Yields:
-        Name of the check, whether it held, and what was found.
+        Name of the check, `ok`, `fail`, or `note` for what runs can do without, and what was found.
     """
     prefix = f"doctor-{secrets.token_hex(6)}/"
+    cleaned = True
     try:
         for name, check in CHECKS.items():
+            if not cleaned and check in BULKY:
+                yield name, "note", "not tried: what it writes could not be removed again"
+                continue
             try:
-                yield name, True, check(store, prefix)
+                yield name, "ok", check(store, prefix)
             except StoreError as error:
-                yield name, False, str(error)
-                return  # without rights or space, the others would say the same
+                if check not in WITHOUT:
+                    yield name, "fail", str(error)
+                    return  # without rights or space, the others would say the same
+                cleaned = cleaned and check is not _delete
+                yield name, "note", f"{WITHOUT[check]} ({error})"
             except MoeAsrError as error:
-                yield name, False, str(error)
+                yield name, "fail", str(error)
     finally:
-        _clean_up(store, prefix)
-
-
-def _clean_up(store: Store, prefix: str) -> None:
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(store.delete, [entry.key for entry in store.list(prefix)]))
-    except MoeAsrError:  # the checks have told
-        return
+        remove_all(store, prefix)
 
 
 def _write_and_read(store: Store, prefix: str) -> str:
@@ -69,7 +70,7 @@ def _absent(store: Store, prefix: str) -> str:
 
 def _clock(store: Store, prefix: str) -> str:
     store.write(f"{prefix}clock", b"")
-    entry = next(store.list(f"{prefix}clock"), None)
+    entry = next(iter(store.list(f"{prefix}clock")), None)
     if entry is None:
         raise DataError("a key that was just written is not listed")
     ahead = entry.modified - time.time()
@@ -152,12 +153,19 @@ def _expect(held: bool, otherwise: str) -> None:
 CHECKS: dict[str, Check] = {
     "write and read": _write_and_read,
     "missing keys": _absent,
+    "delete": _delete,
     "clock": _clock,
     "many keys": _many_keys,
     "large file": _large_file,
     "ranges": _ranges,
     "create-only writes": _race,
     "moving aside": _move_aside,
-    "delete": _delete,
     "unfinished writes": _leftovers,
 }
+# What a run can do without, and what that costs.
+WITHOUT: dict[Check, str] = {
+    _delete: "refused: checkpoints of finished stages stay and take space",
+    _move_aside: "refused: a damaged result cannot be made again",
+    _leftovers: "not listed: uploads of killed processes stay, unless the bucket has a rule that ends them",
+}
+BULKY = (_many_keys, _large_file)

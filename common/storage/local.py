@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, StoreError
 from common.files import (
     NotFound,
     explained,
@@ -26,6 +30,7 @@ from common.files import (
 from common.storage.store import Entry, check_key, is_current
 
 PARALLEL = 8  # files that are copied at once
+MOST_LINKS = 10_000  # to folders, that one listing follows
 TRIES = 5  # how often a folder may be removed by another process while we write into it
 
 
@@ -40,12 +45,12 @@ class LocalStore:
         """See Store."""
         path = self.local_path(key)
         with explained(path):
-            return path.read_bytes()
+            return _regular(path).read_bytes()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
         path = self.local_path(key)
-        with explained(path), path.open("rb") as file:
+        with explained(path), _regular(path).open("rb") as file:
             # Before asking for memory: a length may lie.
             whole = os.fstat(file.fileno()).st_size >= start + length
             file.seek(start)
@@ -58,7 +63,7 @@ class LocalStore:
         """See Store."""
         source = self.local_path(key)
         with explained(source), new_file(path) as temporary:
-            shutil.copyfile(source, temporary)
+            shutil.copyfile(_regular(source), temporary)
 
     def put(self, key: str, path: Path) -> None:
         """See Store."""
@@ -83,6 +88,8 @@ class LocalStore:
     def move_aside(self, key: str, to: str, data: bytes) -> bool:
         """See Store."""
         path, aside = self.local_path(key), self.local_path(to)
+        for place in (path.parent, aside.parent):
+            self._refuse_links(place)
         with explained(path):
             try:
                 if path.read_bytes() != data:
@@ -100,17 +107,18 @@ class LocalStore:
             sync(path.parent)
         return same
 
-    def list(self, prefix: str) -> Iterator[Entry]:
+    def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
         """See Store."""
-        return (entry for entry in self._entries(prefix) if not is_temporary(entry.key))
+        return (entry for entry in self._entries(prefix, follow) if not is_temporary(entry.key))
 
     def leftovers(self) -> Iterator[Entry]:
         """See Store."""
-        return (entry for entry in self._entries("") if is_temporary(entry.key))
+        return (entry for entry in self._entries("", follow=False) if is_temporary(entry.key))
 
     def delete(self, key: str) -> None:
         """See Store."""
         path = self.local_path(key)
+        self._refuse_links(path.parent)
         with explained(path):
             moment()
             path.unlink(missing_ok=True)
@@ -122,13 +130,22 @@ class LocalStore:
         path = self.local_path(key)
         try:
             with explained(path):
-                return path.stat().st_size if not path.is_dir() else None
+                return _regular(path).stat().st_size
         except NotFound:
             return None
 
-    def local_path(self, key: str) -> Path:
+    def now(self) -> float:
+        """See Store: a folder of another machine has that machine's clock, as a file that is written there shows."""
+        with suppress(OSError), tempfile.TemporaryFile(dir=self.root) as file:
+            return os.fstat(file.fileno()).st_mtime
+        return time.time()
+
+    def local_path(self, key: str, *, to_write: bool = False) -> Path:
         """See Store."""
-        return self.root / check_key(key)
+        path = self.root / check_key(key)
+        if to_write:
+            self._refuse_links(path)
+        return path
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
         """See Store."""
@@ -159,6 +176,7 @@ class LocalStore:
 
     def _place(self, key: str, fill: Callable[[Path], object], name: Callable[[Path, Path], None] = os.replace) -> None:
         path = self.local_path(key)
+        self._refuse_links(path.parent)
         with explained(path):
             for _ in range(TRIES - 1):
                 try:
@@ -168,9 +186,21 @@ class LocalStore:
                     continue
             write_lasting(path, fill, name)
 
-    def _entries(self, prefix: str) -> Iterator[Entry]:
+    def _refuse_links(self, path: Path) -> None:
+        """A store may come from anybody: a link in it must not lead what we write or delete to another place.
+
+        Raises:
+            StoreError: a folder below the store's own, or the path itself, is a link.
+        """
+        for place in _below(path, self.root):
+            if place.is_symlink():
+                raise StoreError(f"{place} is a link: in a store, links are read and nothing is written through them")
+
+    def _entries(self, prefix: str, follow: bool) -> Iterator[Entry]:
         folder, _, start = prefix.rpartition("/")
-        yield from _walk(self.local_path(folder), f"{folder}/" if folder else "", start)
+        path = self.local_path(folder)
+        if follow or not any(place.is_symlink() for place in _below(path, self.root)):
+            yield from _walk(path, f"{folder}/" if folder else "", start, follow)
 
 
 def folder_files(folder: Path) -> list[str]:
@@ -179,27 +209,76 @@ def folder_files(folder: Path) -> list[str]:
 
 
 def remove_others(folder: Path, names: set[str]) -> None:
-    """Deletes the files of a folder that are not among `names`."""
-    for name in folder_files(folder):
-        if name not in names:
-            (folder / name).unlink(missing_ok=True)
+    """Deletes the files of a folder that are not among `names`; of links, the links themselves."""
+    for entry in LocalStore(folder).list("", follow=False):
+        if entry.key not in names:
+            (folder / entry.key).unlink(missing_ok=True)
 
 
-def _walk(folder: Path, prefix: str, start: str) -> Iterator[Entry]:
-    """Files below a folder whose first part begins with `start`, in the order of their keys."""
+def _below(path: Path, root: Path) -> Iterator[Path]:
+    """The path and its parents, as far as they lie below `root`."""
+    while path != root and path != path.parent:
+        yield path
+        path = path.parent
+
+
+def _regular(path: Path) -> Path:
+    """The path itself; what is no plain file counts as absent: a pipe or a device may never come to an end."""
+    try:
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        plain = False  # a link to itself
+    if not plain:
+        raise FileNotFoundError
+    return path
+
+
+def _walk(folder: Path, prefix: str, start: str, follow: bool) -> Iterator[Entry]:
+    """Files below a folder whose first part begins with `start`, in the order of their keys.
+
+    Raises:
+        StoreError: more links to folders than anybody makes on purpose; few can have endlessly many ways through them.
+    """
+    links = iter(range(MOST_LINKS))
+
+    def walk(folder: Path, prefix: str, start: str, above: tuple[Path, ...]) -> Iterator[Entry]:
+        for item, is_folder in _items(folder, start, follow):
+            if not is_folder:
+                yield from _entry(item, prefix, follow)
+                continue
+            path, behind = Path(item.path), above
+            if item.is_symlink():
+                behind = (*above, folder.resolve())
+                if any(place.is_relative_to(path.resolve()) for place in behind):  # it leads back
+                    continue
+                if next(links, None) is None:
+                    raise StoreError(f"{folder} leads through more than {MOST_LINKS:,} links: this cannot be a store")
+            yield from walk(path, f"{prefix}{item.name}/", "", behind)
+
+    yield from walk(folder, prefix, start, ())
+
+
+def _items(folder: Path, start: str, follow: bool) -> list[tuple[os.DirEntry[str], bool]]:
+    """What a folder holds, in the order of keys, and whether each is a folder."""
     try:
         with explained(folder), os.scandir(folder) as found:
-            items = [(item, item.is_dir()) for item in found if item.name.startswith(start)]
+            items = [(item, _is_folder(item, follow)) for item in found if item.name.startswith(start)]
     except NotFound:
-        return
-    for item, is_folder in sorted(items, key=lambda pair: pair[0].name + "/" * pair[1]):
-        if is_folder:
-            path = Path(item.path)
-            if not (item.is_symlink() and folder.resolve().is_relative_to(path.resolve())):  # a link to a folder above
-                yield from _walk(path, f"{prefix}{item.name}/", "")
-            continue
-        try:
-            stat = item.stat()
-        except FileNotFoundError:  # deleted while we look, or a dangling link
-            continue
-        yield Entry(prefix + item.name, stat.st_size, stat.st_mtime)
+        return []
+    return sorted(items, key=lambda pair: pair[0].name + "/" * pair[1])
+
+
+def _is_folder(item: os.DirEntry[str], follow: bool) -> bool:
+    with suppress(OSError):  # a link to itself
+        return item.is_dir(follow_symlinks=follow)
+    return False
+
+
+def _entry(item: os.DirEntry[str], prefix: str, follow: bool) -> Iterator[Entry]:
+    """One, or none for what is no plain file; a link is an entry where links are not followed."""
+    with suppress(OSError):  # deleted while we look, or a link to nothing
+        status = item.stat(follow_symlinks=follow)
+        if stat.S_ISREG(status.st_mode) or not follow:
+            yield Entry(prefix + item.name, status.st_size, status.st_mtime)

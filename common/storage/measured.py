@@ -68,10 +68,10 @@ class MeasuredStore:
         with self._timed("move_aside"):
             return self.inner.move_aside(key, to, data)
 
-    def list(self, prefix: str) -> Iterator[Entry]:
+    def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
         """See Store."""
         with self._timed("list"):
-            return iter([*self.inner.list(prefix)])
+            return iter([*self.inner.list(prefix, follow=follow)])
 
     def leftovers(self) -> Iterator[Entry]:
         """See Store."""
@@ -88,9 +88,13 @@ class MeasuredStore:
         with self._timed("size"):
             return self.inner.size(key)
 
-    def local_path(self, key: str) -> Path | None:
+    def now(self) -> float:
         """See Store."""
-        return self.inner.local_path(key)
+        return self.inner.now()
+
+    def local_path(self, key: str, *, to_write: bool = False) -> Path | None:
+        """See Store."""
+        return self.inner.local_path(key, to_write=to_write)
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
         """See Store."""

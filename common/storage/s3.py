@@ -11,18 +11,20 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from common.errors import DataError, RetryableError
+from common.errors import DataError, RetryableError, StoreError
 from common.files import NotFound, explained, moment, new_file
 from common.storage.local import folder_files, remove_others
 from common.storage.s3_errors import broke_off, error_code, explain, is_connection, malformed
 from common.storage.s3_parts import all_or_none, download, upload
+from common.storage.s3_replies import refuse_cut_replies, whole
 from common.storage.store import Entry, check_key, is_current
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ CONNECTIONS = 10
 ATTEMPTS = 10  # of one request: about a minute of patience with botocore's backoff
 OPENING_SECONDS = 120
 READ_SECONDS = 60.0  # between two packets of an answer
-STREAM_PAUSES = (0.3, 1.0, 3.0, 9.0)  # seconds between tries of an answer that broke off
+STREAM_PAUSES = (0.3, 1.0, 3.0, 9.0)  # seconds between tries of a reply that broke off
 UPLOAD_MARK = "?upload="  # in keys of unfinished uploads
 
 T = TypeVar("T")
@@ -72,7 +74,10 @@ class S3Store:
         """See Store."""
         full = self._full(key)
         with explained(path), new_file(path) as temporary:
-            self._ask(key, lambda: download(self._client, self._pool, self._stream(key), self.bucket, full, temporary))
+            try:
+                download(self._client, self._pool, partial(self._ask, key), self.bucket, full, temporary)
+            except Exception as error:
+                raise explain(error, self._name(key), self._endpoint) from None
 
     def put(self, key: str, path: Path) -> None:
         """See Store."""
@@ -108,7 +113,9 @@ class S3Store:
                 if code not in ("ConditionalRequestConflict", "OperationAborted", "409") or pause is None:
                     raise explain(error, self._name(key), self._endpoint) from None
             except Exception as error:
-                raise explain(error, self._name(key), self._endpoint) from None
+                if pause is None or not broke_off(error):
+                    raise explain(error, self._name(key), self._endpoint) from None
+                repeated = True
             time.sleep(pause * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
 
@@ -125,11 +132,11 @@ class S3Store:
         full = self._full(key)
 
         def look() -> tuple[bytes, str]:
-            answer = self._client.get_object(Bucket=self.bucket, Key=full)
-            return answer["Body"].read(), answer["ETag"]
+            reply = whole(self._client.get_object(Bucket=self.bucket, Key=full), "ContentLength", "ETag")
+            return reply["Body"].read(), reply["ETag"]
 
         try:
-            found, tag = self._stream(key)(look)
+            found, tag = self._ask(key, look)
         except NotFound:
             return False
         if found != data:
@@ -150,29 +157,38 @@ class S3Store:
             raise explain(error, self._name(key), self._endpoint) from None
         return True
 
-    def list(self, prefix: str) -> Iterator[Entry]:
-        """See Store."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._full(prefix))
-        parts = iter(pages)
-        while True:
-            page = self._ask(prefix, lambda: next(parts, None))
-            if page is None:
-                return
+    def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
+        """See Store; a bucket has no links."""
+        ask = partial(self._client.list_objects_v2, Bucket=self.bucket, Prefix=self._full(prefix))
+        for page in self._pages(prefix, ask, {"ContinuationToken": "NextContinuationToken"}):
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # consoles make such objects to show folders
                     yield Entry(item["Key"][len(self.prefix) :], item["Size"], item["LastModified"].timestamp())
 
     def leftovers(self) -> Iterator[Entry]:
         """See Store: uploads in parts that nobody completed; their size is not known."""
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix)
-        parts = iter(pages)
-        while True:
-            page = self._ask("", lambda: next(parts, None))
-            if page is None:
-                return
+        ask = partial(self._client.list_multipart_uploads, Bucket=self.bucket, Prefix=self.prefix)
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for page in self._pages("", ask, markers):
             for item in page.get("Uploads", ()):
                 key = item["Key"][len(self.prefix) :]
                 yield Entry(f"{key}{UPLOAD_MARK}{item['UploadId']}", 0, item["Initiated"].timestamp())
+
+    def _pages(self, key: str, ask: Callable[..., Any], markers: Mapping[str, str]) -> Iterator[Any]:
+        """All pages of a listing; botocore's paginator would end early where a page has to be asked for again.
+
+        Args:
+            markers: argument for the next page → field of the page before that has its value.
+        """
+        at: dict[str, str] = {}
+        while True:
+            page = self._ask(key, lambda at=at: whole(ask(**at), "IsTruncated"))  # type: ignore[misc]
+            yield page
+            if not page["IsTruncated"]:
+                return
+            before, at = at, {name: page[field] for name, field in markers.items() if page.get(field)}
+            if at in ({}, before):
+                raise StoreError(f"{self._name(key)} at {self._endpoint}: the server's listing does not come to an end")
 
     def delete(self, key: str) -> None:
         """See Store."""
@@ -191,13 +207,18 @@ class S3Store:
     def size(self, key: str) -> int | None:
         """See Store."""
         try:
-            return self._ask(key, lambda: self._client.head_object(Bucket=self.bucket, Key=self._full(key)))[
-                "ContentLength"
-            ]
+            ask = partial(self._client.head_object, Bucket=self.bucket, Key=self._full(key))
+            return self._ask(key, lambda: whole(ask(), "ContentLength"))["ContentLength"]
         except NotFound:
             return None
 
-    def local_path(self, key: str) -> None:
+    def now(self) -> float:
+        """See Store: the date of a reply."""
+        reply = self._ask("", lambda: self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1))
+        date = reply["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else time.time()
+
+    def local_path(self, key: str, *, to_write: bool = False) -> None:
         """See Store."""
         return
 
@@ -265,7 +286,7 @@ class S3Store:
         session = boto3.session.Session()
         client = make_client(self.endpoint_url, self.region, attempts=3, session=session)
         try:
-            client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            whole(client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1), "IsTruncated")
         except Exception as error:
             told = explain(error, self.url, self._endpoint)
             if not isinstance(told, RetryableError) or is_connection(error):  # a busy server is left to later
@@ -274,30 +295,23 @@ class S3Store:
         return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
-        try:
-            return request()
-        except Exception as error:
-            raise explain(error, self._name(key), self._endpoint) from None
+        """The reply to a request, made again where the reply broke off after it began: this botocore does not repeat.
 
-    def _stream(self, key: str) -> Callable[[Callable[[], T]], T]:
-        """The same for requests whose answer may break off after it began: these botocore does not repeat."""
-
-        def patiently(request: Callable[[], T]) -> T:
-            for pause in (*STREAM_PAUSES, None):
-                try:
-                    return request()
-                except Exception as error:
-                    if pause is None or not broke_off(error):
-                        raise explain(error, self._name(key), self._endpoint) from None
-                time.sleep(pause * random.uniform(0.5, 1))
-            raise AssertionError("unreachable")
-
-        return patiently
+        Raises:
+            MoeAsrError: as `explain` says.
+        """
+        for pause in (*STREAM_PAUSES, None):
+            try:
+                return request()
+            except Exception as error:
+                if pause is None or not broke_off(error):
+                    raise explain(error, self._name(key), self._endpoint) from None
+            time.sleep(pause * random.uniform(0.5, 1))
+        raise AssertionError("unreachable")
 
     def _read(self, key: str, **options: Any) -> bytes:
-        full = self._full(key)
-        ask = self._stream(key)
-        return ask(lambda: self._client.get_object(Bucket=self.bucket, Key=full, **options)["Body"].read())
+        ask = partial(self._client.get_object, Bucket=self.bucket, Key=self._full(key), **options)
+        return self._ask(key, lambda: whole(ask(), "ContentLength", "ETag")["Body"].read())
 
 
 def make_client(
@@ -332,6 +346,7 @@ def make_client(
         options |= {"signature_version": "s3v4", "s3": {"addressing_style": "path"}}
         options |= {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
         client = session.client("s3", region_name=region, endpoint_url=address, config=Config(**options))
+    refuse_cut_replies(client)
     if os.environ.get("MOE_ASR_DIE_AT_STORE_OP"):
         client.meta.events.register("before-send.s3", _count_request)
         client.meta.events.register("response-received.s3", _count_answer)

@@ -8,9 +8,14 @@ from typing import Any
 from common.errors import ConfigError, DataError, MoeAsrError, RetryableError, StoreError
 from common.files import NotFound
 
+RIGHTS = "s3:ListBucket on the bucket, s3:GetObject and s3:PutObject on its keys"
+RIGHTS_TO_CLEAN = "s3:DeleteObject and s3:AbortMultipartUpload on its keys, s3:ListBucketMultipartUploads on the bucket"
 MESSAGES = {
-    "access denied; its credentials need s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject and "
-    "s3:DeleteObject on its keys": ("AccessDenied", "AllAccessDisabled", "403"),
+    f"access denied; its credentials need {RIGHTS}; to clean up, also {RIGHTS_TO_CLEAN}": (
+        "AccessDenied",
+        "AllAccessDisabled",
+        "403",
+    ),
     "the server does not know these credentials; check AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY": (
         "InvalidAccessKeyId",
         "SignatureDoesNotMatch",
@@ -52,6 +57,9 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
         name: full name of the key.
     """
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    from common.storage.s3_replies import IncompleteReplyError
 
     if isinstance(error, MoeAsrError):
         return error
@@ -62,6 +70,8 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
         return StoreError(f"{where}: this host name is not known; check endpoint_url and AWS_REGION")
     if isinstance(error, boto.SSLError):
         return StoreError(f"{where}: no trusted TLS connection; check https in endpoint_url, and AWS_CA_BUNDLE")
+    if isinstance(error, ResponseParserError | IncompleteReplyError):
+        return _no_s3(error, where)
     if is_connection(error) or broke_off(error):
         return RetryableError(f"{where}: no connection, or it broke off, many times; check endpoint_url, or try later")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
@@ -71,10 +81,13 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
     if isinstance(error, boto.ParamValidationError | boto.InvalidRegionError):
         return malformed(where)
     if isinstance(error, boto.BotoCoreError):
-        return StoreError(
-            f"{where}: this does not answer like an S3 server ({type(error).__name__}); check endpoint_url"
-        )
+        return _no_s3(error, where)
     raise error
+
+
+def _no_s3(error: Exception, where: str) -> StoreError:
+    kind = type(error).__name__
+    return StoreError(f"{where}: this does not answer like an S3 server ({kind}); check endpoint_url")
 
 
 def malformed(where: str) -> ConfigError:
@@ -103,11 +116,19 @@ def error_code(error: Any) -> str:
 
 
 def broke_off(error: Exception) -> bool:
-    """Whether an answer began and did not end, or ended with other bytes than the server sent."""
-    from botocore import exceptions as boto
+    """Whether a reply began and did not end, or ended with other bytes than the server sent.
 
-    broken = (boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError)
-    return isinstance(error, (*broken, boto.FlexibleChecksumError))
+    Lost connections are among them: botocore repeats these too, but no more once its quota of repetitions is used up.
+    """
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    from common.storage.s3_replies import IncompleteReplyError
+
+    broken = (boto.IncompleteReadError, boto.ReadTimeoutError, boto.ResponseStreamingError, boto.FlexibleChecksumError)
+    ours = (HTTPError, ResponseParserError, IncompleteReplyError)
+    return isinstance(error, (*broken, *ours, boto.ConnectionClosedError))
 
 
 def is_connection(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.storage.s3_errors import error_code
+from common.storage.s3_replies import whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -33,14 +34,14 @@ def upload(client: S3Client, pool: ThreadPoolExecutor, bucket: str, key: str, pa
         return
     length = max(PART_BYTES, -(-size // MOST_PARTS))
     target: dict[str, str] = {"Bucket": bucket, "Key": key}
-    target["UploadId"] = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    target["UploadId"] = whole(client.create_multipart_upload(Bucket=bucket, Key=key), "UploadId")["UploadId"]
     try:
         with _opened(path, os.O_RDONLY) as source:
 
             def send(number: int) -> Any:
                 body = os.pread(source, length, (number - 1) * length)
                 answer = client.upload_part(**target, PartNumber=number, Body=body)  # type: ignore[arg-type]
-                return {"PartNumber": number, "ETag": answer["ETag"]}
+                return {"PartNumber": number, "ETag": whole(answer, "ETag")["ETag"]}
 
             sent = all_or_none(pool, send, range(1, -(-size // length) + 1))
         _complete(client, target, sent, size)
@@ -67,7 +68,7 @@ def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucke
     first: dict[str, Any] = {}
 
     def start() -> None:
-        answer = client.get_object(Bucket=bucket, Key=key)
+        answer = whole(client.get_object(Bucket=bucket, Key=key), "ContentLength", "ETag")
         first.update(size=answer["ContentLength"], tag=answer["ETag"])
         if first["size"] <= 2 * PART_BYTES:
             path.write_bytes(answer["Body"].read())
@@ -81,7 +82,7 @@ def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucke
 
         def bring(at: int) -> None:
             span = f"bytes={at}-{min(at + PART_BYTES, first['size']) - 1}"
-            answer = client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=first["tag"])
+            answer = whole(client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=first["tag"]), "ContentLength")
             place = at
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 place += os.pwrite(target, chunk, place)

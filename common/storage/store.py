@@ -6,12 +6,15 @@ of some write, or nothing. What is written survives a power cut once the call ha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from common.errors import DataError
+from common.errors import DataError, MoeAsrError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +56,32 @@ class Store(Protocol):
     def move_aside(self, key: str, to: str, data: bytes) -> bool:
         """Renames `key` to `to` if it still holds `data`; False: it does not."""
 
-    def list(self, prefix: str) -> Iterator[Entry]:
-        """All files whose keys start with `prefix`, sorted by key."""
+    def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
+        """All files whose keys start with `prefix`, sorted by key.
+
+        Args:
+            follow: look into folders that are links. Without it a link is an entry itself, and a prefix behind a link
+                has none: what is going to be deleted is listed so.
+        """
 
     def leftovers(self) -> Iterator[Entry]:
         """What killed writers left behind and no listing shows: `delete` takes these keys."""
 
     def delete(self, key: str) -> None:
-        """Removes a file; one that is not there is fine."""
+        """Removes a file, or a link itself; one that is not there is fine."""
 
     def size(self, key: str) -> int | None:
         """Bytes, None where there is no such file."""
 
-    def local_path(self, key: str) -> Path | None:
-        """Where the file lies on this machine, None for a remote store."""
+    def now(self) -> float:
+        """Seconds since 1970 by the clock that `Entry.modified` is of."""
+
+    def local_path(self, key: str, *, to_write: bool = False) -> Path | None:
+        """Where the file lies on this machine, None for a remote store.
+
+        Args:
+            to_write: raise StoreError where a link below the store's own folder leads there.
+        """
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
         """Copies all files below a prefix, except those that `into` has already with equal size and time.
@@ -77,6 +92,28 @@ class Store(Protocol):
 
     def put_folder(self, folder: Path, prefix: str) -> None:
         """Stores all files of a folder; a folder that lies in the store already is only made to last."""
+
+
+def remove_all(store: Store, prefix: str) -> None:
+    """Deletes all files below a prefix that no link leads to.
+
+    A store that refuses is told in one warning per process: what stays there costs space, not the work that is done.
+    """
+    try:
+        for entry in list(store.list(prefix, follow=False)):
+            store.delete(entry.key)
+    except MoeAsrError as error:
+        warn_once(store, error)
+
+
+def warn_once(store: Store, error: MoeAsrError) -> None:
+    """Logs that a store cannot be cleaned up, the first time that it happens."""
+    if store.url not in _warned:
+        _warned.add(store.url)
+        log.warning("what is no longer needed stays in the store, and the work goes on: %s", error)
+
+
+_warned: set[str] = set()
 
 
 def check_key(key: str) -> str:

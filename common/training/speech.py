@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.data.batches import BatchLoader, Example, epoch_batches
+from common.json_files import read_rows
 
 
 def mean_loss(
@@ -28,7 +29,4 @@ def mean_loss(
 
 def read_jsonl_column(path: Path, column: str) -> dict[str, int]:
     """id → an integer column of a JSON Lines table."""
-    import json
-
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return {row["id"]: int(row[column]) for row in rows}
+    return {row["id"]: int(row[column]) for row in read_rows(path)}

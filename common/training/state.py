@@ -11,6 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from common.errors import DataError
+from common.tensors import check_names
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -139,6 +142,54 @@ def snapshot(
     if accelerator.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(accelerator.device)
     return tensors, {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+
+
+def check_checkpoint(
+    trained: Mapping[str, Tensor],
+    extra: Mapping[str, Tensor],
+    found: tuple[int, Mapping[str, Tensor], Mapping[str, Any]],
+    source: str,
+) -> None:
+    """Refuses a checkpoint that lacks something of this training, or is of another one.
+
+    Args:
+        trained, extra: the tensors that it has to hold, by name and shape.
+        found: step, tensors and record, as `Checkpointer.latest` gives them.
+        source: where it is from, for the message.
+
+    Raises:
+        DataError: names the first thing that does not fit.
+    """
+    step, tensors, record = found
+    remedy = "delete it to train from the start, or use the version of moe-asr that wrote it"
+    try:
+        weights = ["model."] + ["best."] * (record["best_step"] != step)
+        weights += [f"kept{number}." for number in range(len(record["kept"]))]
+        weights += ["pending."] * (record["pending"] not in (None, step))
+        names = ("best_value", "best_step", "evals_without_improvement", "epochs_evaluated", "running", "split")
+        numbers = [record[name] for name in names] + [number for kept in record["kept"] for number in kept]
+        usable = all(isinstance(number, int | float) for number in numbers) and 0 <= record["split"] < 32
+        usable = usable and isinstance(record["rows"], list) and "scaler" in record
+    except (KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise DataError(f"checkpoint {source}: its state cannot be used; {remedy}")
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}{name}": p.shape for prefix in weights for name, p in trained.items()
+    }
+    shapes |= {f"extra.{name}": value.shape for name, value in extra.items()}
+    shapes["rng.cpu"] = torch.get_rng_state().shape
+    for name, p in trained.items():  # none before the first step
+        moments: dict[str, tuple[int, ...]] = {
+            f"optim.{name}.exp_avg": p.shape,
+            f"optim.{name}.exp_avg_sq": p.shape,
+            f"optim.{name}.step": (),
+        }
+        shapes |= moments if moments.keys() & tensors.keys() else {}
+    check_names(tensors.keys() - {"rng.cuda"}, shapes, f"checkpoint {source}")
+    for name, shape in shapes.items():
+        if (found_shape := tensors[name].shape) != shape:
+            raise DataError(f"checkpoint {source}: {name} has shape {tuple(found_shape)}, not {tuple(shape)}; {remedy}")
 
 
 def restore(

@@ -30,7 +30,18 @@ from common.progress import progress
 from common.storage.checkpoint import Checkpointer
 from common.training.backward import forward_backward
 from common.training.schedules import learning_rate_factor
-from common.training.state import Evaluation, Kept, LoopState, averaged, copies, keep, put, restore, snapshot
+from common.training.state import (
+    Evaluation,
+    Kept,
+    LoopState,
+    averaged,
+    check_checkpoint,
+    copies,
+    keep,
+    put,
+    restore,
+    snapshot,
+)
 from common.training.throughput import Throughput, TrainBatch
 
 LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
@@ -209,7 +220,8 @@ def train(
         return Evaluation(at, epoch, full, copies(trained), scores)
 
     found = checkpointer.latest() if checkpointer else None
-    if found:
+    if found and checkpointer:
+        check_checkpoint(trained, extra, found, checkpointer.prefix)
         step, tensors, record = found
         pending = None
         if at := record["pending"]:  # its scores were still being computed: once more

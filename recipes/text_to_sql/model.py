@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5For
 
 from common.errors import DataError
 from common.files import let_others_read
+from common.tensors import check_names, check_weights
 from recipes.text_to_sql.data import IGNORED, Batch
 
 SPECIALS = ("<pad>", "</s>", "<unk>")  # in T5's order
@@ -52,10 +53,14 @@ def pretrained(name: str, queries: Sequence[str]) -> tuple[TextToSql, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        t5 = T5ForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        t5, info = T5ForConditionalGeneration.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"--model {name} is no T5 that can be loaded ({first}): give a folder, or a hub name") from None
+    check_names(info["unexpected_keys"], info["missing_keys"], f"--model {name}")
+    check_weights(t5.state_dict(), f"--model {name}")
     add_missing(tokenizer, queries)
     if len(tokenizer) > t5.config.vocab_size:
         t5.resize_token_embeddings(len(tokenizer))

@@ -72,8 +72,12 @@ def train(settings: Settings) -> Scores:
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()
     with heed_signals() as stopping, ThreadPoolExecutor(1) as beside:
+
+        def given_up() -> bool:
+            return abandoned.is_set() or stopping()
+
         try:
-            judge = make_judge(settings, database, texts["dev"][1], abandoned) if database else None
+            judge = make_judge(settings, database, texts["dev"][1], given_up) if database else None
             look = make_evaluate(model, tokenizer, dev, judge, accelerator, settings, beside)
             outcome = train_loop(
                 model,
@@ -129,22 +133,23 @@ def loop_options(settings: Settings) -> TrainOptions:
 
 
 def make_judge(
-    settings: Settings, database: Path, gold: Sequence[str], abandoned: threading.Event
+    settings: Settings, database: Path, gold: Sequence[str], stopping: Callable[[], bool]
 ) -> Callable[[Sequence[str]], Scores]:
     """A function that scores queries by their records.
 
     Args:
         gold: the right queries, in order.
-        abandoned: ends queries that run when it is set.
+        stopping: ends queries that run when it is true.
     """
     limits, threads = Limits(settings.sql_timeout), settings.sql_threads
-    known = gold_outcomes(database, gold, threads=threads, limits=limits, cache=settings.output / "gold")
+    cache = settings.output / "gold"
+    known = gold_outcomes(database, gold, threads=threads, limits=limits, cache=cache, stopping=stopping)
     if failed := sum(bool(one.error) for one in known.values()):
         log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
 
     def judge(texts: Sequence[str]) -> Scores:
         nonlocal known  # the next epoch's queries are mostly the same
-        known = run_queries(database, [*texts, *gold], threads=threads, limits=limits, known=known, abandoned=abandoned)
+        known = run_queries(database, [*texts, *gold], threads=threads, limits=limits, known=known, stopping=stopping)
         return score(texts, gold, known)
 
     return judge

@@ -1,4 +1,4 @@
-"""Runs queries that nobody has vetted: read-only, in threads, each with its own deadline and a limit on its result.
+"""Runs queries that nobody has vetted: read-only, in processes of their own, each with a deadline and limits.
 
 A query is one SELECT. Whatever else it tries (a write, ATTACH, a PRAGMA, two statements), however long, large or
 broken it is: the outcome is an error of that query, and nothing else notices.
@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
+import os
+import select
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from urllib.parse import quote
+from queue import Empty, SimpleQueue
+from typing import Any
 
-from common.errors import DataError
+from common.errors import DataError, Preempted, RetryableError
 from common.files import new_file
 
 Cell = str | int | float | None
 Row = tuple[Cell, ...]
 
-ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-STEPS_PER_CHECK = 50_000  # of SQLite's virtual machine, some milliseconds: how often a deadline is looked at
-CELL_BYTES = 1_000_000  # longest string or blob, also of intermediate results that no deadline can interrupt
-HEAP_BYTES = 2**30  # of all running queries together: sorting a cross join would take all memory (or the disk)
-OUT_OF_MEMORY = "out of memory"
+PROGRAM = Path(__file__).with_name("query_process.py")
+HEAP_BYTES = 2**28  # of SQLite's memory for each running query: sorting a cross join would take all (or the disk)
+START_SECONDS = 60.0  # that a process may take before it answers: it takes 0.02 where nothing else runs
+CHECK_SECONDS = 0.25  # how often a waiting thread asks whether it should stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,50 +51,94 @@ class Outcome:
     error: str = ""
 
 
-def run_query(database: Path, query: str, limits: Limits, abandoned: threading.Event) -> Outcome:
-    """Runs one query on a connection of its own; never raises for what the query does."""
-    deadline = time.monotonic() + limits.seconds
-    connection = _open(database)
-    try:
-        connection.set_progress_handler(lambda: time.monotonic() > deadline or abandoned.is_set(), STEPS_PER_CHECK)
-        cursor = connection.execute(query)
-        if cursor.description is None:
-            return Outcome(error="not a query")
-        return _collect(cursor, limits)
-    except MemoryError:
-        return Outcome(error=OUT_OF_MEMORY)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-        late = time.monotonic() > deadline
-        return Outcome(error=f"stopped after {limits.seconds:g} s" if late else str(error))
-    finally:
-        connection.close()
+class QueryProcess:
+    """Answers queries in a process of its own, one after another. A late query ends the process; the next starts one.
 
+    A query cannot be interrupted otherwise: one step of SQLite's (`instr` on long texts) can take minutes.
+    """
 
-def _collect(cursor: sqlite3.Cursor, limits: Limits) -> Outcome:
-    rows: list[Row] = []
-    size = 0
-    for row in cursor:
-        cells = tuple(cell.hex() if isinstance(cell, bytes) else cell for cell in row)
-        size += sum(len(cell) if isinstance(cell, str) else 8 for cell in cells)
-        if len(rows) == limits.rows or size > limits.bytes:
-            return Outcome(error=f"over {limits.rows} rows" if size <= limits.bytes else f"over {limits.bytes} bytes")
-        rows.append(cells)
-    return Outcome(tuple(rows))
+    def __init__(self, database: Path, limits: Limits, stopping: Callable[[], bool]) -> None:
+        """
+        Args:
+            stopping: asked while waiting; true ends a running query.
+        """
+        self.database, self.limits, self.stopping = database, limits, stopping
+        self._process: subprocess.Popen[bytes] | None = None
 
+    def ask(self, query: str) -> Outcome:
+        """The outcome of a query.
 
-def _open(database: Path) -> sqlite3.Connection:
-    try:
-        connection = sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True, isolation_level=None)
-        connection.execute("PRAGMA query_only = 1")
-        connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute(f"PRAGMA hard_heap_limit = {HEAP_BYTES}")
-    except sqlite3.Error as error:
-        raise DataError(f"database {database}: {error}") from None
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, CELL_BYTES)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    connection.text_factory = lambda data: data.decode("utf-8", "replace")
-    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY)
-    return connection
+        Raises:
+            DataError: the database cannot be opened.
+            RetryableError: no process can be started.
+            Preempted: `stopping` became true.
+        """
+        process = self._process or self._start()
+        deadline = time.monotonic() + self.limits.seconds
+        try:
+            assert process.stdin
+            with suppress(BrokenPipeError):  # it has ended: reading says so
+                process.stdin.write(json.dumps(query).encode() + b"\n")
+                process.stdin.flush()
+            line = self._read_line(process, deadline)
+            outcome = json.loads(line)
+        except TimeoutError:
+            self.kill()
+            return Outcome(error=f"stopped after {self.limits.seconds:g} s")
+        except EOFError:
+            code = self.kill()
+            return Outcome(error=f"it ended its process (exit code {code})")
+        return self._outcome(outcome)
+
+    def kill(self) -> int | None:
+        """Ends the process, whatever it does, and returns its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        process.kill()
+        with suppress(BrokenPipeError):  # what it did not read
+            process.communicate()
+        return process.returncode
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        limits = {"rows": self.limits.rows, "bytes": self.limits.bytes, "heap": HEAP_BYTES}
+        command = [sys.executable, "-I", "-S", str(PROGRAM), str(self.database), json.dumps(limits)]
+        try:
+            process = self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            said = json.loads(self._read_line(process, time.monotonic() + START_SECONDS))
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            self.kill()
+            raise RetryableError(f"a process for queries does not start: {error or type(error).__name__}") from None
+        if problem := said.get("error"):
+            self.kill()
+            raise DataError(f"database {self.database}: {problem}")
+        return process
+
+    def _read_line(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
+        """A line that the process writes. Raises TimeoutError, EOFError, or Preempted when told to stop."""
+        assert process.stdout
+        waiting, pieces = select.poll(), [b""]
+        waiting.register(process.stdout, select.POLLIN)
+        while not pieces[-1].endswith(b"\n"):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if waiting.poll(1000 * min(left, CHECK_SECONDS)):
+                pieces.append(os.read(process.stdout.fileno(), 2**20))
+                if not pieces[-1]:
+                    raise EOFError("it ended")
+            elif self.stopping():
+                raise Preempted("told to stop while queries ran; what the training last saved is kept")
+        return b"".join(pieces)
+
+    def _outcome(self, outcome: Any) -> Outcome:
+        if isinstance(outcome, list):
+            return Outcome(tuple(map(tuple, outcome)))
+        error, limits = str(outcome["error"]), self.limits
+        over = {"too many rows": f"over {limits.rows} rows", "too many bytes": f"over {limits.bytes} bytes"}
+        return Outcome(error=over.get(error, error))
 
 
 def run_queries(
@@ -101,37 +148,59 @@ def run_queries(
     threads: int,
     limits: Limits,
     known: Mapping[str, Outcome] | None = None,
-    abandoned: threading.Event | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Outcome]:
-    """Runs each distinct query once, in threads.
+    """Runs each distinct query once, several at a time.
 
     Args:
+        threads: how many.
         known: outcomes of an earlier time that are taken over.
-        abandoned: ends all queries at once when it is set; their outcomes are then of no use.
+        stopping: true ends all queries at once.
 
     Returns:
         query → outcome; the same whatever the number of threads.
 
     Raises:
         DataError: the database cannot be opened.
+        RetryableError: no process can be started.
+        Preempted: `stopping` became true.
     """
     wanted = dict.fromkeys(queries)
     found = {query: known[query] for query in wanted if known and query in known}
-    new = [query for query in wanted if query not in found]
-    abandoned = abandoned or threading.Event()
-    run = partial(run_query, database, limits=limits, abandoned=abandoned)
-    with ThreadPoolExecutor(max(1, min(threads, len(new)))) as pool:
+    new: SimpleQueue[str] = SimpleQueue()
+    for query in (query for query in wanted if query not in found):
+        new.put(query)
+    failed = threading.Event()
+
+    def work() -> None:
+        process = QueryProcess(database, limits, lambda: failed.is_set() or stopping())
         try:
-            found |= zip(new, pool.map(run, new), strict=True)
-        except BaseException:
-            abandoned.set()
+            with suppress(Empty):
+                while not failed.is_set():
+                    query = new.get_nowait()
+                    found[query] = process.ask(query)
+        finally:
+            process.kill()
+
+    with ThreadPoolExecutor(max(1, min(threads, new.qsize()))) as pool:
+        tasks = [pool.submit(work) for _ in range(min(threads, new.qsize()))]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:  # Ctrl-C too
+            failed.set()
             raise
-    # The heap is shared: one query's greed may have failed another. Alone, each answers for itself.
-    return found | {query: run(query) for query in new if found[query].error == OUT_OF_MEMORY}
+    return {query: found[query] for query in wanted}
 
 
 def gold_outcomes(
-    database: Path, queries: Sequence[str], *, threads: int, limits: Limits, cache: Path
+    database: Path,
+    queries: Sequence[str],
+    *,
+    threads: int,
+    limits: Limits,
+    cache: Path,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Outcome]:
     """Outcomes of gold queries, computed once for a database and kept in the folder `cache` by digest."""
     wanted = list(dict.fromkeys(queries))
@@ -144,7 +213,7 @@ def gold_outcomes(
             return {
                 query: Outcome(tuple(map(tuple, json.loads(line)))) for query, line in zip(wanted, lines, strict=True)
             }
-    outcomes = run_queries(database, wanted, threads=threads, limits=limits)
+    outcomes = run_queries(database, wanted, threads=threads, limits=limits, stopping=stopping)
     if not any(outcome.error for outcome in outcomes.values()):  # a slow moment must not last
         write_records(path, [outcomes[query] for query in wanted])
     return outcomes

@@ -67,7 +67,13 @@ def build(
         whisper,
         slot=slot,
         gate=None if groups or not routed else _gate(config, table, gate, count, fit),
-        options=RouterOptions(options.mixture, options.top_k, options.balance_weight, options.entropy_weight),
+        options=RouterOptions(
+            options.mixture,
+            options.top_k,
+            options.balance_weight,
+            options.entropy_weight,
+            options.routed_dropout if shared_rank else 0.0,
+        ),
         gradient_checkpointing=checkpointing,
         augmentation=augmentation(config),
     )

@@ -60,7 +60,7 @@ class Router:
                 evidence_NF = torch.from_numpy(sums_NF).to(embedding_ND.device)
             logits_NE, known_N = gate.decide(evidence_NF)
         known = None if training else known_N
-        if self.by == "speaker":
+        if not any(p.requires_grad for p in gate.parameters()):
             recogniser.choose_by(logits_NE=logits_NE, known_N=known)
         else:
             recogniser.choose_by(embeddings_ND=embedding_ND, known_N=known)

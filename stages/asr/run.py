@@ -167,13 +167,17 @@ def _speech_set(
 
 
 def _prepare_gate(joint: Joint) -> None:
-    """Calibrates on dev which utterances are unlike all groups; a gate that decides for speakers is not trained."""
+    """Calibrates on dev which utterances are unlike all groups; a gate that was pre-trained is trained no further.
+
+    The load-balance loss of a few utterances is noise to a gate that knows its groups, and AdamW moves it at the full
+    rate however small its gradient is (docs/regimes.md has the figures).
+    """
     gate, router = joint.recogniser.gate, joint.router
     if gate is None:
         return
     if joint.config.asr.abstain and gate.center_ED.any():
         gate.calibrate(router.embeddings(joint.sets["dev"].utterances).to(gate.mean_D.device))
-    if router.by == "speaker":
+    if router.by == "speaker" or joint.config.asr.pretrain != "none":
         gate.requires_grad_(False)
 
 
@@ -220,7 +224,7 @@ def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]
         scores = {"loss": mean_loss(module, dev.examples, dev.loader, joint.accelerator, seconds)}
         if full and config.asr.select_by == "wer":
             texts = decode_set(joint.recogniser, subset, subset_loader, joint.codec, decoding, joint.accelerator)
-            scored = score_set(decoded, texts, config.model.text_language)
+            scored = score_set(decoded, texts, config.model.text_language, published=decoding.published)
             scores["wer"] = wer(scored)
             for name, group in by_etiology(decoded, scored).items():
                 labels = {"split": "dev", "etiology": name, "model": "after"}
@@ -258,7 +262,8 @@ def _evaluate(
         return
     audio = 2 * sum(u.duration for u in test.utterances)
     context.summary["scoring"] = {"audio_seconds": audio, "seconds": time.monotonic() - started}
-    old, new = (scored_rows(test.utterances, *found, language) for found in ((before, {}), (after, routing)))
+    score = partial(scored_rows, test.utterances, language=language, published=decoding_options(config).published)
+    old, new = score(before, {}), score(after, routing)
     rates = {"before": rates_of(old), "after": rates_of(new)}
     rows, summary = prediction_rows(old, new), summarise(**rates)
     in_train = {u.speaker for u in joint.sets["train"].utterances} - {""}

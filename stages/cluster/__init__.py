@@ -26,5 +26,6 @@ CONTRACT = Contract(
         "audio.long_audio",
         "cluster",
     ),
+    format=2,  # hdbscan's labels, memberships of noise, and a warning in the report
     active=is_pretrained,
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project
+from common.clustering.cluster import Clustering, cluster, known_groups
 from common.clustering.embeddings import read_tables
+from common.clustering.reduction import project
+from common.clustering.report import cluster_report, poor_clustering
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
@@ -18,6 +21,7 @@ from common.pipeline.stage import Context
 from common.sections import ClusterConfig
 from stages.inputs import training_subset
 
+log = logging.getLogger(__name__)
 PLOTTED = 5000  # points of the map at most
 
 
@@ -36,6 +40,9 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     found = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
     report = cluster_report(found, found.reduced_NP, groups=groups, seed=config.seed)
+    report |= {"clusters_wanted": wanted, "warning": poor_clustering(report, groups, wanted)}
+    if report["warning"]:
+        log.warning("%s", report["warning"])
     rows = [
         {"id": u.id, "cluster": int(label), "noise": bool(noise), "probability": round(float(probability), 6)}
         for u, label, noise, probability in zip(
@@ -48,11 +55,8 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     if options.plot != "none":
         _draw(options.plot, found.reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")
-    context.summary |= {
-        "utterances": len(utterances),
-        "clusters": len(found.centroids_KD),
-        "noise_share": report["noise_share"],
-    }
+    context.summary["utterances"] = len(utterances)
+    context.summary |= {name: report[name] for name in ("clusters", "clusters_wanted", "noise_share", "warning")}
 
 
 def _find(

@@ -10,6 +10,7 @@ CONTRACT = Contract(
     summary="an MLP that tells an utterance's cluster from its embedding",
     output="gate",
     inputs=("embeddings", "clusters"),
+    format=2,  # the groups' means and covariance are kept beside the weights
     reads=("seed", "gating"),
     active=is_pretrained,
     gpus=1,

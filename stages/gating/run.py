@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.evaluation.gate_report import gate_report
+from common.json_files import read_rows
 from common.model.bundle import save_gate
 from common.model.gate import Gate
 from common.pipeline.stage import Context
@@ -63,7 +64,7 @@ class GateTraining(nn.Module):
 
 def run(config: Config, context: Context, *, embeddings: list[Path], clusters: list[Path], output: Path) -> None:
     """Writes the gate, report.json (accuracy, confusion, calibration on held-out utterances), metrics and plots."""
-    rows = [json.loads(line) for line in (clusters[0] / "assignments.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(clusters[0] / "assignments.jsonl")
     embedding_ND = torch.from_numpy(read_tables(embeddings).rows([row["id"] for row in rows]))
     label_N = torch.tensor([row["cluster"] for row in rows])
     classes = int(label_N.max()) + 1

@@ -50,8 +50,8 @@ def test_processes_of_joint_training_are_gpus_of_its_pod():
 
 
 def test_workflow_parameters_pass_through():
-    made = dry_run(*PLACES, "-p", "parallelism=8", "-p", "webhook=http://host/path?a=b", "--resume")
-    assert {"parallelism": "8", "webhook": "http://host/path?a=b", "resume": "true"}.items() <= parameters(made).items()
+    made = dry_run(*PLACES, "-p", "parallelism=8", "-p", "config=a=b", "--resume")
+    assert {"parallelism": "8", "config": "a=b", "resume": "true"}.items() <= parameters(made).items()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,12 @@ def test_workflow_parameters_pass_through():
         (("--gpu", "auto"), UsageError, "name the GPUs of the nodes"),
         (("-p", "paralelism=8"), UsageError, "no such parameter"),
         (("-p", "parallelism"), UsageError, "name=value"),
+        (("-p", "registry=evil.example.org"), UsageError, "no such parameter"),
+        (("-p", "webhook-secret=other"), UsageError, "no such parameter"),
+        (("-p", 'scratch-size=1Gi"}}], "hostPID": true'), UsageError, "Kubernetes quantity"),
+        (("-p", "step-cpu=-1"), UsageError, "Kubernetes quantity"),
+        (("-p", "gpus=two"), UsageError, "whole number"),
+        (("-p", "resume=yes"), UsageError, "true or false"),
         (("--store", "runs"), UsageError, "place on this machine"),
         (("--set", "asr.epoch=3"), ConfigError, "did you mean asr.epochs"),
     ],

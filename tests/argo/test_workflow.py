@@ -122,6 +122,7 @@ def local_config(tmp_path, micro_model, tones, **options):
         "model": {"name": str(micro_model)},
         "num_experts": 2,
         "subsets": {"embeddings_percent": 100},
+        "asr": {"pretrain": "alone"},
     }
     file.write_text(yaml.safe_dump(tree))
     store = tmp_path / "store"

@@ -127,7 +127,7 @@ def test_long_utterances_are_refused_or_dropped_and_counted(micro_model, tones, 
     test = read_corpus(tones).split("test")
     write_index(tmp_path / "corpus", [replace(test[0], duration=31.0), *test[1:4]])
     words = ("evaluate", micro_model, tmp_path / "corpus", "--out", tmp_path / "out", *QUICK)
-    with pytest.raises(DataError, match=r"lasts 31\.0 s"):
+    with pytest.raises(DataError, match=r"lasts 31\.00 s"):
         call(*words)
     assert not (tmp_path / "out").exists()
     call(*words, "--long-audio", "drop")

@@ -15,6 +15,7 @@ from tests.stages.test_local_runner import micro_config
 def store(tmp_path_factory, micro_model, tones):
     """A store with three runs of the same corpus: pre-trained, routed by speaker, and with one expert."""
     folder = tmp_path_factory.mktemp("gate") / "store"
+    (folder.parent / "corpus").symlink_to(tones)
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1))
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1, asr__route_by="speaker", run="by-speaker"))
     run_pipeline(
@@ -24,7 +25,9 @@ def store(tmp_path_factory, micro_model, tones):
 
 
 def ask(store, *words):
-    done = CliRunner().invoke(gate, [*words, "--store", str(store), "--device", "cpu"], catch_exceptions=False)
+    name, *options = words
+    places = [str(store.parent / "corpus"), "--store", str(store), "--device", "cpu"]
+    done = CliRunner().invoke(gate, [name, *places, *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 

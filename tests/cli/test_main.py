@@ -24,12 +24,11 @@ OPTIONS = """
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def moe_asr(*words, cwd, module="cli.main"):
+def moe_asr(*words, cwd, module="cli.main", variables=None):
     """Runs the command as a process; returns it finished."""
     command = [sys.executable, "-m", module, *map(str, words)]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT | {"PYTHONPATH": str(Path.cwd())}, capture_output=True, text=True
-    )
+    environment = ENVIRONMENT | {"PYTHONPATH": str(Path.cwd())} | (variables or {})
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +146,16 @@ def test_a_run_its_plan_its_status_and_one_stage_alone(tmp_path, micro_model, to
     plots = moe_asr("plot", "asr", "runs/micro", "--out", "plots", cwd=tmp_path)
     assert plots.returncode == 0 and list((tmp_path / "plots").glob("*.png")), plots.stderr
 
-    alone = moe_asr("cluster", "--algorithm", "spectral", "--pooling", "mean", "--reduce", "pca", "--reduce-dim", "20",
-                    "--plot", "pca", cwd=tmp_path, module="stages")  # fmt: skip
+    places = ("--corpus", tones, "--model", micro_model)
+    own = "--algorithm spectral --pooling mean --reduce pca --reduce-dim 20 --plot pca"
+    alone = moe_asr("cluster", *places, *own.split(), cwd=tmp_path, module="stages")
     assert alone.returncode == 0, alone.stderr
     assert "cluster: " in alone.stdout
 
-    early = moe_asr("asr", "--seed", "9", cwd=tmp_path, module="stages")
+    untold = moe_asr("cluster", cwd=tmp_path, module="stages")
+    assert untold.returncode == 64 and "--corpus is missing" in untold.stderr
+
+    early = moe_asr("asr", *places, "--seed", "9", cwd=tmp_path, module="stages")
     assert early.returncode == 65
     assert "moe-asr plan" in early.stderr
 

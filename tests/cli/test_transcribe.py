@@ -69,10 +69,12 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(files, micro_model, t
         transcribe, *bad, files / "tone.wav", files / "silence.wav", "--model", micro_model, "--out", tmp_path
     )
     assert isinstance(done.exception, DataError)
-    assert "3 of 5 files could not be transcribed" in str(done.exception)
+    assert "3 of 5 recordings could not be transcribed" in str(done.exception)
+    assert "2 of 5 recordings cannot be opened" in done.stderr.splitlines()[0], "known before the model is loaded"
     for file in bad:
         assert sum(f"{file}" in line for line in done.stderr.splitlines()) == 1
-    assert f"{files / 'silence.wav'}: no speech was heard" in done.stderr
+    assert f"{files / 'silence.wav'}: no speech was found" in done.stderr
+    assert f"{tmp_path}: 2 files written, of 2 recordings" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["silence.txt", "tone.txt"]
     assert (tmp_path / "silence.txt").read_text() == ""
 
@@ -97,7 +99,8 @@ def test_short_files_get_the_text_of_evaluate(tones, micro_model, tmp_path, opti
     with next((tmp_path / "e").glob("*.csv")).open(encoding="utf-8") as file:
         expected = {row["id"]: row["hypothesis"] for row in csv.DictReader(file)}
     paths = [corpus.path(u) for u in corpus.split("dev")]
-    words = [*paths, "--model", micro_model, "--out", tmp_path / "t", "--format", "json", *options]
+    as_is = ("--no-fall-back", "--loops", "keep")
+    words = [*paths, "--model", micro_model, "--out", tmp_path / "t", "--format", "json", *as_is, *options]
     assert invoke(transcribe, *words).exit_code == 0
     for u in corpus.split("dev"):
         found = json.loads((tmp_path / "t" / f"{u.id}.json").read_text())

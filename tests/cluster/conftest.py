@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from argo.parameters import Installation
 from common import __version__
 from common.storage import open_store
 from tests.cluster import image
@@ -34,7 +35,9 @@ def lab(tmp_path_factory, micro_model, tones) -> Iterator[Lab]:
         upload(endpoint, micro_model, tones)
         make_secret()
         registry, tag = images(tmp_path_factory.mktemp("image"))
-        yield Lab(endpoint, registry, tag, install_template(), tmp_path_factory.mktemp("kept"))
+        template = install_template(Installation(registry, tag))
+        wrong = install_template(Installation(registry, tag, store_secret="wrong-store"), "-wrong-store")
+        yield Lab(endpoint, registry, tag, template, wrong, tmp_path_factory.mktemp("kept"))
 
 
 def upload(endpoint: str, model: Path, corpus: Path) -> None:

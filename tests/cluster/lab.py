@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from argo import progress
-from argo.parameters import FILE
+from argo.parameters import Installation
+from argo.workflow import to_text
 from common.config import Config, validate
 from common.storage import open_store
 from common.storage.store import Store
@@ -105,6 +106,7 @@ class Lab:
         endpoint: the S3 server, for this machine and for pods.
         registry, tag: of the stages' images.
         template: name of the installed WorkflowTemplate.
+        wrong: name of one whose Secret holds other credentials than the store's.
         kept: folder for what is worth a look afterwards.
     """
 
@@ -112,6 +114,7 @@ class Lab:
     registry: str
     tag: str
     template: str
+    wrong: str
     kept: Path
     extra: dict[str, str] = field(default_factory=dict)
 
@@ -144,7 +147,9 @@ class Lab:
             tree[section] = {**tree[section], key: value} if key else value
         return tree
 
-    def submit(self, name: str, tree: Mapping[str, Any] | None = None, **parameters: str) -> str:
+    def submit(
+        self, name: str, tree: Mapping[str, Any] | None = None, template: str | None = None, **parameters: str
+    ) -> str:
         """Submits a run into store `name` with kubectl alone; returns the workflow's name.
 
         The preset is `h100-80`, with its batch sizes set back to the small ones of the configuration.
@@ -152,13 +157,13 @@ class Lab:
         config = dict(tree or self.tree())
         values = {"config": yaml.safe_dump(config), "gpu": "h100-80", "settings": small_settings(config)}
         values |= {"store": f"s3://{BUCKET}/{name}", "endpoint-url": self.endpoint}
-        values |= {"registry": self.registry, "tag": self.tag} | SMALL | self.extra | parameters
+        values |= SMALL | self.extra | parameters
         workflow = {
             "apiVersion": "argoproj.io/v1alpha1",
             "kind": "Workflow",
             "metadata": {"generateName": "test-", "namespace": NAMESPACE},
             "spec": {
-                "workflowTemplateRef": {"name": self.template},
+                "workflowTemplateRef": {"name": template or self.template},
                 "podGC": {"strategy": "OnPodSuccess", "deleteDelayDuration": "7200s"},  # tests look at them
                 "arguments": {"parameters": [{"name": n, "value": v} for n, v in values.items()]},
             },
@@ -172,8 +177,7 @@ class Lab:
         words = ["submit", "--config", file, "--gpu", "h100-80", "--store", f"s3://{BUCKET}/{name}"]
         words += ["--endpoint-url", self.endpoint, "--namespace", NAMESPACE, "--template", self.template]
         words += [w for line in small_settings(self.tree()).splitlines() for w in ("--set", line)]
-        given = {"registry": self.registry, "tag": self.tag} | SMALL | self.extra
-        words += [w for n, v in given.items() for w in ("-p", f"{n}={v}")]
+        words += [w for n, v in (SMALL | self.extra).items() for w in ("-p", f"{n}={v}")]
         return command(sys.executable, "-m", "cli.main", *words).split()[1]
 
 
@@ -223,8 +227,9 @@ def succeeded(name: str, seconds: float = 600) -> dict[str, progress.Piece]:
     return {piece.label: piece for piece in progress.pieces(found)}
 
 
-def install_template(path: Path = FILE) -> str:
-    """Applies the generated WorkflowTemplate; returns its name."""
-    text = path.read_text(encoding="utf-8")
-    kubectl("apply", "-n", NAMESPACE, "-f", "-", text=text)
-    return str(yaml.safe_load(text)["metadata"]["name"])
+def install_template(place: Installation, suffix: str = "") -> str:
+    """Applies a WorkflowTemplate as `python -m argo` prints it, its name with a suffix; returns the name."""
+    template = yaml.safe_load(to_text(place))
+    template["metadata"]["name"] += suffix
+    kubectl("apply", "-n", NAMESPACE, "-f", "-", text=json.dumps(template))
+    return str(template["metadata"]["name"])

@@ -19,6 +19,7 @@ from common.config import Config
 from common.storage.artifacts import Key, Manifest, inspect
 from stages.local_runner import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
+from tests.cluster.node import find_node, kill_controller_and_kubelet
 
 pytestmark = pytest.mark.timeout(1200)
 # A checkpoint after each of many epochs, and no early stop: time to be hit in.
@@ -70,9 +71,11 @@ def trained(found: dict[str, progress.Piece]) -> set[str]:
 MISTAKES = {
     "typo": ({"asr__epoch": 3}, {}, "asr.epoch: no such setting; did you mean asr.epochs"),
     "no corpus": ({"corpus": {"path": "s3://moe-asr-cluster/nowhere"}}, {}, "nowhere"),
-    "bad credentials": ({}, {"store-secret": "wrong-store"}, "moe-asr-cluster"),
+    "bad credentials": ({}, {}, "moe-asr-cluster"),
     "no such preset": ({}, {"gpu": "h100"}, "no such preset"),
 }
+# Closes the text that it stands in, and goes on with a pod of its own.
+CRAFTED = '1Gi"}}], "hostPID": true, "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1Gi'
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +83,10 @@ def early(lab) -> dict[str, str]:
     """Workflows that need no other one, submitted together: most of their time is waiting."""
     names = {"first": lab.submit("first"), "killed": lab.submit("killed", lab.tree(**LONG))}
     names["waiting"] = lab.submit("waiting", gpu="a100-40")
+    names["crafted"] = lab.submit("mistakes", retries="0", **{"scratch-size": CRAFTED})
     for mistake, (changes, parameters, _) in MISTAKES.items():
-        names[mistake] = lab.submit("mistakes", lab.tree(**changes), **parameters)
+        template = lab.wrong if mistake == "bad credentials" else None
+        names[mistake] = lab.submit("mistakes", lab.tree(**changes), template, **parameters)
     return names
 
 
@@ -189,6 +194,15 @@ def test_a_users_error_ends_in_plan_with_its_reason_and_no_retry(early, mistake)
     assert reason in command("argo", "get", "-n", NAMESPACE, early[mistake])
 
 
+def test_a_value_that_would_change_a_pod_makes_none(early):
+    found = wait(early["crafted"])
+    messages = [node.get("message", "") for node in found["status"]["nodes"].values()]
+    assert progress.phase(found) in ("Failed", "Error")
+    assert any("parameter scratch-size is no quantity" in message for message in messages), told(found)
+    labels = f"workflows.argoproj.io/workflow={early['crafted']}"
+    assert not json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
+
+
 def test_a_gpu_that_no_node_has_leaves_pods_waiting_with_an_explanation(early, capsys):
     name = early["waiting"]
     wait(name, until=lambda found: "Unschedulable" in told(found))
@@ -252,15 +266,15 @@ def test_two_submissions_at_once_do_each_piece_of_work_once(lab, later):
     both = [succeeded(later[name], 900) for name in ("twins", "other twin")]
     assert digests(lab, "twins") == digests(lab, "first")
     for label in LOST["twins"]:
-        stage, key = task_key(lab, "twins", label)
-        names = {entry.key.split("/")[3] for entry in lab.store("twins").list(f"artifacts/{stage}/{key}/")}
-        assert len(names - {"manifest.json"}) == 1, "a second attempt wrote something"
+        _, key = task_key(lab, "twins", label)
+        assert len(attempts(lab, "twins", label)) == 1, "a second attempt wrote something"
         first_try, second_try = sorted(t.started or 0.0 for found in both for t in found[label].tries)
         done = next(m for m in manifests(lab, "twins") if m.key == key)
         assert first_try <= done.started < done.started + done.seconds <= second_try + 1  # a second is Argo's unit
 
 
-def test_neither_a_new_controller_nor_a_lost_cache_loses_work(lab, later, tmp_path):
+def test_neither_a_lost_cache_nor_a_controller_or_kubelet_that_is_replaced_or_killed_loses_work(lab, later, tmp_path):
+    """The controller is replaced while `cluster` is looked up; it and the kubelet get SIGKILL while an expert runs."""
     for name in later.values():
         wait(name)
     lost = ["experts[0]", "asr"]
@@ -271,8 +285,28 @@ def test_neither_a_new_controller_nor_a_lost_cache_loses_work(lab, later, tmp_pa
     name = lab.submit("restarted")
     wait(name, until=lambda found: any(p.template == "cluster" for p in progress.pieces(found)))
     kubectl("rollout", "restart", "deployment/workflow-controller", "-n", "argo")
+    if node := find_node():
+        kubectl("rollout", "status", "deployment/workflow-controller", "-n", "argo", "--timeout=180s")
+        wait(name, until=lambda found: trains(found, "experts[0]"))
+        kill_controller_and_kubelet(node)
     found = succeeded(name)
     assert digests(lab, "restarted") == digests(lab, "first")
     assert {label: len(found[label].tries) for label in LABELS} == dict.fromkeys(LABELS, 1)
     after = {m.key: m.attempt for m in manifests(lab, "restarted")}
     assert len(before) == len(LABELS) - len(lost) and before.items() <= after.items()  # found done
+    for label in lost:
+        assert len(attempts(lab, "restarted", label)) == 1, f"{label} was done twice"
+    if node is None:
+        pytest.skip("this cluster's controller and kubelet cannot be killed from here; the rest of the test has passed")
+
+
+def trains(found: dict[str, Any], label: str) -> bool:
+    """Whether the pod of a piece runs."""
+    tries = [t for piece in progress.pieces(found) if piece.label == label for t in piece.tries]
+    return any(t.phase == "Running" for t in tries)
+
+
+def attempts(lab: Lab, store: str, label: str) -> set[str]:
+    """Folders of one artifact in which something was written."""
+    stage, key = task_key(lab, store, label)
+    return {entry.key.split("/")[3] for entry in lab.store(store).list(f"artifacts/{stage}/{key}/")} - {"manifest.json"}

@@ -126,7 +126,7 @@ def _write_cluster(folder, rng, experts, points, etiologies):
         rows.append({"id": f"utt{i:05d}", "x": x, "y": y, "cluster": cluster, "etiology": etiology, "noise": noise})
     write_rows(folder / "projection.jsonl", rows)
     write_object(folder / "report.json", {
-        "algorithm": "hdbscan", "clusters": experts, "silhouette": 0.31,
+        "algorithm": "hdbscan", "clusters": experts, "clusters_wanted": experts, "warning": "", "silhouette": 0.31,
         "noise_share": sum(r["noise"] for r in rows) / points,
         "sizes": [sum(r["cluster"] == c for r in rows) for c in range(experts)],
         "purity": {"etiology": 0.74, "speaker": 0.39},

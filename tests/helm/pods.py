@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from argo.parameters import QUANTITIES, quantity
+
 Tree = dict[str, Any]
 TAG = re.compile(r"\{\{=?(?P<inside>.*?)\}\}(?!\})", re.DOTALL)
 
@@ -55,9 +57,8 @@ def workflow_pod(workflow: Tree, template: Tree) -> Tree:
             },
         ],
         "securityContext": template.get("securityContext") or spec["securityContext"],
-        "priorityClassName": template["priorityClassName"],
     }
-    for field in ("nodeSelector", "affinity", "tolerations"):
+    for field in ("nodeSelector", "affinity", "tolerations", "priorityClassName"):
         pod |= {field: template.get(field) or spec.get(field)} if template.get(field) or spec.get(field) else {}
     for field in ("imagePullSecrets", "schedulerName"):
         pod |= {field: spec[field]} if field in spec else {}
@@ -85,6 +86,7 @@ def mounted(volumes: list[Tree], container: Tree) -> list[Tree]:
 def filled(text: str, values: dict[str, str]) -> str:
     """Text with parameters in place of their tags, and 1 in place of expressions and of what only a run knows."""
     known = {f"workflow.parameters.{name}": value for name, value in values.items()}
+    known |= {quantity(name)[3:-2]: values[name] for name in QUANTITIES if name in values}
     return TAG.sub(lambda tag: json.dumps(known.get(tag["inside"], "1"))[1:-1], text)
 
 

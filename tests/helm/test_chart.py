@@ -77,6 +77,8 @@ def test_the_package_is_the_chart(helm, tmp_path):
 REFUSED = [
     ("image.tag=1", "", "image"),
     ("images.tga=x", "/images", "tga"),
+    ("images.digests.asr=sha256:12", "/images/digests/asr", "sha256"),
+    ("images.digests.base=sha256:12", "/images/digests", "base"),
     ("images.pullPolicy=Sometimes", "/images/pullPolicy", "IfNotPresent"),
     ("store.url=http://store", "/store/url", "http://store"),
     ("stages.asr.memory=64", "/stages/asr", "memory"),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from tests.helm.pods import kind_of, parameters_of, pods_of, workflow_of
+from tests.helm.pods import kind_of, pods_of, workflow_of
 from tests.helm.tools import CHART
 
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))
@@ -87,7 +87,7 @@ def test_the_executor_may_report_results_and_nothing_else(plain):
 
 
 def test_stages_have_no_rights_at_all(plain):
-    stage = parameters_of(workflow_of(plain))["service-account"]
+    stage = workflow_of(plain)["spec"]["serviceAccountName"]
     bindings = kind_of(plain, "RoleBinding") + kind_of(plain, "ClusterRoleBinding")
     assert not any(subject["name"] == stage for binding in bindings for subject in binding["subjects"])
 

@@ -75,7 +75,7 @@ def test_no_tag_of_argo_is_lost_or_changed(plain, rich, original):
 def test_defaults_of_the_chart_are_those_of_the_workflow(plain, original):
     ours, theirs = parameters_of(workflow_of(plain)), parameters_of(original)
     assert json.loads(ours.pop("gpu-table")) == json.loads(theirs.pop("gpu-table"))
-    assert {k for k, v in ours.items() if v != theirs[k]} == {"service-account"}
+    assert ours == theirs
 
 
 def test_values_are_the_defaults_of_parameters(rich, original):
@@ -86,20 +86,21 @@ def test_values_are_the_defaults_of_parameters(rich, original):
         "gpus": "4",
         "store": "s3://moe-asr/runs",
         "endpoint-url": "http://store.storage.svc:9000",
-        "store-secret": "moe-asr-store",
         "parallelism": "8",
         "shm-size": "16Gi",
         "scratch-size": "500Gi",
         "queue": "speech",
-        "priority-class": "normal",
         "gpu-stage-cpu": "8",
         "gpu-stage-memory": "64",
-        "webhook": "https://hooks.example.com/runs",
         "artifacts": "true",
         "verify": "true",
-        "service-account": "atypical",
     }
     assert {name: got[name] for name in expected} == expected
+    assert workflow_of(rich)["spec"]["serviceAccountName"] == "atypical"
+    (hook,) = (e for e in templates(workflow_of(rich))["outcome"]["container"]["env"] if e["name"] == "MOE_ASR_WEBHOOK")
+    assert hook["valueFrom"]["secretKeyRef"] == {"key": "url", "name": "hooks", "optional": True}
+    priorities = {name: template.get("priorityClassName") for name, template in templates(workflow_of(rich)).items()}
+    assert (priorities["plan"], priorities["asr-pod"], priorities["main"]) == ("normal", "high", None)
     table = json.loads(parameters_of(original)["gpu-table"])
     assert json.loads(got["gpu-table"]) == table | {"h200-141": ["NVIDIA-H200-MIG-3g.71gb", "NVIDIA-H200"]}
 
@@ -128,6 +129,19 @@ def test_images_of_every_pod_come_from_the_registry(render):
         images = {c["image"] for c in pod["spec"]["containers"] if c["name"] != "wait"}
         assert all(re.fullmatch(r"registry\.example\.com/speech/[a-z]+:0\.1\.0-3f2c1ab", i) for i in images), name
         assert pod["spec"]["imagePullSecrets"] == [{"name": "registry"}], name
+
+
+def test_an_image_with_a_digest_is_used_by_it(render):
+    digest = f"sha256:{'1f' * 32}"
+    pods = pods_of(render("--set", f"images.digests.cluster={digest},images.tag=v7,store.url=s3://b/p"))
+    images = {name: c["image"] for name, pod in pods.items() for c in pod["spec"]["containers"] if c["name"] != "wait"}
+    assert images["plan"] == images["cluster-pod"] == images["speech-moe-asr-test-store"] == f"moe-asr/cluster@{digest}"
+    assert images["asr-pod"] == "moe-asr/asr:v7"
+
+
+def test_without_a_secret_no_stage_gets_one(render):
+    objects = render("--set", "store.existingSecret=")
+    assert not any("envFrom" in t["container"] for t in templates(workflow_of(objects)).values() if "container" in t)
 
 
 def test_a_stage_may_differ_and_still_doubles_its_memory(rich):

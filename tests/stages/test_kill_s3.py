@@ -156,6 +156,17 @@ def test_a_bucket_that_may_only_be_read_is_told_and_left_as_it_is(recorded, copi
     assert {entry.key: entry.size for entry in recorded.store(name).list("")} == before
 
 
+def test_a_bucket_without_deletes_costs_space_and_no_run(
+    recorded, copied, proxy, impatient, micro_model, tones, caplog
+):
+    name = copied(recorded.states[len(recorded.states) // 2])
+    proxy.break_next("status", 403, times=10**6, method="DELETE", code="AccessDenied")
+    run_pipeline(bucket_config(recorded.server, name, micro_model, tones, proxy.endpoint))
+    assert stored_digests(recorded.store(name)) == stored_digests(recorded.store())
+    told = {record.getMessage() for record in caplog.records if "stays in the store" in record.getMessage()}
+    assert len(told) == 1 and "s3:DeleteObject" in told.pop()
+
+
 def test_one_expert_with_a_flipped_bit_in_the_bucket_is_made_again_and_nothing_else(
     recorded, copied, micro_model, tones
 ):

@@ -1,5 +1,6 @@
 """The five stages on one machine: what a run leaves, what a second one skips, what a broken one loses."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
 from common.pipeline.stage import heed_signals
 from common.storage import open_store
-from common.storage.artifacts import Key, inspect
+from common.storage.artifacts import FileRecord, Key, Manifest, content_digest, inspect
 from stages import STAGES
 from stages.local_runner import Run, run_pipeline
 from stages.processes import parallel_slots, run_in_processes
@@ -201,9 +203,11 @@ def test_a_deleted_manifest_means_not_done(again, finished):
 
 def test_work_of_another_content_is_not_taken_for_the_same(again):
     store, config = again
-    manifest = next((store / "artifacts" / "gating").glob("*/manifest.json"))
-    raw = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(raw | {"digest": "0" * 64}))
+    path = next((store / "artifacts" / "gating").glob("*/manifest.json"))
+    made = Manifest.from_json(path.read_bytes(), str(path))
+    (path.parent / made.attempt / "more").write_bytes(b"")
+    files = made.files | {"more": FileRecord(0, hashlib.sha256(b"").hexdigest())}
+    path.write_bytes(replace(made, files=files, digest=content_digest(files, made.volatile)).to_json())
     found = statuses(config)
     assert found["experts[0]"] == ("again", "its input gating (gate) was made again with another content")
 
@@ -400,7 +404,9 @@ def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_mode
 
     run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
     task = run.plan().planned[0].task
-    made = execute(task, run_function("extract"), run.config, run.store, scratch=tmp_path / "scratch")
+    made = execute(
+        task, run_function("extract"), run.config, run.store, corpus=run.corpus, scratch=tmp_path / "scratch"
+    )
     folder = tmp_path / task.key.prefix / made.attempt
     rows = [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
     ids = json.loads((folder / "ids.json").read_text())
@@ -430,7 +436,15 @@ def test_stopped_and_resumed_training_ends_with_the_same_bits(again, finished, s
     run = Run(config)
     task = next(p.task for p in run.plan().planned if p.task.contract.name == stage)
     with pytest.raises(Preempted):
-        execute(task, run_function(stage), config, run.store, scratch=store / "scratch", stopping=stop_after(step))
+        execute(
+            task,
+            run_function(stage),
+            config,
+            run.store,
+            corpus=run.corpus,
+            scratch=store / "scratch",
+            stopping=stop_after(step),
+        )
     assert list((store / "artifacts" / stage / task.key.digest / "checkpoints").rglob("state.safetensors"))
     run_pipeline(config)
     assert digests(store) == digests(finished[0])
@@ -444,9 +458,17 @@ def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_m
     run = Run(config)
     task = run.plan().planned[0].task
     with pytest.raises(Preempted):
-        execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s", stopping=stop_after(3))
+        execute(
+            task,
+            run_function("extract"),
+            config,
+            run.store,
+            corpus=run.corpus,
+            scratch=tmp_path / "s",
+            stopping=stop_after(3),
+        )
     assert len(list((tmp_path / task.key.prefix / "parts").iterdir())) == 2
-    whole = execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s")
+    whole = execute(task, run_function("extract"), config, run.store, corpus=run.corpus, scratch=tmp_path / "s")
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     np.testing.assert_allclose(
         np.load(tmp_path / task.key.prefix / whole.attempt / "embeddings.npy"), reference, rtol=1e-4, atol=1e-5
@@ -463,7 +485,15 @@ def test_parts_of_another_size_are_not_taken_for_ones_own(tmp_path, finished, mi
         run = Run(config)
         task = run.plan().planned[0].task
         with suppress(Preempted):
-            made = execute(task, run_function("extract"), config, run.store, scratch=tmp_path / "s", stopping=stop)
+            made = execute(
+                task,
+                run_function("extract"),
+                config,
+                run.store,
+                corpus=run.corpus,
+                scratch=tmp_path / "s",
+                stopping=stop,
+            )
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     found = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
     np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """What a stage's process does in a workflow's pod: names in the cache, lists, outcome."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -12,6 +13,7 @@ from common.storage import open_store
 from common.storage.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from stages import STAGES
 from stages.pod import config_from_variables, config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
+from tests.factories import run_record
 
 GROUP = make_key("experts", 1, {"seed": 1}, {})
 EXPERTS = next(contract for contract in STAGES if contract.name == "experts")
@@ -62,6 +64,12 @@ def test_gpus_that_cannot_share_a_step_are_refused_in_the_plan(monkeypatch):
     monkeypatch.setenv("MOE_ASR_GPUS", "3")
     with pytest.raises(ConfigError, match="3 processes cannot share"):
         config_from_variables()
+
+
+@pytest.mark.parametrize("memo", ["", 7, "a\nb", "x" * 32, "{{workflow.name}}"])
+def test_a_name_in_the_cache_that_no_plan_makes_is_not_handed_on(store, tmp_path, memo):
+    make(store, tmp_path, memo=memo)
+    assert re.fullmatch("[0-9a-f]{32}", memo_key(planned(store), "workflow-2"))
 
 
 def test_what_is_done_keeps_the_name_under_which_it_was_made(store, tmp_path):
@@ -165,7 +173,7 @@ def webhook():
 
 def test_the_outcome_is_in_the_store_and_told_to_the_webhook(store, monkeypatch, tmp_path, webhook):
     url, got = webhook
-    store.write("mine/run.json", json.dumps({"workflow": "ns/w1", "status": "running"}).encode())
+    store.write("mine/run.json", json.dumps(run_record(workflow="ns/w1")).encode())
     for name, value in {"STORE": tmp_path / "store", "RUN": "mine", "WORKFLOW": "ns/w1", "WEBHOOK": url}.items():
         monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
     write_outcome("Failed", FAILURES)
@@ -186,3 +194,11 @@ def test_a_webhook_that_does_not_answer_is_no_failure(store, monkeypatch, tmp_pa
     for name, value in {"STORE": tmp_path / "store", "WEBHOOK": "http://127.0.0.1:9/none"}.items():
         monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
     assert write_outcome("Succeeded", "[]")["status"] == "Succeeded"
+
+
+@pytest.mark.parametrize("url", ["http://u:WORD@host:port/", "http://[WORD", "no WORD", "http://u:WORD@127.0.0.1:9/"])
+def test_a_webhook_that_cannot_be_is_no_failure_and_not_shown(store, monkeypatch, tmp_path, caplog, url):
+    for name, value in {"STORE": tmp_path / "store", "WEBHOOK": url}.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+    write_outcome("Succeeded", "[]")
+    assert "webhook" in caplog.text and "WORD" not in caplog.text

@@ -60,8 +60,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if or (eq $value "true") (and (eq $value "auto") ($root.Capabilities.APIVersions.Has (index . 2))) -}}true{{- end -}}
 {{- end -}}
 
-{{- define "moe-asr.tag" -}}
-{{- default .Chart.AppVersion .Values.images.tag -}}
+{{/* The image of a stage, by digest where there is one. Takes (list ROOT STAGE). */}}
+{{- define "moe-asr.image" -}}
+{{- $images := (index . 0).Values.images -}}
+{{- $name := printf "%s/%s" (trimSuffix "/" $images.registry) (index . 1) -}}
+{{- with get $images.digests (index . 1) -}}
+{{- printf "%s@%s" $name . -}}
+{{- else -}}
+{{- printf "%s:%s" $name (default (index . 0).Chart.AppVersion $images.tag) -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Security context of the release's own pods, as the workflow's. */}}

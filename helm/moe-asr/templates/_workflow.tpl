@@ -10,18 +10,12 @@
   "gpu-table" (include "moe-asr.productTable" .)
   "store" $values.store.url
   "endpoint-url" $values.store.endpointUrl
-  "store-secret" (default "none" $values.store.existingSecret)
-  "registry" (trimSuffix "/" $values.images.registry)
-  "tag" (include "moe-asr.tag" .)
-  "service-account" (include "moe-asr.stageAccount" .)
   "parallelism" (printf "%d" (int64 $workflow.parallelism))
   "retries" (printf "%d" (int64 $workflow.retries))
   "stage-deadline" (printf "%d" (int64 $workflow.stageDeadlineSeconds))
   "shm-size" $workflow.shmSize
   "scratch-size" $workflow.scratchSize
   "queue" $workflow.queue
-  "priority-class" $workflow.priorityClassName
-  "webhook" $workflow.webhook
   "artifacts" (toString $workflow.artifacts)
 }}
 {{- range $name, $kind := dict "gpuStage" "gpu-stage" "cpuStage" "cpu-stage" "step" "step" }}
@@ -79,7 +73,7 @@
 {{- $_ := set $template "podSpecPatch" (toRawJson $patch) }}
 {{- if $template.tolerations }}{{ $_ := set $template "tolerations" (concat $gpu.tolerations .root.Values.workflow.tolerations) }}{{ end }}
 {{- with $own.nodeSelector }}{{ $_ := set $template "nodeSelector" (merge (deepCopy .) $.root.Values.workflow.nodeSelector) }}{{ end }}
-{{- with $own.priorityClassName }}{{ $_ := set $template "priorityClassName" . }}{{ end }}
+{{- with default .root.Values.workflow.priorityClassName $own.priorityClassName }}{{ $_ := set $template "priorityClassName" . }}{{ end }}
 {{- end -}}
 
 {{/* Security of the containers that Argo adds to each pod, as "restricted" asks for it. */}}

@@ -1,4 +1,4 @@
-"""Clustering: what is found, merged, filled in, refused and reported."""
+"""Clustering: what is found, merged, filled in and refused."""
 
 import warnings
 
@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from sklearn.cluster import SpectralClustering
-from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
 from common.clustering import cluster as module
-from common.clustering.cluster import Clustering, cluster, cluster_report, known_groups, project
-from common.clustering.reduction import reduce_dimensions
+from common.clustering import spectral
+from common.clustering.cluster import cluster, known_groups
 from common.errors import DataError
 
 OPTIONS = {"algorithm": "hdbscan", "reduce": "none", "reduce_dim": 50, "allow_reduce": True, "seed": 0}
@@ -24,38 +23,6 @@ def blobs(groups: int, each: int, D: int = 12, seed: int = 0, apart: float = 12.
     centre_GD = rng.normal(size=(groups, D))
     centre_GD *= apart / np.linalg.norm(centre_GD, axis=1, keepdims=True)
     return (centre_GD[truth_N] + rng.normal(size=(len(truth_N), D))).astype(np.float32), truth_N
-
-
-# ---- reduction ----
-
-
-def test_pca_equals_scikit_learn_up_to_its_signs(monkeypatch):
-    points_ND, _ = blobs(5, 60, D=30)
-    points_ND += 1000.0  # a mean far larger than the spread
-    monkeypatch.setattr("common.clustering.reduction.CHUNK", 37)
-    ours_NP = reduce_dimensions(points_ND, method="pca", dim=7, seed=0)
-    theirs_NP = PCA(7, svd_solver="full").fit_transform(points_ND.astype(np.float64))
-    np.testing.assert_allclose(np.abs(ours_NP), np.abs(theirs_NP), atol=2e-3)
-
-
-def test_pca_reads_a_memory_map_and_does_not_depend_on_the_sign_of_the_solver(tmp_path, monkeypatch):
-    points_ND, _ = blobs(3, 40)
-    np.save(tmp_path / "points.npy", points_ND)
-    mapped_ND = np.load(tmp_path / "points.npy", mmap_mode="r")
-    first_NP = reduce_dimensions(mapped_ND, method="pca", dim=4, seed=0)
-    from scipy import linalg
-
-    eigh = linalg.eigh
-    monkeypatch.setattr(
-        linalg, "eigh", lambda *args, **options: (eigh(*args, **options)[0], -eigh(*args, **options)[1])
-    )
-    np.testing.assert_array_equal(first_NP, reduce_dimensions(points_ND, method="pca", dim=4, seed=0))
-
-
-@pytest.mark.parametrize(("N", "D", "dim", "width"), [(10, 30, 50, 9), (40, 6, 50, 6), (40, 6, 3, 3)])
-def test_a_width_that_the_data_cannot_fill_is_lowered(N, D, dim, width):
-    points_ND = np.random.default_rng(0).normal(size=(N, D))
-    assert reduce_dimensions(points_ND, method="pca", dim=dim, seed=0).shape == (N, width)
 
 
 # ---- known groups ----
@@ -203,7 +170,7 @@ def test_spectral_clustering_agrees_with_scikit_learn():
 def test_spectral_clustering_is_the_same_whether_the_graph_is_decomposed_whole_or_not(monkeypatch):
     points_ND, _ = blobs(5, 60, apart=6.5)
     whole = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
-    monkeypatch.setattr(module, "DENSE_UP_TO", 0)
+    monkeypatch.setattr(spectral, "DENSE_UP_TO", 0)
     partly = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
     np.testing.assert_array_equal(whole.labels_N, partly.labels_N)
 
@@ -224,6 +191,18 @@ def test_copies_of_few_utterances_make_as_many_clusters(algorithm):
     assert adjusted_rand_score(np.repeat(np.arange(3), 12), found.labels_N) == 1.0
     with pytest.raises(DataError, match="found 3 clusters in 36"):
         cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm, "allow_reduce": False})
+
+
+@pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
+def test_of_many_utterances_a_sample_is_clustered_and_the_others_join_it(algorithm, monkeypatch):
+    points_ND, truth_N = blobs(4, 100)
+    monkeypatch.setattr(module, "SAMPLE", 150)
+    found = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm})
+    assert found.sampled == 150
+    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
+    assert (found.probability_N > 0).sum() == 150 - found.noise_N.sum()
+    again = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm})
+    np.testing.assert_array_equal(found.labels_N, again.labels_N)
 
 
 # ---- refusals ----
@@ -248,100 +227,3 @@ def test_what_cannot_be_clustered_is_refused_with_its_numbers(spoil, message):
     points_ND, _ = blobs(4, 10)
     with pytest.raises(DataError, match=message):
         cluster(spoil(points_ND), num_clusters=4, **OPTIONS)
-
-
-# ---- report ----
-
-
-def clustering_of(labels_N: np.ndarray) -> Clustering:
-    N = len(labels_N)
-    return Clustering(
-        labels_N=labels_N.astype(np.int32),
-        noise_N=np.arange(N) % 4 == 0,
-        probability_N=np.ones(N, np.float32),
-        centroids_KD=np.zeros((int(labels_N.max()) + 1, 2), np.float32),
-        attempts=({"min_cluster_size": 5, "clusters": 2},),
-        algorithm="hdbscan",
-        merged_from=None,
-        min_cluster_size=5,
-        reduced_NP=np.zeros((N, 2), np.float32),
-    )
-
-
-def test_the_report_counts_and_compares():
-    points_ND, truth_N = blobs(2, 20, apart=30.0)
-    half = np.array(["a", "b"])[np.arange(40) % 2]
-    groups = {"etiology": [f"e{g}" for g in truth_N], "speaker": half.tolist(), "site": ["one"] * 40}
-    report = cluster_report(clustering_of(truth_N), points_ND, groups=groups, seed=0)
-    assert report["sizes"] == [20, 20]
-    assert report["clusters"] == 2
-    assert report["noise_share"] == 0.25
-    assert report["silhouette"] > 0.8
-    assert report["purity"]["etiology"] == report["adjusted_rand"]["etiology"] == report["purity"]["site"] == 1.0
-    assert report["purity"]["speaker"] == max(np.mean(half[truth_N == 0] == "a"), np.mean(half[truth_N == 0] == "b"))
-    assert abs(report["adjusted_rand"]["speaker"]) < 0.2
-    assert report["attempts"] == [{"min_cluster_size": 5, "clusters": 2}]
-
-
-def test_the_silhouette_of_a_sample_is_near_that_of_all_and_repeats(monkeypatch):
-    points_ND, truth_N = blobs(4, 100, apart=6.0)
-    whole, *_ = (cluster_report(clustering_of(truth_N), points_ND, groups={}, seed=0) for _ in range(1))
-    monkeypatch.setattr(module, "SILHOUETTE_SAMPLE", 200)
-    first, second = (cluster_report(clustering_of(truth_N), points_ND, groups={}, seed=0) for _ in range(2))
-    assert first == second
-    assert first["silhouette"] == pytest.approx(whole["silhouette"], abs=0.05)
-
-
-def test_a_single_cluster_has_no_silhouette():
-    points_ND, _ = blobs(1, 9)
-    assert cluster_report(clustering_of(np.zeros(9, int)), points_ND, groups={}, seed=0)["silhouette"] is None
-
-
-def test_a_group_of_another_length_is_a_programming_error():
-    with pytest.raises(ValueError, match="'speaker' has 1 values for 9"):
-        cluster_report(clustering_of(np.zeros(9, int)), np.zeros((9, 2)), groups={"speaker": ["x"]}, seed=0)
-
-
-# ---- the plane ----
-
-
-@pytest.mark.parametrize("method", ["pca", "tsne"])
-@pytest.mark.parametrize(("N", "D"), [(2, 1), (4, 3), (6, 1), (60, 12)])
-def test_every_size_can_be_drawn_and_the_same_way_twice(method, N, D):
-    points_ND = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
-    first_N2, second_N2 = (project(points_ND, method=method, seed=1) for _ in range(2))
-    assert first_N2.shape == (N, 2)
-    assert np.isfinite(first_N2).all()
-    np.testing.assert_array_equal(first_N2, second_N2)
-
-
-def test_umap_keeps_groups_apart_on_a_plane_and_in_a_reduction():
-    points_ND, truth_N = blobs(3, 15, apart=30.0)
-    first_N2, second_N2 = (project(points_ND, method="umap", seed=1) for _ in range(2))
-    np.testing.assert_array_equal(first_N2, second_N2)
-    reduced_NP = reduce_dimensions(points_ND, method="umap", dim=3, seed=1)
-    assert reduced_NP.shape == (45, 3)
-    for points_NP in (first_N2, reduced_NP):
-        centre_GP = np.stack([points_NP[truth_N == g].mean(0) for g in range(3)])
-        nearest_N = np.linalg.norm(points_NP[:, None] - centre_GP, axis=2).argmin(1)
-        np.testing.assert_array_equal(nearest_N, truth_N)
-    assert project(points_ND[:6], method="umap", seed=1).shape == (6, 2)
-
-
-def test_the_compiler_cache_goes_where_it_can_be_written(monkeypatch, tmp_path):
-    from common.clustering.reduction import _numba_cache
-
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "kept")
-    _numba_cache()
-    monkeypatch.delenv("NUMBA_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    _numba_cache()
-    import os
-
-    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "cache" / "moe-asr" / "numba")
-    (tmp_path / "file").touch()
-    monkeypatch.delenv("NUMBA_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    _numba_cache()
-    assert os.environ["NUMBA_CACHE_DIR"].startswith(str(tmp_path / "moe-asr-numba-"))

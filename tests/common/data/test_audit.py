@@ -106,12 +106,12 @@ def test_equal_audio_is_a_warning_in_one_split_and_an_error_across_splits(tmp_pa
 
 def test_several_utterances_in_one_file_are_no_duplicates(tmp_path):
     write_wav(tmp_path / "long.wav", noise(0, 4.0))
-    cut = [Utterance(f"u{i}", "long.wav", 1.0, "some text", offset=float(i)) for i in range(4)]
+    cut = [Utterance(f"u{i}", "long.wav", 1.0, "some text", speaker="s", offset=float(i)) for i in range(4)]
     assert findings(tmp_path, cut) == []
-    twice = [*cut, Utterance("u9", "long.wav", 1.0, "some text", offset=3.0)]
+    twice = [*cut, replace(cut[3], id="u9")]
     assert findings(tmp_path, twice) == [("warning", "duplicate-audio", "u9")]
-    past_the_end = [*cut, Utterance("u9", "long.wav", 1.0, "some text", offset=3.5)]
-    assert findings(tmp_path, past_the_end) == [("warning", "duration-differs", "u9")]
+    past_the_end = [*cut, replace(cut[3], id="u9", offset=3.5)]
+    assert findings(tmp_path, past_the_end) == [("error", "past-the-end", "u9")]
 
 
 def test_an_id_that_occurs_twice_is_found(tmp_path, utterances):

@@ -77,7 +77,7 @@ def one_utterance(folder, *, seconds=1.0, text="seven"):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seconds": 31.0}, "lasts 31.0 s"), ({"text": " "}, "has no text"), ({"text": "x" * 600}, "tokens, over 448")],
+    [({"seconds": 31.0}, "lasts 31.00 s"), ({"text": " "}, "has no text"), ({"text": "x" * 600}, "tokens, over 448")],
 )
 def test_what_whisper_cannot_take_is_refused_by_name(tmp_path, micro_model, change, message):
     corpus = one_utterance(tmp_path, **change)

@@ -343,4 +343,4 @@ def test_a_pickle_in_the_place_of_audio_is_refused_and_not_loaded(tmp_path, micr
     (tmp_path / "index.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=r"a\.wav"):
         load_all(read_corpus(tmp_path), micro_model)
-    assert [f.kind for f in audit(read_corpus(tmp_path), threads=1)] == ["unreadable-audio"]
+    assert [f.kind for f in audit(read_corpus(tmp_path), threads=1)] == ["unreadable-audio", "no-speakers"]

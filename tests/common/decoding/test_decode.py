@@ -9,7 +9,7 @@ from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogi
 from transformers.modeling_outputs import BaseModelOutput
 
 from common.data.tokens import IGNORED, load_codec
-from common.decoding.decode import Decoding, decode_hidden, greedy
+from common.decoding.decode import Decoded, Decoding, better, decode_hidden, greedy
 from common.decoding.token_rules import make_rules, timestamp_scores
 from common.errors import DataError
 from common.model.mixture import add_mixture
@@ -111,8 +111,20 @@ def test_only_loops_and_guesses_fall_back_to_the_next_temperature(model, codec, 
     drawn = decode_hidden(model, hidden_BTD, codec, replace(DECODING, temperatures=(0.5,)))
     assert sum(one.doubtful for one in first) > 0, "the test needs some to fall back"
     for before, after, at_half in zip(first, with_fall_back, drawn, strict=True):
-        assert after.tokens == (at_half if before.doubtful else before).tokens
-        assert after.temperature == (0.5 if before.doubtful else 0)
+        expected = better(before, at_half) if before.doubtful else before
+        assert (after.tokens, after.temperature) == (expected.tokens, expected.temperature)
+
+
+def test_of_doubtful_texts_the_most_probable_that_is_no_loop_is_kept():
+    """As faster-whisper chooses; Whisper keeps the last, drawn at temperature 1 (openai/whisper#2795)."""
+    loop, guess, worse = (
+        Decoded("no " * 90, (), -0.1, 0.0),
+        Decoded("a guess", (), -1.2, 0.4),
+        Decoded("abc", (), -3.0, 1.0),
+    )
+    sure = Decoded("quite sure", (), -0.9, 0.8)
+    assert better(better(loop, guess), worse) is guess
+    assert better(guess, sure) is sure and better(loop, loop) is loop
 
 
 def test_another_seed_draws_another_text(model, codec, hidden_BTD):

@@ -13,6 +13,7 @@ from common.export.formats import MARK, VLLM_RANKS, export_merged, export_model,
 from common.export.readmes import vllm_page
 from common.files import new_folder
 from common.inference.load_model import open_model
+from common.model.adapters import merge_experts
 from common.model.bundle import save_recogniser
 from common.model.gate import Gate
 from common.model.mixture import add_mixture, mixture_layers
@@ -41,7 +42,7 @@ def make_bundle(folder, model, *, experts=3, shared=0, rank=4, adapt="lora", siz
                 stack.lora_A.data.normal_(generator=generator).mul_(size)
                 stack.lora_B.data.normal_(generator=generator).mul_(size)
     torch.manual_seed(seed)
-    gate = Gate(32, 8, experts) if experts > 1 else None
+    gate = Gate(whisper.config.d_model, 8, experts) if experts > 1 else None
     info = bundle_info(
         model, rank=rank, targets=TARGETS, adapt=adapt, num_experts=experts, shared_rank=shared, within=within
     )
@@ -184,7 +185,7 @@ def test_vllms_page_serves_every_adapter_at_a_rank_that_vllm_takes(with_shared, 
         config = json.loads((out / name / "adapter_config.json").read_text())
         assert f"{name}={name}" in page
         assert config["r"] == 10 and not config.get("modules_to_save") and not config.get("rank_pattern")
-    assert said["max_lora_rank"] == 8 and "--max-lora-rank 8" in page
+    assert said["max_lora_rank"] == 16 and "--max-lora-rank 16" in page
     assert "change the encoder" in page
     assert (out / "gate" / "gate.safetensors").is_file()
 
@@ -237,8 +238,12 @@ def test_a_mean_routing_that_nobody_measured_is_refused(micro_model, tmp_path):
 
 def test_a_merged_model_that_decodes_otherwise_is_not_left(mixture, tmp_path, monkeypatch):
     model = opened(mixture, tmp_path)
-    merge = "common.export.formats.merge_experts"
-    monkeypatch.setattr(merge, lambda whisper, routing: whisper.proj_out.weight.data.mul_(1.5))
+
+    def merge_badly(whisper, routing):
+        merge_experts(whisper, routing)
+        whisper.proj_out.weight.data.mul_(1.5)
+
+    monkeypatch.setattr("common.export.formats.merge_experts", merge_badly)
     with pytest.raises(DataError, match="differs from its mixture"):
         export_merged(model, {0: 1.0}, tmp_path / "out")
 

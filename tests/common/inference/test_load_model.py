@@ -18,7 +18,7 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.evaluate import choose_utterances, decode_corpus
 from common.evaluation.score import rates_of
-from common.inference.load_model import find_model, hear, open_model, route_batch
+from common.inference.load_model import find_model, open_model, route_batch, transcribe_batch
 from common.json_files import read_object, read_rows
 from common.model.adapters import save_expert
 from common.model.bundle import load_recogniser, save_recogniser
@@ -112,7 +112,7 @@ def test_texts_do_not_depend_on_the_batch_they_are_in(trained, tones, tmp_path):
     batch = some(model, tones)
     together = heard_texts(model, batch, DECODING)
     assert together == [heard_texts(model, batch.part(i, i + 1), DECODING)[0] for i in range(len(batch))]
-    assert hear(model, batch, DECODING).routing == route_batch(model, batch)
+    assert transcribe_batch(model, batch, DECODING).routing == route_batch(model, batch)
 
 
 def test_a_plain_checkpoint_has_no_gate_and_hears_what_the_run_heard_before_training(

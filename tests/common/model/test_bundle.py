@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from common.errors import DataError
 from common.model.bundle import load_gate, save_gate
@@ -36,3 +37,11 @@ def test_a_damaged_gate_is_refused(tmp_path, damage):
         sizes.write_text(json.dumps({"dim": 4, "hidden": 8, "num_experts": 3}))
     with pytest.raises(DataError, match=f"gate in {tmp_path} cannot be read"):
         load_gate(tmp_path)
+
+
+def test_a_gate_without_a_limit_survives_disk(tmp_path):
+    gate = Gate(4, 8, 3)
+    save_gate(gate, tmp_path)
+    loaded = load_gate(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in gate.state_dict().items())
+    assert loaded.decide(loaded.evidence(torch.full((2, 4), 1e6)))[1].all()

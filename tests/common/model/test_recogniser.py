@@ -7,7 +7,7 @@ import torch
 
 from common.model.gate import Gate
 from common.model.mixture import add_mixture
-from common.model.recogniser import Recogniser
+from common.model.recogniser import Recogniser, RouterOptions
 from common.model.whisper import load_whisper
 from common.training.batch_search import hardest_batch
 
@@ -50,3 +50,16 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model, batch):
     for name, gradient in plain_gradients.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_share_of_training_utterances_is_left_to_the_shared_expert(micro_model):
+    """And none in evaluation, nor an utterance that is unlike all groups in training."""
+    whisper = load_whisper(micro_model)
+    slot = add_mixture(whisper, targets=("q_proj",), num_experts=3, rank=2, alpha=4, shared_rank=2)
+    recogniser = Recogniser(whisper, slot=slot, options=RouterOptions(routed_dropout=0.25)).train()
+    rows = torch.arange(4000)
+    recogniser.choose_by(logits_NE=torch.zeros(4000, 3), known_N=rows % 2 == 0)
+    known = recogniser.known(rows)
+    assert not known[1::2].any()
+    assert 0.7 < known[::2].float().mean() < 0.8
+    assert torch.equal(recogniser.eval().known(rows), rows % 2 == 0)

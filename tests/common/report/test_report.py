@@ -167,7 +167,14 @@ def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
 def test_numbers_that_are_not_there_are_dashes(bare, tmp_path):
     write_object(tmp_path / "report.json", {"algorithm": "spectral", "silhouette": None, "noise_share": float("nan")})
     section = Page(render_report(replace(bare, cluster=tmp_path))).words.split("Clusters")[3]
-    assert "Silhouette –" in section and "nearest –" in section and "No map" in section
+    assert "Silhouette –" in section and "similar –" in section and "No map" in section
+
+
+def test_poor_clusters_are_a_sentence_with_what_was_asked_for(bare, tmp_path):
+    found = {"algorithm": "hdbscan", "clusters": 2, "clusters_wanted": 3, "warning": "Poor clustering: 2 of 3 groups."}
+    write_object(tmp_path / "report.json", found)
+    words = Page(render_report(replace(bare, cluster=tmp_path))).words
+    assert "Poor clustering: 2 of 3 groups." in words and "found / asked for 2 / 3" in words
 
 
 def test_broken_file_is_named_with_its_line(bare, tmp_path):

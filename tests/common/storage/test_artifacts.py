@@ -18,14 +18,14 @@ from common.storage.artifacts import (
     State,
     commit,
     fetch,
-    garbage,
     inspect,
     make_key,
     new_attempt,
-    set_aside,
+    quarantine,
     shard_key,
     verify,
 )
+from common.storage.garbage import garbage
 from tests.common.storage.test_store import dies_at
 
 KEY = make_key("asr", 1, {"asr.epochs": 5, "seed": 42}, {"corpus": "sha256:abc"})
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_found_told_and_made_again(any_store, tmp_path, damage
     assert reason in state.reason
     with pytest.raises(RetryableError, match=r"weights\.safetensors.*made again"):
         fetch(any_store, KEY, manifest, tmp_path / "into")
-    assert inspect(any_store, KEY).status == "missing"  # set aside
+    assert inspect(any_store, KEY).status == "missing"  # quarantined
     assert any(key.endswith(".damaged.json") for key in keys(any_store))
     again = make(any_store, tmp_path / "scratch")
     assert content(fetch(any_store, KEY, again, tmp_path / "into"), again) == FILES
@@ -221,14 +221,14 @@ def test_only_the_damaged_artifact_is_made_again(any_store, tmp_path):
         lambda text: text.replace('"stage": "asr"', '"stage": "gating"'),
     ],
 )
-def test_a_damaged_manifest_is_found_and_set_aside(any_store, tmp_path, spoil):
+def test_a_damaged_manifest_is_found_and_quarantined(any_store, tmp_path, spoil):
     make(any_store, tmp_path / "scratch")
     text = any_store.read(f"{KEY.prefix}manifest.json").decode()
     assert spoil(text) != text
     any_store.write(f"{KEY.prefix}manifest.json", spoil(text).encode())
     state = inspect(any_store, KEY)
     assert state.status == "damaged"
-    set_aside(any_store, KEY, state)
+    quarantine(any_store, KEY, state)
     assert inspect(any_store, KEY).status == "missing"
 
 
@@ -238,12 +238,12 @@ def test_a_commit_that_meets_a_damaged_manifest_takes_its_place(any_store, tmp_p
     assert inspect(any_store, KEY, deep=True).manifest == manifest
 
 
-def test_a_manifest_is_not_set_aside_when_it_was_mended_meanwhile(any_store, tmp_path):
+def test_a_manifest_is_not_quarantined_when_it_was_mended_meanwhile(any_store, tmp_path):
     any_store.write(f"{KEY.prefix}manifest.json", b"{torn")
     judged = inspect(any_store, KEY)
-    set_aside(any_store, KEY, judged)
+    quarantine(any_store, KEY, judged)
     mended = make(any_store, tmp_path / "scratch")
-    set_aside(any_store, KEY, judged)  # another process, late with the same judgement
+    quarantine(any_store, KEY, judged)  # another process, late with the same judgement
     assert inspect(any_store, KEY).manifest == mended
 
 

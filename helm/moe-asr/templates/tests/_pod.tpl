@@ -18,7 +18,7 @@ spec:
   securityContext: {{- include "moe-asr.podSecurityContext" .root | nindent 4 }}
   containers:
     - name: test
-      image: {{ trimSuffix "/" .root.Values.images.registry }}/cluster:{{ include "moe-asr.tag" .root }}
+      image: {{ include "moe-asr.image" (list .root "cluster") }}
       imagePullPolicy: {{ .root.Values.images.pullPolicy }}
       command: {{- toYaml .command | nindent 8 }}
       env: {{- concat (list (dict "name" "HOME" "value" "/scratch") (dict "name" "TMPDIR" "value" "/scratch")) (default list .env) | toYaml | nindent 8 }}

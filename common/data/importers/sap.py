@@ -17,10 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.data.importers import FRACTIONS, SPLIT_NAMES, Imported, Row, build_corpus, hold_out_dev
+from common.data.corpus import Utterance
+from common.data.importers.build import build_corpus
+from common.data.importers.folders import visible_files
+from common.data.importers.rows import Imported, Row
+from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, check_fractions, split_by_speaker
 from common.errors import DataError
+from common.text import mend
 
 AUDIO = (".wav", ".flac")
+UNREADABLE = "with audio that cannot be read"
 SPLITS = {**SPLIT_NAMES, "test1": "test", "test2": "test"}
 # What the guidelines give instead of a transcript: no data, no voice, noise, another voice, cut, distorted, too quiet,
 # no English words.
@@ -44,6 +50,7 @@ def import_sap(
     *,
     official_splits: bool = False,
     copy_audio: bool = False,
+    mend_text: bool = False,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
@@ -62,6 +69,7 @@ def import_sap(
         out: the corpus folder to make, not yet there or empty.
         official_splits: keep Train and Dev as they are, also where nothing is left for `test`.
         copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
+        mend_text: as of `import_table`.
         fractions: of train, dev and test, for what is dealt.
         seed: which speakers go where.
 
@@ -71,7 +79,7 @@ def import_sap(
     """
     source = Path(folder)
     contributors, splits = _read_contributors(source)
-    audio = {path.name: path for path in sorted(source.rglob("*")) if path.suffix.lower() in AUDIO}
+    audio = {path.name: path for path in visible_files(source, AUDIO)}
     if not audio:
         raise DataError(f"{source} holds no {' or '.join(AUDIO)} file: unpack the project's archives into it first")
     skipped: Counter[str] = Counter()
@@ -79,18 +87,60 @@ def import_sap(
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
         raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
-    broken: Counter[str] = Counter()
     if not official_splits:
         rows = hold_out_dev(rows, fractions=fractions, seed=seed)
-    corpus = build_corpus(rows, Path(out), copy_audio, fractions, seed, broken=broken)
-    return Imported(corpus, skipped + Counter({"with audio that cannot be read": broken.total()}))
+    return build_corpus(
+        rows,
+        Path(out),
+        source={"format": "sap", "source": str(folder), "official_splits": official_splits},
+        copy_audio=copy_audio,
+        fractions=fractions,
+        seed=seed,
+        skip_bad=True,
+        mend_text=mend_text,
+        fault_reason=UNREADABLE,
+        skipped=skipped,
+    )
+
+
+def hold_out_dev(rows: Sequence[Row], *, fractions: Sequence[float], seed: int) -> list[Row]:
+    """Rows of train and dev alone, as train, dev and test: dev becomes test, some speakers of train become dev.
+
+    Rows that have a test split, or no split at all, are returned as they are.
+
+    Args:
+        fractions: of train, dev and test; the share of dev among the first two is taken from train.
+
+    Raises:
+        UsageError: fractions that do not sum to 1.
+    """
+    check_fractions(fractions)
+    if {row.values["split"] for row in rows} != {"train", "dev"}:
+        return list(rows)
+    train = [row for row in rows if row.values["split"] == "train"]
+    spoken = [
+        Utterance(
+            str(i),
+            str(row.audio),
+            0.0,
+            "",
+            speaker=row.values.get("speaker", ""),
+            etiology=row.values.get("etiology", ""),
+        )
+        for i, row in enumerate(train)
+    ]
+    share = fractions[1] / max(fractions[0] + fractions[1], 1e-9)
+    dealt = split_by_speaker(spoken, fractions=(1 - share, share, 0.0), seed=seed)
+    return [replace(row, values=row.values | {"split": u.split}) for row, u in zip(train, dealt, strict=True)] + [
+        replace(row, values=row.values | {"split": "test"}) for row in rows if row.values["split"] == "dev"
+    ]
 
 
 def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]:
     """The contributors, each once, and the split of each where a file of splits says it."""
     found: dict[str, Contributor] = {}
     splits: dict[str, str] = {}
-    for path in sorted(source.rglob("*.json")):
+    for path in visible_files(source, [".json"]):
         content = _read_json(path)
         if path.stem.lower().endswith("split_by_contributors"):
             splits |= _official_splits(path, content)
@@ -171,7 +221,8 @@ def _rows(
             }
             split = splits.get(one.id) or _split_of(one.path, source) or _split_of(path, source)
             filled = {field: value for field, value in values.items() if value}
-            yield Row(f"{one.path}: file {number}", {"split": split, **filled}, path.resolve())
+            where = f"{one.path}: file {number}" + (f", from {piece.offset} s" if piece.offset else "")
+            yield Row(where, {"split": split, **filled}, path.resolve())
 
 
 def _split_of(path: Path, source: Path) -> str:
@@ -200,8 +251,8 @@ def read_transcript(transcript: str) -> tuple[list[Piece], str]:
     Returns:
         (pieces, ""), or ([], the reason).
     """
-    lines = transcript.strip().splitlines()
-    code = lines[0].strip().lower() if lines and lines[0].strip().startswith("#") else ""
+    lines = transcript.strip().replace("\r", "\n").split("\n")
+    code = lines[0].strip().lower() if lines[0].strip().startswith("#") else ""
     if code:
         lines = lines[1:]
     bare = " ".join(lines).strip()
@@ -230,7 +281,7 @@ def _references(marked: str) -> dict[str, str]:
     plain = re.sub(r"\[[^\]]*\]", " ", marked)
     plain = re.sub(r"\{\s*\w+\s*:([^}]*)\}", r"\1", plain)
     plain = re.sub(r"\(\s*\w+\s*:([^)]*)\)", r"\1", plain)
-    plain = plain.replace("~", "").replace("*", "").replace("’", "'").replace("‘", "'")
+    plain = mend(plain.replace("~", "").replace("*", ""))
     fluent = " ".join(re.sub(r"\([^)]*\)", " ", plain).split())
     verbatim = " ".join(re.sub(r"[()]", " ", plain).split())
     return {"text": fluent or verbatim, "text_alt": verbatim if fluent and verbatim != fluent else ""}

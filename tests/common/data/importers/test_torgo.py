@@ -7,7 +7,7 @@ import pytest
 
 from common.data.audio import write_wav
 from common.data.audit import audit
-from common.data.importers_torgo import import_torgo, read_prompt
+from common.data.importers.torgo import import_torgo, read_prompt
 from common.errors import DataError
 
 SPEAKERS = ("F01", "F03", "M03", "FC01", "MC01", "MC04")
@@ -107,7 +107,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
         ("empty", "is not TORGO"),
         ("nowhere", "is not TORGO"),
         ("pictures", "1 with a prompt that is no text"),
-        ("broken", "none of 1 audio files can be read"),
+        ("broken", "0001.wav is empty"),
     ):
         with pytest.raises(DataError, match=message) as caught:
             import_torgo(tmp_path / name, tmp_path / "out" / name)

@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from common.data.importers import FRACTIONS, Imported, Row, build_corpus
+from common.data.importers.build import build_corpus
+from common.data.importers.folders import is_data
+from common.data.importers.rows import Imported, Row
+from common.data.importers.splits import FRACTIONS
 from common.errors import DataError
 
 Microphone = Literal["head", "array", "both"]
@@ -35,6 +38,7 @@ def import_torgo(
     *,
     microphone: Microphone = "head",
     copy_audio: bool = False,
+    mend_text: bool = False,
     fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
@@ -48,7 +52,7 @@ def import_torgo(
         out: the corpus folder to make, not yet there or empty.
         microphone: `head` takes the array's recording where the other is missing, and the other way round; `both` makes
             two utterances of each.
-        copy_audio, fractions, seed: as of `import_table`.
+        copy_audio, mend_text, fractions, seed: as of `import_table`.
 
     Raises:
         DataError: the folder is not of this structure; nothing in it can be used.
@@ -65,9 +69,18 @@ def import_torgo(
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no prompts"
         raise DataError(f"{source}: nothing in {len(sessions)} sessions can be used: {reasons}")
-    broken: Counter[str] = Counter()
-    corpus = build_corpus(rows, Path(out), copy_audio, fractions, seed, broken=broken)
-    return Imported(corpus, skipped + Counter({"with audio that cannot be read": broken.total()}))
+    return build_corpus(
+        rows,
+        Path(out),
+        source={"format": "torgo", "source": str(folder), "microphone": microphone},
+        copy_audio=copy_audio,
+        fractions=fractions,
+        seed=seed,
+        skip_bad=True,
+        mend_text=mend_text,
+        fault_reason="with audio that cannot be read",
+        skipped=skipped,
+    )
 
 
 def _is_session(folder: Path) -> bool:
@@ -77,7 +90,7 @@ def _is_session(folder: Path) -> bool:
 def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[str]) -> Iterator[Row]:
     session, speaker = prompts.parent, prompts.parent.parent.name
     control = speaker[1] == "C"
-    for prompt in sorted(prompts.glob("*.txt")):
+    for prompt in sorted(path for path in prompts.glob("*.txt") if is_data(path, prompts)):
         text = read_prompt(prompt.read_text(encoding="utf-8", errors="replace"))
         if not text:
             skipped["with a prompt that is no text"] += 1

@@ -8,7 +8,7 @@ import pytest
 
 from common.data.audio import write_wav
 from common.data.audit import audit
-from common.data.importers_sap import import_sap, read_transcript
+from common.data.importers.sap import import_sap, read_transcript
 from common.errors import DataError
 
 

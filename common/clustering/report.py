@@ -1,0 +1,103 @@
+"""How clear the clusters are, what they stand for, and whether they are too poor to train experts on.
+
+Shapes: N utterances, P their reduced width, K clusters, V values of a property.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.clustering.cluster import Clustering
+from common.clustering.reduction import Floats, Ints
+
+SILHOUETTE_SAMPLE = 5000
+MOST_NOISE = 0.5  # with more of it, the groups describe less than half of the speech
+CHANCE_RAND = 0.05  # three standard deviations of the adjusted Rand index of unrelated groups of 100 utterances
+
+
+def cluster_report(
+    clustering: Clustering, points_reduced: Floats, *, groups: Mapping[str, Sequence[str]], seed: int
+) -> dict[str, Any]:
+    """How clear the clusters are, and what they stand for.
+
+    Args:
+        clustering: from `cluster`.
+        points_reduced: (N, P), as they were clustered.
+        groups: for each property its value for each utterance, {"speaker": […], "etiology": […]}.
+        seed: of the sample that stands for more than 5,000 points in the silhouette.
+
+    Returns:
+        Plain values. The share of noise is that of the utterances that were clustered. Purity is the share of
+        utterances whose cluster has mostly their group (1 is best, but many small clusters have it too); the adjusted
+        Rand index is 1 for equal partitions and 0 for unrelated ones; the silhouette is in [-1, 1], None for a single
+        cluster.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    labels_N = clustering.labels_N
+    if wrong := [name for name, values in groups.items() if len(values) != len(labels_N)]:
+        raise ValueError(f"group {wrong[0]!r} has {len(groups[wrong[0]])} values for {len(labels_N)} utterances")
+    return {
+        "algorithm": clustering.algorithm,
+        "clusters": len(clustering.centroids_KD),
+        "sizes": np.bincount(labels_N).tolist(),
+        "utterances_clustered": clustering.sampled,
+        "noise_share": float(clustering.noise_N.sum() / clustering.sampled),
+        "silhouette": _silhouette(points_reduced, labels_N, seed),
+        "purity": {name: _purity(labels_N, values) for name, values in groups.items()},
+        "adjusted_rand": {name: float(adjusted_rand_score(values, labels_N)) for name, values in groups.items()},
+        "min_cluster_size": clustering.min_cluster_size,
+        "attempts": [dict(attempt) for attempt in clustering.attempts],
+        "merged_from": clustering.merged_from,
+    }
+
+
+def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str]], wanted: int) -> str:
+    """What is poor about the clusters, beside what was asked for, and what to try; empty where nothing is poor.
+
+    Clusters are poor when there are fewer than asked for, when more than half of the utterances were noise, or when
+    they agree with none of the corpus's groups more than chance would.
+
+    Args:
+        report: from `cluster_report`.
+        groups: those of the report; one with a single value is not compared.
+        wanted: number of clusters that was asked for.
+    """
+    if wanted < 2:
+        return ""
+    rand = {name: report["adjusted_rand"][name] for name, values in groups.items() if len(set(values)) > 1}
+    by_chance = bool(rand) and max(rand.values()) < CHANCE_RAND
+    if report["clusters"] >= wanted and report["noise_share"] <= MOST_NOISE and not by_chance:
+        return ""
+    findings = [f"{report['clusters']} of {wanted} groups asked for were found"]
+    if report["noise_share"] > MOST_NOISE:
+        findings.append(f"{report['noise_share']:.0%} of the utterances were noise and joined the most similar group")
+    if by_chance:
+        against = " and ".join(f"{value:.4f} against {name}" for name, value in rand.items())
+        findings.append(f"the adjusted Rand index is {against}, where chance gives 0")
+    spectral = ", --clustering-algorithm spectral" if report["algorithm"] == "hdbscan" else ""
+    return (
+        f"Poor clustering: {'; '.join(findings)}. Experts trained on such groups may not differ usefully: try fewer "
+        f"--num-experts{spectral}, more data (--data-percent) or --skip-pretraining."
+    )
+
+
+def _silhouette(points_NP: Floats, labels_N: Ints, seed: int) -> float | None:
+    from sklearn.metrics import silhouette_score
+
+    chosen = np.arange(len(labels_N))
+    if len(chosen) > SILHOUETTE_SAMPLE:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, SILHOUETTE_SAMPLE, replace=False))
+    if not 2 <= len(np.unique(labels_N[chosen])) < len(chosen):
+        return None
+    return float(silhouette_score(points_NP[chosen], labels_N[chosen]))
+
+
+def _purity(labels_N: Ints, values: Sequence[str]) -> float:
+    _, value_N = np.unique(np.asarray(values, dtype=str), return_inverse=True)
+    table_KV = np.zeros((int(labels_N.max()) + 1, int(value_N.max()) + 1), np.int64)
+    np.add.at(table_KV, (labels_N, value_N), 1)
+    return float(table_KV.max(axis=1).sum() / len(labels_N))

@@ -1,0 +1,64 @@
+"""Train, dev and test: their names, and dealing whole speakers to them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from common.data.corpus import Utterance
+from common.errors import UsageError
+
+FRACTIONS = (0.8, 0.1, 0.1)  # of the speakers: train, dev, test
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "development", "val", "valid", "validation", "eval"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[float], seed: int) -> list[Utterance]:
+    """Deal whole speakers to train, dev and test, in each etiology by itself, so that every split has all of them.
+
+    An etiology of two speakers goes to train and test, one of three or more to all splits (whose fraction is above 0).
+    An utterance without a speaker counts as a speaker of its own, together with others that are cut out of its file.
+    The result depends on seed and names alone.
+
+    Args:
+        fractions: of train, dev and test, summing to 1.
+
+    Raises:
+        UsageError: fractions that are no three numbers of at least 0 that sum to 1.
+    """
+    check_fractions(fractions)
+    first_of: dict[str, str] = {}  # file → its first id
+    for u in utterances:
+        first_of[u.audio_filepath] = min(u.id, first_of.get(u.audio_filepath, u.id))
+    speaker_of = [
+        f"speaker {u.speaker}" if u.speaker else f"utterance {first_of[u.audio_filepath]}" for u in utterances
+    ]
+    etiology_of: dict[str, str] = {}
+    for u, speaker in zip(utterances, speaker_of, strict=True):
+        etiology_of[speaker] = min(u.etiology, etiology_of.get(speaker, u.etiology))
+    strata: dict[str, list[str]] = defaultdict(list)
+    for speaker, etiology in etiology_of.items():
+        strata[etiology].append(speaker)
+    split_of: dict[str, str] = {}
+    for speakers in strata.values():
+        speakers.sort(key=lambda speaker: hashlib.sha256(f"{seed}\0{speaker}".encode()).digest())
+        split_of |= dict(zip(speakers, _deal(len(speakers), fractions), strict=True))
+    return [replace(u, split=split_of[speaker]) for u, speaker in zip(utterances, speaker_of, strict=True)]
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Refuses fractions that are no three numbers of at least 0 that sum to 1."""
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
+
+
+def _deal(count: int, fractions: Sequence[float]) -> list[str]:
+    """`count` split names: test first, then dev, the rest train."""
+    test = max(1, round(count * fractions[2])) if fractions[2] and count >= 2 else 0
+    dev = max(1, round(count * fractions[1])) if fractions[1] and count >= 3 else 0
+    return (["test"] * test + ["dev"] * dev + ["train"] * count)[:count]

@@ -1,0 +1,99 @@
+"""Several utterances in one file: where each begins and ends, and whether the file has it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.data.audio import AudioInfo
+from common.data.importers.rows import Row
+from common.data.importers.values import seconds
+from common.errors import DataError
+
+OVERHANG = 0.1  # seconds of a stretch past the end of its file that are rounding: they are cut off
+
+
+def shared_files(rows: Sequence[Row]) -> dict[Path, list[Row]]:
+    """The files that several rows name → these rows."""
+    rows_of: dict[Path, list[Row]] = defaultdict(list)
+    for row in rows:
+        rows_of[row.audio].append(row)
+    return {audio: group for audio, group in rows_of.items() if len(group) > 1}
+
+
+def unclear_stretches(shared: Mapping[Path, Sequence[Row]]) -> dict[str, str]:
+    """Where a row stands → what is wrong with it: it shares its file, and nothing says which part of it is meant."""
+    faults: dict[str, str] = {}
+    for audio, group in shared.items():
+        whole = [row for row in group if "offset" not in row.values]
+        starts = {row.where: seconds(row.values.get("offset", "0")) or 0.0 for row in group}
+        for row in group:
+            other = next((one for one in whole if one is not row), None) if row in whole else None
+            if other is not None:
+                faults[row.where] = (
+                    f"{row.where}: {other.where} names {audio} too, and nothing says which part of it is whose: give "
+                    "columns start and end (or offset and duration), or one file for each row"
+                )
+            elif not {"end", "duration"} & row.values.keys():
+                start = starts[row.where]
+                later = next((one for one in group if one is not row and starts[one.where] >= start), None)
+                if later is not None:
+                    faults[row.where] = (
+                        f"{row.where}: begins at {start:g} s of {audio} and has no end, though {later.where} begins "
+                        "after it in the same file: give its end or duration"
+                    )
+    return faults
+
+
+def stretch_of(row: Row, info: AudioInfo, *, shared: bool, timed: bool) -> tuple[float, float]:
+    """Offset and duration of a row's utterance, in seconds.
+
+    Args:
+        info: of its file.
+        shared: other rows name the file too.
+        timed: the table has offsets, so that a duration is that of a stretch which begins at 0 where none is given.
+
+    Raises:
+        DataError: values that are no times, or a stretch that the file does not have.
+    """
+    start = _time(row, "offset")
+    length = info.duration - start
+    if "end" in row.values:
+        length = _time(row, "end") - start
+        if length <= 0:
+            raise DataError(f"{row.where}: ends at {row.values['end']} s, before it begins ({start:g} s): correct it")
+    elif "duration" in row.values and (shared or timed):
+        length = _time(row, "duration")
+    too_long = start + length > info.duration + OVERHANG
+    if too_long and not shared and _is_whole_file(length, info):
+        return 0.0, info.duration  # cut out already: the times are those in the longer recording
+    if start >= info.duration:
+        raise DataError(
+            f"{row.where}: offset {start:g} s, but {row.audio} lasts {info.duration:.2f} s: correct it, or leave the "
+            "columns of times out by --column offset="
+        )
+    if too_long:
+        raise DataError(
+            f"{row.where}: {start:g} s to {start + length:g} s, but {row.audio} lasts {info.duration:.2f} s: correct "
+            "it, copy the file again if it is cut short, or leave the columns of times out by --column offset="
+        )
+    if length == 0:
+        raise DataError(f"{row.where}: a duration of 0 s: correct it, or take the row out")
+    return start, min(length, info.duration - start)
+
+
+def _is_whole_file(length: float, info: AudioInfo) -> bool:
+    """Whether a length is the file's own, in seconds, milliseconds or samples."""
+    return any(
+        math.isclose(length / unit, info.duration, rel_tol=1e-3, abs_tol=OVERHANG) for unit in (1, 1000, info.rate)
+    )
+
+
+def _time(row: Row, field: str) -> float:
+    value = row.values.get(field, "0")
+    found = seconds(value)
+    if found is None:
+        raise DataError(f"{row.where}: {field} {value!r} is not a number of seconds of 0 or more: correct it")
+    return found

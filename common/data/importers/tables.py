@@ -1,0 +1,135 @@
+"""Corpora from a table with audio paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.data.importers.build import build_corpus
+from common.data.importers.columns import TO_THE_END, Column, check_mapping, choose_columns
+from common.data.importers.records import read_table
+from common.data.importers.rows import Imported, Row, find_audio
+from common.data.importers.splits import FRACTIONS
+from common.data.importers.values import as_text, seconds
+from common.errors import DataError
+
+
+class Rows(NamedTuple):
+    """The rows of a table, the faults of those that cannot be read, and what to say of its columns."""
+
+    rows: list[Row]
+    faults: list[str]
+    notes: list[str]
+
+
+def import_table(
+    table: str | Path,
+    out: str | Path,
+    *,
+    audio_root: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    heading: Sequence[str] = (),
+    copy_audio: bool = False,
+    skip_bad: bool = False,
+    mend_text: bool = False,
+    fractions: Sequence[float] = FRACTIONS,
+    seed: int = 42,
+) -> Imported:
+    """Make a corpus of a table with audio paths: CSV (comma, semicolon, tab or bar), JSON Lines, or JSON; also gzipped.
+
+    Durations are measured; a column `duration` counts only together with one of offsets (several utterances in one
+    file). Without a column of splits, speakers are dealt to train, dev and test (`split_by_speaker`).
+
+    Args:
+        table: the file; its paths are relative to `audio_root`, by default the table's folder, or absolute.
+        out: the corpus folder to make, not yet there or empty.
+        columns: our field's name -> the table's column, where `KNOWN_COLUMNS` does not know it; an empty name takes
+            none.
+        heading: the names of the columns, of a table without a heading row.
+        copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
+        skip_bad: leave out rows with a fault; otherwise they are an error, all of them in one message.
+        mend_text: write texts in the form that Whisper writes (straight apostrophes, no invisible characters, …).
+        fractions: of train, dev and test, summing to 1.
+        seed: which speakers go where.
+
+    Raises:
+        DataError: an unreadable table, a missing column, rows with a fault; the message names file and line.
+        UsageError: `out` exists, an unknown field in `columns`, fractions that do not sum to 1.
+        StoreError: `out` cannot be written.
+    """
+    root = Path(audio_root or Path(table).parent)
+    found = read_rows(Path(table), root, columns or {}, heading=heading)
+    if not found.rows and not found.faults:
+        raise DataError(f"{table} has no rows: nothing to import")
+    return build_corpus(
+        found.rows,
+        Path(out),
+        source={"format": "table", "source": str(table), "columns": dict(columns or {})},
+        copy_audio=copy_audio,
+        fractions=fractions,
+        seed=seed,
+        skip_bad=skip_bad,
+        mend_text=mend_text,
+        faults=found.faults,
+        notes=found.notes,
+    )
+
+
+def read_rows(
+    table: Path,
+    audio_root: Path,
+    columns: Mapping[str, str],
+    *,
+    heading: Sequence[str] = (),
+    split: str = "",
+    folder: Path = Path(),
+) -> Rows:
+    """The rows of a table by our field names.
+
+    Args:
+        split: of rows that name none.
+        folder: comes before the path where an id is made of it.
+
+    Raises:
+        DataError: an unreadable table, a missing column.
+        UsageError: an unknown field in `columns`.
+    """
+    check_mapping(columns)
+    content = read_table(table, heading)
+    if not content.records:
+        return Rows([], content.faults, [])
+    chosen, notes = choose_columns(table, content.columns, [record for _, record in content.records], columns)
+    rows: list[Row] = []
+    faults = list(content.faults)
+    for where, record in content.records:
+        try:
+            values = {"split": split, **_values(where, record, chosen)}
+            rows.append(Row(where, values, find_audio(audio_root, values["audio_filepath"]), folder))
+        except DataError as error:
+            faults.append(str(error))
+    if content.empty:
+        notes.append(f"empty rows that are left out: {content.empty}")
+    return Rows(rows, faults, notes)
+
+
+def _values(where: str, record: Mapping[str, Any], chosen: Mapping[str, Column]) -> dict[str, str]:
+    """A record's filled cells by our field names, times in seconds."""
+    values: dict[str, str] = {}
+    for field, column in chosen.items():
+        try:
+            text = as_text(record.get(column.name), field)
+        except DataError as error:
+            raise DataError(f"{where}: column {column.name!r} {error}") from None
+        time = seconds(text) if column.scale != 1 else None
+        if text and not (field == "end" and text in TO_THE_END):
+            values[field] = text if time is None else repr(time * column.scale)
+    for field in ("audio_filepath", "text"):
+        if field not in values:
+            raise DataError(f"{where}: column {chosen[field].name!r} is empty: fill it, or take the row out")
+    if re.match(r"[A-Za-z][A-Za-z\d+]+://", path := values["audio_filepath"]):
+        raise DataError(f"{where}: {path} is an address, no file: download it, then name the file")
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        raise DataError(f"{where}: {path} is a path of Windows: write paths that start from --audio-root")
+    return values

@@ -1,0 +1,76 @@
+"""Loops: phrases that a decoder repeats over and over, as no speaker does; how they are known, and cut.
+
+The limit of compression is Whisper's (Radford et al. 2022, section 4.5). It alone would also cut a list of numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+from common.text import LOOP_CHAR_REPEATS, LOOP_CHARS, LOOP_REPEATS, LOOP_WORDS
+
+COMPRESSION_RATIO_THRESHOLD = 2.4  # bytes of a text over bytes of its zlib compression: above, it is repetitive
+MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+LOOP_LETTERS = 40  # a loop's longest phrase where words are not spaced, in characters
+
+_LONG_WORD = re.compile(rf"(.{{1,{LOOP_CHARS}}}?)\1{{{LOOP_CHAR_REPEATS - 1},}}")
+
+
+def compression_ratio(text: str) -> float:
+    """Bytes of a text over bytes of its zlib compression: high for loops."""
+    data = text.encode()
+    return len(data) / len(zlib.compress(data))
+
+
+def is_loop(text: str, seconds: float, *, spaced: bool = True) -> bool:
+    """Whether a text repeats a phrase at least 4 times in a row, and is too repetitive or too fast to be said.
+
+    So "no, no, no, no" in two seconds is none, and one sentence six times over is.
+
+    Args:
+        seconds: of the audio that it was heard in.
+        spaced: whether its language puts spaces between words.
+    """
+    keys = [key_of(item) for item in (text.split() if spaced else text)]
+    if len(kept_items(keys, spaced=spaced)) == len(keys) and not any(_LONG_WORD.search(key) for key in keys):
+        return False
+    too_fast = len(text) > MAX_CHARACTERS_PER_SECOND * seconds
+    return too_fast or compression_ratio(text) > COMPRESSION_RATIO_THRESHOLD
+
+
+def kept_items(keys: Sequence[str], *, spaced: bool = True) -> list[int]:
+    """The numbers of the items that stay when each phrase that stands at least 4 times in a row is said once.
+
+    Args:
+        keys: words, or characters where words are not spaced, as `key_of` gives them.
+    """
+    kept: list[int] = []
+    place = 0
+    while place < len(keys):
+        period, length = _run_at(keys, place, LOOP_WORDS if spaced else LOOP_LETTERS)
+        kept.extend(range(place, place + period))
+        place += length
+    return kept
+
+
+def _run_at(keys: Sequence[str], place: int, longest: int) -> tuple[int, int]:
+    """(items of the phrase, items of all its repetitions) of a loop that begins at `place`; (1, 1) without one."""
+    for period in range(1, min(longest, (len(keys) - place) // LOOP_REPEATS) + 1):
+        end = place + period
+        while end < len(keys) and keys[end] == keys[end - period]:
+            end += 1
+        if end - place >= period * LOOP_REPEATS:
+            return period, end - place
+    return 1, 1
+
+
+def shortened(word: str) -> str:
+    """A word without the repetitions within it: `ha` of `hahahahahahahaha`."""
+    return _LONG_WORD.sub(r"\1", word)
+
+
+def key_of(word: str) -> str:
+    """A word as it is compared: without case and punctuation."""
+    return "".join(c for c in word.casefold() if c.isalnum()) or word

@@ -1,0 +1,19 @@
+"""Text of others as it may be shown: no control character reaches a terminal or a log, and no password either."""
+
+from __future__ import annotations
+
+import re
+
+# All but tab and line feed; separators of lines and marks that turn the order of writing; halves of characters.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"<>]*@")
+
+
+def escaped(text: str, *, one_line: bool = False) -> str:
+    """The text with control characters as `\\u001b`, which JSON reads back, and without user and password in addresses.
+
+    Args:
+        one_line: also line feeds, as `\\n`.
+    """
+    shown = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", _CREDENTIALS.sub(r"\1***@", text))
+    return shown.replace("\n", "\\n") if one_line else shown

@@ -1,0 +1,54 @@
+"""What nothing in a store refers to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from common.errors import DataError, MoeAsrError
+from common.files import NotFound
+from common.storage.artifacts import MANIFEST, ROOT, Key, Manifest
+from common.storage.store import Entry, Store, warn_once
+
+
+def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
+    """Files that nothing refers to: attempts that lost or were killed, quarantined manifests, checkpoints and parts of
+    finished stages, temporary files. A link is one of them itself; what it points to is not looked at.
+
+    Args:
+        older_than_hours: by the store's clock; a key under which something was written since is left alone: an attempt
+            may be running.
+    """
+    before = store.now() - 3600 * older_than_hours
+    by_key: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    for entry in store.list(ROOT, follow=False):
+        parts = entry.key.split("/")
+        if len(parts) >= 4:
+            by_key[tuple(parts[1:3])].append(entry)
+    found = [entry for entry in _leftovers(store) if entry.modified < before]
+    for (stage, digest), entries in by_key.items():
+        if all(entry.modified < before for entry in entries):
+            found += _unreferenced(store, Key(stage, digest), entries)
+    return found
+
+
+def _leftovers(store: Store) -> list[Entry]:
+    """Unfinished writes; none, with a warning, where a server does not list them."""
+    try:
+        return list(store.leftovers())
+    except MoeAsrError as error:
+        warn_once(store, error)
+        return []
+
+
+def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
+    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
+    try:
+        kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
+    except NotFound:
+        pass
+    except DataError:  # not ours to judge
+        return
+    for entry in entries:
+        if entry.key[len(key.prefix) :].partition("/")[0] not in kept:
+            yield entry
