@@ -10,21 +10,26 @@ import click
 from cli.table import text_table
 from common.config import Config
 from common.console import echo
+from common.cost import Pace, measured_pace
 from common.errors import UsageError
 from common.options import config_from, config_options
 from common.pipeline.runs import recorded_states, run_record
+from common.progress import clock
 from common.storage import open_store
 
 
 @click.command()
 @config_options
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Hours of training speech.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs that work at once.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs or CPUs that work at once.")
 @click.option("--from", "source", metavar="RUN", required=True, help="Finished run whose pace is taken.")
-@click.option("--price", type=click.FloatRange(0), help="Price of one GPU hour, in any currency.")
+@click.option("--price", type=click.FloatRange(0), help="Price of one hour of a GPU or CPU, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate(hours: float, gpus: int, source: str, price: float | None, as_json: bool, **options: Any) -> None:
-    """GPU hours of each stage for a corpus of --hours, at the pace of a finished run on the same kind of machine.
+    """Time of each stage for a corpus of --hours, at the pace of a finished run on the same kind of machine.
+
+    Limits of steps (asr.max_steps) and of utterances (subsets.asr_samples and the like) are kept. For a corpus that is
+    there, `moe-asr run --dry-run` says the same more exactly.
 
     \b
         moe-asr estimate --hours 683 --from mine
@@ -33,43 +38,42 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
     from common import cost
 
     config = config_from(options)
-    rows = cost.from_rates(config, hours=hours, rates=measured_rates(config, source))
+    pace = run_pace(config, source)
+    rows = cost.costs(config, hours=hours, pace=pace)
+    total = sum(row.hours for row in rows)
+    device = {"cpu": "CPU", "cuda": "GPU"}.get(pace.device, "device")
     basis = f"measured by run {source}"
-    total = sum(row.gpu_hours for row in rows)
     if as_json:
-        stages = {row.stage: {"audio_hours": row.audio_hours, "gpu_hours": row.gpu_hours} for row in rows}
-        echo(json.dumps({"basis": basis, "gpu_hours": total, "days": total / 24 / gpus, "stages": stages}))
+        stages = {row.stage: {"audio_hours": row.audio_hours, "hours": row.hours} for row in rows}
+        found = {"basis": basis, "device": pace.device, "hours": total, "days": total / 24 / gpus, "stages": stages}
+        echo(json.dumps(found))
         return
-    table = [[row.stage, f"{row.audio_hours:,.0f}", f"{row.gpu_hours:,.2f}"] for row in rows]
-    echo(text_table(("stage", "hours of speech", "GPU hours"), [*table, ["total", "", f"{total:,.2f}"]]))
+    table = [[row.stage, f"{row.audio_hours:,.2f}", f"{row.hours:,.2f}"] for row in rows]
+    header = ("stage", "hours of speech", f"{device} hours")
+    echo(text_table(header, [*table, ["total", "", f"{total:,.2f}"]]))
     echo(f"\n{basis}")
-    echo(f"on {gpus} GPU{'s' if gpus > 1 else ''}: {total / 24 / gpus:.2f} days" + _priced(total, price))
+    spent = clock(3600 * total / gpus)
+    echo(f"on {gpus} {device}{'s' if gpus > 1 else ''}: {spent}" + _priced(total, price, device))
 
 
-def _priced(total: float, price: float | None) -> str:
-    return "" if price is None else f", {total * price:,.2f} at {price:g} per GPU hour"
+def _priced(total: float, price: float | None, device: str) -> str:
+    return "" if price is None else f", {total * price:,.2f} at {price:g} per {device} hour"
 
 
-def measured_rates(config: Config, name: str) -> dict[str, float]:
-    """Seconds of speech per second and GPU of each stage of a finished run, the mean of its pieces.
+def run_pace(config: Config, name: str) -> Pace:
+    """What a finished run measured.
 
     Raises:
-        UsageError: the run measured none.
+        UsageError: nothing.
     """
     store = open_store(config.store, endpoint_url=config.endpoint_url)
-    found: dict[str, list[float]] = {}
-    for _, key, state in recorded_states(store, run_record(store, name)):
-        manifest = state.manifest
-        if manifest is None:
-            continue
-        pace = manifest.metrics.get("throughput", {})
-        rate = pace.get("audio_seconds_per_second", 0) / pace.get("processes", 1)
-        rate = rate or (manifest.metrics.get("audio_seconds", 0) / max(manifest.seconds, 1e-9))
-        if rate:
-            found.setdefault(key.stage, []).append(rate)
-    if not found:
+    states = recorded_states(store, run_record(store, name))
+    pace = measured_pace(
+        (key.stage, one.manifest.seconds, one.manifest.metrics) for _, key, one in states if one.manifest
+    )
+    if not pace.rates:
         raise UsageError(f"--from {name}: no stage of this run measured its throughput; is it finished?")
-    return {stage: sum(rates) / len(rates) for stage, rates in found.items()}
+    return pace
 
 
 @click.command("fit-batch")

@@ -126,8 +126,8 @@ def _slug(text: str) -> str:
 @click.argument("runs", nargs=-1, metavar="[RUN]…")
 @click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN…",
               help="Several runs (seeds) of one regime, compared by their mean.")  # fmt: skip
-@click.option("--reference", help="What the others are compared with. [default: the first]")
-@click.option("--with-base", is_flag=True, help="Also the base model, as the first run measured it before training.")
+@click.option("--reference", help="System that the others are compared with. [default: the first run or group]")
+@click.option("--with-base", is_flag=True, help="Add the base model, as the first run measured it.")
 @click.option("--common", "shared_only", is_flag=True, help="Compare on the utterances that all were tested on.")
 @click.option("--resamples", default=1000, show_default=True, type=click.IntRange(100), help="Draws of speakers.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
@@ -167,8 +167,9 @@ def compare(
     if with_base:
         if "base" in systems:
             raise UsageError("with --with-base, base is the model before training: name the run by --group NAME=RUN")
-        first = next(iter(systems.values()))[0]
-        systems = {"base": [before_training(first)], **systems}
+        first = next(iter(systems))
+        reference = reference or first
+        systems = {"base": [before_training(systems[first][0])], **systems}
     made = make_comparison(systems, reference=reference, shared_only=shared_only, resamples=resamples)
     if out:
         write_comparison(made, out, overwrite=overwrite)

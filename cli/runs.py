@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from common.console import coloured, echo
 from common.errors import DataError
 from common.files import NotFound, make_folders
 from common.options import config_from, config_options
+from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
+from common.progress import clock
 from common.storage import open_store
+from common.storage.artifacts import Key
 from common.storage.store import Store
 from stages.local_runner import Run, cache_folder
 
@@ -27,18 +31,25 @@ log = logging.getLogger(__name__)
 
 
 def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
-    """Prints state and reason of every task."""
+    """Prints state and reason of every task and, where it is not done, what it amounts to."""
+    from stages.forecast import forecasts
+
     run = Run(config)
     made = run.plan(deep=deep)
+    expected = forecasts(run, made)
     rows = [(p.task.label, p.status, p.reason, p.task.key.digest) for p in made.planned]
     rows += [(c.name, "todo", "its pieces are known once the stage before it is done", "") for c in made.open_ended]
     if as_json:
-        echo(json.dumps([dict(zip(("task", "status", "reason", "key"), row, strict=True)) for row in rows], indent=1))
+        names = ("task", "status", "reason", "key")
+        found = [dict(zip(names, row, strict=True)) for row in rows]
+        more = {task: one.row() for task, one in expected.items()}
+        echo(json.dumps([row | more.get(row["task"], {}) for row in found], indent=1))
         return
     words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "again": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]
+        reason += f": {expected[task].describe()}" if task in expected else ""
         echo(f"{task:<{width}}  ", coloured(f"{word:<11}", colour), f"  {key[:8]:<8}  {reason}")
 
 
@@ -89,8 +100,20 @@ def status(
     for label, task in record["tasks"].items():
         shard = label.partition("[")[2].rstrip("]") or None
         row = finished.get((task["stage"], shard))
-        rows.append((label, task["key"][:8], f"{row['seconds']:.0f} s on {row['host']}" if row else "not done"))
+        rows.append((label, task["key"][:8], _result(row) if row else _activity(store, task)))
     echo(text_table(("task", "key", "result"), rows))
+
+
+def _result(row: Mapping[str, Any]) -> str:
+    """How long a finished task took, and where."""
+    attempts = row.get("attempts", 1)
+    return f"{clock(row['seconds'])} on {row['host']}" + (f", in {attempts} attempts" if attempts > 1 else "")
+
+
+def _activity(store: Store, task: Mapping[str, Any]) -> str:
+    """What the last attempt at an unfinished task does or did."""
+    attempts = attempts_at(store, Key(task["stage"], task["key"]))
+    return describe_attempt(attempts[-1], now=time.time()) if attempts else "not done"
 
 
 @click.group()

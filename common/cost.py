@@ -1,40 +1,108 @@
-"""What a run costs at the pace of a finished one: hours of speech through each stage, and the GPU hours they take."""
+"""What a run costs at the pace of a finished one: hours of speech through each stage, and the hours that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from common.config import Config
+from common.sections import SpeechTrainConfig
+
+HELD_OUT = 0.1  # share of a corpus that is assumed for each of dev and test
+SCORING = "scoring"  # of the test set, before and after: a part of the asr stage with a pace of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a finished run measured.
+
+    Attributes:
+        rates: seconds of speech per second and device (GPU or CPU), by stage.
+        mean_seconds: duration of an utterance.
+        device: `cpu`, `cuda`, or empty where the run did not record it.
+    """
+
+    rates: dict[str, float]
+    mean_seconds: float
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One stage: hours of speech that pass through it, epochs counted, and the GPU hours that this takes."""
+    """One stage: hours of speech that pass through it, epochs counted, and the hours that one device takes."""
 
     stage: str
     audio_hours: float
-    gpu_hours: float
+    hours: float
 
 
-def from_rates(config: Config, *, hours: float, rates: Mapping[str, float]) -> list[StageCost]:
-    """The cost by the rates of a finished run: seconds of speech per second, by stage; others are left out."""
+def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace:
+    """The pace of a run: of a stage in several pieces their mean; without rates where nothing was measured.
+
+    Args:
+        tasks: stage, seconds and metrics of each finished task, from its manifest.
+    """
+    found: dict[str, list[float]] = {}
+    utterances = audio = 0.0
+    device = ""
+    for stage, seconds, metrics in tasks:
+        device = device or str(metrics.get("device", ""))
+        throughput = metrics.get("throughput", {})
+        rate = throughput.get("audio_seconds_per_second", 0) / throughput.get("processes", 1)
+        if "audio_seconds" in metrics:
+            rate = rate or metrics["audio_seconds"] / max(seconds, 1e-9)
+        if rate:
+            found.setdefault(stage, []).append(rate)
+        if scoring := metrics.get("scoring"):
+            found[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9)]
+        utterances += throughput.get("samples", 0)
+        audio += throughput.get("audio_seconds", 0)
+    rates = {stage: sum(rates) / len(rates) for stage, rates in found.items()}
+    return Pace(rates, audio / utterances if utterances else 0.0, device)
+
+
+def costs(config: Config, *, hours: float, pace: Pace) -> list[StageCost]:
+    """The cost of each stage whose pace is known.
+
+    Args:
+        hours: of training speech.
+    """
     return [
-        StageCost(stage, audio, audio / rates[stage])
-        for stage, audio in audio_passes(config, hours).items()
-        if rates.get(stage)
+        StageCost(stage, audio, audio / pace.rates[stage])
+        for stage, audio in audio_passes(config, hours, pace.mean_seconds).items()
+        if pace.rates.get(stage)
     ]
 
 
-def audio_passes(config: Config, hours: float) -> dict[str, float]:
-    """Hours of speech that pass through each stage, all epochs counted (as if none stopped early)."""
-    held_out = 0.1 * hours  # each of dev and test
-    experts, joint = config.subsets.experts_percent / 100, config.subsets.asr_percent / 100
-    passes = {"extract": hours * joint + 2 * held_out}
-    if config.asr.pretrain != "none":
-        passes["cluster"] = hours * config.subsets.embeddings_percent / 100
-        if config.asr.pretrain == "alone":
-            passes["experts"] = hours * experts * config.experts.epochs
-    passes["asr"] = hours * joint * config.asr.epochs
-    passes["evaluate"] = 2 * held_out  # test, before and after
+def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str, float]:
+    """Hours of speech that pass through each stage, all epochs counted, as if none stopped early.
+
+    Limits of steps and of utterances are kept where the duration of an utterance is known (above 0).
+    """
+    parts, held_out = config.subsets, HELD_OUT * hours
+
+    def part(whole: float, samples: int | None, percent: float = 100.0) -> float:
+        if samples is not None and mean_seconds:
+            return min(whole, samples * mean_seconds / 3600)
+        return whole * percent / 100
+
+    embedded = part(hours, parts.embeddings_samples, parts.embeddings_percent)
+    alone = part(hours, parts.experts_samples, parts.experts_percent)
+    joint = part(hours, parts.asr_samples, parts.asr_percent)
+    dev, test = part(held_out, parts.dev_samples), part(held_out, parts.test_samples)
+    passes = {"extract": max(embedded, alone, joint) + dev + test}
+    if config.asr.pretrain == "alone":
+        passes["experts"] = _trained(config.experts, alone, mean_seconds, trainings=config.num_experts or 1)
+    passes["asr"] = _trained(config.asr, joint, mean_seconds)
+    passes[SCORING] = 2 * test
     return passes
+
+
+def _trained(section: SpeechTrainConfig, hours: float, mean_seconds: float, *, trainings: int = 1) -> float:
+    """Hours of speech of all epochs, or of as many steps as are allowed to each of several trainings."""
+    every = hours * section.epochs
+    if section.max_steps is None or not (section.batch_seconds or mean_seconds):
+        return every
+    batch = section.batch_seconds or section.batch_size * mean_seconds
+    return min(every, trainings * section.max_steps * section.gradient_accumulation_steps * batch / 3600)

@@ -118,6 +118,7 @@ class Run:
             "shard": None if task.shard is None else str(task.shard),
             "started": manifest.started,
             "seconds": manifest.seconds,
+            "attempts": manifest.metrics.get("attempts", 1),
             "host": manifest.host,
             "status": "run" if ran else "skipped",
         }

@@ -17,8 +17,8 @@ from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.data.subsets import TEST_SEED
 from common.decoding.decode import Decoding
 from common.errors import DataError
-from common.evaluation.breakdown import Routing, breakdown, loops, references, score_of, scored_row
-from common.evaluation.wer import score
+from common.evaluation.breakdown import Routing, loops
+from common.evaluation.score import decode_batches, rates_of, scored_rows
 from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
@@ -71,21 +71,23 @@ def decode_corpus(
     short = [u for u in utterances if u.id not in apart]
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
-    batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
-    choices = _choices(opened, short, lambda: loader(batches))
-    heard: dict[str, tuple[str, Routing]] = {}
+    size = decoding.batch_size
+    choices = _choices(opened, short, lambda: loader(epoch_batches(examples, batch_size=size, shuffle=False)))
+
+    def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
+        choice = stacked([choices[name] for name in batch.ids]) if choices else None
+        found = transcribe_batch(opened, batch, decoding, choice)
+        routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
+        return [(one.text, chosen) for one, chosen in zip(found.decoded, routing, strict=True)]
+
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
-        for batch in loader(batches):
-            choice = stacked([choices[name] for name in batch.ids]) if choices else None
-            found = transcribe_batch(opened, batch, decoding, choice)
-            routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
-            for name, one, chosen in zip(batch.ids, found.decoded, routing, strict=True):
-                heard[name] = one.text, chosen
-            bar.update(len(batch))
+        found = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
-            heard[u.id] = _transcribed_in_windows(opened, corpus, u, decoding), ((), ())
+            found[u.id] = _transcribed_in_windows(opened, corpus, u, decoding), ((), ())
             bar.update()
-    return [_row(u, *heard[u.id], opened.language, decoding.published) for u in utterances]
+    texts = {name: text for name, (text, _) in found.items()}
+    routing = {name: chosen for name, (_, chosen) in found.items()}
+    return scored_rows(utterances, texts, routing, opened.language, published=decoding.published)
 
 
 def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
@@ -123,10 +125,6 @@ def _choices(
 def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known_N: torch.Tensor) -> dict[str, Choice]:
     """id → its row of a choice."""
     return {u.id: (logits_NE[i : i + 1], known_N[i : i + 1]) for i, u in enumerate(utterances)}
-
-
-def _row(u: Utterance, text: str, routing: Routing, language: str, published: bool) -> Row:
-    return scored_row(u, text, score(u.id, text, references(u), language, published=published), routing)
 
 
 def describe_evaluation(
@@ -168,7 +166,7 @@ def describe_evaluation(
         "audio_seconds": audio,
         "load": expert_load(rows, info.num_experts) if info and info.num_experts > 1 else None,
         "loops": [{key: row[key] for key in ("id", "speaker", "words", "insertions")} for row in loops(rows)],
-        **breakdown(rows, [score_of(row, opened.language) for row in rows]),
+        **rates_of(rows),
     }
 
 

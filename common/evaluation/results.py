@@ -9,7 +9,7 @@ from common.errors import DataError
 from common.evaluation.breakdown import read_table, score_of
 from common.evaluation.wer import Score
 from common.json_files import Row, read_object, read_rows
-from common.pipeline.runs import find_run, run_names, stage_folders
+from common.pipeline.runs import find_run, recorded_states, run_names, stage_folders
 from common.storage.store import Store
 
 BASE = "base"  # what the model before training is called
@@ -22,7 +22,8 @@ class Result:
     Attributes:
         rows: of the utterances, as in predictions.jsonl and utterances.csv.
         scores: by utterance id.
-        facts: how it was trained, as far as known: seconds, samples_per_second, trained_parameters, experts, load, …
+        facts: how it was trained, as far as known: seconds, samples_per_second, trained_parameters, experts, load, …;
+            steps are those of joint training and, before it, of experts alone.
     """
 
     name: str
@@ -53,7 +54,7 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
     where, record = found
     model = stage_folders(where, record, "asr", cache)[0]
     rows = read_rows(model / "predictions.jsonl")
-    return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(record, model))
+    return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(where, record, model))
 
 
 def before_training(result: Result) -> Result:
@@ -80,12 +81,14 @@ def _published(facts: Row) -> bool:
     return bool((facts.get("decoding") or {}).get("normaliser", "published") == "published")
 
 
-def _facts_of_run(record: Row, model: Path) -> Row:
+def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
     stages = record["timeline"]
+    experts = [state.manifest for _, _, state in recorded_states(store, record, "experts")]
+    alone = sum(one.metrics.get("steps", 0) for one in experts if one)
     report, rates = (
         read_object(model / name) if (model / name).is_file() else {} for name in ("report.json", "throughput.json")
     )
-    names = ("trained_parameters", "steps", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
+    names = ("trained_parameters", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
     return {
         "seconds": sum(one["seconds"] for one in stages),
         "asr_seconds": sum(one["seconds"] for one in stages if one["stage"] == "asr"),
@@ -93,5 +96,6 @@ def _facts_of_run(record: Row, model: Path) -> Row:
         "decoding": record["config"]["decode"],
         "language": record["config"]["model"]["language"],
         **{key: report.get(key) for key in names},
+        "steps": report["steps"] + alone if "steps" in report else None,
         **{key: rates.get(key) for key in ("samples_per_second", "audio_seconds_per_second")},
     }

@@ -5,7 +5,7 @@ Rates are fractions. `wer_*` and `cer_*` clip each utterance at 100%; `*_unclipp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from common.data.corpus import Utterance
 from common.data.features import log_mel
 from common.data.tokens import TextCodec
 from common.decoding.decode import Decoding, decode_hidden, decode_texts
-from common.evaluation.breakdown import references, scored_row, speakers_of
-from common.evaluation.wer import Score, bootstrap_interval, cer, score, wer
+from common.errors import Preempted
+from common.evaluation.breakdown import Routing, breakdown, references, score_of, scored_row
+from common.evaluation.wer import Score, score
+from common.json_files import Row
 from common.model.recogniser import Recogniser
 from common.model.whisper import encode
+from common.progress import Bar
 
 
 def decode_set(
@@ -32,27 +35,74 @@ def decode_set(
     accelerator: Accelerator,
     *,
     base: bool = False,
+    bar: Bar | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """id → text of every example, split over the processes and gathered on all of them.
 
     Args:
         loader: of these examples.
         base: decode with the base model, no expert added.
+        bar: counts the examples.
+        stopping: asked at every batch.
+
+    Raises:
+        Preempted: `stopping` became true.
     """
+
+    def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
+        texts = (
+            _base_texts(recogniser, batch, codec, decoding)
+            if base
+            else decode_texts(recogniser, batch, codec, decoding=decoding)
+        )
+        return [(text, ((), ())) for text in texts]
+
     was_training = recogniser.training
     recogniser.eval()
-    batches = epoch_batches(examples, batch_size=decoding.batch_size, shuffle=False)
-    found: list[tuple[str, str]] = []
     with accelerator.autocast():
-        for batch in loader(batches[accelerator.process_index :: accelerator.num_processes]):
-            texts = (
-                _base_texts(recogniser, batch, codec, decoding)
-                if base
-                else decode_texts(recogniser, batch, codec, decoding=decoding)
-            )
-            found += zip(batch.ids, texts, strict=True)
+        found = decode_batches(
+            examples, loader, transcribe, accelerator, batch_size=decoding.batch_size, bar=bar, stopping=stopping
+        )
     recogniser.train(was_training)
-    return dict(gather_object(found) if accelerator.num_processes > 1 else found)
+    return {name: text for name, (text, _) in found.items()}
+
+
+def decode_batches(
+    examples: Sequence[Example],
+    loader: BatchLoader,
+    transcribe: Callable[[Batch], Iterable[tuple[str, Routing]]],
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    bar: Bar | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, tuple[str, Routing]]:
+    """id → text and routing of every example, split over the processes and gathered on all of them.
+
+    Args:
+        loader: of these examples.
+        transcribe: a batch → text and routing of each of its utterances.
+        bar: counts the examples, those of the other processes as far as this one can know.
+        stopping: asked at every batch.
+
+    Raises:
+        Preempted: `stopping` became true.
+    """
+    world, left = accelerator.num_processes, len(examples)
+    batches = epoch_batches(examples, batch_size=batch_size, shuffle=False)
+    found: list[tuple[str, tuple[str, Routing]]] = []
+    for batch in loader(batches[accelerator.process_index :: world]):
+        found += zip(batch.ids, transcribe(batch), strict=True)
+        counted = min(left, len(batch) * world)
+        left -= counted
+        if bar:
+            bar.update(counted)
+        if stopping():
+            raise Preempted("told to stop while texts were decoded")
+    if bar and left:
+        bar.update(left)
+    return dict(gather_object(found) if world > 1 else found)
 
 
 @torch.inference_mode()
@@ -74,11 +124,6 @@ def score_set(
     return [score(u.id, texts[u.id], references(u), language, published=published) for u in utterances]
 
 
-def speakers_of_set(utterances: Sequence[Utterance]) -> dict[str, str]:
-    """Utterance id → speaker, as `breakdown.speakers_of` has it."""
-    return speakers_of({"id": u.id, "speaker": u.speaker} for u in utterances)
-
-
 def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
     """The scores of each etiology, in alphabetical order; those of none are "unknown" and come first."""
     groups: dict[str, list[Score]] = {}
@@ -88,52 +133,62 @@ def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dic
     return groups
 
 
-def prediction_rows(
+def scored_rows(
     utterances: Sequence[Utterance],
-    before: Mapping[str, str],
-    after: Mapping[str, str],
-    scores_before: Sequence[Score],
-    scores_after: Sequence[Score],
-    routing: Mapping[str, tuple[list[int], list[float]]],
-) -> list[dict[str, Any]]:
-    """Rows of predictions.jsonl: what was said, what was heard before and after, by which experts.
+    texts: Mapping[str, str],
+    routing: Mapping[str, Routing],
+    language: str,
+    *,
+    published: bool = False,
+) -> list[Row]:
+    """Rows of what a model wrote, each scored against the better of its references (`breakdown.scored_row`).
 
     Args:
-        before, after: the texts.
-        scores_before, scores_after: of these, from `score_set`.
+        texts: by utterance id.
+        routing: likewise, of those that were routed.
+        published: as for `score_set`.
     """
-    rows = []
-    for u, old, new in zip(utterances, scores_before, scores_after, strict=True):
-        row = scored_row(u, after[u.id], new, routing.get(u.id, ((), ())))
-        rows.append(row | {"hypothesis_before": before[u.id], "errors_before": old.word_errors})
-    return rows
+    scores = score_set(utterances, texts, language, published=published)
+    return [
+        scored_row(u, texts[u.id], one, routing.get(u.id, ((), ()))) for u, one in zip(utterances, scores, strict=True)
+    ]
 
 
-def summarise(utterances: Sequence[Utterance], old: Sequence[Score], new: Sequence[Score]) -> dict[str, Any]:
-    """summary.json: overall and by etiology, with bootstrap intervals over speakers.
+def rates_of(rows: Sequence[Row]) -> Row:
+    """Error rates of scored rows, overall and by groups: what the asr stage and `moe-asr evaluate` both write."""
+    return breakdown(rows, [score_of(row) for row in rows])
 
-    Args:
-        old, new: scores before and after, from `score_set`.
-    """
-    speakers = speakers_of_set(utterances)
-    old_groups, new_groups = by_etiology(utterances, old), by_etiology(utterances, new)
-    return _rates(old, new, speakers) | {
-        "wer_before_unclipped": wer(old, clipped=False),
-        "wer_after_unclipped": wer(new, clipped=False),
-        "loops_before": sum(one.loop for one in old),
-        "loops_after": sum(one.loop for one in new),
-        "by_etiology": {name: _rates(group, new_groups[name], speakers) for name, group in old_groups.items()},
+
+def prediction_rows(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """Rows of predictions.jsonl: those of the trained model, with text and errors of the base model."""
+    return [
+        new | {"hypothesis_before": old["hypothesis"], "errors_before": old["errors"]}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def summarise(before: Row, after: Row) -> dict[str, Any]:
+    """summary.json: the two sides of `rates_of`, overall and by etiology, beside each other."""
+    old, new = before["overall"], after["overall"]
+    return _beside(old, new) | {
+        "wer_before_unclipped": old["wer_unclipped"],
+        "wer_after_unclipped": new["wer_unclipped"],
+        "loops_before": old["loops"],
+        "loops_after": new["loops"],
+        "by_etiology": {
+            name: _beside(before["by_etiology"][name], rates) for name, rates in after["by_etiology"].items()
+        },
     }
 
 
-def _rates(old: Sequence[Score], new: Sequence[Score], speakers: Mapping[str, str]) -> dict[str, Any]:
+def _beside(old: Row, new: Row) -> dict[str, Any]:
     return {
-        "wer_before": wer(old),
-        "wer_after": wer(new),
-        "cer_before": cer(old),
-        "cer_after": cer(new),
-        "wer_interval_before": list(bootstrap_interval(old, speakers, metric="wer")),
-        "wer_interval_after": list(bootstrap_interval(new, speakers, metric="wer")),
-        "utterances": len(new),
-        "speakers": len({speakers[one.id] for one in new}),
+        "wer_before": old["wer"],
+        "wer_after": new["wer"],
+        "cer_before": old["cer"],
+        "cer_after": new["cer"],
+        "wer_interval_before": old["ci"],
+        "wer_interval_after": new["ci"],
+        "utterances": new["utterances"],
+        "speakers": new["speakers"],
     }

@@ -264,6 +264,8 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
         "embedding": {"layer": info.layer, "pooling": info.pooling},
         "audio": {"context": info.context, "margin": info.margin},
         "language": info.language,
+        "task": info.task,
+        "multilingual": len(opened.codec.prompt) > 2,
         "encoder_adapted": any(".encoder." in name for name in adapters[names[0]]),
     }
     (folder / "routing.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from common.data.features import BUCKETS, MAX_POSITIONS
 from common.markdown import escape, one_line, shell_word
+
+MAX_NEW_TOKENS = 224  # of a text, as decoding has it by default
 
 CHOICE = """
 ## Which expert for which utterance
@@ -41,8 +44,40 @@ model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")
 {more}model.set_adapter("{first}")
 ```
 
-The experts heard audio of `context: {context}` with a margin of {margin} encoder positions; 30 s of padded audio
-is something else to them, and is worth a measurement before it is used.
+## From audio to text
+
+The adapters were trained and scored with `context: {context}`{margin_text}. So the encoder runs at that
+length here too{instead}, and the texts are those of the run's own score (greedy, in fp32).
+
+```python
+import soundfile
+import soxr
+import torch
+from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+whisper = model.get_base_model().eval()
+encoder = whisper.get_encoder()
+positions = encoder.embed_positions.weight.detach().clone()
+tokenizer = AutoTokenizer.from_pretrained({base_text})
+extract = WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins)
+LENGTHS = {lengths}  # encoder positions of 20 ms
+
+
+@torch.inference_mode()
+def transcribe(path):  # a recording of up to 30 s
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    samples = soxr.resample(samples.mean(1), rate, 16_000)
+    wanted = -(-len(samples) // 320) + {margin}
+    length = next((n for n in LENGTHS if n >= wanted), LENGTHS[-1])
+    whisper.config.max_source_positions = encoder.config.max_source_positions = length
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions[:length])
+    mel = extract(samples, sampling_rate=16_000, max_length=320 * length, return_tensors="pt").input_features
+    ids = whisper.generate(mel, {generate}max_new_tokens={max_new_tokens}, num_beams=1, do_sample=False)
+    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+
+
+print(transcribe("speech.wav"))
+```
 """
 
 VLLM = """# LoRA adapters of {base} for vLLM
@@ -76,7 +111,7 @@ def peft_page(table: Mapping[str, Any]) -> str:
     """README.md of `--to peft`; `table` is routing.json."""
     names = table["adapters"]
     more = "".join(f'model.load_adapter("{name}", adapter_name="{name}")\n' for name in names[1:])
-    return PEFT.format(**_words(table), more=more) + _choice(table)
+    return PEFT.format(**_words(table), **_audio_words(table), more=more) + _choice(table)
 
 
 def vllm_page(table: Mapping[str, Any], max_rank: int) -> str:
@@ -101,6 +136,19 @@ def _choice(table: Mapping[str, Any]) -> str:
         return ""
     page = CHOICE + (BLEND if table["top_k"] > 1 else "")
     return page.format(**_words(table), mixture=table["mixture"], top_k=table["top_k"], **table["embedding"])
+
+
+def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What the lines from audio to text depend on: the encoder's lengths, language and task."""
+    dynamic = table["audio"]["context"] == "dynamic"
+    wanted = f"language={json.dumps(table['language'])}, task={json.dumps(table['task'])}, "
+    return {
+        "lengths": BUCKETS if dynamic else (MAX_POSITIONS,),
+        "margin_text": f" and a margin of {table['audio']['margin']} encoder positions" if dynamic else "",
+        "instead": ", in place of Whisper's 30 s" if dynamic else "",
+        "generate": wanted if table["multilingual"] else "",
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
 
 
 def _words(table: Mapping[str, Any]) -> dict[str, Any]:

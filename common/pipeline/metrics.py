@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common import telemetry
+from common.pipeline.attempts import Activity
 from common.telemetry import Metric, StageTelemetry, Telemetry
 
 # Columns of a row that are shown live; those of an evaluation too where they have a split.
@@ -28,10 +29,12 @@ class MetricsLog:
     Args:
         path: the file; none keeps the rows in memory only.
         live: where the values go besides; by default nobody sees them.
+        activity: what the stage does now; `progress` keeps it up to date.
     """
 
-    def __init__(self, path: Path | None, live: StageTelemetry | None = None) -> None:
+    def __init__(self, path: Path | None, live: StageTelemetry | None = None, activity: Activity | None = None) -> None:
         self.path = path
+        self.activity = activity or Activity()
         self.live = live or Telemetry().stage("")
         self.rows: list[dict[str, Any]] = []
         self.events: Counter[str] = Counter()
@@ -44,8 +47,14 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def progress(self, done: int, total: int) -> None:
-        """Says how many units are done of how many; in a workflow's pod also to Argo, which sums up its pods."""
+    def progress(self, done: int, total: int, *, name: str = "training", unit: str = "steps") -> None:
+        """Says how many units are done of how many; in a workflow's pod also to Argo, which sums up its pods.
+
+        Args:
+            name: what the stage does, for `moe-asr status`.
+            unit: what is counted, in the plural.
+        """
+        self.activity.begin(name, done, total, unit)
         self.live.progress(done, total)
         if (path := os.environ.get("ARGO_PROGRESS_FILE")) and 0 <= done <= total > 0:
             with contextlib.suppress(OSError):  # a display is no reason to fail

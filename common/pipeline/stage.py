@@ -28,6 +28,7 @@ from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
 from common.errors import DataError, Preempted, RetryableError
+from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ECHO_SECONDS = 5  # in which SIGTERM may come twice
+STOPPED = "told to stop; the same command goes on from what was saved last"
 GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
 
 
@@ -63,7 +65,7 @@ class StopFlag:
         if self.since is not None and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
             return
         if self.since is not None or number == signal.SIGALRM:
-            raise KeyboardInterrupt if number == signal.SIGINT else Preempted("told to stop; no checkpoint was due")
+            raise KeyboardInterrupt if number == signal.SIGINT else Preempted(STOPPED)
         self.since = time.monotonic()
         signal.alarm(GRACE_SECONDS)
 
@@ -126,6 +128,7 @@ class Context:
         parts: finished parts of an earlier try.
         checkpointer: opens the stage's checkpoints.
         metrics: rows for metrics.jsonl and Prometheus.
+        attempt: this try; its activity is what `moe-asr status` shows.
         stopping: true once the process was told to end.
         summary: small results that go into the manifest (and are never part of the content).
         scratch: a folder that goes away.
@@ -135,6 +138,7 @@ class Context:
     parts: Parts
     checkpointer: Callable[[], Checkpointer]
     metrics: MetricsLog
+    attempt: Attempt
     stopping: Callable[[], bool]
     scratch: Path
     summary: dict[str, Any] = field(default_factory=dict)
@@ -204,10 +208,10 @@ def _make(
     with _workplace(task, scratch) as work:
         folders, used = _fetch_inputs(task, config, store, corpus, scratch)
         output = new_attempt(store, task.key, work)
-        context = _context(task, store, work, output, stopping, live)
-        started, clock = time.time(), time.monotonic()  # the first may be set meanwhile
         try:
-            run(config, context, **folders, output=output)
+            with attempt_at(store, task.key) as attempt:
+                context = _context(task, store, work, output, stopping, live, attempt)
+                run(config, context, **folders, output=output)
         except BaseException:
             shutil.rmtree(output, ignore_errors=True)  # unfinished output is of no use to anyone
             raise
@@ -220,9 +224,9 @@ def _make(
             inputs=used,
             version=__version__,
             host=platform.node(),
-            started=started,
-            seconds=time.monotonic() - clock,
-            metrics={**context.summary, "live": last_values(live), **notes},
+            started=attempt.first,
+            seconds=attempt.seconds,
+            metrics={**context.summary, "attempts": attempt.number, "live": last_values(live), **notes},
         )
 
 
@@ -242,7 +246,8 @@ def follow(
         output = work / "output"
         output.mkdir()
         live = Telemetry().stage(task.contract.name, task.shard)
-        run(config, _context(task, store, work, output, stopping, live), **folders, output=output)
+        context = _context(task, store, work, output, stopping, live, Attempt(time.time(), 1, 0.0))
+        run(config, context, **folders, output=output)
 
 
 @contextmanager
@@ -267,7 +272,13 @@ def hand_out(manifest: Manifest) -> None:
 
 
 def _context(
-    task: Task, store: Store, work: Path, output: Path, stopping: Callable[[], bool], live: StageTelemetry
+    task: Task,
+    store: Store,
+    work: Path,
+    output: Path,
+    stopping: Callable[[], bool],
+    live: StageTelemetry,
+    attempt: Attempt,
 ) -> Context:
     prefix = task.key.prefix
 
@@ -280,7 +291,8 @@ def _context(
         shard=task.shard,
         parts=Parts(store, f"{prefix}parts/"),
         checkpointer=checkpointer,
-        metrics=MetricsLog(output / "metrics.jsonl", live),
+        metrics=MetricsLog(output / "metrics.jsonl", live, attempt.activity),
+        attempt=attempt,
         stopping=stopping,
         scratch=work,
     )

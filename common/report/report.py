@@ -284,6 +284,8 @@ def _time_reading(worked: Sequence[Row], cuts: Sequence[Row]) -> str:
     hosts = len({e["host"] for e in worked})
     text = f"{clock(wall)} from first start to last end, on {hosts} host{'' if hosts == 1 else 's'}."
     text += " The time beside a stage is its work, summed over its pieces."
+    if any(e.get("attempts", 1) > 1 for e in worked):
+        text += " Pauses between attempts at a piece of work do not count."
     if cuts:
         pauses = ", ".join(clock(cut["seconds"]) for cut in cuts[:5])
         text += f" Dotted lines cut out pauses ({pauses}{', …' if len(cuts) > 5 else ''})."

@@ -83,7 +83,8 @@ class Manifest:
         digest: sha256 over names and hashes of all files that are not volatile: equal content, equal digest.
         volatile: patterns of files whose bytes may differ between equal runs.
         inputs: argument name → key and digest of each artifact that was read.
-        started: seconds since 1970; `seconds` is how long it took.
+        started: when its first attempt began, in seconds since 1970.
+        seconds: wall time of all attempts at it, without what lay between them.
     """
 
     schema: int

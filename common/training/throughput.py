@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,9 @@ class TrainBatch(Protocol):
 
 
 class Throughput:
-    """Counts what passed through the loop and how long the device waited for data.
+    """Counts what passed through the loop and how long the device waited for data, over all attempts of a training.
+
+    An interrupted training goes on counting from its checkpoint (`totals`, `restore`). Evaluation is not counted.
 
     Args:
         processes: how many train together. They do as much as this one, nearly: what passes through it counts for all.
@@ -37,7 +39,9 @@ class Throughput:
         self.device, self.live, self.processes = device, live, processes
         self.samples = 0
         self.audio = self.slots = self.waited = self.paused = 0.0
+        self.earlier = self.peak_memory = 0.0  # seconds and bytes of attempts before this one
         self.started = self._since = self._stepped = time.monotonic()
+        self._is_paused = False
         self._waited = 0.0  # within this step: shown when it ends, so that waiting is never more than the steps
         self._tokens = torch.zeros((), device=device)  # read with the rates, since that waits for the device
 
@@ -70,32 +74,64 @@ class Throughput:
 
     def pause(self) -> None:
         """Stops the clock (evaluation)."""
-        self._since = time.monotonic()
+        self._since, self._is_paused = time.monotonic(), True
         if self.live is not None:
             self.live.set(telemetry.EVALUATING, 1)
 
     def resume(self) -> None:
         """Starts it again."""
-        self._stepped = time.monotonic()
+        self._stepped, self._is_paused = time.monotonic(), False
         self.paused += self._stepped - self._since
         if self.live is not None:
             self.live.set(telemetry.EVALUATING, 0)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, this attempt's and those before it, without evaluations."""
+        paused = self.paused + (time.monotonic() - self._since if self._is_paused else 0.0)
+        return self.earlier + max(1e-9, time.monotonic() - self.started - paused)
+
+    def totals(self) -> dict[str, float]:
+        """What a checkpoint records, as JSON: the counts so far."""
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return {
+            "samples": self.samples,
+            "audio_seconds": self.audio,
+            "padded_audio_seconds": self.slots,
+            "data_wait_seconds": self.waited,
+            "training_seconds": self.seconds,
+            "peak_memory_bytes": max(self.peak_memory, float(memory)),
+        }
+
+    def restore(self, totals: Mapping[str, float]) -> None:
+        """Goes on from the counts of a checkpoint; what this process has counted by then (nothing yet) is dropped."""
+        self.samples, self.audio = int(totals["samples"]), totals["audio_seconds"]
+        self.slots, self.waited = totals["padded_audio_seconds"], totals["data_wait_seconds"]
+        self.earlier, self.peak_memory = totals["training_seconds"], totals["peak_memory_bytes"]
+
     def rates(self) -> dict[str, float]:
-        """The figures so far, per second of training."""
+        """The figures so far.
+
+        Returns:
+            samples, audio_seconds and training_seconds, totals over all attempts; samples_per_second and
+            audio_seconds_per_second, of training; padding_percent, of the encoder's work; data_wait_percent, of the
+            training time; peak_memory_bytes; processes.
+        """
         if self.live is not None:
             self.live.add(telemetry.TOKENS, float(self._tokens))
             self._tokens.zero_()
-        seconds = max(1e-9, time.monotonic() - self.started - self.paused)
+        totals = self.totals()
+        seconds = totals["training_seconds"]
         return {
+            "samples": float(self.samples),
+            "audio_seconds": self.audio,
+            "training_seconds": seconds,
             "samples_per_second": self.samples / seconds,
             "audio_seconds_per_second": self.audio / seconds,
             "padding_percent": 100 * (1 - self.audio / self.slots) if self.slots else 0.0,
             "processes": float(self.processes),
             "data_wait_percent": 100 * self.waited / seconds,
-            "peak_memory_bytes": float(
-                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-            ),
+            "peak_memory_bytes": totals["peak_memory_bytes"],
         }
 
 

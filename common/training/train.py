@@ -28,6 +28,7 @@ from common.errors import DataError, Preempted, RetryableError, UsageError
 from common.pipeline.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
+from common.training.backward import forward_backward
 from common.training.schedules import learning_rate_factor
 from common.training.state import (
     Evaluation,
@@ -81,9 +82,8 @@ class TrainResult:
         value: the WER or loss of the weights that are left in the model.
         parameters: how many were trained.
         averaged: how many evaluated weights the result is the mean of; 0 where the best alone was kept.
-        throughput: samples_per_second, audio_seconds_per_second, padding_percent, data_wait_percent,
-            peak_memory_bytes, of this process since its start (not of a run before a resume), and processes; samples
-            and audio are those of all processes.
+        throughput: `Throughput.rates`: totals and rates of all attempts, those before a resume included, and of all
+            processes. What an attempt did after its last checkpoint is done again and counts once.
     """
 
     steps: int
@@ -234,6 +234,7 @@ def train(
         state.pending = pending
         running += record["running"] if not rank else 0  # what is saved is that of rank 0
         put(extra, tensors, "extra.")
+        meter.restore(record["throughput"])
         if metrics:
             metrics.restore(record["rows"])
 
@@ -243,6 +244,7 @@ def train(
         tensors, record = snapshot(trained, optimizer, accelerator)
         tensors |= state.tensors() | {f"extra.{name}": value for name, value in extra.items()}
         record |= state.record() | {"running": running.item(), "rows": metrics.rows if metrics else []}
+        record["throughput"] = meter.totals()
         checkpointer.save(state.step, tensors, record, wait=wait)
 
     bar = progress(total, label, initial=state.step, unit="steps", hidden=options.quiet or rank > 0)
@@ -326,13 +328,16 @@ def train(
         improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed beside this one
         if state.evals_without_improvement >= options.patience:
             meter.resume()
+            save()
             break
         state.pending = start_evaluation(state.step, epoch)
         state.epochs_evaluated = epoch + 1
         if state.step >= total or not callable(state.pending.scores):
             improved |= finish_evaluation(state, options, metrics)
         meter.resume()
-        if ((epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best) or improved:
+        due = (epoch + 1) % options.save_every_n_epochs == 0 and not options.save_only_best
+        # The last one too: scoring, which follows, can then be interrupted without a loss of training.
+        if due or improved or state.step >= total or state.evals_without_improvement >= options.patience:
             save()
             saved_at = time.monotonic()
     bar.close()
@@ -375,38 +380,3 @@ def finish_evaluation(state: LoopState, options: TrainOptions, metrics: MetricsL
         return True
     state.evals_without_improvement += seen.full
     return False
-
-
-def forward_backward(
-    model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
-) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
-    total = torch.zeros((), device=accelerator.device)
-    logs: dict[str, Tensor] = {}
-    parts = [part for batch in micro for part in halves(batch, split)]
-    try:
-        for number, part in enumerate(parts):
-            with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
-                loss, values = model(part)
-                accelerator.backward(loss / weight * accelerator.num_processes)
-            total += loss.detach().float() / weight
-            logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
-    except torch.OutOfMemoryError:
-        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
-            raise RetryableError("out of memory on one of several processes; lower the batch size") from None
-        torch.cuda.empty_cache()
-        return total, logs, False
-    return total, logs, True
-
-
-def no_sync(model: nn.Module, wanted: bool) -> Any:
-    """Leaves out the gradient exchange of all but a step's last part."""
-    if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return torch.enable_grad()
-
-
-def halves(batch: TrainBatch, split: int) -> list[TrainBatch]:
-    """The batch in at most `split` parts of equal size."""
-    size = -(-len(batch) // split)
-    return [batch] if split == 1 else [batch.part(i, i + size) for i in range(0, len(batch), size)]

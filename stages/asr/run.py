@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +23,23 @@ from common.data.batches import BatchLoader, Example
 from common.data.corpus import Corpus, Utterance, stratified_subset
 from common.data.features import describe_context
 from common.data.tokens import TextCodec, load_codec
-from common.evaluation.score import by_etiology, decode_set, prediction_rows, score_set, summarise
+from common.errors import Preempted
+from common.evaluation.score import (
+    by_etiology,
+    decode_set,
+    prediction_rows,
+    rates_of,
+    score_set,
+    scored_rows,
+    summarise,
+)
 from common.evaluation.wer import cer, wer
 from common.model import adalora
 from common.model.bundle import save_recogniser
 from common.model.recogniser import Recogniser
 from common.model.routing import routing_report
 from common.model.whisper import load_whisper
+from common.pipeline.attempts import counted_bar
 from common.pipeline.stage import Context
 from common.training.speech import mean_loss
 from common.training.train import TrainResult, make_accelerator, train
@@ -113,17 +125,29 @@ def run(
     if options.compile:
         recogniser.compile_blocks()
     result = _train(joint)
+    with _training_is_saved():
+        _finish(joint, model, result, output)
+
+
+def _finish(
+    joint: Joint,
+    model: Path,
+    result: TrainResult,
+    output: Path,
+) -> None:
+    """Writes the trained model, then its error rates and the base model's."""
+    config, recogniser, accelerator, options = joint.config, joint.recogniser, joint.accelerator, joint.config.asr
     ranks = adalora.to_lora(recogniser.whisper) if options.adapt == "adalora" else {}  # from here on it is LoRA
     judged = judge_experts(joint) if recogniser.num_experts > 1 and options.mixture != "loss" else []
     if accelerator.is_main_process:
-        usual = float(np.percentile([u.duration for u in chosen["train"]], 95))
-        digest = base_digest(config, context.scratch)
-        info = describe(config, recogniser, digest, groups=groups, seconds=round(usual, 2))
+        usual = float(np.percentile([u.duration for u in joint.sets["train"].utterances], 95))
+        digest = base_digest(config, joint.context.scratch)
+        info = describe(config, recogniser, digest, groups=joint.router.groups, seconds=round(usual, 2))
         save_recogniser(recogniser, info, output)
         if ranks:
             _write_json(output / "ranks.json", ranks)
     base = Recogniser(load_whisper(model)).to(accelerator.device) if options.adapt == "full" else None
-    with context.metrics.live.marked(telemetry.EVALUATING):
+    with joint.context.metrics.live.marked(telemetry.EVALUATING):
         _evaluate(joint, base, result, judged, output)
 
 
@@ -228,24 +252,20 @@ def _evaluate(
     joint: Joint, base: Recogniser | None, result: TrainResult, judged: list[dict[str, Any]], output: Path
 ) -> None:
     config, context, test = joint.config, joint.context, joint.sets["test"]
-    recogniser, codec, accelerator, decoding = (
-        joint.recogniser,
-        joint.codec,
-        joint.accelerator,
-        decoding_options(config),
-    )
     routing, report = _routing(joint)
-    after = decode_set(recogniser, test.examples, test.loader, codec, decoding, accelerator)
+    started, language = time.monotonic(), config.model.text_language
+    after = _decode(joint, "scoring the trained model", joint.recogniser, test)
     # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
-    whole, base_model = joint.base_test, base or recogniser
-    before = decode_set(base_model, whole.examples, whole.loader, codec, decoding, accelerator, base=base is None)
-    if not accelerator.is_main_process:
+    base_model = base or joint.recogniser
+    before = _decode(joint, "scoring the base model", base_model, joint.base_test, base=base is None)
+    if not joint.accelerator.is_main_process:
         return
-    language = config.model.text_language
-    published = decoding.published
-    old, new = (score_set(test.utterances, texts, language, published=published) for texts in (before, after))
-    rows = prediction_rows(test.utterances, before, after, old, new, routing)
-    summary = summarise(test.utterances, old, new)
+    audio = 2 * sum(u.duration for u in test.utterances)
+    context.summary["scoring"] = {"audio_seconds": audio, "seconds": time.monotonic() - started}
+    score = partial(scored_rows, test.utterances, language=language, published=decoding_options(config).published)
+    old, new = score(before, {}), score(after, routing)
+    rates = {"before": rates_of(old), "after": rates_of(new)}
+    rows, summary = prediction_rows(old, new), summarise(**rates)
     in_train = {u.speaker for u in joint.sets["train"].utterances} - {""}
     summary["speakers_in_train"] = len({u.speaker for u in test.utterances} & in_train)
     summary["audio_context"] = {"before": describe_context("30s", 0), "after": describe_context(*audio_context(config))}
@@ -259,6 +279,7 @@ def _evaluate(
     }
     context.metrics.live.error_rates(summary, split="test")
     _write_json(output / "summary.json", summary)
+    _write_json(output / "rates.json", rates)
     _write_json(output / "report.json", report)
     _write_json(output / "throughput.json", result.throughput)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -268,7 +289,35 @@ def _evaluate(
 
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}
-    context.summary |= {"steps": result.steps, "throughput": result.throughput}
+    context.summary |= {"device": joint.accelerator.device.type, "steps": result.steps, "throughput": result.throughput}
+
+
+def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *, base: bool = False) -> dict[str, str]:
+    """id → text of every utterance of a set, with a progress bar of this name."""
+    hidden = joint.config.runtime.quiet or not joint.accelerator.is_main_process
+    bar = counted_bar(joint.context.attempt.activity, len(part.examples), name, unit="utterances", hidden=hidden)
+    with closing(bar):
+        return decode_set(
+            recogniser,
+            part.examples,
+            part.loader,
+            joint.codec,
+            decoding_options(joint.config),
+            joint.accelerator,
+            base=base,
+            bar=bar,
+            stopping=joint.context.stopping,
+        )
+
+
+@contextmanager
+def _training_is_saved() -> Iterator[None]:
+    """Says what is kept where the work after training is interrupted."""
+    try:
+        yield
+    except Preempted:
+        message = "asr: told to stop while scoring: training is saved; scoring will start again"
+        raise Preempted(message) from None
 
 
 def audio_context(config: Config) -> tuple[str, int]:

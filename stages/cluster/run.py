@@ -29,7 +29,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     """Writes assignments.jsonl, centroids.npy (K, D), report.json, projection.jsonl and the map."""
     utterances = training_subset(config, corpus, "embeddings")
     points_ND = read_tables(embeddings).rows([u.id for u in utterances])
-    context.metrics.progress(0, len(utterances))
+    context.metrics.progress(0, len(utterances), name="clustering", unit="utterances")
     wanted = config.num_experts or 1
     if len(utterances) < wanted:
         raise DataError(
@@ -54,7 +54,8 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot != "none":
         _draw(options.plot, found.reduced_NP, utterances, rows, config.seed, output)
-    context.metrics.progress(len(utterances), len(utterances))
+    context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")
+    context.summary["utterances"] = len(utterances)
     context.summary |= {name: report[name] for name in ("clusters", "clusters_wanted", "noise_share", "warning")}
 
 

@@ -86,7 +86,12 @@ def run(
         "best_value": result.value,
     }
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    context.summary |= {"utterances": len(train_set), "steps": result.steps, "throughput": result.throughput}
+    context.summary |= {
+        "device": accelerator.device.type,
+        "utterances": len(train_set),
+        "steps": result.steps,
+        "throughput": result.throughput,
+    }
 
 
 def _utterances(

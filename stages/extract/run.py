@@ -51,10 +51,14 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
             context.metrics.live.add(telemetry.SAMPLES, len(part))
             context.metrics.live.add(telemetry.AUDIO, sum(example.duration for example in part))
         bar.update(len(part))
-        context.metrics.progress(number * every + len(part), len(examples))
+        context.metrics.progress(number * every + len(part), len(examples), name="encoding", unit="utterances")
     bar.close()
     _write(output, parts, [done[part_name(every, number)] for number in range(len(parts))])
-    context.summary |= {"utterances": len(examples), "audio_seconds": sum(example.duration for example in examples)}
+    context.summary |= {
+        "device": accelerator.device.type,
+        "utterances": len(examples),
+        "audio_seconds": sum(example.duration for example in examples),
+    }
 
 
 def part_name(every: int, number: int) -> str:

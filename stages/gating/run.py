@@ -108,7 +108,7 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
     )
     report = _report(gate.cpu().eval(), embedding_ND[held_N], label_N[held_N]) | {"steps": result.steps}
     _write(gate, report, output, plots=config.runtime.plots)
-    context.summary |= {"accuracy": report["accuracy"], "steps": result.steps}
+    context.summary |= {"utterances": len(rows), "accuracy": report["accuracy"], "steps": result.steps}
 
 
 def split_held_out(label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from common.errors import DataError
+from common.progress import clock
 from tests.cli.test_evaluate import call
 from tests.cli.test_main import moe_asr
 
@@ -15,20 +16,23 @@ def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run,
         place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
         call("estimate", "--hours", hours, "--from", "micro", *place, "--json")
         found = json.loads(capsys.readouterr().out)
-        assert "micro" in found["basis"]
-        return found["stages"]["asr"]["gpu_hours"]
+        assert "micro" in found["basis"] and found["device"] == "cpu" and found["stages"]["scoring"]["hours"] > 0
+        return found["stages"]["asr"]["hours"]
 
     assert hours_of_asr(20) == pytest.approx(2 * hours_of_asr(10)) and hours_of_asr(10) > 0
 
 
 def test_the_price_is_of_all_gpu_hours(micro_run, micro_model, tones, capsys):
     place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
-    call("estimate", "--hours", 1000, "--from", "micro", *place, "--price", 2, "--gpus", 4)
+    words = ("estimate", "--hours", 1000, "--from", "micro", *place)
+    call(*words, "--json")
+    hours = json.loads(capsys.readouterr().out)["hours"]
+    call(*words, "--price", 2, "--gpus", 4)
     printed = capsys.readouterr().out
     total = float(re.search(r"^total +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", ""))
-    days, price = re.search(r"on 4 GPUs: ([\d.]+) days, ([\d,.]+) at 2 per GPU hour", printed).groups()
+    spent, price = re.search(r"on 4 CPUs: (.+), ([\d,.]+) at 2 per CPU hour", printed).groups()
     assert float(price.replace(",", "")) == pytest.approx(2 * total, abs=0.02)
-    assert float(days) == pytest.approx(total / 96, abs=0.01)
+    assert spent == clock(3600 * hours / 4)
 
 
 def test_the_batch_that_fits_grows_with_memory(micro_model, tones, tmp_path):

@@ -204,17 +204,24 @@ def test_a_run_compared_with_its_own_evaluation_differs_by_nothing(evaluated, mi
     facts = found["systems"][0]["facts"]
     assert facts["trained_parameters"] > 0 and facts["samples_per_second"] > 0 and facts["seconds"] > 0
     assert sum(facts["load"]) == pytest.approx(1) and facts["experts"] == 2
+    manifests = [json.loads(path.read_text()) for path in (micro_run[0] / "artifacts").glob("*/*/manifest.json")]
+    trained = [one["metrics"]["steps"] for one in manifests if one["stage"] in ("experts", "asr")]
+    assert len(trained) == 3 and facts["steps"] == sum(trained)  # two experts, each alone, and all together
 
 
 def test_the_base_beside_a_run_is_what_it_heard_before(base, micro_run, tmp_path, capsys):
     words = ("compare", "micro", "--store", micro_run[0])
-    call(*words, "--with-base", "--out", tmp_path / "out")
+    call(*words, "--with-base", "--json")
+    beside = json.loads(capsys.readouterr().out)
+    assert beside["reference"] == "micro"  # the base is added, and no more is changed
+    call(*words, "--with-base", "--reference", "base", "--out", tmp_path / "out")
     assert "page:" in capsys.readouterr().out
     own = json.loads((tmp_path / "out" / "comparison.json").read_text())
     call(*words, base, "--reference", "out", "--json")
     other = json.loads(capsys.readouterr().out)
     assert own["reference"] == "base" and own["systems"][0]["wer"] == pytest.approx(other["systems"][1]["wer"])
     assert own["systems"][1]["difference"]["wer"] == other["systems"][0]["difference"]["wer"]
+    assert beside["systems"][0]["difference"]["wer"]["delta"] == -own["systems"][1]["difference"]["wer"]["delta"]
     page = Page((tmp_path / "out" / "compare.html").read_text())
     assert {"result", "etiologies", "training", "setup"} <= {attrs.get("id") for _, attrs in page.elements}
 

@@ -154,7 +154,7 @@ def wait_for_checkpoints(lab: Lab, store: str, stage: str, name: str, count: int
 
     def saved(_: dict[str, Any]) -> bool:
         keys = [entry.key for entry in lab.store(store).list(f"artifacts/{stage}/")]
-        return len({key.split("/")[2] for key in keys if "/checkpoints/" in key}) == count
+        return len({key.split("/")[2] for key in keys if "/checkpoints/0" in key}) == count
 
     wait(name, until=saved)
 

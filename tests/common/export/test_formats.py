@@ -131,7 +131,7 @@ def test_each_adapter_loads_in_peft_and_is_that_expert(request, which, target, t
 def test_the_page_of_the_adapters_is_true(mixture, tmp_path, monkeypatch):
     _, out = exported(mixture, tmp_path, "peft")
     ours = opened(mixture, tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    first, _, second = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(out)
     names = {}
     exec(first, names)
@@ -140,6 +140,33 @@ def test_the_page_of_the_adapters_is_true(mixture, tmp_path, monkeypatch):
     exec(second, names)
     blended = probe(Recogniser(names["model"].get_base_model()), ours.codec, {})
     torch.testing.assert_close(blended, probe(ours.recogniser, ours.codec, {0: 0.7, 2: 0.3}), rtol=1e-4, atol=1e-3)
+
+
+def test_the_lines_from_audio_to_text_write_what_an_evaluation_writes(tiny_en, tmp_path, monkeypatch):
+    """On real weights: the page uses the tokenizer and the generation of transformers."""
+    from common.data.sources import open_corpus
+    from common.decoding.decode import Decoding
+    from common.evaluation.evaluate import decode_corpus
+    from tests.factories import micro_corpus
+
+    bundle = make_bundle(tmp_path / "bundle", tiny_en, experts=1, size=0.04)
+    model = opened(bundle, tmp_path)
+    corpus = open_corpus(str(micro_corpus(tmp_path / "tones", speakers=1, utterances=2)), tmp_path / "cache")
+    rows = decode_corpus(model, corpus, corpus.utterances, Decoding(batch_size=6, max_new_tokens=12))
+    out = tmp_path / "adapters"
+    out.mkdir()
+    export_model(model, "peft", out, routing={})
+    load, transcribe = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert "margin of 64 encoder positions" in (out / "README.md").read_text()
+    monkeypatch.chdir(out)
+    names = {}
+    exec(load, names)
+    exec(
+        transcribe.replace("max_new_tokens=224", "max_new_tokens=12").replace('print(transcribe("speech.wav"))', ""),
+        names,
+    )
+    found = [names["transcribe"](corpus.path(u)) for u in corpus.utterances]
+    assert found == [row["hypothesis"] for row in rows] and len(set(found)) > 1
 
 
 def test_an_adapter_of_one_half_names_that_half_only(micro_model, tmp_path):

@@ -17,8 +17,9 @@ from common.data.tokens import IGNORED, load_codec
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.evaluate import choose_utterances, decode_corpus
+from common.evaluation.score import rates_of
 from common.inference.load_model import find_model, open_model, route_batch, transcribe_batch
-from common.json_files import read_rows
+from common.json_files import read_object, read_rows
 from common.model.adapters import save_expert
 from common.model.bundle import load_recogniser, save_recogniser
 from common.model.mixture import add_mixture, mixture_layers
@@ -71,6 +72,7 @@ def test_a_run_hears_what_its_own_evaluation_heard(trained, tones, tmp_path):
     for mine, theirs in zip(rows, own, strict=True):
         assert {k: mine[k] for k in mine if k != "weights"} == {k: theirs[k] for k in mine if k != "weights"}
         assert mine["weights"] == pytest.approx(theirs["weights"], abs=1e-3)
+    assert rates_of(rows) == read_object(folder / "rates.json")["after"]
 
 
 def test_a_run_is_known_by_name_folder_artifact_and_model_folder(trained, tmp_path):

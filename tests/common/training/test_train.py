@@ -119,6 +119,30 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, 
     assert torch.equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("stop_at", [1, 13, 23])
+def test_an_interrupted_training_reports_the_samples_and_seconds_of_all_attempts(tmp_path, stop_at):
+    whole, _ = fit(Line())
+    with pytest.raises(Preempted):
+        fit(Line(), folder=tmp_path, stop_at=stop_at)
+    _, _, record = Checkpointer(open_store(tmp_path), "checkpoints/", scratch=tmp_path).latest()
+    earlier = record["throughput"]
+    assert earlier["samples"] == stop_at * 4 and earlier["training_seconds"] > 0
+    found, _ = fit(Line(), folder=tmp_path)
+    for name in ("samples", "audio_seconds", "padding_percent"):
+        assert found.throughput[name] == pytest.approx(whole.throughput[name]) != 0
+    assert found.throughput["training_seconds"] > earlier["training_seconds"]
+    assert found.throughput["samples_per_second"] == pytest.approx(96 / found.throughput["training_seconds"])
+
+
+@pytest.mark.parametrize("options", [{"epochs": 3, "save_every_n_epochs": 9}, {"patience": 1}], ids=["all", "early"])
+def test_a_finished_training_whose_scoring_is_interrupted_takes_no_step_again(tmp_path, options):
+    scores = {"loss": 1.0}
+    options = replace(OPTIONS, **options)
+    first, rows = fit(Line(), options, folder=tmp_path, scores=lambda model, full: scores)
+    again, repeated = fit(Line(), options, folder=tmp_path, scores=lambda model, full: pytest.fail("evaluated again"))
+    assert (again.steps, again.throughput["samples"], repeated) == (first.steps, first.throughput["samples"], rows)
+
+
 @pytest.mark.parametrize(("size", "accumulate"), [(4, 2), (2, 4), (1, 8)])
 def test_accumulation_gives_the_gradient_of_the_large_batch(size, accumulate):
     large, small = Line(dropout=0.0), Line(dropout=0.0)

@@ -1,0 +1,161 @@
+"""Attempts at one piece of work: how far the present one is, and how long it and those before it took.
+
+Each attempt keeps a small record beside the checkpoints of its stage, `checkpoints/attempt-<id>.json`. It is renewed
+every half minute and when the attempt ends, so that `moe-asr status` shows what a stage does now, and so that one that
+was interrupted reports the time of all its attempts. The records go when the stage is done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import MoeAsrError, RetryableError, StoreError
+from common.progress import Bar, progress
+from common.storage.artifacts import Key
+from common.storage.store import Store
+
+log = logging.getLogger(__name__)
+EVERY = 30.0  # seconds between two records of a running attempt
+FAR = 1e11  # seconds; what is beyond is no time of an attempt
+
+
+@dataclass
+class Activity:
+    """What a stage does now: `name` ("training", "scoring the trained model"), `done` of `total` units."""
+
+    name: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+    def begin(self, name: str, done: int, total: int, unit: str) -> None:
+        """Starts something else."""
+        self.name, self.done, self.total, self.unit = name, done, total, unit
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A progress bar that keeps an activity up to date."""
+
+    bar: Bar
+    activity: Activity
+
+    def update(self, n: float = 1, /) -> None:
+        """Counts further units."""
+        self.activity.done += int(n)
+        self.bar.update(n)
+
+    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
+        """Shows values beside the count."""
+        self.bar.set_postfix(refresh=refresh, **values)
+
+    def close(self) -> None:
+        """Ends it."""
+        self.bar.close()
+
+
+def counted_bar(activity: Activity, total: int, name: str, *, unit: str, hidden: bool) -> Counted:
+    """Begins an activity, with a progress bar of its name."""
+    activity.begin(name, 0, total, unit)
+    return Counted(progress(total, name, unit=unit, hidden=hidden), activity)
+
+
+@dataclass
+class Attempt:
+    """One try at a piece of work.
+
+    Attributes:
+        first: when the first attempt at it began, in seconds since 1970.
+        number: of this attempt, from 1.
+        earlier: seconds that the attempts before this one took.
+        activity: what it does now; the stage keeps it up to date.
+    """
+
+    first: float
+    number: int
+    earlier: float
+    started: float = field(default_factory=time.time)
+    clock: float = field(default_factory=time.monotonic)  # the time of day may be set meanwhile
+    activity: Activity = field(default_factory=Activity)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all attempts; what lay between them does not count."""
+        return self.earlier + time.monotonic() - self.clock
+
+    def record(self) -> dict[str, Any]:
+        """The attempt alone, as JSON."""
+        seconds = time.monotonic() - self.clock
+        own = {"started": self.started, "updated": time.time(), "seconds": seconds, "host": platform.node()}
+        return own | {name: getattr(self.activity, name) for name in ("name", "done", "total", "unit")}
+
+
+@contextmanager
+def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
+    """Records an attempt while the block runs, and how it ended."""
+    earlier = attempts_at(store, key)
+    seconds = sum(float(one["seconds"]) for one in earlier)
+    first = min((float(one["started"]) for one in earlier), default=time.time())
+    attempt = Attempt(first, len(earlier) + 1, seconds)
+    name = f"{_prefix(key)}{secrets.token_hex(6)}.json"
+    over = threading.Event()
+
+    def write() -> None:
+        try:
+            store.write(name, json.dumps(attempt.record()).encode())
+        except (MoeAsrError, OSError) as error:  # the work matters more than its record
+            log.debug("%s cannot be written: %s", name, error)
+
+    def renew() -> None:
+        while not over.wait(EVERY):
+            write()
+
+    thread = threading.Thread(target=renew, name="attempt", daemon=True)
+    thread.start()
+    try:
+        yield attempt
+    except BaseException as error:
+        over.set()
+        # Neither a store that fails nor a user who asks twice to end is kept waiting for a record.
+        if not isinstance(error, KeyboardInterrupt | StoreError | RetryableError):
+            thread.join()
+            write()
+        raise
+    over.set()
+    thread.join()
+
+
+def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
+    """The records of the attempts at a piece of work that is not done, oldest first; damaged ones are left out."""
+    found = []
+    for entry in store.list(_prefix(key)):
+        try:
+            record = json.loads(store.read(entry.key))
+            times = {name: float(record[name]) for name in ("started", "updated", "seconds")}
+            if not all(0 <= value < FAR for value in times.values()):
+                raise ValueError(f"{times} are no times")
+            found.append(record | times)
+        except (MoeAsrError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is left out: %s", entry.key, error)
+    return sorted(found, key=lambda one: one["started"])
+
+
+def describe_attempt(record: dict[str, Any], *, now: float) -> str:
+    """An attempt in a phrase: `scoring the trained model: 40 of 72 utterances`, with its age where it is silent."""
+    name, done, total, unit = (record.get(key, "") for key in ("name", "done", "total", "unit"))
+    text = f"{name}: {done} of {total} {unit}" if total else str(name or "started")
+    silent = now - record["updated"]
+    return text if silent < 3 * EVERY else f"stopped {silent / 60:.0f} min ago, {text}"
+
+
+def _prefix(key: Key) -> str:
+    return f"{key.prefix}checkpoints/attempt-"

@@ -1,0 +1,210 @@
+"""What is still to do, in numbers: utterances and steps of each stage, what is saved, and about how long it takes.
+
+Steps are an upper bound: early stopping may end a training sooner. Times come from finished work of the same stage on
+the same base model in the same store, in proportion to the speech (or, in cluster and gating, the utterances) that
+passes through; there is none where nothing was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from common.config import Config
+from common.data.corpus import Utterance
+from common.errors import MoeAsrError
+from common.pipeline.plan import Plan
+from common.progress import clock
+from common.sections import SpeechTrainConfig
+from common.storage.artifacts import MANIFEST, ROOT, Key, Manifest
+from common.storage.store import Store
+from stages.inputs import embedded_utterances, evaluation_subset, training_subset
+from stages.local_runner import Run
+
+READ = 20  # manifests of a stage at most, newest first, until one fits
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one stage or of one piece of it.
+
+    Attributes:
+        steps: optimiser steps at most; None in a stage that trains nothing.
+        amount: seconds of speech that pass through (utterances in cluster and gating).
+        scored: seconds of speech that are decoded at the end.
+        exact: whether `steps` is counted; else it is nearly so.
+    """
+
+    utterances: int
+    amount: float
+    steps: int | None = None
+    scored: float = 0.0
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a task that is not done.
+
+    Attributes:
+        saved: steps (extract: utterances) that a checkpoint holds.
+        seconds: that the rest will take; None where nothing was measured.
+        host: where that was measured.
+    """
+
+    work: Work
+    saved: int = 0
+    seconds: float | None = None
+    host: str = ""
+
+    def describe(self) -> str:
+        """In a phrase: `60 utterances, at most 36 steps, checkpoint at step 21 of 36, about 2 min 5 s (as on pc)`."""
+        parts = [f"{self.work.utterances:,} utterances"]
+        if self.work.steps is not None:
+            parts.append(f"{'at most' if self.work.exact else 'about'} {self.work.steps:,} steps")
+        if self.saved and self.work.steps is not None:
+            parts.append(f"checkpoint at step {self.saved:,} of {self.work.steps:,}")
+        elif self.saved:
+            parts.append(f"{self.saved:,} of them saved")
+        if self.seconds is not None:
+            parts.append(f"about {clock(self.seconds)} at the pace of {self.host}")
+        return ", ".join(parts)
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        own = {"utterances": self.work.utterances, "steps": self.work.steps, "saved": self.saved}
+        return own | {"expected_seconds": self.seconds}
+
+
+def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
+    """By label of the tasks that are not done, and by name of the stages whose pieces are not known yet."""
+    found: dict[str, Forecast] = {}
+    for stage, label, key, shards in _unfinished(plan):
+        work = stage_work(run, stage, label, shards)
+        saved = _saved(run, key) if key else 0
+        measured = _measured(run.store, stage, run.sources["model"])
+        seconds = _seconds(work, saved, measured) if measured else None
+        found[label] = Forecast(
+            work, min(saved, work.steps or work.utterances), seconds, measured.host if measured else ""
+        )
+    return found
+
+
+def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
+    """Stage, label, key and number of pieces of what is not done."""
+    stages = [one.task.contract.name for one in plan.planned]
+    for one in plan.planned:
+        if one.status != "done":
+            name = one.task.contract.name
+            yield name, one.task.label, one.task.key, stages.count(name)
+    for contract in plan.open_ended:
+        key = plan.groups.get(contract.output) if contract.fan_out is None else None
+        yield contract.name, contract.name, key, 1
+
+
+def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
+    """The work of a task; of experts, whose utterances the gate will choose, an even share of all."""
+    config, corpus = run.config, run.corpus
+    if stage == "extract":
+        size, number = config.extract.shard_size, int(label.partition("[")[2].rstrip("]") or 0)
+        part = embedded_utterances(config, corpus)[number * size : (number + 1) * size]
+        return Work(len(part), _seconds_of(part))
+    if stage in ("cluster", "gating"):
+        count = len(training_subset(config, corpus, "embeddings"))
+        gate, steps = config.gating, None
+        if stage == "gating":
+            steps = gate.epochs * ceil(ceil(count / gate.batch_size) / gate.gradient_accumulation_steps)
+            steps = min(steps, gate.max_steps or steps)
+        return Work(count, float(count), steps, exact=False)
+    if stage == "experts":
+        pool, experts = training_subset(config, corpus, "experts"), config.num_experts or 1
+        share = experts if shards > 1 else 1
+        steps, passed = _training(config, config.experts, pool, trainings=experts)
+        return Work(len(pool) // share, passed / share, steps // share, exact=False)
+    chosen, test = training_subset(config, corpus, "asr"), evaluation_subset(config, corpus, "test")
+    steps, passed = _training(config, config.asr, chosen)
+    return Work(len(chosen), passed, steps, 2 * _seconds_of(test), exact=config.asr.batch_seconds is None)
+
+
+def _training(
+    config: Config, section: SpeechTrainConfig, utterances: Sequence[Utterance], *, trainings: int = 1
+) -> tuple[int, float]:
+    """Steps, and seconds of speech, of all epochs or of as many steps as are allowed to each of several trainings."""
+    from common.data.batches import Example, epoch_batches
+    from common.data.features import context_positions
+    from stages.settings import augmentation
+
+    stretch, audio = augmentation(config).stretch, config.audio
+    examples = [
+        Example(
+            id=u.id,
+            path=Path(),
+            offset=0.0,
+            duration=u.duration,
+            positions=context_positions(u.duration * stretch, context=audio.context, margin=audio.margin),
+            inputs=(),
+            labels=(),
+            row=number,
+        )
+        for number, u in enumerate(utterances)
+    ]
+    batches = epoch_batches(examples, batch_size=section.batch_size, batch_seconds=section.batch_seconds)
+    every = section.epochs * ceil(len(batches) / section.gradient_accumulation_steps)
+    steps = min(every, trainings * (section.max_steps or every))
+    return steps, _seconds_of(utterances) * section.epochs * steps / max(1, every)
+
+
+def _seconds_of(utterances: Sequence[Utterance]) -> float:
+    return sum(u.duration for u in utterances)
+
+
+def _saved(run: Run, key: Key) -> int:
+    """The step of the newest checkpoint of an unfinished task, or the utterances in its finished parts."""
+    names = [entry.key[len(key.prefix) :].split("/") for entry in run.store.list(key.prefix)]
+    steps = [int(name[1][:9]) for name in names if name[0] == "checkpoints" and name[-1] == MANIFEST]
+    parts = sum(name[0] == "parts" for name in names)
+    return max(steps, default=parts * run.config.extract.checkpoint_every)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The pace of finished work: seconds per unit of `Work.amount`, seconds per second of scored speech, and where."""
+
+    per_amount: float
+    per_scored: float
+    host: str
+
+
+def _measured(store: Store, stage: str, model: str) -> Measured | None:
+    """The pace of the newest finished work of a stage on this base model."""
+    prefix = f"{ROOT}{stage}/"
+    entries = [e for e in store.list(prefix) if e.key.count("/") == 3 and e.key.endswith(f"/{MANIFEST}")]
+    for entry in sorted(entries, key=lambda entry: -entry.modified)[:READ]:
+        try:
+            manifest = Manifest.from_json(store.read(entry.key), entry.key)
+            if manifest.ingredients["inputs"].get("model", model) == model and (pace := _pace(manifest)):
+                return pace
+        except (MoeAsrError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            continue  # damaged, or of another version: it measures nothing
+    return None
+
+
+def _pace(manifest: Manifest) -> Measured | None:
+    """What a manifest measured; None where it does not say how much passed through."""
+    metrics = manifest.metrics
+    trained = metrics.get("throughput", {}).get("audio_seconds")
+    amount = float(trained or metrics.get("audio_seconds") or metrics.get("utterances") or 0)
+    scoring = metrics.get("scoring", {"seconds": 0.0, "audio_seconds": 1.0})
+    if amount <= 0:
+        return None
+    per_scored = scoring["seconds"] / (scoring["audio_seconds"] or 1.0)
+    return Measured((manifest.seconds - scoring["seconds"]) / amount, per_scored, manifest.host)
+
+
+def _seconds(work: Work, saved: int, pace: Measured) -> float:
+    """What the rest of the work will take at the measured pace."""
+    left = 1 - min(1.0, saved / max(1, work.steps or work.utterances))
+    return work.amount * left * pace.per_amount + work.scored * pace.per_scored
