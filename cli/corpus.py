@@ -40,8 +40,13 @@ def corpus() -> None:
 @click.option(
     "--held-out-minutes", type=float, help="Minutes of each of dev and test, for the benchmark.  [default: a tenth]"
 )
-@click.option("--seed", default=42, show_default=True, help="Of texts, voices and effects.")
-@click.option("--etiology", "etiologies", multiple=True, help="Only these stand-in etiologies; not of bench.")
+@click.option("--seed", default=42, show_default=True, help="Random seed for texts, voices and effects.")
+@click.option(
+    "--etiology",
+    "etiologies",
+    multiple=True,
+    help="Stand-in etiology to speak, repeatable. All by default. Not for the benchmark.",
+)
 def synth(
     out: Path,
     kind: str,
@@ -99,7 +104,7 @@ def opened(path: str, endpoint_url: str | None) -> Corpus:
     return open_corpus(path, cache_folder(), endpoint_url=endpoint_url, cache_bytes=RuntimeConfig().audio_cache_bytes)
 
 
-endpoint_option = click.option("--endpoint-url", help="Of an S3-compatible store.")
+endpoint_option = click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
 
 
 @corpus.command()
@@ -134,7 +139,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 
 @corpus.command()
 @click.argument("path")
-@click.option("--model", help="Also the WER of this base model, by etiology.")
+@click.option("--model", help="Base model whose word error rates by etiology are measured as well.")
 @language_option
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

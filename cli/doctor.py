@@ -17,7 +17,7 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
 @click.command()
-@click.option("--store", "store_url", help="Also try what runs rely on in this folder or s3://bucket/prefix.")
+@click.option("--store", "store_url", help="Store to check as well: a folder or s3://bucket/prefix.")
 @click.option("--endpoint-url", help="Address of an S3-compatible store.")
 @click.option("--only-store", is_flag=True, help="Check the store alone, not this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -78,9 +78,17 @@ def run_pace(config: Config, name: str) -> Pace:
 
 @click.command("fit-batch")
 @config_options
-@click.option("--tokens", type=click.IntRange(2, 448), default=128, show_default=True, help="Of each text.")
 @click.option(
-    "--memory", type=click.FloatRange(min=0, min_open=True), help="GiB to stay within; nine tenths by default."
+    "--tokens",
+    type=click.IntRange(2, 448),
+    default=128,
+    show_default=True,
+    help="Number of text tokens of each utterance.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Maximum memory in GiB. Nine tenths of the device's by default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) -> None:

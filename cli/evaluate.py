@@ -21,7 +21,11 @@ from common.storage import open_store
 @click.argument("model")
 @click.argument("corpus")
 @click.option(
-    "--split", type=click.Choice(("test", "dev", "train", "all")), default="test", show_default=True, help="Which part."
+    "--split",
+    type=click.Choice(("test", "dev", "train", "all")),
+    default="test",
+    show_default=True,
+    help="Split to evaluate.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write. [default: evaluations/MODEL-CORPUS-SPLIT]"
@@ -29,7 +33,8 @@ from common.storage import open_store
 @click.option("--overwrite", is_flag=True, help="Replace an evaluation that is in this folder.")
 @click.option("--samples", type=click.IntRange(1), help="A stratified part of the split.")
 @click.option("--long-audio", type=click.Choice(("error", "drop", "windows")), default="error", show_default=True,
-              help="Utterances over 30 s: refuse, leave out (counted), or hear as `transcribe` does.")  # fmt: skip
+              help="Treatment of utterances over 30 s: refuse, leave out (counted), or transcribe in "
+              "windows.")  # fmt: skip
 @with_store
 @with_options(opening_options)
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
@@ -129,7 +134,13 @@ def _slug(text: str) -> str:
 @click.option("--reference", help="System that the others are compared with. [default: the first run or group]")
 @click.option("--with-base", is_flag=True, help="Add the base model, as the first run measured it.")
 @click.option("--common", "shared_only", is_flag=True, help="Compare on the utterances that all were tested on.")
-@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(100), help="Draws of speakers.")
+@click.option(
+    "--resamples",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(100),
+    help="Number of bootstrap draws of speakers.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
 @click.option("--overwrite", is_flag=True, help="Replace a comparison that is in this folder.")
 @with_store

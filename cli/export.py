@@ -16,7 +16,7 @@ from common.storage import open_store
 FORMATS = ("peft", "merged", "ctranslate2", "vllm")
 
 out_options = (
-    click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make."),
+    click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write."),
     click.option("--overwrite", is_flag=True, help="Replace what this command made there before."),
 )
 
@@ -37,12 +37,14 @@ def numbers(text: str | None, option: str) -> list[float] | None:
 
 @click.command()
 @click.argument("model")
-@click.option("--to", "target", type=click.Choice(FORMATS), required=True, help="Whose format.")
-@click.option("--expert", type=int, help="Of a mixture, merge this expert.")
-@click.option("--weights", help="Of a mixture, merge all experts with these weights, as 0.7,0.3.")
-@click.option("--routing", type=click.Choice(("mean",)), help="The same with their mean weights on the test set.")
+@click.option("--to", "target", type=click.Choice(FORMATS), required=True, help="Format to write.")
+@click.option("--expert", type=int, help="Routed expert of a mixture to merge.")
+@click.option("--weights", help="Weights with which all routed experts of a mixture are merged, as 0.7,0.3.")
+@click.option(
+    "--routing", type=click.Choice(("mean",)), help="Merge all routed experts with their mean weights on the test set."
+)
 @base_option
-@click.option("--quantization", help="Of CTranslate2: int8, float16, int8_float16 …")
+@click.option("--quantization", help="Quantization of CTranslate2: int8, float16, int8_float16 …")
 @with_options(out_options)
 @with_store
 def export(
@@ -98,8 +100,8 @@ def export(
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--weights", help="One of each model, as 0.7,0.3; equal ones by default.")
-@click.option("--rank", type=click.IntRange(min=1), help="Of the result; without it, the exact sum of all ranks.")
+@click.option("--weights", help="Weight of each model, as 0.7,0.3. Equal by default.")
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the result. By default the exact sum of all ranks.")
 @with_options(out_options)
 @with_store
 def merge(

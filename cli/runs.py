@@ -55,7 +55,7 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
 
 @click.command()
 @config_options
-@click.option("--verify", "deep", is_flag=True, help="Also re-hash every file.")
+@click.option("--verify", "deep", is_flag=True, help="Hash every file again.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(deep: bool, as_json: bool, **options: Any) -> None:
     """Says for each stage and shard: done, to do or to do again, and why.
@@ -213,8 +213,13 @@ def logs(
 
 @click.command()
 @with_store
-@click.option("--delete", is_flag=True, help="Really delete; without it, only say what would go.")
-@click.option("--older-than", default=24.0, show_default=True, help="Hours that an unfinished attempt may be idle.")
+@click.option("--delete", is_flag=True, help="Delete. Without it, print what would be deleted.")
+@click.option(
+    "--older-than",
+    default=24.0,
+    show_default=True,
+    help="Hours that an unfinished attempt may be idle before it is garbage.",
+)
 def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float) -> None:
     """Finds what no manifest refers to: attempts that lost, checkpoints of finished stages.
 
@@ -238,7 +243,9 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
 @click.argument("what", type=click.Choice(("clusters", "gating", "experts", "asr")))
 @click.argument("run")
 @with_store
-@click.option("--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True, help="Folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True, help="Folder to write."
+)
 def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Path) -> None:
     """Draws the metrics of a run's stage alone.
 

@@ -23,8 +23,10 @@ DEFAULT_NAME = "segmented.jsonl"
 @click.command()
 @click.argument("source")
 @click.argument("dest", required=False)
-@click.option("--model", "model_name", required=True, help="Whisper that hears the words: folder, run or hub name.")
-@click.option("--store", "store_url", default="runs", show_default=True, help="Where runs are looked up.")
+@click.option(
+    "--model", "model_name", required=True, help="Whisper model that finds the words: folder, run or hub name."
+)
+@click.option("--store", "store_url", default="runs", show_default=True, help="Store in which runs are looked up.")
 @base_option
 @language_option
 @device_option

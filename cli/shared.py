@@ -20,13 +20,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 store_options = (
     click.option("--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix."),
-    click.option("--endpoint-url", help="Of an S3-compatible store."),
+    click.option("--endpoint-url", help="Endpoint of an S3-compatible store."),
 )
-base_option = click.option("--base", help="Base weights, where they are not where the model says.")
+base_option = click.option("--base", help="Base weights, where they are not at the place that the model records.")
 language_option = click.option(
-    "--language", default="en", show_default=True, help="Of a multilingual model that does not know its own."
+    "--language", default="en", show_default=True, help="Language of a multilingual model that does not record its own."
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 opening_options = (
     base_option,
     language_option,
@@ -35,17 +35,17 @@ opening_options = (
         type=click.Choice(("transcribe", "translate")),
         default="transcribe",
         show_default=True,
-        help="Or into English.",
+        help="Transcribe, or translate into English.",
     ),
     click.option(
         "--set",
         "settings",
         multiple=True,
         metavar="SECTION.KEY=VALUE",
-        help="Of decode, audio and runtime, precision and seed; as in `moe-asr run`.",
+        help="Setting of decode, audio, runtime, precision or seed, as in `moe-asr run`.",
     ),
     device_option,
-    click.option("--quiet", is_flag=True, help="No progress bar."),
+    click.option("--quiet", is_flag=True, help="Show no progress bar."),
 )
 
 

@@ -14,7 +14,9 @@ from common.console import echo
 from common.errors import DataError, MoeAsrError, UsageError
 from common.options import config_from, config_options
 
-namespace_option = click.option("--namespace", "-n", help="Of the workflow; the kubectl context's by default.")
+namespace_option = click.option(
+    "--namespace", "-n", help="Namespace of the workflow. The kubectl context's by default."
+)
 
 
 @click.command()

@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@click.option("--regimes", default="moe,regular,dense,full", show_default=True, help="Names, with commas between.")
-@click.option("--seeds", default="", help="Numbers, with commas between.  [default: --seed]")
-@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Optimiser steps of every run in all.")
+@click.option(
+    "--regimes", default="moe,regular,dense,full", show_default=True, help="Names of regimes, separated by commas."
+)
+@click.option("--seeds", default="", help="Seeds, separated by commas.  [default: --seed]")
+@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Optimizer steps of every run in all.")
 @click.option(
     "--pretrain-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.5,
     show_default=True,
-    help="Of these steps, for the experts before joint training.",
+    help="Share of the steps that pre-trains experts before joint training.",
 )
-@click.option(
-    "--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="A setting of one regime alone."
-)
+@click.option("--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="Setting of one regime alone.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
-@click.option("--dry-run", is_flag=True, help="Only say which runs there would be.")
+@click.option("--dry-run", is_flag=True, help="Print the runs without running them.")
 def sweep(
     regimes: str,
     seeds: str,

@@ -47,7 +47,7 @@ def stage_command(contract: Contract) -> click.Command:
     """The command of one stage: options of its section, and all those of `moe-asr run`."""
     own = own_options(contract)
 
-    @click.option("--shard", type=int, help="Which piece of a stage that fans out; all pieces when left out.")
+    @click.option("--shard", type=int, help="Shard of a stage that fans out. All shards by default.")
     @config_options
     def command(shard: int | None, **options: Any) -> None:
         given = {path: options.pop(_name(flag)) for flag, path in own.items()}
@@ -150,7 +150,7 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
 
 
 @stages.command("plan")
-@click.option("--stage", default="", help="Only this one's pieces; without it, the first plan of a workflow.")
+@click.option("--stage", default="", help="Stage whose shards are planned. Without it, the first plan of a workflow.")
 def plan_command(stage: str) -> None:
     """A workflow's plan: which pieces its stages have and under which keys (configured by variables)."""
     set_up_logging()

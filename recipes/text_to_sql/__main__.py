@@ -22,7 +22,7 @@ ANSWERING = (
     "sql_timeout",
     "device",
 )
-split = click.option("--split", default="test", show_default=True, help="Which questions.")
+split = click.option("--split", default="test", show_default=True, help="Split of the questions.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -37,7 +37,7 @@ def cli() -> None:
 @click.option("--dev", default=466, show_default=True, help="Pairs to select by.")
 @click.option("--test", default=448, show_default=True, help="Pairs to report on.")
 @click.option("--flights", default=6000, show_default=True, help="Flights in the database.")
-@click.option("--seed", default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", default=0, show_default=True, help="Random seed.")
 def demo(folder: Path, **counts: int) -> None:
     """Writes a flights-like database and questions with their queries, from a committed grammar."""
     from recipes.text_to_sql.flights import write_demo

@@ -23,22 +23,24 @@ class Settings:
     """One training."""
 
     data: Annotated[Path, "Folder with train, dev and test .nl and .sql beside an SQLite database."]
-    database: Annotated[Path | None, "The database, where it is not the only one in --data."] = None
-    output: Annotated[Path, "Folder of all experiments."] = Path("runs/text_to_sql")
-    experiment_name: Annotated[str, "Folder of this one; started again, it goes on where it ended."] = "t5"
+    database: Annotated[Path | None, "Database file. Needed where --data holds several."] = None
+    output: Annotated[Path, "Folder for all experiments."] = Path("runs/text_to_sql")
+    experiment_name: Annotated[str, "Folder of this experiment. An interrupted one goes on."] = "t5"
     model: Annotated[str, "T5 to fine-tune: hub name or folder."] = "google-t5/t5-small"
     finetune: Annotated[bool, "Fine-tune --model, or train a small new T5."] = True
-    width: Annotated[int, "Of a new T5, a multiple of 32."] = 128
-    layers: Annotated[int, "Of a new T5, on each side."] = 2
-    learning_rate: Annotated[float, "After the warm-up."] = 5e-4
-    weight_decay: Annotated[float, "Of AdamW."] = 0.0
+    width: Annotated[int, "Width of a new T5, a multiple of 32."] = 128
+    layers: Annotated[int, "Number of layers of a new T5, on each side."] = 2
+    learning_rate: Annotated[float, "Learning rate after the warm-up."] = 5e-4
+    weight_decay: Annotated[float, "Weight decay of AdamW."] = 0.0
     batch_size: Annotated[int, "Pairs per step."] = 16
     eval_batch_size: Annotated[int, "Questions that are answered at once."] = 64
-    max_n_epochs: Annotated[int, "At most so many epochs."] = 20
-    patience_epochs: Annotated[int, "Stop after so many full evaluations without a better one."] = 3
+    max_n_epochs: Annotated[int, "Maximum number of epochs."] = 20
+    patience_epochs: Annotated[int, "Full evaluations without improvement before training stops."] = 3
     num_warmup_epochs: Annotated[int, "Epochs of linear warm-up."] = 0
-    scheduler_type: Annotated[Literal["cosine", "linear", "none"], "Of the rate after the warm-up."] = "cosine"
-    eval_every_n_epochs: Annotated[int, "Compute records so often; the epochs between look at the loss only."] = 1
+    scheduler_type: Annotated[
+        Literal["cosine", "linear", "none"], "Schedule of the learning rate after the warm-up."
+    ] = "cosine"
+    eval_every_n_epochs: Annotated[int, "Epochs between two evaluations by records."] = 1
     skip_record_computation: Annotated[bool, "Never compute records: select and stop by dev loss."] = False
     async_eval: Annotated[bool, "Compute records while the next epoch trains; the result is the same."] = False
     save_only_best: Annotated[bool, "Write a checkpoint only after an epoch that is the best so far."] = False
@@ -48,8 +50,8 @@ class Settings:
     bf16: Annotated[bool, "Train in bf16 (default: by device)."] = False
     fp16: Annotated[bool, "Train in fp16 with a loss scaler."] = False
     compile: Annotated[bool, "Compile the model; pays on a GPU."] = False
-    seed: Annotated[int, "Of everything random."] = 0
-    device: Annotated[str, "auto, cpu or cuda."] = "auto"
+    seed: Annotated[int, "Random seed."] = 0
+    device: Annotated[str, "Device: auto, cpu or cuda."] = "auto"
 
     @property
     def folder(self) -> Path:
