@@ -25,7 +25,8 @@ from common.errors import DataError
 Samples = npt.NDArray[np.float32]
 AudioSource = str | Path | bytes | BinaryIO
 
-BLOCK = 65536  # frames that are decoded at once
+BLOCK = 65536  # samples of all channels that are decoded at once
+RATES = (1_000, 1_000_000)  # Hz: a header that says less or more is damaged
 LONGEST_HOURS = 24  # of audio in one file; longer ones are refused
 PREROLL = 10.0  # s before a stretch at which PyAV begins: by then every codec has forgotten where it started
 SEEK_ERROR = 60.0  # s: a seek that lands farther away than this landed by wrong timestamps
@@ -109,6 +110,10 @@ def open_audio(
 
             blocks = _sound_blocks(sound, offset, duration, damage, resume)
             stream = AudioStream(sound.samplerate, sound.channels, sound.frames, blocks, damage)
+        if not RATES[0] <= stream.rate <= RATES[1]:
+            raise DataError(
+                f"{label} names {stream.rate:,} samples a second: it is damaged or no audio file"
+            )
         stream.blocks = _limited(stream.blocks, stream.rate, label)
         yield stream
 
@@ -198,7 +203,8 @@ def _sound_blocks(
     try:
         if place < end:
             sound.seek(place)
-        while place < end and len(block_NC := sound.read(min(BLOCK, end - place), dtype="float32", always_2d=True)):
+        most = max(1, BLOCK // sound.channels)
+        while place < end and len(block_NC := sound.read(min(most, end - place), dtype="float32", always_2d=True)):
             place += len(block_NC)
             yield block_NC
     except soundfile.LibsndfileError:

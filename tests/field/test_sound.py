@@ -10,7 +10,7 @@ import pytest
 
 from common.data.audio import audio_info, read_audio
 from common.errors import DataError
-from tests.field.audio_files import RATE, av_file, sound_file, tone, with_total_samples
+from tests.field.audio_files import RATE, av_file, sound_file, tone, with_bytes, with_total_samples
 from tests.field.test_lengths import kinds
 
 
@@ -57,6 +57,14 @@ def test_what_is_silent_to_training_is_found(tmp_path, samples):
     """Kind: the file's peak is not what the encoder gets."""
     found = kinds(tmp_path, sound_file(samples.astype(np.float32), "WAV", "FLOAT"))
     assert found[:1] == ["silent-audio"] or (found == ["out-of-range"] and samples[-1] > 1)
+
+
+@pytest.mark.parametrize("rate", [1, 533_373_312])
+def test_a_rate_that_no_recorder_has_is_refused(rate):
+    """Kind: a damaged header; resampling from such a rate takes seconds, or makes a day of one second."""
+    content = with_bytes(sound_file(tone(1)), 24, rate.to_bytes(4, "little"))
+    with pytest.raises(DataError, match="samples a second"):
+        read_audio(content)
 
 
 MEASURE = """
