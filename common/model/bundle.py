@@ -89,13 +89,14 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         sizes = json.loads((folder / "gate.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "gate.safetensors")
         dim, hidden, experts = sizes["dim"], sizes["hidden"], sizes["num_experts"]
-        if [(hidden, dim), (experts, hidden)] != [tuple(tensors[f"net.{n}.weight"].shape) for n in (0, 3)]:
+        shapes = [tuple(tensors[name].shape) for name in ("net.0.weight", "net.3.weight", "whiten_DD")]
+        if shapes != [(hidden, dim), (experts, hidden), (dim, dim)]:
             raise ValueError("gate.json and gate.safetensors differ in the gate's sizes")
-        check_weights(tensors, "gate.safetensors")
+        check_weights({name: value for name, value in tensors.items() if name != "limit"}, "gate.safetensors")
         gate = Gate(dim, hidden, experts, dropout)
         gate.load_state_dict(tensors)
-        if not (gate.std_D > 0).all():
-            raise ValueError("a standard deviation in std_D is not above 0")
+        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that nobody set is infinite
+            raise ValueError("a standard deviation in std_D, or limit, is not above 0")
         return gate
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
         # A missing key or tensor alone would say no more than its name.

@@ -19,7 +19,7 @@ SECONDS = 0.4
 TENS = "'aaaaaaaaaa'"
 LONG = f"replace(replace(replace(replace({TENS},'a',{TENS}),'a',{TENS}),'a',{TENS}),'a',{TENS})"  # 100,000 letters
 LONGER = f"({'||'.join([LONG] * 9)})"  # 900,000 letters
-ONE_STEP = f"SELECT instr({LONGER}, {LONG} || {LONG} || {LONG} || 'b')"  # one opcode of some minutes
+ONE_STEP = f"SELECT instr({LONGER}, {LONG} || {LONG} || {LONG} || 'b')"  # one opcode of many seconds
 SLOW = [
     ONE_STEP,
     f"SELECT instr({LONGER}, {LONG} || 'b'), x FROM t",
@@ -168,7 +168,9 @@ def test_a_process_that_dies_is_an_error_of_its_query_alone(table):
 @pytest.mark.parametrize("signals", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ctrl_c_ends_a_query_at_once_and_no_process_is_left(table, tmp_path, signals):
     code = f"""
+import signal
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from recipes.text_to_sql.sql import Limits, run_queries
 print("begun", flush=True)
 run_queries(Path({str(table)!r}), [{ONE_STEP!r}, "SELECT 1"], threads=2, limits=Limits(seconds=60))
