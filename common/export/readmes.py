@@ -9,6 +9,10 @@ from typing import Any
 from common.data.features import BUCKETS, MAX_POSITIONS
 from common.markdown import escape, one_line, shell_word
 
+WHOSE_ONE = "The texts are those of the run's own score (greedy, in fp32)."
+WHOSE_MANY = (
+    "The texts are those of the adapter that is set; the run's own score chose experts for each utterance (below)."
+)
 MAX_NEW_TOKENS = 224  # of a text, as decoding has it by default
 
 CHOICE = """
@@ -47,7 +51,7 @@ model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")
 ## From audio to text
 
 The adapters were trained and scored with `context: {context}`{margin_text}. So the encoder runs at that
-length here too{instead}, and the texts are those of the run's own score (greedy, in fp32).
+length here too{instead}. {whose}
 
 ```python
 import soundfile
@@ -146,6 +150,7 @@ def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
         "lengths": BUCKETS if dynamic else (MAX_POSITIONS,),
         "margin_text": f" and a margin of {table['audio']['margin']} encoder positions" if dynamic else "",
         "instead": ", in place of Whisper's 30 s" if dynamic else "",
+        "whose": WHOSE_ONE if len(table["adapters"]) == 1 else WHOSE_MANY,
         "generate": wanted if table["multilingual"] else "",
         "max_new_tokens": MAX_NEW_TOKENS,
     }
