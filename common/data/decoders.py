@@ -111,9 +111,7 @@ def open_audio(
             blocks = _sound_blocks(sound, offset, duration, damage, resume)
             stream = AudioStream(sound.samplerate, sound.channels, sound.frames, blocks, damage)
         if not RATES[0] <= stream.rate <= RATES[1]:
-            raise DataError(
-                f"{label} names {stream.rate:,} samples a second: it is damaged or no audio file"
-            )
+            raise DataError(f"{label} names {stream.rate:,} samples a second: it is damaged or no audio file")
         stream.blocks = _limited(stream.blocks, stream.rate, label)
         yield stream
 
