@@ -63,7 +63,7 @@ def installation(words: Sequence[str]) -> Installation | None:
 def main() -> None:
     """Writes the workflow template and the table of its parameters, or prints a template for one cluster."""
     if place := installation(sys.argv[1:]):
-        print(to_text(place), end="")
+        sys.stdout.write(to_text(place))
         return
     FILE.write_text(to_text(), encoding="utf-8")
     DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8")), encoding="utf-8")

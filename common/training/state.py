@@ -169,7 +169,8 @@ def check_checkpoint(
         names = ("best_value", "best_step", "evals_without_improvement", "epochs_evaluated", "running", "split")
         numbers = [record[name] for name in names] + [number for kept in record["kept"] for number in kept]
         usable = all(isinstance(number, int | float) for number in numbers) and 0 <= record["split"] < 32
-        usable = usable and isinstance(record["rows"], list) and "scaler" in record
+        usable = usable and isinstance(record["rows"], list) and isinstance(record["throughput"], dict)
+        usable = usable and "scaler" in record
     except (KeyError, TypeError):
         usable = False
     if not usable:

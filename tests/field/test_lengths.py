@@ -37,10 +37,10 @@ def seconds(content: bytes) -> float:
 
 
 def kinds(folder, content: bytes, duration: float = 4.0, **changes) -> list[str]:
-    """What audit finds in a corpus of one file."""
+    """What audit finds in a corpus of one file, which names no speaker."""
     (folder / "a").write_bytes(content)
     write_index(folder, [Utterance("a", "a", duration, "some text", **changes)])
-    return [finding.kind for finding in audit(read_corpus(folder), threads=1)]
+    return [finding.kind for finding in audit(read_corpus(folder), threads=1) if finding.kind != "no-speakers"]
 
 
 def test_mp3_without_a_xing_header():
