@@ -53,7 +53,7 @@ SUBSTITUTIONS = {
 # Lines of these pages that are parsed, not run: a bucket, a cluster, several processes, minutes.
 PARSED = (
     r"s3://|--cluster|--kind bench|^moe-asr submit|fit-batch|--processes|--metrics-port"
-    r"|^moe-asr (estimate|gc|sweep|merge)"
+    r"|^moe-asr (estimate|gc|sweep|merge)|--config mine"
 )
 SHORT = (
     "seed: 1\nnum_experts: 2\n"

@@ -76,7 +76,7 @@ def make_store_secret() -> None:
 
 def small_values(lab: Lab) -> dict[str, Any]:
     """A regular mixture of two experts, which needs the fewest pods, in the resources of a test machine."""
-    config = lab.tree(asr__pretrained=False)
+    config = lab.tree(asr__pretrain="none")
     return {
         "images": {"registry": lab.registry, "tag": lab.tag},
         "store": {

@@ -24,7 +24,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def config_file(folder: Path, model, corpus, **changes) -> tuple[Path, Run]:
     """A regular mixture (random gate and experts), and its extraction done: asr alone is left."""
     config = micro_config(
-        folder / "store", model, corpus, asr__pretrained=False, subsets__embeddings_percent=100, **changes
+        folder / "store", model, corpus, asr__pretrain="none", subsets__embeddings_percent=100, **changes
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
