@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.errors import DataError
 from common.tensors import check_names
+from common.training.throughput import TOTALS
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,8 @@ def check_checkpoint(
         weights += [f"kept{number}." for number in range(len(record["kept"]))]
         weights += ["pending."] * (record["pending"] not in (None, step))
         names = ("best_value", "best_step", "evals_without_improvement", "epochs_evaluated", "running", "split")
-        numbers = [record[name] for name in names] + [number for kept in record["kept"] for number in kept]
+        numbers = [record[name] for name in names] + [record["throughput"][name] for name in TOTALS]
+        numbers += [number for kept in record["kept"] for number in kept]
         usable = all(isinstance(number, int | float) for number in numbers) and 0 <= record["split"] < 32
         usable = usable and isinstance(record["rows"], list) and isinstance(record["throughput"], dict)
         usable = usable and "scaler" in record

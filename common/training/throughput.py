@@ -26,6 +26,17 @@ class TrainBatch(Protocol):
     def part(self, start: int, stop: int) -> Any: ...  # its own type
 
 
+# What `Throughput.totals` counts.
+TOTALS = (
+    "samples",
+    "audio_seconds",
+    "padded_audio_seconds",
+    "data_wait_seconds",
+    "training_seconds",
+    "peak_memory_bytes",
+)
+
+
 class Throughput:
     """Counts what passed through the loop and how long the device waited for data, over all attempts of a training.
 
@@ -94,14 +105,9 @@ class Throughput:
     def totals(self) -> dict[str, float]:
         """What a checkpoint records, as JSON: the counts so far."""
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        return {
-            "samples": self.samples,
-            "audio_seconds": self.audio,
-            "padded_audio_seconds": self.slots,
-            "data_wait_seconds": self.waited,
-            "training_seconds": self.seconds,
-            "peak_memory_bytes": max(self.peak_memory, float(memory)),
-        }
+        peak = max(self.peak_memory, float(memory))
+        counts = (self.samples, self.audio, self.slots, self.waited, self.seconds, peak)
+        return dict(zip(TOTALS, counts, strict=True))
 
     def restore(self, totals: Mapping[str, float]) -> None:
         """Goes on from the counts of a checkpoint; what this process has counted by then (nothing yet) is dropped."""

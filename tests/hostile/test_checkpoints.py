@@ -38,6 +38,8 @@ def changed(tensors, state):
     for name in ("best_step", "epochs_evaluated", "split", "kept", "rows", "best_value"):
         yield tensors, state | {name: "many"}
     yield tensors, state | {"split": 10**9}
+    yield tensors, state | {"throughput": {}}
+    yield tensors, state | {"throughput": [1, 2]}
     yield tensors, state | {"kept": [[1, 0.5]]}
     yield tensors, {}
 
