@@ -55,7 +55,8 @@ class Gate(nn.Module):
         """Takes the groups' means, and the covariance within them, from embeddings and their groups."""
         scaled_ND = self.standardise(embeddings_ND)
         for expert in range(self.num_experts):
-            self.center_ED[expert] = scaled_ND[label_N == expert].mean(0)
+            if (members_N := label_N == expert).any():
+                self.center_ED[expert] = scaled_ND[members_N].mean(0)
         inner_ND = (scaled_ND - self.center_ED[label_N]).double()
         covariance_DD = inner_ND.t() @ inner_ND / len(inner_ND)
         typical = covariance_DD.diagonal().mean().clamp_min(1e-6)
