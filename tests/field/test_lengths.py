@@ -39,7 +39,7 @@ def seconds(content: bytes) -> float:
 def kinds(folder, content: bytes, duration: float = 4.0, **changes) -> list[str]:
     """What audit finds in a corpus of one file."""
     (folder / "a").write_bytes(content)
-    write_index(folder, [Utterance("a", "a", duration, "some text", **changes)])
+    write_index(folder, [Utterance("a", "a", duration, "some text", speaker="s", **changes)])
     return [finding.kind for finding in audit(read_corpus(folder), threads=1)]
 
 
