@@ -91,7 +91,7 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
         if not u.text.strip():
             yield Finding("empty-text", u.id, "there is nothing to learn from an empty text", "error")
         if is_too_long(u.duration):
-            yield Finding("too-long", u.id, f"{u.duration:.2f} s; Whisper hears {MAX_SECONDS:g} s", "error")
+            yield Finding("too-long", u.id, f"{u.duration:,.6g} s; Whisper hears {MAX_SECONDS:g} s", "error")
         if token_count is not None and (tokens := token_count(u.text)) > MAX_TOKENS:
             yield Finding("too-many-tokens", u.id, f"{tokens} tokens; the decoder takes {MAX_TOKENS}", "error")
         if u.duration > 0 and len(u.text) / u.duration > MAX_CHARACTERS_PER_SECOND:
@@ -184,7 +184,7 @@ def _length_findings(source: bytes | Path, levels: Levels, u: Utterance, *, whol
     missing = u.duration - levels.seconds
     if abs(missing) > DURATION_TOLERANCE:
         start = f" from {u.offset:g} s on" if u.offset else ""
-        detail = f"the index says {u.duration:.2f} s{start}, {u.audio_filepath} holds {levels.seconds:.2f} s"
+        detail = f"the index says {u.duration:.6g} s{start}, {u.audio_filepath} holds {levels.seconds:.2f} s"
         kind, severity = ("past-the-end", ERROR) if missing > 0 else ("duration-differs", WARNING)
         yield Finding(kind, u.id, detail, severity)
     if whole and (fault := header_fault(source, u.audio_filepath, levels.seconds)):
