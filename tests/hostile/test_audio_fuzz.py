@@ -19,7 +19,7 @@ from common.errors import DataError
 from tests.field.audio_files import av_file, bursts, sound_file, with_id3
 from tests.hostile.figures import SEEDS
 
-SECONDS = float(os.environ.get("MOE_ASR_FUZZ_SECONDS", "60"))
+SECONDS = float(os.environ.get("MOE_ASR_FUZZ_SECONDS", "30"))
 TOO_SLOW = 10.0  # s of a processor for one file of a few kilobytes
 MARKS = [bytes(4), b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"RIFF", b"OggS", b"fLaC", b"data", b"mdat"]
 
