@@ -45,11 +45,11 @@ format: dev ## rewrite the sources as ruff formats them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# They compare this process with others to the last bit, or measure its memory: in workers that ran no other test.
+# They compare this process with others to the last bit, or measure its memory: each in a process that ran no other test.
 FRESH := tests/stages/test_faults.py tests/common/training/test_batch_search.py
 test: dev ## all tests that need no cluster and no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15 $(FRESH:%=--ignore=%)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile $(FRESH)
+	set -e; for file in $(FRESH); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $$file; done
 
 coverage: dev ## the tests, and the share of lines that they run, by file
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=term:skip-covered
