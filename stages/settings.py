@@ -14,8 +14,6 @@ from common.decoding.decode import Decoding
 from common.sections import SpeechTrainConfig, TrainConfig
 from common.training.train import TrainOptions
 
-Purpose = Literal["embeddings", "experts", "asr"]
-
 
 def train_options(section: TrainConfig, config: Config) -> TrainOptions:
     """The loop's numbers from a stage's section and the runtime's."""
