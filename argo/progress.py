@@ -33,7 +33,7 @@ class Try:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class WorkflowStep:
     """A step of the workflow, or one piece of a stage.
 
     Attributes:
@@ -52,7 +52,7 @@ class Piece:
     tries: tuple[Try, ...]
 
 
-def pieces(workflow: Object) -> list[Piece]:
+def pieces(workflow: Object) -> list[WorkflowStep]:
     """All steps and pieces that the workflow has begun or waits to begin, in the order of their start."""
     nodes: Sequence[Object] = list(workflow.get("status", {}).get("nodes", {}).values())
     found = [_piece(node, nodes) for node in nodes if _is_piece(node)]
@@ -70,7 +70,7 @@ def _is_try(node: Object) -> bool:
     return node["type"] == "Pod" and bool((node.get("nodeFlag") or {}).get("retried"))
 
 
-def _piece(node: Object, nodes: Sequence[Object]) -> Piece:
+def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     task = "outcome" if node["templateName"] == "outcome" else node["name"].split(".", 1)[-1].partition("(")[0]
     inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
     shard = f"[{inputs.get('shard', '?')}]" if node["templateName"] in FAN_OUTS else ""
@@ -79,7 +79,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> Piece:
     ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))
     waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
-    return Piece(
+    return WorkflowStep(
         label=f"{task}{shard}",
         template=node["templateName"],
         phase=ordered[-1].phase if waiting else node["phase"],

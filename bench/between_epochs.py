@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench.measure import Row, row
+from bench.measure import Measurement, row
 from common.errors import Preempted
 from recipes.text_to_sql import run
 from recipes.text_to_sql.data import Batch, make_examples, make_loader, read_lines
@@ -42,7 +42,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any], float], ...] = (
 )
 
 
-def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Row]:
+def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Measurement]:
     """Measures each setting's gap, and from it and the epoch's steps the time of 20 epochs.
 
     Args:
@@ -50,7 +50,7 @@ def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Row]:
         width: of the model.
         warm: epochs before measuring, so that queries are as good and as bad as in the middle of a training.
     """
-    found: list[Row] = []
+    found: list[Measurement] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         write_demo(data, train=pairs, dev=DEV, test=1, flights=6000, seed=0)
@@ -94,7 +94,7 @@ def measured(settings: Settings) -> tuple[float, float]:
 
     with (
         patch.object(run, "make_loader", make_timed_loader),
-        patch.object(run, "heed_signals", lambda: nullcontext(step_is_done)),
+        patch.object(run, "handle_signals", lambda: nullcontext(step_is_done)),
         suppress(Preempted),
     ):
         run.train(settings)

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, WhisperTokenizerFast
 
 from bench.inputs import MARGIN, short_lengths, write_clips
-from bench.measure import Row, rounds, row
+from bench.measure import Measurement, rounds, row
 from bench.peers import make_pipeline
 from bench.setting import DEMO, SHAPES, WEIGHTS, Setting, make_whisper
 from common.data.audio import read_audio
@@ -28,7 +28,7 @@ from common.training.train import make_accelerator
 FIXED_TOKENS = 32  # random weights never end a sentence by themselves
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> list[Measurement]:
     """Generation; with real weights and the demo corpus also word error rates."""
     accelerator = make_accelerator(setting.precision, setting.device.type)
     if setting.model == "tiny.en" and WEIGHTS.is_dir() and DEMO.is_dir():
@@ -41,7 +41,7 @@ def rows(setting: Setting) -> list[Row]:
         return [contest.result(f"{FIXED_TOKENS} tokens of each by random weights")]
 
 
-def _real_rows(setting: Setting, accelerator: Accelerator) -> list[Row]:
+def _real_rows(setting: Setting, accelerator: Accelerator) -> list[Measurement]:
     corpus = read_corpus(DEMO)
     utterances = stratified_subset(corpus.split("test"), count=setting.clips, seed=0)
     codec = load_codec(WEIGHTS)
@@ -125,7 +125,7 @@ class Contest:
         texts = self._pipeline(self.clips, self.options)
         return {example.id: text for example, text in zip(self.examples, texts, strict=True)}
 
-    def result(self, what: str) -> Row:
+    def result(self, what: str) -> Measurement:
         """The row."""
         taken = rounds({"ours": self.ours, "theirs": self.theirs}, self.setting)
         count = len(self.examples)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bench.inputs import short_lengths, write_clips
-from bench.measure import Row, row
+from bench.measure import Measurement, row
 from bench.peers import make_trainer, peft_experts, trainer_dataset
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import BatchLoader, Example, epoch_batches
@@ -24,7 +24,7 @@ from common.training.train import TrainOptions, make_accelerator, train
 MAX_ROUNDS = 2
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> list[Measurement]:
     """LoRA, and all weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -36,7 +36,7 @@ def rows(setting: Setting) -> list[Row]:
 
 def _contest(
     adapt: str, examples: Sequence[Example], dataset: Sequence[dict[str, Any]], setting: Setting, folder: Path
-) -> Row:
+) -> Measurement:
     accelerator = make_accelerator(setting.precision, setting.device.type)
     recogniser = make_dense(adapt, setting).to(accelerator.device)
     loader = BatchLoader(examples, num_workers=setting.workers, device=accelerator.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from bench.inputs import make_example, noise, short_lengths, write_clips
-from bench.measure import Row, rounds, row
+from bench.measure import Measurement, rounds, row
 from bench.peers import embed_padded
 from bench.setting import Setting, make_whisper
 from common.clustering.embeddings import read_tables, write_table
@@ -28,7 +28,7 @@ from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 
 
-def mel_rows(setting: Setting) -> list[Row]:
+def mel_rows(setting: Setting) -> list[Measurement]:
     """From decoded audio to spectrograms on the device: 3–12 s, and 30 s where nobody pads."""
     return [
         _mel_row("3–12 s", short_lengths(setting.clips), setting),
@@ -36,7 +36,7 @@ def mel_rows(setting: Setting) -> list[Row]:
     ]
 
 
-def _mel_row(name: str, lengths: Sequence[float], setting: Setting) -> Row:
+def _mel_row(name: str, lengths: Sequence[float], setting: Setting) -> Measurement:
     items = [
         (make_example(setting.model, seconds, i, context="dynamic"), noise(seconds, i))
         for i, seconds in enumerate(lengths)
@@ -71,7 +71,7 @@ def _mel_row(name: str, lengths: Sequence[float], setting: Setting) -> Row:
     )
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> list[Measurement]:
     """Embeddings from audio files; assignment from cached ones."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -131,7 +131,7 @@ def embed(
 
 def _assignment_row(
     folder: Path, examples: Sequence[Example], vectors_ND: np.ndarray, encoding: float, setting: Setting
-) -> Row:
+) -> Measurement:
     ids = [example.id for example in examples]
     write_table(folder / "table", ids, vectors_ND)
     gate = Gate(vectors_ND.shape[1], 64, setting.experts).eval()

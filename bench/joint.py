@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bench.inputs import make_batch, short_lengths
-from bench.measure import Row, rounds, row
+from bench.measure import Measurement, rounds, row
 from bench.peers import copy_into_peft, features_of, loop_backward, lora_backward, peft_experts
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import Batch
@@ -101,7 +101,7 @@ def whole_step(backward: Callable[[], object], modules: Iterable[nn.Module], set
     return step
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> list[Measurement]:
     """Five rows on audio of 30 s and of 3–12 s."""
     contest = make_contest(setting)
     steps = make_steps(contest, setting)
@@ -112,7 +112,7 @@ def rows(setting: Setting) -> list[Row]:
     target = setting.target
     joint = f"joint step, {setting.experts} experts, top-{setting.top_k}, 30 s: blend against"
 
-    def result(name: str, ours: str, peer: str, target: float | None) -> Row:
+    def result(name: str, ours: str, peer: str, target: float | None) -> Measurement:
         return row(name, taken[ours], taken[peer], unit="s/step", target=target, note=note)
 
     return [
@@ -145,7 +145,7 @@ def make_steps(contest: Contest, setting: Setting) -> dict[str, Callable[[], Non
     }
 
 
-def short_rows(setting: Setting) -> list[Row]:
+def short_rows(setting: Setting) -> list[Measurement]:
     """The blend at the batch's own length against the loop at 30 s, on utterances of 3–12 s."""
     contest = make_contest(setting)
     lengths = sorted(short_lengths(SHORT_BATCHES * setting.batch))

@@ -15,7 +15,7 @@ import torch
 
 from bench.setting import Setting
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-learn")
 
 
@@ -51,7 +51,7 @@ def row(
     target: float | None,
     note: str,
     better: Literal["less", "more"] = "less",
-) -> Row:
+) -> Measurement:
     """One row: `ratio` above 1 says that ours is better."""
     ratio = peer / ours if better == "less" else ours / peer
     return {"row": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target, "note": note}

@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.inputs import make_batch, short_lengths
 from bench.joint import make_contest, ours_backward, whole_step
-from bench.measure import Row, rounds, row
+from bench.measure import Measurement, rounds, row
 from bench.setting import Setting, make_whisper
 from common.data.augment import Augmentation
 from common.data.batches import Batch
@@ -26,7 +26,7 @@ from common.training.batch_search import peak_memory
 Step = Callable[[], object]
 
 
-def rows(setting: Setting) -> list[Row]:
+def rows(setting: Setting) -> list[Measurement]:
     """A row for each option that this device has."""
     recogniser = make_contest(setting).blend
     lengths = short_lengths(setting.batch)
@@ -35,7 +35,7 @@ def rows(setting: Setting) -> list[Row]:
         f"{setting.model}, joint step of {setting.batch} × 3–12 s, {short.audio_BS.shape[1] // 320} positions"
     )
 
-    def pair(option: str, with_it: Step, without: Step, note: str = note) -> Row:
+    def pair(option: str, with_it: Step, without: Step, note: str = note) -> Measurement:
         taken = rounds({"with": with_it, "without": without}, setting)
         return row(option, taken["with"], taken["without"], unit="s/step", target=None, note=note)
 
@@ -99,7 +99,7 @@ def duplicate(recogniser: Recogniser) -> Recogniser:
     return copy.deepcopy(recogniser)
 
 
-def memory_row(with_it: Step, without: Step, setting: Setting) -> Row:
+def memory_row(with_it: Step, without: Step, setting: Setting) -> Measurement:
     """Peak memory of a step at 30 s."""
     without()  # what the first step alone allocates
     figures = [peak_memory(run, setting.device) / 2**30 for run in (with_it, without)]
@@ -107,7 +107,9 @@ def memory_row(with_it: Step, without: Step, setting: Setting) -> Row:
     return row("gradient_checkpointing: memory", *figures, unit="GiB", target=None, note=note)
 
 
-def precision_rows(pair: Callable[..., Row], recogniser: Recogniser, batch: Batch, setting: Setting) -> list[Row]:
+def precision_rows(
+    pair: Callable[..., Measurement], recogniser: Recogniser, batch: Batch, setting: Setting
+) -> list[Measurement]:
     """bf16 and, on a GPU, fp16 and TF32, each against full fp32."""
 
     fp32 = replace(setting, precision="fp32")  # so that the step itself adds no autocast
@@ -139,7 +141,7 @@ def tf32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def adamw_row(setting: Setting) -> Row:
+def adamw_row(setting: Setting) -> Measurement:
     """The optimiser alone, on all weights of the dense fine-tune's model."""
     model = make_whisper(setting.dense_model, setting.device)
     taken = rounds({name: adamw_step(model, fused=name == "with") for name in ("with", "without")}, setting)

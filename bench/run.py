@@ -20,27 +20,27 @@ from pathlib import Path
 import torch
 
 from bench import decoding, dense, encoding, joint
-from bench.measure import Row, device_name, versions
+from bench.measure import Measurement, device_name, versions
 from bench.setting import Setting, cpu_setting, gpu_setting, quick_setting
 
 RESULTS = Path(__file__).parent / "results"
 THREADS = 2
 
 
-def _options(setting: Setting) -> list[Row]:
+def _options(setting: Setting) -> list[Measurement]:
     from bench import options
 
     return options.rows(setting)
 
 
-def _between_epochs(_: Setting) -> list[Row]:
+def _between_epochs(_: Setting) -> list[Measurement]:
     from bench import between_epochs
 
     return between_epochs.rows()
 
 
 # Names for --only, in the table's order.
-GROUPS: Mapping[str, Callable[[Setting], list[Row]]] = {
+GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
     "joint": joint.rows,
     "short": joint.short_rows,
     "dense": dense.rows,
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{path} is written")
 
 
-def earlier(path: Path, setting: Setting) -> dict[str, list[Row]]:
+def earlier(path: Path, setting: Setting) -> dict[str, list[Measurement]]:
     """Rows by group of an earlier run on the same device with the same versions, which `--only` leaves alone."""
     if not path.is_file():
         return {}
@@ -86,12 +86,12 @@ def earlier(path: Path, setting: Setting) -> dict[str, list[Row]]:
     return {name: [one for one in report["rows"] if one["group"] == name] for name in GROUPS}
 
 
-def in_order(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+def in_order(found: Mapping[str, Sequence[Measurement]]) -> list[Measurement]:
     """All rows, in the table's order."""
     return [one for name in GROUPS for one in found.get(name, ())]
 
 
-def write(rows: Sequence[Row], setting: Setting, path: Path) -> None:
+def write(rows: Sequence[Measurement], setting: Setting, path: Path) -> None:
     """The JSON file."""
     report = {"device": device_name(setting), "versions": versions(), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def choose(device: str, *, quick: bool) -> Setting:
     return cpu_setting()
 
 
-def measure(name: str, setting: Setting) -> list[Row]:
+def measure(name: str, setting: Setting) -> list[Measurement]:
     """The rows of a group; one that fails is named and left out."""
     if setting.name == "quick" and name in FULL_SIZE_ONLY:
         return []
@@ -139,7 +139,7 @@ def slug(setting: Setting) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name(setting).lower()).strip("-")
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurement]) -> str:
     """Markdown: ours, peer, ratio, target, and what was measured."""
     lines = ["| row | ours | peer | unit | ratio | target | measured |", "|---|---|---|---|---|---|---|"]
     for one in rows:

@@ -10,7 +10,7 @@ import click
 
 from common.console import coloured, echo
 from common.errors import UsageError
-from common.machine import Finding, check_machine
+from common.machine import Check, check_machine
 from stages.local_runner import cache_folder
 
 COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
@@ -49,7 +49,7 @@ def doctor(
     context.exit(1 if failed else 0)
 
 
-def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool) -> Iterator[Finding]:
+def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool) -> Iterator[Check]:
     from common.storage import open_store
     from common.storage.doctor import check_store
 
@@ -57,4 +57,4 @@ def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool)
         yield from check_machine(cache_folder())
     if store_url is not None:
         for name, state, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
-            yield Finding(f"store: {name}", state, detail)
+            yield Check(f"store: {name}", state, detail)

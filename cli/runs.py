@@ -45,7 +45,7 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
         more = {task: one.row() for task, one in expected.items()}
         echo(json.dumps([row | more.get(row["task"], {}) for row in found], indent=1))
         return
-    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "again": ("to do again", "red")}
+    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]

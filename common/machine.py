@@ -24,7 +24,7 @@ SHOWN = ("torch", "transformers", "peft", "accelerate", "soundfile", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Check:
     """One check: whether it held (`ok`), held with something to know (`note`), or stops runs (`fail`)."""
 
     name: str
@@ -32,7 +32,7 @@ class Finding:
     detail: str
 
 
-def check_machine(folder: Path) -> Iterator[Finding]:
+def check_machine(folder: Path) -> Iterator[Check]:
     """Tries what runs on this machine rely on.
 
     Args:
@@ -50,19 +50,19 @@ def check_machine(folder: Path) -> Iterator[Finding]:
     yield _compiler()
 
 
-def _python() -> Finding:
+def _python() -> Check:
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return Finding("python", "ok" if sys.version_info >= (3, 11) else "fail", text)
+    return Check("python", "ok" if sys.version_info >= (3, 11) else "fail", text)
 
 
-def _packages() -> Finding:
+def _packages() -> Check:
     """Installed versions against the ranges of our own distribution."""
     from packaging.requirements import Requirement
 
     try:
         wanted = [Requirement(text) for text in requires("moe-asr") or ()]
     except PackageNotFoundError:
-        return Finding("packages", "note", "moe-asr is not installed as a package, so that no versions are wanted")
+        return Check("packages", "note", "moe-asr is not installed as a package, so that no versions are wanted")
     wrong = []
     for one in wanted:
         if one.marker and not one.marker.evaluate({"extra": ""}):
@@ -73,25 +73,25 @@ def _packages() -> Finding:
         except PackageNotFoundError:
             wrong.append(f"{one.name} is missing")
     shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
-    return Finding("packages", "fail" if wrong else "ok", shown + ("; install moe-asr again" if wrong else ""))
+    return Check("packages", "fail" if wrong else "ok", shown + ("; install moe-asr again" if wrong else ""))
 
 
-def _device() -> Finding:
+def _device() -> Check:
     import torch
 
     if not torch.cuda.is_available():
         seen = shutil.which("nvidia-smi") is not None
         more = "; there is an nvidia-smi, but torch sees no GPU: driver older than its CUDA, or none visible" * seen
-        return Finding("device", "note" if seen else "ok", f"cpu{more}")
+        return Check("device", "note" if seen else "ok", f"cpu{more}")
     found = []
     for number in range(torch.cuda.device_count()):
         one = torch.cuda.get_device_properties(number)
         found.append(f"{one.name}, {one.total_memory / GIB:.0f} GiB, capability {one.major}.{one.minor}")
     precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return Finding("device", "ok", f"{'; '.join(found)}; trains in {precision}; CUDA {torch.version.cuda}")
+    return Check("device", "ok", f"{'; '.join(found)}; trains in {precision}; CUDA {torch.version.cuda}")
 
 
-def _arithmetic() -> Finding:
+def _arithmetic() -> Check:
     """A product on the device against one on the CPU in double precision: a broken driver shows here."""
     import torch
 
@@ -100,12 +100,12 @@ def _arithmetic() -> Finding:
     try:
         got_NN = (a_NN.to(device) @ a_NN.to(device)).cpu().double()
     except RuntimeError as error:
-        return Finding("arithmetic", "fail", f"a product of matrices fails on {device}: {str(error).splitlines()[0]}")
+        return Check("arithmetic", "fail", f"a product of matrices fails on {device}: {str(error).splitlines()[0]}")
     off = float((got_NN - a_NN.double() @ a_NN.double()).abs().max())
-    return Finding("arithmetic", "ok" if off < 0.5 else "fail", f"a product on {device} is off by {off:.1e} at most")
+    return Check("arithmetic", "ok" if off < 0.5 else "fail", f"a product on {device} is off by {off:.1e} at most")
 
 
-def _memory() -> Finding:
+def _memory() -> Check:
     """The machine's, or what a container may have of it."""
     info = {}
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -117,7 +117,7 @@ def _memory() -> Finding:
         total, free = int(limit), min(free, int(limit) - int(_control_group("memory.current") or 0))
     text = f"{total / GIB:.1f} GiB, {free / GIB:.1f} free"
     low = free < LOW_MEMORY
-    return Finding("memory", "note" if low else "ok", text + "; a small model and few --num-workers" * low)
+    return Check("memory", "note" if low else "ok", text + "; a small model and few --num-workers" * low)
 
 
 def _control_group(name: str) -> str:
@@ -127,36 +127,36 @@ def _control_group(name: str) -> str:
         return ""
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> Check:
     try:
         size = shutil.disk_usage("/dev/shm").total
     except OSError:
-        return Finding("shared memory", "note", "no /dev/shm: use --num-workers 0")
+        return Check("shared memory", "note", "no /dev/shm: use --num-workers 0")
     small = size < SMALL_SHM
     advice = "; loader processes need more: --shm-size of the container, or --num-workers 0" * small
-    return Finding("shared memory", "note" if small else "ok", f"/dev/shm has {size / GIB:.2f} GiB{advice}")
+    return Check("shared memory", "note" if small else "ok", f"/dev/shm has {size / GIB:.2f} GiB{advice}")
 
 
-def _cores() -> Finding:
+def _cores() -> Check:
     usable = len(os.sched_getaffinity(0))
     quota = re.fullmatch(r"(\d+) (\d+)", _control_group("cpu.max"))
     share = int(quota[1]) / int(quota[2]) if quota else float(usable)
     limited = f", of which a container may use {share:g}" if share < usable else ""
-    return Finding("cores", "ok", f"{usable}{limited}")
+    return Check("cores", "ok", f"{usable}{limited}")
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(folder: Path) -> Check:
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free at {folder}"
     if not os.access(there, os.W_OK):
-        return Finding("disk", "fail", f"{there} cannot be written: set MOE_ASR_CACHE to a folder of yours")
+        return Check("disk", "fail", f"{there} cannot be written: set MOE_ASR_CACHE to a folder of yours")
     if free < LOW_DISK:
-        return Finding("disk", "fail", f"{text}: too little; set MOE_ASR_CACHE to a larger disk")
-    return Finding("disk", "note" if free < LITTLE_DISK else "ok", text)
+        return Check("disk", "fail", f"{text}: too little; set MOE_ASR_CACHE to a larger disk")
+    return Check("disk", "note" if free < LITTLE_DISK else "ok", text)
 
 
-def _decoding(format_: str, subtype: str | None) -> Finding:
+def _decoding(format_: str, subtype: str | None) -> Check:
     """A tone, encoded and decoded in this process: no ffmpeg, no program of the system."""
     import numpy as np
     import soundfile
@@ -170,18 +170,18 @@ def _decoding(format_: str, subtype: str | None) -> Finding:
         soundfile.write(file, tone, rate, format=format_, subtype=subtype)
         samples = read_audio(file.getvalue(), name=f"a tone as {format_}")
     except (MoeAsrError, RuntimeError) as error:
-        return Finding(f"decoding {format_}", "fail", f"{error}; install soundfile again")
+        return Check(f"decoding {format_}", "fail", f"{error}; install soundfile again")
     loudest = float(np.argmax(np.abs(np.fft.rfft(samples)))) * 16_000 / len(samples)
     held = abs(loudest - pitch) < 5 and abs(len(samples) - 16_000) < 2_000
-    return Finding(f"decoding {format_}", "ok" if held else "fail", f"a tone of 440 Hz comes back at {loudest:.0f} Hz")
+    return Check(f"decoding {format_}", "ok" if held else "fail", f"a tone of 440 Hz comes back at {loudest:.0f} Hz")
 
 
-def _more_formats() -> Finding:
-    return Finding("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
+def _more_formats() -> Check:
+    return Check("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
 
 
-def _compiler() -> Finding:
+def _compiler() -> Check:
     found = next(
         (path for name in (os.environ.get("CXX") or "c++", "g++", "clang++") if (path := shutil.which(name))), ""
     )
-    return Finding("compiler", "ok" if found else "note", found or "no C++ compiler: asr.compile cannot be used")
+    return Check("compiler", "ok" if found else "note", found or "no C++ compiler: asr.compile cannot be used")

@@ -40,7 +40,7 @@ class Metric:
 
 
 BUILD_INFO = Metric("gauge", "moe_asr_build_info", "1; the versions are in the labels.", ("version", "python", "torch"))
-PLAN_TASKS = Metric("gauge", "moe_asr_plan_tasks", "Tasks of the plan: done, todo or again.", ("status",))
+PLAN_TASKS = Metric("gauge", "moe_asr_plan_tasks", "Tasks of the plan: done, todo or stale.", ("status",))
 TASKS = Metric(
     "counter", "moe_asr_tasks_total", "Tasks that ended: run, skipped, failed, preempted.", (*STAGE, "result")
 )

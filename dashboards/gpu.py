@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboards.panels import Dashboard, Panel, Query, Row
+from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import CHOSEN, by_workflow, rate, selected
 
 SERIES = "{{workflow}} {{stage}} {{shard}} GPU {{gpu}}"
@@ -15,7 +15,7 @@ def chosen(name: str) -> str:
     return f"moe_asr:gpu_{name}{{{CHOSEN}}}"
 
 
-MONEY = Row(
+MONEY = PanelRow(
     "What it costs",
     (
         Panel(
@@ -87,7 +87,7 @@ MONEY = Row(
     ),
 )
 
-ACTIVITY = Row(
+ACTIVITY = PanelRow(
     "Activity",
     (
         Panel(
@@ -140,7 +140,7 @@ ACTIVITY = Row(
     ),
 )
 
-HARDWARE = Row(
+HARDWARE = PanelRow(
     "Memory, power, errors",
     (
         Panel(

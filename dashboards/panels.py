@@ -35,7 +35,7 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PanelRow:
     """A heading and the panels below it."""
 
     title: str
@@ -49,7 +49,7 @@ class Dashboard:
     uid: str
     title: str
     description: str
-    rows: tuple[Row, ...]
+    rows: tuple[PanelRow, ...]
     prices: bool = False
 
     @property
@@ -133,7 +133,7 @@ def _label_values(name: str, label: str, series: str, of: str) -> dict[str, Any]
     }
 
 
-def place(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def place(rows: Sequence[PanelRow]) -> list[dict[str, Any]]:
     """Panels with their places on the grid and their numbers."""
     placed: list[dict[str, Any]] = []
     y = 0

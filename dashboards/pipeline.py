@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboards.panels import Dashboard, Panel, Query, Row
+from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, controller, gauge, rate, selected
 
 UNITS = selected("moe_asr_progress_units")
@@ -14,7 +14,7 @@ ENDED = 'phase=~"Succeeded|Failed|Error"'
 TASKS = f"sum by (stage, result) (max_over_time({selected('moe_asr_tasks_total')}[$__range]))"
 FIRING = 'sum by (alertname, severity) (ALERTS{alertname=~"MoeAsr.+",alertstate="firing"})'
 
-RUNS = Row(
+RUNS = PanelRow(
     "Runs",
     (
         Panel(
@@ -51,7 +51,7 @@ RUNS = Row(
     ),
 )
 
-STAGES = Row(
+STAGES = PanelRow(
     "Stages",
     (
         Panel(
@@ -100,7 +100,7 @@ STAGES = Row(
         ),
         Panel(
             "Plan",
-            "Tasks of the newest plan: done ones are skipped, `again` are made again since an input or file changed.",
+            "Tasks of the newest plan: done ones are skipped, `stale` ones are made again as an input changed.",
             "short",
             (Query(by_workflow('moe_asr_plan_tasks{namespace=~"$namespace"}'), "{{workflow}} {{status}}"),),
             width=8,
@@ -117,7 +117,7 @@ STAGES = Row(
     ),
 )
 
-PODS = Row(
+PODS = PanelRow(
     "Pods",
     (
         Panel(
@@ -182,7 +182,7 @@ PODS = Row(
     ),
 )
 
-STORE = Row(
+STORE = PanelRow(
     "Store and checkpoints",
     (
         Panel(

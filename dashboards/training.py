@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboards.panels import Dashboard, Panel, Query, Row
+from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, gauge, rate, selected
 
 SERIES = "{{workflow}} {{stage}} {{shard}}"
@@ -22,7 +22,7 @@ def error_rates(metric: str, split: str) -> tuple[Query, ...]:
     return (Query(gauge(metric, f'split="{split}"'), "{{workflow}} {{etiology}} {{model}}"),)
 
 
-LOSSES = Row(
+LOSSES = PanelRow(
     "Losses",
     (
         Panel(
@@ -48,7 +48,7 @@ LOSSES = Row(
     ),
 )
 
-ERRORS = Row(
+ERRORS = PanelRow(
     "Error rates",
     (
         Panel(
@@ -80,7 +80,7 @@ ERRORS = Row(
     ),
 )
 
-EXPERTS = Row(
+EXPERTS = PanelRow(
     "Experts",
     (
         Panel(
@@ -108,7 +108,7 @@ EXPERTS = Row(
     ),
 )
 
-PACE = Row(
+PACE = PanelRow(
     "Pace",
     (
         Panel(

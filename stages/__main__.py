@@ -20,7 +20,7 @@ from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
 from common.pipeline.runs import read_record, run_names, settings_alone
-from common.pipeline.stage import hand_out, heed_signals
+from common.pipeline.stage import hand_out, handle_signals
 from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch
@@ -90,7 +90,7 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
     if processes > 1 and RANK is None and any(one.status != "done" for one in mine):
         launch(sys.argv[1:], processes)
         return
-    with run.serving(), heed_signals() as stopping:
+    with run.serving(), handle_signals() as stopping:
         for planned in mine:
             if int(RANK or 0):
                 follow_one(run, planned, stopping)

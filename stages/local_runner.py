@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.files import explained, make_folders
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
-from common.pipeline.stage import execute, follow, heed_signals
+from common.pipeline.stage import execute, follow, handle_signals
 from common.report.model_card import model_card
 from common.report.report import RunView, render_report
 from common.storage import open_store
@@ -72,7 +72,7 @@ class Run:
         """What is done and what is not, with reasons."""
         before = self.record.get("keys")
         plan = make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
-        for status in ("done", "todo", "again"):
+        for status in ("done", "todo", "stale"):
             self.telemetry.set(PLAN_TASKS, sum(p.status == status for p in plan.planned), status=status)
         return plan
 
@@ -142,7 +142,7 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
     run = Run(config)
     run.check_same(resume)
     warn_of_shared_speakers(run.corpus)
-    with run.serving(), heed_signals() as stopping, log_to_run(run):
+    with run.serving(), handle_signals() as stopping, log_to_run(run):
         try:
             plan = _run_stages(run, stopping)
             for _ in range(ROUNDS - 1):
@@ -174,7 +174,7 @@ def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
         plan = run.plan(deep=run.store.local_path("") is not None)
         run.save("running", plan)
         for one in plan.planned:
-            if one.status == "again":
+            if one.status == "stale":
                 log.info("%s is made again: %s", one.task.label, one.reason)
             if one.status == "done":
                 run.telemetry.stage(one.task.contract.name, one.task.shard).add(TASKS, result="skipped")
@@ -225,7 +225,7 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
     Args:
         notes: further values for the manifest's metrics.
     """
-    if one.status == "again" and one.manifest is not None:
+    if one.status == "stale" and one.manifest is not None:
         state = inspect(run.store, one.task.key)
         if state.status == "done" and state.manifest == one.manifest:
             quarantine(run.store, one.task.key, state)

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
-from common.pipeline.stage import heed_signals
+from common.pipeline.stage import handle_signals
 from stages.cluster import is_pretrained
 from stages.experts import pretrains_experts
 from stages.local_runner import Run, differences, read_record, run_one, run_pipeline
@@ -179,7 +179,7 @@ def _with(base: Config, settings: Mapping[str, Any]) -> Config:
 def count_clusters(config: Config) -> int:
     """Clusters that the configuration finds; made by the stages that come before, where they are not done."""
     run = Run(config)
-    with heed_signals() as stopping:
+    with handle_signals() as stopping:
         for stage in ("extract", "cluster"):
             for one in run.plan().planned:
                 if one.task.contract.name == stage and one.status != "done":

@@ -46,7 +46,7 @@ class TextCodec:
         end: end-of-text token.
         suppressed: tokens that decoding never emits.
         suppressed_first: tokens that it does not begin with.
-        zero: the timestamp <|0.00|>, right after <|notimestamps|>; None where the tokenizer has no timestamps.
+        timestamp_begin: the timestamp <|0.00|>, right after <|notimestamps|>; None where there are none.
         no_speech: the token for audio without speech; None where the tokenizer has none.
     """
 
@@ -55,7 +55,7 @@ class TextCodec:
     end: int
     suppressed: tuple[int, ...]
     suppressed_first: tuple[int, ...]
-    zero: int | None = None
+    timestamp_begin: int | None = None
     no_speech: int | None = None
 
     def encode(self, text: str) -> list[int]:
@@ -109,7 +109,7 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         end=token("<|endoftext|>"),
         suppressed=tuple(generation.get("suppress_tokens") or ()),
         suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
-        zero=tokenizer.token_to_id("<|0.00|>"),
+        timestamp_begin=tokenizer.token_to_id("<|0.00|>"),
         no_speech=tokenizer.token_to_id("<|nospeech|>") or tokenizer.token_to_id("<|nocaptions|>"),  # by its version
     )
 

@@ -26,14 +26,14 @@ class Rules:
         prompt: what each text starts from.
         end: end-of-text token.
         silenced_V, silenced_first_V: 0, or minus infinity for tokens never emitted, and not emitted first.
-        zero: the token <|0.00|>; None where texts carry no timestamps.
+        timestamp_begin: the token <|0.00|>; None where texts carry no timestamps.
     """
 
     prompt: tuple[int, ...]
     end: int
     silenced_V: Tensor
     silenced_first_V: Tensor
-    zero: int | None
+    timestamp_begin: int | None
 
     def apply(self, scores_RV: Tensor, histories: Sequence[Sequence[int]]) -> Tensor:
         """Scores of the next token with the forbidden ones at minus infinity.
@@ -42,9 +42,9 @@ class Rules:
             histories: what each row has emitted, without the prompt.
         """
         scores_RV = scores_RV + (self.silenced_V if any(histories) else self.silenced_first_V)
-        if self.zero is None:
+        if self.timestamp_begin is None:
             return scores_RV
-        return timestamp_scores(scores_RV, histories, zero=self.zero, end=self.end)
+        return timestamp_scores(scores_RV, histories, timestamp_begin=self.timestamp_begin, end=self.end)
 
 
 def make_rules(codec: TextCodec, vocabulary: int, device: torch.device, *, timestamps: bool) -> Rules:
@@ -53,7 +53,7 @@ def make_rules(codec: TextCodec, vocabulary: int, device: torch.device, *, times
     Raises:
         DataError: timestamps are wanted of a tokenizer that has none.
     """
-    if timestamps and codec.zero is None:
+    if timestamps and codec.timestamp_begin is None:
         raise DataError("decode.timestamps: the model's tokenizer has no timestamp tokens; decode without them")
     silenced_V = _minus_infinity(codec.suppressed, vocabulary, device)
     return Rules(
@@ -61,7 +61,7 @@ def make_rules(codec: TextCodec, vocabulary: int, device: torch.device, *, times
         end=codec.end,
         silenced_V=silenced_V,
         silenced_first_V=silenced_V + _minus_infinity(codec.suppressed_first, vocabulary, device),
-        zero=codec.zero if timestamps else None,
+        timestamp_begin=codec.timestamp_begin if timestamps else None,
     )
 
 
@@ -72,7 +72,12 @@ def _minus_infinity(tokens: Sequence[int], vocabulary: int, device: torch.device
 
 
 def timestamp_scores(
-    scores_RV: Tensor, histories: Sequence[Sequence[int]], *, zero: int, end: int, initial: int = INITIAL_STEPS
+    scores_RV: Tensor,
+    histories: Sequence[Sequence[int]],
+    *,
+    timestamp_begin: int,
+    end: int,
+    initial: int = INITIAL_STEPS,
 ) -> Tensor:
     """Whisper's rules: timestamps come in pairs, never go back, and the first is early.
 
@@ -81,7 +86,7 @@ def timestamp_scores(
     Args:
         scores_RV: logits or log-probabilities.
         histories: what each row has emitted, without the prompt.
-        zero: the token <|0.00|>; <|notimestamps|> is the one before, and later times follow.
+        timestamp_begin: the token <|0.00|>; <|notimestamps|> is the one before, and later times follow.
         end: end-of-text token; tokens of text come before it.
         initial: the highest timestamp that a text may begin with, in steps of 20 ms.
 
@@ -89,27 +94,29 @@ def timestamp_scores(
         The scores, with forbidden tokens at minus infinity.
     """
     vocabulary = scores_RV.shape[1]
-    bounds = [_allowed(history, zero, end, initial, vocabulary) for history in histories]
+    bounds = [_allowed(history, timestamp_begin, end, initial, vocabulary) for history in histories]
     lowest_R1, earliest_R1, latest_R1 = torch.tensor(bounds, device=scores_RV.device).T[:, :, None]
     token_V = torch.arange(vocabulary, device=scores_RV.device)
-    text_V, time_V = token_V < zero, token_V >= zero
-    forbidden_RV = (text_V & (token_V < lowest_R1)) | (token_V == zero - 1)
+    text_V, time_V = token_V < timestamp_begin, token_V >= timestamp_begin
+    forbidden_RV = (text_V & (token_V < lowest_R1)) | (token_V == timestamp_begin - 1)
     forbidden_RV |= time_V & ((token_V < earliest_R1) | (token_V > latest_R1))
     scores_RV = scores_RV.masked_fill(forbidden_RV, -torch.inf)
     logs_RV = scores_RV.float().log_softmax(1)
-    time_wins_R = logs_RV[:, zero:].logsumexp(1) > logs_RV[:, :zero].amax(1)
+    time_wins_R = logs_RV[:, timestamp_begin:].logsumexp(1) > logs_RV[:, :timestamp_begin].amax(1)
     return scores_RV.masked_fill(time_wins_R[:, None] & text_V, -torch.inf)
 
 
-def _allowed(history: Sequence[int], zero: int, end: int, initial: int, vocabulary: int) -> tuple[int, int, int]:
+def _allowed(
+    history: Sequence[int], timestamp_begin: int, end: int, initial: int, vocabulary: int
+) -> tuple[int, int, int]:
     """(lowest token of text, first timestamp, last timestamp) that may follow."""
     if not history:
-        return zero, zero, zero + initial
-    times = [token for token in history if token >= zero]
-    after_time = history[-1] >= zero
-    closed = len(history) < 2 or history[-2] >= zero  # two in a row, or the first of all: text follows
+        return timestamp_begin, timestamp_begin, timestamp_begin + initial
+    times = [token for token in history if token >= timestamp_begin]
+    after_time = history[-1] >= timestamp_begin
+    closed = len(history) < 2 or history[-2] >= timestamp_begin  # two in a row, or the first of all: text follows
     if after_time and closed:
         return 0, vocabulary, vocabulary
     if after_time:  # it ended a stretch: either the next begins at once or later, or the text ends
         return end, times[-1], vocabulary
-    return 0, (times[-1] + 1 if times else zero), vocabulary
+    return 0, (times[-1] + 1 if times else timestamp_begin), vocabulary

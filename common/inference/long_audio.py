@@ -34,7 +34,7 @@ GROUP_SECONDS = 900.0  # of audio that are divided together: their windows fill 
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LongUtterance:
     """What became of one long utterance: its pieces, or why there are none (see `segment.Division`)."""
 
     id: str
@@ -46,9 +46,9 @@ class Row:
     problem: str = ""
 
     @staticmethod
-    def from_record(record: Mapping[str, Any]) -> Row:
+    def from_record(record: Mapping[str, Any]) -> LongUtterance:
         """The row that `asdict` made a record of."""
-        return Row(**{**record, "pieces": tuple(Utterance(**piece) for piece in record["pieces"])})
+        return LongUtterance(**{**record, "pieces": tuple(Utterance(**piece) for piece in record["pieces"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
     return load_codec(options.model_folder(cache), language=options.language, task=options.task).length
 
 
-def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, Row]) -> Corpus:
+def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> Corpus:
     """The corpus with pieces instead of its long utterances; those of which there are none are left out.
 
     Raises:
@@ -151,7 +151,7 @@ def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, R
     return replace(corpus, utterances=utterances, digest=index_digest(utterances))
 
 
-def summary(found: Sequence[Utterance], rows: Mapping[str, Row]) -> str:
+def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> str:
     """What segmentation did, in one line."""
     mine = [rows[u.id] for u in found]
     pieces = [piece for row in mine for piece in row.pieces]
@@ -178,7 +178,7 @@ def _say_once(line: str) -> None:
     log.warning("%s", line)
 
 
-def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, Row]:
+def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, LongUtterance]:
     """The table of pieces: from the store, where it is; else made, and kept there for all other processes."""
     settings = [options.language, options.task, options.context, options.margin]
     digest = model_digest(options.model, cache, revision=options.revision, endpoint_url=options.endpoint_url)
@@ -215,7 +215,7 @@ def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:
 
 def segment_long(
     opened: OpenedModel, corpus: Corpus, found: Sequence[Utterance], unfinished: Path, *, quiet: bool = False
-) -> dict[str, Row]:
+) -> dict[str, LongUtterance]:
     """Divides long utterances; goes on where it was interrupted.
 
     Args:
@@ -239,7 +239,7 @@ def segment_long(
             read_audio(_audio(corpus, u), offset=u.offset, duration=u.duration, name=u.audio_filepath) for u in group
         ]
         rows = [
-            Row(u.id, d.pieces, u.duration, d.unspoken, d.matched, d.hard_cuts, d.problem)
+            LongUtterance(u.id, d.pieces, u.duration, d.unspoken, d.matched, d.hard_cuts, d.problem)
             for u, d in zip(group, divide(opened, group, audios, bar.update), strict=True)
         ]
         done |= {row.id: row for row in rows}
@@ -264,19 +264,19 @@ def _groups(utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:
         yield group
 
 
-def _line(row: Row) -> str:
+def _line(row: LongUtterance) -> str:
     return json.dumps(asdict(row), ensure_ascii=False) + "\n"
 
 
-def _append(path: Path, rows: Sequence[Row]) -> None:
+def _append(path: Path, rows: Sequence[LongUtterance]) -> None:
     with explained(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(_line(row) for row in rows))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _rows(text: str) -> Iterator[Row]:
+def _rows(text: str) -> Iterator[LongUtterance]:
     """The rows of a table; a last line that a killed process left half written is made again."""
     for line in text.split("\n"):  # `splitlines` would also cut at separators inside of a text
         with suppress(ValueError, TypeError, KeyError):
-            yield Row.from_record(json.loads(line))
+            yield LongUtterance.from_record(json.loads(line))

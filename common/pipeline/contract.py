@@ -29,7 +29,7 @@ class Contract:
         summary: one line for help texts.
         output: name of the folder that it writes, and of the argument by which later stages get it.
         inputs: outputs of earlier stages that it reads; one that is not active for a configuration is left out.
-        sources: `corpus` and/or `model`, brought by the harness.
+        sources: `corpus` and/or `model`, fetched by the pipeline.
         reads: sections or keys of the configuration that its result depends on.
         format: raised when the same inputs give another output.
         fan_out: (config, corpus, manifests of finished stages) → number of shards, None while unknown; a stage

@@ -38,10 +38,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Planned:
-    """A task with what is known of it: `done`, `todo` (never made) or `again` (made, but not usable as it is)."""
+    """A task with what is known of it: `done`, `todo` (never made) or `stale` (made, but not usable as it is)."""
 
     task: Task
-    status: Literal["done", "todo", "again"]
+    status: Literal["done", "todo", "stale"]
     reason: str
     manifest: Manifest | None
 
@@ -132,16 +132,16 @@ def _look(
 ) -> Planned:
     state = inspect(store, task.key, deep=deep)
     if state.status == "damaged":
-        return Planned(task, "again", state.reason, state.manifest)
+        return Planned(task, "stale", state.reason, state.manifest)
     if state.status == "missing":
         old = (before or {}).get(task.contract.name)
         if old is None or old == group.ingredients:
             return Planned(task, "todo", state.reason or "not made yet", None)
-        return Planned(task, "again", _difference(old, group.ingredients), None)
+        return Planned(task, "stale", _difference(old, group.ingredients), None)
     assert state.manifest is not None
     changed = _changed_input(state, task, earlier)
     if changed:
-        return Planned(task, "again", changed, state.manifest)
+        return Planned(task, "stale", changed, state.manifest)
     return Planned(task, "done", f"made in {state.manifest.seconds:.0f} s on {state.manifest.host}", state.manifest)
 
 

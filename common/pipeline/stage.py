@@ -1,4 +1,4 @@
-"""The harness around a stage: brings its inputs, offers checkpoints and metrics, commits its output, heeds signals.
+"""What surrounds a stage: fetches its inputs, offers checkpoints and metrics, commits its output, handles signals.
 
 A stage's `run` knows neither stores nor workflows: it is a function over folders and a corpus.
 """
@@ -71,7 +71,7 @@ class StopFlag:
 
 
 @contextmanager
-def heed_signals() -> Iterator[StopFlag]:
+def handle_signals() -> Iterator[StopFlag]:
     """Turns SIGTERM and SIGINT into a flag while the block runs (in the main thread; elsewhere only the flag)."""
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
@@ -121,7 +121,7 @@ class Parts:
 
 @dataclass
 class Context:
-    """What the harness offers to a running stage.
+    """What the pipeline offers to a running stage.
 
     Attributes:
         shard: number of the shard, None for a stage in one piece.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from recipes.text_to_sql.sql import Outcome, Row
+from recipes.text_to_sql.sql import Outcome, ResultRow
 
 
-def record_f1(predicted: Iterable[Row], gold: Iterable[Row]) -> float:
+def record_f1(predicted: Iterable[ResultRow], gold: Iterable[ResultRow]) -> float:
     """F1 of two sets of records; order and repetition do not count, and two empty sets are equal."""
     ours, wanted = set(predicted), set(gold)
     if not ours and not wanted:

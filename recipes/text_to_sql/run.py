@@ -17,7 +17,7 @@ from torch import nn
 
 from common.errors import DataError, UsageError
 from common.pipeline.metrics import MetricsLog
-from common.pipeline.stage import heed_signals
+from common.pipeline.stage import handle_signals
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, make_accelerator
@@ -71,7 +71,7 @@ def train(settings: Settings) -> Scores:
     torch.manual_seed(settings.seed)
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()
-    with heed_signals() as stopping, ThreadPoolExecutor(1) as beside:
+    with handle_signals() as stopping, ThreadPoolExecutor(1) as beside:
 
         def given_up() -> bool:
             return abandoned.is_set() or stopping()

@@ -26,7 +26,7 @@ from common.errors import DataError, Preempted, RetryableError
 from common.files import new_file
 
 Cell = str | int | float | None
-Row = tuple[Cell, ...]
+ResultRow = tuple[Cell, ...]
 
 PROGRAM = Path(__file__).with_name("query_process.py")
 HEAP_BYTES = 2**28  # of SQLite's memory for each running query: sorting a cross join would take all (or the disk)
@@ -47,7 +47,7 @@ class Limits:
 class Outcome:
     """A query's rows, or why it has none. Blobs are given as hex text."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ResultRow, ...] = ()
     error: str = ""
 
 

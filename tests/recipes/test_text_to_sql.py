@@ -372,10 +372,10 @@ def interrupt(monkeypatch, step):
     count = iter(range(1, 10_000))
 
     @contextmanager
-    def heed_signals():
+    def handle_signals():
         yield lambda: next(count) == step
 
-    monkeypatch.setattr(run, "heed_signals", heed_signals)
+    monkeypatch.setattr(run, "handle_signals", handle_signals)
 
 
 @pytest.fixture(scope="module")

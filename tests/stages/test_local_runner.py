@@ -19,7 +19,7 @@ import pytest
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
-from common.pipeline.stage import heed_signals
+from common.pipeline.stage import handle_signals
 from common.storage import open_store
 from common.storage.artifacts import FileRecord, Key, Manifest, content_digest, inspect
 from stages import STAGES
@@ -151,7 +151,7 @@ def test_a_changed_value_names_itself_and_leaves_earlier_stages_alone(again, mic
     store, _ = again
     changed = micro_config(store, micro_model, tones, asr__epochs=3)
     found = statuses(changed)
-    assert found["asr"] == ("again", "asr.epochs 2 → 3")
+    assert found["asr"] == ("stale", "asr.epochs 2 → 3")
     assert {status for label, (status, _) in found.items() if label != "asr"} == {"done"}
 
 
@@ -342,7 +342,7 @@ def test_a_second_wish_to_stop_reaches_the_processes_as_an_alarm(tmp_path, micro
             os.kill(os.getpid(), signal.SIGINT)
 
     impatient = threading.Thread(target=interrupt)
-    with heed_signals() as stopping, pytest.raises(KeyboardInterrupt):
+    with handle_signals() as stopping, pytest.raises(KeyboardInterrupt):
         impatient.start()
         run_in_processes(config, planned, [""], scratch=tmp_path, stopping=stopping)
     impatient.join()

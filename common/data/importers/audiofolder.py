@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import is_data, kind_of_folder, visible_files
-from common.data.importers.rows import Imported, Row
+from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import FRACTIONS, SPLIT_NAMES
 from common.data.importers.tables import Rows, read_rows
 from common.errors import DataError
@@ -72,7 +72,7 @@ def _metadata_in(folder: Path) -> list[Path]:
     return [names[name] for name in METADATA if name in names]
 
 
-def _splits_of_paths(rows: list[Row]) -> list[Row]:
+def _splits_of_paths(rows: list[TableRow]) -> list[TableRow]:
     """Metadata at the top whose audio lies in folders with the names of splits: these are the rows' splits."""
     tops = [Path(row.values["audio_filepath"].replace("\\", "/")).parts[0].lower() for row in rows]
     if any(row.values["split"] for row in rows) or not set(tops) <= SPLIT_NAMES.keys():
@@ -80,7 +80,7 @@ def _splits_of_paths(rows: list[Row]) -> list[Row]:
     return [replace(row, values=row.values | {"split": top}) for row, top in zip(rows, tops, strict=True)]
 
 
-def _passed_over(source: Path, rows: Sequence[Row]) -> list[str]:
+def _passed_over(source: Path, rows: Sequence[TableRow]) -> list[str]:
     """What lies in the folder and is not in the corpus: folders with another name, audio that no row names."""
     notes = []
     other = [path for path in _folders(source) if path.name.lower() not in SPLIT_NAMES and _metadata_in(path)]

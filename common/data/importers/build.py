@@ -24,7 +24,7 @@ from common.data.corpus import (
     write_index,
 )
 from common.data.identities import identifier
-from common.data.importers.rows import Imported, Row
+from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import SPLIT_NAMES, check_fractions, split_by_speaker
 from common.data.importers.stretches import shared_files, stretch_of, unclear_stretches
 from common.data.importers.values import seconds
@@ -37,7 +37,7 @@ DIFFERS = 0.5  # seconds between a table's duration and the file's, from where o
 
 
 def build_corpus(
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     out: Path,
     *,
     source: Mapping[str, Any],
@@ -107,7 +107,7 @@ def _listed(faults: Sequence[str], rows: int, *, every: bool) -> str:
     return "\n  ".join([head, *lines])
 
 
-def _measure(rows: Sequence[Row]) -> tuple[list[tuple[Row, Utterance]], list[str]]:
+def _measure(rows: Sequence[TableRow]) -> tuple[list[tuple[TableRow, Utterance]], list[str]]:
     """The rows whose audio can be read, with their utterances; and the faults of the others."""
     files = list(dict.fromkeys(row.audio for row in rows))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -116,7 +116,7 @@ def _measure(rows: Sequence[Row]) -> tuple[list[tuple[Row, Utterance]], list[str
     unclear = unclear_stretches(shared)
     timed = any("offset" in row.values for row in rows)
     with_split = any(row.values["split"] for row in rows)
-    kept: list[tuple[Row, Utterance]] = []
+    kept: list[tuple[TableRow, Utterance]] = []
     faults: list[str] = []
     for row in rows:
         try:
@@ -139,7 +139,7 @@ def _info(path: Path) -> AudioInfo | DataError:
         return error
 
 
-def _to_utterance(row: Row, info: AudioInfo | DataError, *, shared: bool, timed: bool) -> Utterance:
+def _to_utterance(row: TableRow, info: AudioInfo | DataError, *, shared: bool, timed: bool) -> Utterance:
     values = row.values
     if isinstance(info, DataError):
         raise DataError(f"{row.where}: {info}")
@@ -161,9 +161,9 @@ def _to_utterance(row: Row, info: AudioInfo | DataError, *, shared: bool, timed:
     )
 
 
-def _name(pairs: Sequence[tuple[Row, Utterance]]) -> tuple[list[tuple[Row, Utterance]], list[str]]:
+def _name(pairs: Sequence[tuple[TableRow, Utterance]]) -> tuple[list[tuple[TableRow, Utterance]], list[str]]:
     """Every utterance with its id: the table's, or its audio path without suffix, and offset where it has one."""
-    named: list[tuple[Row, Utterance]] = []
+    named: list[tuple[TableRow, Utterance]] = []
     faults: list[str] = []
     where_of: dict[str, str] = {}
     for row, u in pairs:
@@ -184,7 +184,7 @@ def _mend(utterances: Sequence[Utterance]) -> tuple[list[Utterance], int]:
     return mended, sum(u != other for u, other in zip(utterances, mended, strict=True))
 
 
-def _remarks(named: Sequence[tuple[Row, Utterance]], utterances: Sequence[Utterance]) -> list[str]:
+def _remarks(named: Sequence[tuple[TableRow, Utterance]], utterances: Sequence[Utterance]) -> list[str]:
     """What the user should know of a corpus that is no fault."""
     remarks = []
     silent = sum(not u.speaker for u in utterances)
@@ -204,7 +204,7 @@ def _remarks(named: Sequence[tuple[Row, Utterance]], utterances: Sequence[Uttera
     return remarks
 
 
-def _differing_durations(named: Sequence[tuple[Row, Utterance]]) -> list[str]:
+def _differing_durations(named: Sequence[tuple[TableRow, Utterance]]) -> list[str]:
     """Rows of whole files of which the table says another duration: the files may be cut short."""
     found = []
     for row, u in named:
@@ -214,7 +214,7 @@ def _differing_durations(named: Sequence[tuple[Row, Utterance]]) -> list[str]:
     return [f"the table says another duration than {len(found)} files have (as {found[0]})"] if found else []
 
 
-def _copy_audio(rows: Sequence[Row], utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
+def _copy_audio(rows: Sequence[TableRow], utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:
     """Copy each file once, under a name of its own, and refer to the copy."""
     copies: dict[Path, str] = {}
     for row in rows:

@@ -14,7 +14,7 @@ SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """A row as text by our field names (an empty `split` has to be there), where it stands, and its audio.
 
     `folder` comes before the path where an id is made of it.

@@ -20,7 +20,7 @@ from typing import Any
 from common.data.corpus import Utterance
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import visible_files
-from common.data.importers.rows import Imported, Row
+from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, check_fractions, split_by_speaker
 from common.errors import DataError
 from common.text import mend
@@ -103,7 +103,7 @@ def import_sap(
     )
 
 
-def hold_out_dev(rows: Sequence[Row], *, fractions: Sequence[float], seed: int) -> list[Row]:
+def hold_out_dev(rows: Sequence[TableRow], *, fractions: Sequence[float], seed: int) -> list[TableRow]:
     """Rows of train and dev alone, as train, dev and test: dev becomes test, some speakers of train become dev.
 
     Rows that have a test split, or no split at all, are returned as they are.
@@ -197,7 +197,7 @@ def _intelligibility(file: Mapping[str, Any]) -> float | None:
 
 def _rows(
     one: Contributor, source: Path, audio: Mapping[str, Path], splits: Mapping[str, str], skipped: Counter[str]
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     for number, file in enumerate(one.files, start=1):
         prompt = file.get("Prompt")
         name = Path(str(file.get("Filename") or "")).name
@@ -222,7 +222,7 @@ def _rows(
             split = splits.get(one.id) or _split_of(one.path, source) or _split_of(path, source)
             filled = {field: value for field, value in values.items() if value}
             where = f"{one.path}: file {number}" + (f", from {piece.offset} s" if piece.offset else "")
-            yield Row(where, {"split": split, **filled}, path.resolve())
+            yield TableRow(where, {"split": split, **filled}, path.resolve())
 
 
 def _split_of(path: Path, source: Path) -> str:
@@ -232,7 +232,7 @@ def _split_of(path: Path, source: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Reference:
     """What was said in a recording, or from `offset` on for `duration` (seconds, as text; empty for all of it)."""
 
     text: str
@@ -241,7 +241,7 @@ class Piece:
     duration: str = ""
 
 
-def read_transcript(transcript: str) -> tuple[list[Piece], str]:
+def read_transcript(transcript: str) -> tuple[list[Reference], str]:
     """The references in a transcript with the guidelines' marks, or why there is none.
 
     `(uh)`, `(s-)`: disfluencies, in the second reference alone; `(cs: Go on)`: somebody's speech, kept; `{g: idol}`:
@@ -260,19 +260,19 @@ def read_transcript(transcript: str) -> tuple[list[Piece], str]:
         return [], "without a transcript"
     if re.search(r"\{\s*(?:[wuf]\s*:[^}]*)?\}", bare):
         return [], "with unintelligible words"
-    pieces = _timed(lines) if code == "#ts" else [Piece("\n".join(lines))]
+    pieces = _timed(lines) if code == "#ts" else [Reference("\n".join(lines))]
     pieces = [replace(piece, **_references(piece.text)) for piece in pieces]
     pieces = [piece for piece in pieces if piece.text]
     return pieces, "" if pieces else "without a transcript"
 
 
-def _timed(lines: Sequence[str]) -> list[Piece]:
+def _timed(lines: Sequence[str]) -> list[Reference]:
     pieces = []
     for line in lines:
         found = re.match(r"\s*(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s+(\S.*)", line)
         if found and float(found[1]) < float(found[2]):
             seconds = float(found[2]) - float(found[1])
-            pieces.append(Piece(found[3], offset=f"{float(found[1]):g}", duration=f"{seconds:.3f}"))
+            pieces.append(Reference(found[3], offset=f"{float(found[1]):g}", duration=f"{seconds:.3f}"))
     return pieces
 
 

@@ -8,22 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.data.audio import AudioInfo
-from common.data.importers.rows import Row
+from common.data.importers.rows import TableRow
 from common.data.importers.values import seconds
 from common.errors import DataError
 
 OVERHANG = 0.1  # seconds of a stretch past the end of its file that are rounding: they are cut off
 
 
-def shared_files(rows: Sequence[Row]) -> dict[Path, list[Row]]:
+def shared_files(rows: Sequence[TableRow]) -> dict[Path, list[TableRow]]:
     """The files that several rows name → these rows."""
-    rows_of: dict[Path, list[Row]] = defaultdict(list)
+    rows_of: dict[Path, list[TableRow]] = defaultdict(list)
     for row in rows:
         rows_of[row.audio].append(row)
     return {audio: group for audio, group in rows_of.items() if len(group) > 1}
 
 
-def unclear_stretches(shared: Mapping[Path, Sequence[Row]]) -> dict[str, str]:
+def unclear_stretches(shared: Mapping[Path, Sequence[TableRow]]) -> dict[str, str]:
     """Where a row stands → what is wrong with it: it shares its file, and nothing says which part of it is meant."""
     faults: dict[str, str] = {}
     for audio, group in shared.items():
@@ -47,7 +47,7 @@ def unclear_stretches(shared: Mapping[Path, Sequence[Row]]) -> dict[str, str]:
     return faults
 
 
-def stretch_of(row: Row, info: AudioInfo, *, shared: bool, timed: bool) -> tuple[float, float]:
+def stretch_of(row: TableRow, info: AudioInfo, *, shared: bool, timed: bool) -> tuple[float, float]:
     """Offset and duration of a row's utterance, in seconds.
 
     Args:
@@ -91,7 +91,7 @@ def _is_whole_file(length: float, info: AudioInfo) -> bool:
     )
 
 
-def _time(row: Row, field: str) -> float:
+def _time(row: TableRow, field: str) -> float:
     value = row.values.get(field, "0")
     found = seconds(value)
     if found is None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from common.data.importers.build import build_corpus
 from common.data.importers.columns import TO_THE_END, Column, check_mapping, choose_columns
 from common.data.importers.records import read_table
-from common.data.importers.rows import Imported, Row, find_audio
+from common.data.importers.rows import Imported, TableRow, find_audio
 from common.data.importers.splits import FRACTIONS
 from common.data.importers.values import as_text, seconds
 from common.errors import DataError
@@ -19,7 +19,7 @@ from common.errors import DataError
 class Rows(NamedTuple):
     """The rows of a table, the faults of those that cannot be read, and what to say of its columns."""
 
-    rows: list[Row]
+    rows: list[TableRow]
     faults: list[str]
     notes: list[str]
 
@@ -101,12 +101,12 @@ def read_rows(
     if not content.records:
         return Rows([], content.faults, [])
     chosen, notes = choose_columns(table, content.columns, [record for _, record in content.records], columns)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     faults = list(content.faults)
     for where, record in content.records:
         try:
             values = {"split": split, **_values(where, record, chosen)}
-            rows.append(Row(where, values, find_audio(audio_root, values["audio_filepath"]), folder))
+            rows.append(TableRow(where, values, find_audio(audio_root, values["audio_filepath"]), folder))
         except DataError as error:
             faults.append(str(error))
     if content.empty:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import is_data
-from common.data.importers.rows import Imported, Row
+from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import FRACTIONS
 from common.errors import DataError
 
@@ -87,7 +87,7 @@ def _is_session(folder: Path) -> bool:
     return SESSION.fullmatch(folder.name) is not None and SPEAKER.fullmatch(folder.parent.name) is not None
 
 
-def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[str]) -> Iterator[Row]:
+def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[str]) -> Iterator[TableRow]:
     session, speaker = prompts.parent, prompts.parent.parent.name
     control = speaker[1] == "C"
     for prompt in sorted(path for path in prompts.glob("*.txt") if is_data(path, prompts)):
@@ -99,7 +99,7 @@ def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[
         if not recordings:
             skipped["without their audio file"] += 1
         for name, audio in recordings:
-            yield Row(
+            yield TableRow(
                 str(prompt),
                 {
                     "split": "",

@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
-from common.pipeline.stage import heed_signals
+from common.pipeline.stage import handle_signals
 from common.data.tokens import load_codec
 
 if __name__ == "__main__":
@@ -123,7 +123,7 @@ if __name__ == "__main__":
     corpus = read_corpus(sys.argv[2])
     examples = make_examples(corpus, corpus.split("train"), codec, context="dynamic", margin=64)
     loader = BatchLoader(examples, num_workers=1, device=torch.device("cpu"))
-    with heed_signals() as stopping:
+    with handle_signals() as stopping:
         batches = loader([[i % len(examples)] for i in range(20)])
         next(batches)
         subprocess.run(["kill", "-s", sys.argv[3], "--", f"-{os.getpgrp()}"])  # itself included

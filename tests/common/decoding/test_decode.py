@@ -154,7 +154,7 @@ def test_rules_for_timestamps_are_those_of_transformers():
             scores_RV = scale * torch.randn(3, vocabulary, generator=generator)
             ids = torch.tensor([[1, 2, *row] for row in rows])
             expected_RV = processor(ids, scores_RV.clone())
-            assert torch.equal(timestamp_scores(scores_RV, rows, zero=zero, end=end), expected_RV)
+            assert torch.equal(timestamp_scores(scores_RV, rows, timestamp_begin=zero, end=end), expected_RV)
 
 
 def test_timestamps_of_a_tokenizer_without_them_are_refused(model, codec, hidden_BTD):

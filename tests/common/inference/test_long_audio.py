@@ -14,7 +14,7 @@ from common.decoding.alignment import Word
 from common.errors import DataError
 from common.inference.load_model import open_model
 from common.inference.long_audio import (
-    Row,
+    LongUtterance,
     long_utterances,
     segment_long,
     summary,
@@ -108,7 +108,7 @@ def test_an_interrupted_segmentation_goes_on(long_corpus, micro_model, tmp_path)
     corpus = read_corpus(long_corpus)
     opened = open_model(str(micro_model), store=None, cache=tmp_path, device="cpu")
     u = corpus.utterances[0]
-    done = Row("long", (replace(u, id="long-000", duration=3.0, text="marked"),), 42.0, matched=1.0)
+    done = LongUtterance("long", (replace(u, id="long-000", duration=3.0, text="marked"),), 42.0, matched=1.0)
     unfinished = tmp_path / "rows.jsonl"
     from common.inference.long_audio import _line
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason(long_corpus, micro_m
 def test_a_piece_may_not_take_the_id_of_another(long_corpus):
     corpus = read_corpus(long_corpus)
     u = corpus.utterances[0]
-    rows = {"long": Row("long", (replace(u, id="short"),), 42.0)}
+    rows = {"long": LongUtterance("long", (replace(u, id="short"),), 42.0)}
     with pytest.raises(DataError, match="short would be a piece"):
         with_pieces(corpus, [u], rows)
 
@@ -186,7 +186,7 @@ def test_words_make_the_text_they_came_from(text, language):
 
 
 def test_rows_are_kept_without_loss():
-    row = Row("a", (Utterance("a-000", "a.wav", 3.0, "é", offset=1.5),), 40.0, 1.0, 0.5, 2, "")
+    row = LongUtterance("a", (Utterance("a-000", "a.wav", 3.0, "é", offset=1.5),), 40.0, 1.0, 0.5, 2, "")
     from common.inference.long_audio import _line, _rows
 
     odd = replace(row, id="a\u2028b\x85")  # separators for `splitlines`, not for JSON

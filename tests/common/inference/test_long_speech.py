@@ -153,7 +153,7 @@ def test_timestamp_tokens_come_in_pairs_around_the_same_text(opened, spoken):
     samples = [samples for samples, _ in next(iter(spoken.values()))[:3]]
     plain = transcribe_audio(opened, samples, DECODING)
     timed = transcribe_audio(opened, samples, replace(DECODING, timestamps=True))
-    zero = opened.codec.zero
+    zero = opened.codec.timestamp_begin
     for (before,), (after,) in zip(plain, timed, strict=True):
         times = [token for token in after.decoded.tokens if token >= zero]
         assert after.decoded.tokens[0] == times[0] <= zero + 50
