@@ -186,7 +186,7 @@ def test_one_damaged_expert_is_made_again_and_nothing_else(again, finished, how)
     folder = store / "artifacts" / "experts" / record["tasks"]["experts[1]"]["key"]
     damage(next(folder.glob("*/adapter_model.safetensors")), how)
     found = statuses(config)
-    assert found["experts[1]"][0] == "again"
+    assert found["experts[1]"][0] == "stale"
     assert "adapter_model.safetensors" in found["experts[1]"][1]
     assert {status for label, (status, _) in found.items() if label != "experts[1]"} == {"done"}
     run_pipeline(config)
@@ -209,7 +209,7 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
     files = made.files | {"more": FileRecord(0, hashlib.sha256(b"").hexdigest())}
     path.write_bytes(replace(made, files=files, digest=content_digest(files, made.volatile)).to_json())
     found = statuses(config)
-    assert found["experts[0]"] == ("again", "its input gating (gate) was made again with another content")
+    assert found["experts[0]"] == ("stale", "its input gating (gate) was made again with another content")
 
 
 @pytest.mark.parametrize(
