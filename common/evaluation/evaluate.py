@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
+from common.inference.added import added_number
 from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
@@ -74,16 +75,19 @@ def decode_corpus(
     size = decoding.batch_size
     choices = _choices(opened, short, lambda: loader(epoch_batches(examples, batch_size=size, shuffle=False)))
 
+    added = {u.id: opened.voice if opened.voice >= 0 else added_number(opened.added, u) for u in utterances}
+
     def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
         choice = stacked([choices[name] for name in batch.ids]) if choices else None
-        found = transcribe_batch(opened, batch, decoding, choice)
+        found = transcribe_batch(opened, batch, decoding, choice, [added[name] for name in batch.ids])
         routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
         return [(one.text, chosen) for one, chosen in zip(found.decoded, routing, strict=True)]
 
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         found = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
-            found[u.id] = _transcribed_in_windows(opened, corpus, u, decoding), ((), ())
+            own = replace(opened, voice=added[u.id])
+            found[u.id] = _transcribed_in_windows(own, corpus, u, decoding), ((), ())
             bar.update()
     texts = {name: text for name, (text, _) in found.items()}
     routing = {name: chosen for name, (_, chosen) in found.items()}

@@ -23,8 +23,10 @@ from common.data.sources import folder_digest, is_hub_name, locate_model
 from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError
+from common.inference.added import added_folders, model_content
 from common.model.adapters import CONFIG as ADAPTER
 from common.model.adapters import read_adapter
+from common.model.added import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.mixture import untie
 from common.model.recogniser import Recogniser
@@ -57,6 +59,8 @@ class OpenedModel:
         context, margin: how audio becomes encoder input, as in training.
         language: of its texts, for the normaliser of scores; English where it translates.
         accelerator: its device and precision.
+        added: experts that were added after training, in the order of their numbers.
+        voice: number of the one that all audio gets; -1 for none.
     """
 
     recogniser: Recogniser
@@ -69,6 +73,8 @@ class OpenedModel:
     margin: int
     language: str
     accelerator: Accelerator
+    added: tuple[AddedExpert, ...] = ()
+    voice: int = -1
 
 
 def open_model(
@@ -104,10 +110,11 @@ def open_model(
         DataError: there is no such model, or it does not fit its base.
         RetryableError: hub or store does not answer.
     """
-    folder = find_model(name, store, cache, endpoint_url)
+    folder, added_from = _find(name, store, cache, endpoint_url)
     accelerator = make_accelerator(precision, device)
     find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
     recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
+    added = attach(recogniser, added_from)
     if info is not None:
         language, task = info.language, info.task
         _warn_of_other_context(name, info, context, margin)
@@ -123,6 +130,7 @@ def open_model(
         margin=trained[1] if margin is None else margin,
         language=text_language(language, task),
         accelerator=accelerator,
+        added=added,
     )
 
 
@@ -150,17 +158,37 @@ def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | 
     Raises:
         DataError: there is none.
     """
+    return _find(name, store, cache, endpoint_url)[0]
+
+
+def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None) -> tuple[Path, list[Path]]:
+    """The folder of a model, and those of its added experts."""
     folder = _unwrapped(Path(name))
     if any((folder / file).is_file() for file in (DESCRIPTION, ADAPTER, "config.json")):
-        return folder
+        return folder, added_folders(None, folder, cache)
     if run := find_run(name, store):
-        return stage_folders(*run, "asr", cache)[0]
+        root = run[1].get("root")  # of an extension of what is no run
+        folder = _root(root, store, cache, endpoint_url) if root else stage_folders(*run, "asr", cache)[0]
+        return folder, added_folders(run, folder, cache)
     if name.startswith("s3://") or is_hub_name(name):
-        return _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
+        folder = _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
+        return folder, added_folders(None, folder, cache)
     where = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
     problem = "holds no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
     wanted = f"give a run, or a folder with {DESCRIPTION}, {ADAPTER} or a Whisper's config.json"
     raise DataError(f"model {name!r} {problem}: {wanted}{where}")
+
+
+def _root(root: Mapping[str, str], store: Store | None, cache: Path, endpoint_url: str | None) -> Path:
+    """The model that experts were added to, where that is no run.
+
+    Raises:
+        DataError: it is not there, or is another one now.
+    """
+    folder = find_model(root["name"], store, cache, endpoint_url)
+    if model_content(folder) != root["digest"]:
+        raise DataError(f"model {root['name']} has other weights than when experts were added to it: put it back")
+    return folder
 
 
 def _unwrapped(folder: Path) -> Path:
@@ -270,7 +298,7 @@ def stacked(choices: Sequence[Choice]) -> Choice:
 
 @torch.inference_mode()
 def route_batch(
-    opened: OpenedModel, batch: Batch, choice: Choice | None = None
+    opened: OpenedModel, batch: Batch, choice: Choice | None = None, added: Sequence[int] | None = None
 ) -> tuple[list[list[int]], list[list[float]]] | None:
     """Routes audio that is in no table of embeddings: frozen encoder, pooled embedding, gate.
 
@@ -278,6 +306,7 @@ def route_batch(
 
     Args:
         choice: (logits_BE, known_B) in place of the batch's own, for a decision by speakers or by a table.
+        added: number of each row's added expert, -1 for none; the model's `voice` for all when None.
 
     Returns:
         Experts and weights of each utterance (B lists of K); None where nothing chooses.
@@ -287,12 +316,14 @@ def route_batch(
         evidence_BF = gate_evidence(opened, batch)
         assert evidence_BF is not None
         choice = recogniser.gate.decide(evidence_BF)
+    numbers = [opened.voice] * len(batch) if added is None else list(added)
+    added_B = torch.tensor(numbers, device=batch.row_B.device) if max(numbers) >= 0 else None
     if choice is None:
-        recogniser.choose_by()
+        recogniser.choose_by(added_N=added_B)
         return None
     logits_BE, known_B = choice
-    recogniser.choose_by(logits_NE=logits_BE, known_N=known_B)
-    routing = recogniser.set_routing(logits_BE, len(batch), known_B)
+    recogniser.choose_by(logits_NE=logits_BE, known_N=known_B, added_N=added_B)
+    routing = recogniser.set_routing(logits_BE, len(batch), known_B, added_B)
     return routing.topk_ids_BK.tolist(), routing.topk_weights_BK.float().tolist()
 
 
@@ -312,12 +343,18 @@ class Transcript:
 
 
 @torch.inference_mode()
-def transcribe_batch(opened: OpenedModel, batch: Batch, decoding: Decoding, choice: Choice | None = None) -> Transcript:
+def transcribe_batch(
+    opened: OpenedModel,
+    batch: Batch,
+    decoding: Decoding,
+    choice: Choice | None = None,
+    added: Sequence[int] | None = None,
+) -> Transcript:
     """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
 
     The slot keeps its routing.
     """
-    routing = route_batch(opened, batch, choice)
+    routing = route_batch(opened, batch, choice, added)
     recogniser = opened.recogniser
     own_rows = replace(batch, row_B=torch.arange(len(batch), device=batch.row_B.device))
     with opened.accelerator.autocast():

@@ -70,14 +70,15 @@ class _LowRankLinear(torch.autograd.Function):
         x_BTI, weight_OI, a_GCI, b_GCO, scale_B1C, hidden_GNC = ctx.saved_tensors
         x_GNI, grad_GNO = _grouped(x_BTI, len(a_GCI)), _grouped(grad_BTO, len(a_GCI))
         grad_GNC = grad_GNO @ b_GCO.transpose(1, 2)
-        grad_b_GCO = _scaled(hidden_GNC, scale_B1C).transpose(1, 2) @ grad_GNO
+        needs = ctx.needs_input_grad  # none of a frozen adapter's, below one that is added
+        grad_b_GCO = _scaled(hidden_GNC, scale_B1C).transpose(1, 2) @ grad_GNO if needs[4] else None
         grad_scale_B1C = None
         if scale_B1C is not None:
             grad_scale_B1C = (grad_GNC * hidden_GNC).view(len(x_BTI), -1, a_GCI.shape[1]).sum(1, keepdim=True)
             grad_GNC = _scaled(grad_GNC, scale_B1C)
-        grad_a_GCI = grad_GNC.transpose(1, 2) @ x_GNI
+        grad_a_GCI = grad_GNC.transpose(1, 2) @ x_GNI if needs[3] else None
         grad_x_BTI = None
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             grad_x_GNI = grad_GNO @ weight_OI
             grad_x_BTI = grad_x_GNI.baddbmm_(grad_GNC, a_GCI).view(x_BTI.shape)
         return grad_x_BTI, None, None, grad_a_GCI, grad_b_GCO, grad_scale_B1C

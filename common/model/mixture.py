@@ -9,7 +9,7 @@ LoRA: Hu et al. 2021 (arXiv:2106.09685). Shared expert: Dai et al. 2024, DeepSee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -69,10 +69,60 @@ class LoraStack(nn.Module):
         return self.scaling * (b_OR @ a_RI)
 
 
+class AddedTerm(nn.Module):
+    """What an expert that was added later adds to one layer of a mixture that stays as it is.
+
+    The term is a sum of up to three parts: routed experts at fixed weights, the shared expert's ranks at magnitudes
+    of one's own, and a low-rank adapter.
+
+    Args:
+        weights: of routed experts, by number.
+        magnitude_1R: what each rank of the shared expert is multiplied by, beside the 1 that everybody gets.
+        stack: one adapter.
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Mapping[int, float] | None = None,
+        magnitude_1R: Tensor | None = None,
+        stack: LoraStack | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = dict(weights or {})
+        self.magnitude = None if magnitude_1R is None else nn.Parameter(magnitude_1R)
+        self.stack = stack
+
+    def plain(self, layer: MixtureLinear) -> tuple[Tensor, Tensor]:
+        """(A (R, I), B (O, R)) of the whole term as plain LoRA, without the layer's scaling."""
+        parts = []
+        for expert, weight in self.weights.items():
+            a_RI, b_OR = layer.routed.plain(expert)
+            parts.append((a_RI * weight, b_OR))
+        if self.magnitude is not None:
+            assert layer.shared is not None
+            a_RI, b_OR = layer.shared.plain(0)
+            parts.append((a_RI * self.magnitude.transpose(0, 1), b_OR))
+        if self.stack is not None:
+            parts.append(self.stack.plain(0))
+        if not parts:  # the shared expert alone
+            weight_OI = layer.base.weight
+            return weight_OI.new_zeros(0, layer.base.in_features), weight_OI.new_zeros(layer.base.out_features, 0)
+        return torch.cat([a_RI for a_RI, _ in parts]), torch.cat([b_OR for _, b_OR in parts], 1)
+
+    def columns(self, layer: MixtureLinear, dtype: torch.dtype) -> Columns:
+        """The term as one low-rank pair (`common.model.lowrank`)."""
+        a_RI, b_OR = self.plain(layer)
+        return (a_RI * layer.routed.scaling).to(dtype)[None], b_OR.to(dtype).transpose(0, 1)[None], None
+
+
 class MixtureLinear(nn.Module):
     """A frozen linear layer, plus the shared expert, plus the weighted sum of its utterance's routed experts.
 
     y = W x + b + delta_shared x + Σ_k weight_k · delta_{e_k} x
+
+    Rows that use an added expert (`Routing.added`) get its term on top. Rows that use none compute what they did
+    before it was there, to the last bit.
 
     With no routed experts it is dense LoRA; with no shared one, a mixture of routed experts alone. Where the routing
     has K = 0 or weights of 0, an utterance gets the shared expert alone.
@@ -117,6 +167,7 @@ class MixtureLinear(nn.Module):
             if shared_rank
             else None
         )
+        self.added = nn.ModuleList()
 
     @property
     def num_experts(self) -> int:
@@ -140,7 +191,13 @@ class MixtureLinear(nn.Module):
             y_BTO = low_rank_linear(x_BTI, self.base.weight, self.base.bias, terms[0])
             for columns in terms[1:]:
                 y_BTO = y_BTO + low_rank_delta(x_BTI, columns)
-        return y_BTO if grouped_BTO is None else y_BTO + grouped_BTO
+        y_BTO = y_BTO if grouped_BTO is None else y_BTO + grouped_BTO
+        for number, rows_N in routing.added:
+            term = self.added[number]
+            assert isinstance(term, AddedTerm)
+            delta_NTO = low_rank_delta(x_BTI[rows_N], term.columns(self, dtype))
+            y_BTO = y_BTO.index_add(0, rows_N, delta_NTO)
+        return y_BTO
 
     def _terms(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[list[Columns], Tensor | None]:
         """Low-rank pairs whose deltas add up, and the routed experts' delta where it is computed in groups."""
@@ -261,10 +318,8 @@ def add_mixture(
         The slot that decides the routing of all replaced layers.
 
     Raises:
-        ValueError: no layer matches, or there is no expert.
+        ValueError: no layer matches.
     """
-    if not num_experts and not shared_rank:
-        raise ValueError("a mixture needs a shared expert or at least one routed expert")
     slot = RoutingSlot()
     model.requires_grad_(False)
     for name, layer in linear_layers(model, targets, within):

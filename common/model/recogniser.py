@@ -6,7 +6,7 @@ Shape letters: B utterances, K experts per utterance, E experts, D embedding wid
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from common.data.batches import Batch
 from common.data.features import log_mel
 from common.model.gate import Gate
 from common.model.mixture import mixture_layers
-from common.model.routing import Routing, RoutingSlot, balance_loss, route, route_to, router_entropy
+from common.model.routing import Routing, RoutingSlot, balance_loss, route, route_to, router_entropy, rows_by_added
 from common.model.whisper import encode, pool, token_losses
 
 Mixture = Literal["blend", "loss", "hard"]
@@ -52,6 +52,7 @@ class Recogniser(nn.Module):
     embeddings_ND: Tensor | None
     logits_NE: Tensor | None
     known_N: Tensor | None
+    added_N: Tensor | None
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class Recogniser(nn.Module):
         self.register_buffer("embeddings_ND", embeddings_ND, persistent=False)
         self.register_buffer("logits_NE", None, persistent=False)
         self.register_buffer("known_N", None, persistent=False)
+        self.register_buffer("added_N", None, persistent=False)
 
     @property
     def num_experts(self) -> int:
@@ -81,7 +83,12 @@ class Recogniser(nn.Module):
         return next((layer.num_experts for _, layer in mixture_layers(self.whisper)), 0)
 
     def choose_by(
-        self, *, embeddings_ND: Tensor | None = None, logits_NE: Tensor | None = None, known_N: Tensor | None = None
+        self,
+        *,
+        embeddings_ND: Tensor | None = None,
+        logits_NE: Tensor | None = None,
+        known_N: Tensor | None = None,
+        added_N: Tensor | None = None,
     ) -> None:
         """Sets what chooses the experts of the utterances `Batch.row_B`: the gate's embeddings, or fixed logits.
 
@@ -89,10 +96,12 @@ class Recogniser(nn.Module):
             embeddings_ND: for the gate, which then learns with the experts.
             logits_NE: instead of the gate's; of speakers or of a table.
             known_N: false for utterances unlike all groups, which get the shared expert alone; None: all are known.
+            added_N: number of the added expert that each utterance uses in place of routed ones, -1 for none; None:
+                nobody uses one.
         """
         device = self.whisper.device
-        self.embeddings_ND, self.logits_NE, self.known_N = (
-            None if value is None else value.to(device) for value in (embeddings_ND, logits_NE, known_N)
+        self.embeddings_ND, self.logits_NE, self.known_N, self.added_N = (
+            None if value is None else value.to(device) for value in (embeddings_ND, logits_NE, known_N, added_N)
         )
 
     @property
@@ -109,7 +118,7 @@ class Recogniser(nn.Module):
         mel_BMF = self._spectrogram(batch)
         logits_BE = self.gate_logits(batch.row_B)
         if logits_BE is None:
-            self.set_routing(None, len(batch))
+            self.set_routing(None, len(batch), added_B=self.added(batch.row_B))
             loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
             ce = loss_B.sum()
             if self.orthogonality is None or not self.training:
@@ -120,7 +129,7 @@ class Recogniser(nn.Module):
         if self.options.mixture == "loss":
             ce, count_B, ids_BK = self._loss_mixture(mel_BMF, batch, logits_BE)
         else:
-            routing = self.set_routing(logits_BE, len(batch), self.known(batch.row_B))
+            routing = self.set_routing(logits_BE, len(batch), self.known(batch.row_B), self.added(batch.row_B))
             loss_B, count_B = self._losses(mel_BMF, batch.inputs_BU, batch.labels_BU)
             ce, ids_BK = loss_B.sum(), routing.topk_ids_BK
         tokens = count_B.sum()
@@ -172,7 +181,8 @@ class Recogniser(nn.Module):
 
     def utterance_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss_B, tokens_B): each utterance's summed cross-entropy and the tokens that carry it."""
-        self.set_routing(self.gate_logits(batch.row_B), len(batch), self.known(batch.row_B))
+        row_B = batch.row_B
+        self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
         return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
 
     def known(self, row_B: Tensor) -> Tensor | None:
@@ -187,6 +197,10 @@ class Recogniser(nn.Module):
         kept_B = torch.rand(len(row_B), device=row_B.device) >= self.options.routed_dropout
         return kept_B if known_B is None else known_B & kept_B
 
+    def added(self, row_B: Tensor) -> Tensor | None:
+        """Numbers of the added experts of rows, -1 for none; None where nobody uses one."""
+        return None if self.added_N is None else self.added_N[row_B]
+
     def gate_logits(self, row_B: Tensor) -> Tensor | None:
         """Logits over routed experts for rows of the table; None where nothing is to be chosen."""
         if self.logits_NE is not None:
@@ -197,24 +211,32 @@ class Recogniser(nn.Module):
         logits_BE: Tensor = self.gate(self.embeddings_ND[row_B])
         return logits_BE
 
-    def set_routing(self, logits_BE: Tensor | None, rows: int, known_B: Tensor | None = None) -> Routing:
+    def set_routing(
+        self, logits_BE: Tensor | None, rows: int, known_B: Tensor | None = None, added_B: Tensor | None = None
+    ) -> Routing:
         """Puts the routing of a batch into the slot: by logits, or to the only routed expert, if there is one.
 
-        A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one.
+        A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one. Rows with an
+        added expert get the shared expert and that one: what is added stands on what is the same for everybody.
         """
         device = self.whisper.device
+        if added_B is not None:
+            known_B = added_B < 0 if known_B is None else known_B & (added_B < 0)
         if logits_BE is None:
             routing = route_to(0 if self.num_experts else None, rows, device)
         else:
             top_k = self.options.top_k if self.options.mixture == "blend" else 1
             routing = route(logits_BE, top_k, known_B)
+        if added_B is not None:
+            routing = replace(routing, added=rows_by_added(added_B))
         if self.slot is not None:
             self.slot.routing = routing
         return routing
 
     def encode_batch(self, batch: Batch) -> Tensor:
         """Encoder output of a batch, its routing set: what decoding starts from. hidden_BTD."""
-        self.set_routing(self.gate_logits(batch.row_B), len(batch), self.known(batch.row_B))
+        row_B = batch.row_B
+        self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
     def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:

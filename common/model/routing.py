@@ -24,14 +24,18 @@ class Routing:
         topk_ids_BK: int64 expert numbers, in 0…E-1; K is 0 where there are no routed experts.
         topk_weights_BK: weights, summing to 1 in each row, or to 0 where the router abstains; they carry the gate's
             gradient.
+        added: (number of an added expert, the rows that use it), for each that is used.
     """
 
     topk_ids_BK: Tensor
     topk_weights_BK: Tensor
+    added: tuple[tuple[int, Tensor], ...] = ()
 
     def rows(self, index_N: Tensor) -> Routing:
         """The routing of the utterances `index_N`, in that order."""
-        return Routing(self.topk_ids_BK[index_N], self.topk_weights_BK[index_N])
+        added = [(number, torch.isin(index_N, rows_N).nonzero()[:, 0]) for number, rows_N in self.added]
+        kept = tuple((number, rows_N) for number, rows_N in added if len(rows_N))
+        return Routing(self.topk_ids_BK[index_N], self.topk_weights_BK[index_N], kept)
 
 
 class RoutingSlot:
@@ -48,6 +52,12 @@ def route_to(expert: int | None, rows: int, device: torch.device) -> Routing:
     """All rows to one routed expert at unit weight, or (None) to the shared expert alone."""
     ids_BK = torch.full((rows, 0 if expert is None else 1), expert or 0, dtype=torch.int64, device=device)
     return Routing(ids_BK, torch.ones_like(ids_BK, dtype=torch.float32))
+
+
+def rows_by_added(added_B: Tensor) -> tuple[tuple[int, Tensor], ...]:
+    """`Routing.added` from the number of each row's added expert, -1 for rows without."""
+    numbers = sorted(set(added_B.tolist()) - {-1})
+    return tuple((number, (added_B == number).nonzero()[:, 0]) for number in numbers)
 
 
 def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routing:

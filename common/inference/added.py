@@ -1,0 +1,86 @@
+"""Who gets which added expert: by the table that a model carries, or by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.data.corpus import Utterance
+from common.errors import UsageError
+from common.files import file_hash
+from common.model.added import ADDED, AddedExpert
+from common.pipeline.runs import stage_folders
+from common.storage.store import Store
+
+if TYPE_CHECKING:
+    from common.inference.load_model import OpenedModel
+
+FOLDER = "added"  # of a model's own folder
+STAGE = "extend"  # whose artifacts added experts are, in a store
+SHOWN = 12  # names in a message
+
+
+def added_folders(run: tuple[Store, dict[str, object]] | None, folder: Path, cache: Path) -> list[Path]:
+    """Folders of a model's added experts, in order: those that its run names, or those in its own folder."""
+    if run is not None:
+        store, record = run
+        tasks = record["tasks"]
+        assert isinstance(tasks, dict)
+        return stage_folders(store, record, STAGE, cache) if STAGE in _stages(tasks) else []
+    return sorted(path.parent for path in (folder / FOLDER).glob(f"*/{ADDED}"))
+
+
+def _stages(tasks: dict[str, dict[str, str]]) -> set[str]:
+    return {task["stage"] for task in tasks.values()}
+
+
+@lru_cache(maxsize=8)
+def model_content(folder: Path) -> str:
+    """sha256 over names and contents of all weights of a model, without its added experts and its base."""
+    weights = [path for path in sorted(folder.rglob("*.safetensors")) if path.relative_to(folder).parts[0] != FOLDER]
+    parts = {path.relative_to(folder).as_posix(): file_hash(path) for path in weights}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:
+    """The added expert of an utterance, by the table: its speaker's own before its group's; -1 for none."""
+    found = [n for n, one in enumerate(added) if one.value and getattr(utterance, one.column, "") == one.value]
+    return min(found, key=lambda n: (added[n].column != "speaker", n), default=-1)
+
+
+def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str | None = None) -> OpenedModel:
+    """The model with one added expert for all audio: the one of a speaker, or the one of a name.
+
+    Raises:
+        UsageError: it has none of that name; the nearest known ones are told.
+    """
+    if speaker is not None and expert is not None:
+        raise UsageError("--speaker and --expert: give one of them")
+    if speaker is None and expert is None:
+        return opened
+    own = [one for one in opened.added if one.column == "speaker"] if speaker is not None else list(opened.added)
+    wanted, names = (
+        (speaker, [one.value for one in own]) if speaker is not None else (expert, [one.name for one in own])
+    )
+    assert wanted is not None
+    if wanted not in names:
+        what = f"speaker {wanted!r}" if speaker is not None else f"expert {wanted!r}"
+        raise UsageError(f"model {opened.name} knows no {what}{nearest(wanted, names)}")
+    return replace(opened, voice=opened.added.index(own[names.index(wanted)]))
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message: the known names most like one that is not known."""
+    if not known:
+        return ": nothing was added to it (`moe-asr extend` does)"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"; it knows {', '.join(sorted(known)[:SHOWN])}{more}"

@@ -1,0 +1,236 @@
+"""Experts that a person or a group got after training, each in a folder of its own beside a model that stays as it is.
+
+added.json                                   whose it is, how it was made, what it brought
+adapter_config.json adapter_model.safetensors   its low-rank adapter, in PEFT's format (`expert`, `neighbour`)
+magnitudes.safetensors                       its multiples of the shared expert's ranks (`gates`)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import DataError
+from common.model.adapters import WEIGHTS, Matrices, adapter_matrices, save_adapter
+from common.model.mixture import AddedTerm, LoraStack, MixtureLinear, add_mixture, mixture_layers
+from common.model.recogniser import Recogniser
+from common.tensors import check_weights
+
+ADDED, MAGNITUDES = "added.json", "magnitudes.safetensors"
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of a model without adapters
+SCALING = 2.0  # alpha / rank, of a model without adapters
+
+Method = Literal["none", "choose", "gates", "expert", "neighbour"]
+Terms = dict[str, AddedTerm]  # layer name → what is added to it
+
+
+@dataclass(frozen=True, slots=True)
+class AddedExpert:
+    """What added.json says.
+
+    Attributes:
+        name: by which the expert is asked for.
+        column, value: of the corpus, whose utterances get it: `speaker` F07, `etiology` ataxia.
+        method: `none` where nothing beat the model as it was.
+        rank: of its adapter; 0 where it has none.
+        weights: (number, weight) of the routed experts that it uses.
+        start: of `neighbour`, the routed expert that it began as a copy of.
+        utterances, seconds: of speech that it learned from.
+        wer_before, wer_after: expected, from cross-validation; None where nothing was held out.
+        interval: of the expected gain, 95%.
+        parent: digest of the model that it was made for.
+        version: of moe-asr.
+    """
+
+    name: str
+    column: str
+    value: str
+    method: Method
+    rank: int
+    weights: tuple[tuple[int, float], ...]
+    start: int | None
+    utterances: int
+    seconds: float
+    wer_before: float | None
+    wer_after: float | None
+    interval: tuple[float, float] | None
+    parent: str
+    version: str
+
+    @property
+    def gain(self) -> float | None:
+        """Expected reduction of the word error rate."""
+        if self.wer_before is None or self.wer_after is None:
+            return None
+        return self.wer_before - self.wer_after
+
+
+def save_added(info: AddedExpert, terms: Terms, folder: Path, *, base_model: str) -> None:
+    """Writes an added expert.
+
+    Args:
+        terms: of all layers.
+        base_model: what PEFT should load its adapter on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stacks = {name: term.stack for name, term in terms.items() if term.stack is not None}
+    if stacks:
+        matrices = {name: _on_cpu(stack.plain(0)) for name, stack in stacks.items()}
+        first = next(iter(stacks.values()))
+        save_adapter(matrices, folder, base_model=base_model, alpha=first.scaling * first.rank)
+    magnitudes = {name: term.magnitude.detach().cpu() for name, term in terms.items() if term.magnitude is not None}
+    if magnitudes:
+        save_file(magnitudes, folder / MAGNITUDES)
+    (folder / ADDED).write_text(json.dumps(asdict(info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _on_cpu(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].detach().cpu(), pair[1].detach().cpu()
+
+
+def read_added(folder: Path) -> AddedExpert:
+    """What an added expert says of itself.
+
+    Raises:
+        DataError: the folder holds none, or a damaged one.
+    """
+    path = folder / ADDED
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        AddedExpert(**values)
+        info: AddedExpert = TypeAdapter(AddedExpert).validate_json(json.dumps(values), strict=True)
+        numbers = (info.seconds, *(weight for _, weight in info.weights))
+        if not info.name or info.rank < 0 or not all(map(math.isfinite, numbers)):
+            raise ValueError("its name, rank, seconds or weights make no sense")
+        return info
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no {ADDED}: it is no added expert") from None
+    except (OSError, ValueError, TypeError, ValidationError, RecursionError) as error:
+        raise DataError(f"{path} cannot be used: {' '.join(str(error).split())[:300]}") from None
+
+
+def prepare(recogniser: Recogniser) -> None:
+    """Gives a model without adapters (a plain Whisper, all weights fine-tuned) layers that an expert can be added to."""
+    if recogniser.slot is None:
+        recogniser.slot = add_mixture(
+            recogniser.whisper, targets=TARGETS, num_experts=0, rank=1, alpha=SCALING, magnitude=False
+        )
+
+
+def new_stack(layer: MixtureLinear, rank: int) -> LoraStack:
+    """One adapter for a layer, at the layer's own scaling, adding nothing yet."""
+    shape, scaling = (layer.base.in_features, layer.base.out_features), layer.routed.scaling
+    return LoraStack(1, rank, *shape, scaling=scaling, magnitude=False, device=layer.base.weight.device)
+
+
+def append_terms(recogniser: Recogniser, terms: Terms) -> int:
+    """Adds one expert to all layers; returns its number."""
+    layers = dict(mixture_layers(recogniser.whisper))
+    number = min(len(layer.added) for layer in layers.values())
+    for name, layer in layers.items():
+        layer.added.append(terms[name])
+    return number
+
+
+def remove_last(recogniser: Recogniser) -> None:
+    """Takes the expert away that was added last."""
+    for _, layer in mixture_layers(recogniser.whisper):
+        del layer.added[-1]
+
+
+def attach(recogniser: Recogniser, folders: Sequence[Path]) -> tuple[AddedExpert, ...]:
+    """Reads added experts into a model, in this order.
+
+    Raises:
+        DataError: one is damaged, does not fit the model, or two have one name.
+    """
+    found: list[AddedExpert] = []
+    for folder in folders:
+        info = read_added(folder)
+        if info.name in (one.name for one in found):
+            raise DataError(f"two added experts are named {info.name!r}: one of them is in {folder}")
+        prepare(recogniser)
+        append_terms(recogniser, load_terms(recogniser, info, folder))
+        found.append(info)
+    return tuple(found)
+
+
+def load_terms(recogniser: Recogniser, info: AddedExpert, folder: Path) -> Terms:
+    """The parts of an added expert for each layer.
+
+    Raises:
+        DataError: they do not fit the model.
+    """
+    layers = dict(mixture_layers(recogniser.whisper))
+    adapter = adapter_matrices(folder) if (folder / WEIGHTS).is_file() else {}
+    magnitudes = _read_magnitudes(folder / MAGNITUDES) if (folder / MAGNITUDES).is_file() else {}
+    for part in (adapter, magnitudes):
+        if part and part.keys() != layers.keys():
+            odd = min(part.keys() ^ layers.keys())
+            raise DataError(f"added expert {folder} does not fit its model: {odd} is in one of them only")
+    if any(not 0 <= number < recogniser.num_experts for number, _ in info.weights):
+        raise DataError(f"added expert {folder} uses routed experts that its model has not")
+    return {name: _load_term(layer, info, name, adapter, magnitudes, folder) for name, layer in layers.items()}
+
+
+def _load_term(
+    layer: MixtureLinear,
+    info: AddedExpert,
+    name: str,
+    adapter: Matrices,
+    magnitudes: Mapping[str, Tensor],
+    folder: Path,
+) -> AddedTerm:
+    stack = None
+    if adapter:
+        a_RI, b_OR = adapter[name]
+        stack = new_stack(layer, len(a_RI))
+        if a_RI.shape != stack.lora_A.shape[1:] or b_OR.shape != stack.lora_B.shape[1:]:
+            raise DataError(f"added expert {folder} does not fit its model in {name}")
+        with torch.no_grad():
+            stack.lora_A[0].copy_(a_RI)
+            stack.lora_B[0].copy_(b_OR)
+    magnitude_1R = magnitudes.get(name)
+    if magnitude_1R is not None:
+        if layer.shared is None or magnitude_1R.shape != layer.shared.magnitude.shape:
+            raise DataError(f"added expert {folder} has magnitudes of a shared expert that its model has not")
+        magnitude_1R = magnitude_1R.to(layer.base.weight.device)
+    return AddedTerm(weights=dict(info.weights), magnitude_1R=magnitude_1R, stack=stack)
+
+
+def _read_magnitudes(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+    check_weights(tensors, str(path))
+    return tensors
+
+
+def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
+    """All that a row with an added expert gets, as one plain LoRA at the layers' scaling: exactly the sum.
+
+    That is the shared expert (or the only routed one, where it is always on) and the added expert's own parts.
+    """
+    found: Matrices = {}
+    for name, layer in mixture_layers(recogniser.whisper):
+        term = layer.added[number]
+        assert isinstance(term, AddedTerm)
+        parts = [term.plain(layer)]
+        if recogniser.num_experts == 1:
+            parts.insert(0, layer.routed.plain(0))
+        if layer.shared is not None:
+            parts.insert(0, layer.shared.plain(0))
+        a_CI, b_OC = torch.cat([a_RI for a_RI, _ in parts]), torch.cat([b_OR for _, b_OR in parts], 1)
+        found[name] = a_CI.detach().cpu(), b_OC.detach().cpu()
+    return found

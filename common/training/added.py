@@ -1,0 +1,336 @@
+"""An expert for a new speaker or group, fitted on few utterances beside a model that stays as it is.
+
+Shape letters: B utterances of a batch, N of the enrolment, E routed experts, C = E + 1 candidates: every routed expert
+beside the shared one, and the shared one alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from common.data.batches import Batch, BatchLoader, Example, epoch_batches
+from common.model.added import Method, Terms, append_terms, new_stack, prepare, remove_last
+from common.model.mixture import AddedTerm, MixtureLinear, mixture_layers
+from common.model.recogniser import Recogniser
+from common.model.routing import NEVER
+from common.storage.checkpoint import Checkpointer
+from common.training.train import TrainOptions, train
+
+WAYS: tuple[Method, ...] = ("choose", "gates", "expert", "neighbour")  # the simplest first
+RATES: Mapping[Method, float] = {"gates": 5e-2, "expert": 1e-3, "neighbour": 3e-4}  # measured: docs/extending.md
+BATCH = 4  # utterances of a step
+STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 1.25, 15, 1500
+RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
+LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
+CHOOSING = 50  # utterances that `choose` listens to at most
+
+Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """Utterances with text, and the model that an expert is added to.
+
+    Attributes:
+        recogniser: frozen by `fit`; its added experts, if any, are not used.
+        examples: their rows are 0 … N-1.
+        loader: of the examples.
+        own: how the model routes them as it is; None where nothing chooses.
+        checkpointer: opens the checkpoints of one training, by its name.
+        stopping: asked at every step.
+    """
+
+    recogniser: Recogniser
+    examples: Sequence[Example]
+    loader: BatchLoader
+    accelerator: Accelerator
+    own: Choice | None
+    seed: int = 0
+    checkpointer: Callable[[str], Checkpointer | None] = lambda name: None
+    stopping: Callable[[], bool] = lambda: False
+    quiet: bool = True
+
+    def route_own(self) -> None:
+        """Lets the model route the utterances as it does without an added expert."""
+        logits_NE, known_N = self.own or (None, None)
+        self.recogniser.choose_by(logits_NE=logits_NE, known_N=known_N)
+
+    def route_to(self, number: int) -> None:
+        """Gives all utterances an added expert."""
+        logits_NE, _ = self.own or (None, None)
+        added_N = torch.full((len(self.examples),), number)
+        self.recogniser.choose_by(logits_NE=logits_NE, added_N=added_N)
+
+    @contextmanager
+    def using(self, terms: Terms) -> Iterator[None]:
+        """Gives all utterances an expert while the block runs."""
+        self.route_to(append_terms(self.recogniser, terms))
+        try:
+            yield
+        finally:
+            remove_last(self.recogniser)
+            self.route_own()
+
+    def all(self) -> list[int]:
+        """Numbers of all utterances."""
+        return list(range(len(self.examples)))
+
+
+def steps_for(utterances: int) -> int:
+    """Optimizer steps of a training."""
+    return min(MOST_STEPS, max(FEWEST_STEPS, round(STEPS_PER_UTTERANCE * utterances)))
+
+
+def rank_for(utterances: int) -> int:
+    """Rank of an expert."""
+    return max(rank for fewest, rank in RANKS if utterances >= fewest)
+
+
+def ways_for(recogniser: Recogniser) -> list[Method]:
+    """The ways that a model allows, the simplest first.
+
+    Without a shared expert there are no gates of it; without several routed experts none can be chosen or copied.
+    """
+    layer = next((layer for _, layer in mixture_layers(recogniser.whisper)), None)
+    several = recogniser.num_experts > 1
+    allowed = {"choose": several, "gates": layer is not None and layer.shared is not None, "neighbour": several}
+    return [way for way in WAYS if allowed.get(way, True)]
+
+
+def losses(enrolment: Enrolment, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(summed cross-entropy, tokens) of utterances, as the model routes them now."""
+    loss_N, tokens_N = np.zeros(len(enrolment.examples)), np.zeros(len(enrolment.examples))
+    for batch in _batches(enrolment, numbers):
+        loss_B, count_B = enrolment.recogniser.utterance_losses(batch)
+        rows_B = batch.row_B.tolist()
+        loss_N[rows_B], tokens_N[rows_B] = loss_B.float().cpu().numpy(), count_B.cpu().numpy()
+    return loss_N[list(numbers)], tokens_N[list(numbers)]
+
+
+def _batches(enrolment: Enrolment, numbers: Sequence[int]) -> Iterator[Batch]:
+    enrolment.recogniser.eval()
+    examples = [enrolment.examples[number] for number in numbers]
+    batches = epoch_batches(examples, batch_size=BATCH, shuffle=False)
+    with torch.inference_mode(), enrolment.accelerator.autocast():
+        yield from enrolment.loader([[numbers[i] for i in batch] for batch in batches])
+
+
+def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray:
+    """loss_NC: the texts' cross-entropy with each routed expert beside the shared one, and with the shared one alone."""
+    experts, size = enrolment.recogniser.num_experts, len(enrolment.examples)
+    columns = []
+    for candidate in range(experts + 1):
+        logits_NE = torch.full((size, experts), NEVER)
+        logits_NE[:, min(candidate, experts - 1)] = 0.0
+        enrolment.recogniser.choose_by(logits_NE=logits_NE, known_N=torch.full((size,), candidate < experts))
+        columns.append(losses(enrolment, numbers)[0])
+    enrolment.route_own()
+    return np.stack(columns, 1)
+
+
+def choose_weights(loss_NC: np.ndarray) -> dict[int, float]:
+    """Weights of routed experts by the likelihood of the texts: the posterior of a uniform prior over C candidates.
+
+    What the shared expert alone gets is nobody's weight; small weights are left out.
+    """
+    total_C = loss_NC.sum(0)
+    share_C = np.exp(total_C.min() - total_C)
+    share_C /= share_C.sum()
+    share_C[share_C < LEAST_WEIGHT] = 0
+    share_C /= share_C.sum()
+    return {expert: float(share) for expert, share in enumerate(share_C[:-1]) if share > 0}
+
+
+def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.ndarray | None, name: str) -> Terms:
+    """An expert fitted on some of the utterances.
+
+    Args:
+        numbers: of these utterances.
+        loss_NC: `candidate_losses` of all utterances, for `choose` and `neighbour`.
+        name: of the training, for its checkpoints and progress bar.
+
+    Raises:
+        Preempted: told to stop; a checkpoint is written.
+    """
+    recogniser = enrolment.recogniser
+    recogniser.requires_grad_(False)
+    prepare(recogniser)
+    recogniser.to(enrolment.accelerator.device)
+    if way == "choose":
+        assert loss_NC is not None
+        weights = choose_weights(loss_NC[list(numbers)])
+        return {layer_name: AddedTerm(weights=weights) for layer_name, _ in mixture_layers(recogniser.whisper)}
+    torch.manual_seed(enrolment.seed)
+    start = best_expert(loss_NC, numbers) if way == "neighbour" else None
+    rank = rank_for(len(numbers))
+    terms = {
+        layer_name: _new_term(layer, way, rank, start) for layer_name, layer in mixture_layers(recogniser.whisper)
+    }
+    _train(enrolment, terms, way, numbers, name)
+    return terms
+
+
+def best_expert(loss_NC: np.ndarray | None, numbers: Sequence[int]) -> int:
+    """The routed expert under which the texts are most likely."""
+    assert loss_NC is not None
+    return int(loss_NC[list(numbers), :-1].sum(0).argmin())
+
+
+def _new_term(layer: MixtureLinear, way: Method, rank: int, start: int | None) -> AddedTerm:
+    if way == "gates":
+        assert layer.shared is not None
+        return AddedTerm(magnitude_1R=torch.zeros_like(layer.shared.magnitude))
+    if start is None:
+        return AddedTerm(stack=new_stack(layer, rank))
+    a_RI, b_OR = layer.routed.plain(start)
+    stack = new_stack(layer, len(a_RI))
+    with torch.no_grad():
+        stack.lora_A[0].copy_(a_RI)
+        stack.lora_B[0].copy_(b_OR)
+    return AddedTerm(stack=stack)
+
+
+class _Training(nn.Module):
+    """The loss of a batch whose rows all use the added expert."""
+
+    def __init__(self, recogniser: Recogniser) -> None:
+        super().__init__()
+        self.recogniser = recogniser
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_B, _ = self.recogniser.utterance_losses(batch)
+        loss = loss_B.sum()
+        return loss, {"ce": loss.detach()}
+
+
+def _train(enrolment: Enrolment, terms: Terms, way: Method, numbers: Sequence[int], name: str) -> None:
+    """Trains an expert's parameters; there is no selection: the weights after the last step count."""
+    examples, steps = [enrolment.examples[number] for number in numbers], steps_for(len(numbers))
+    parameters = []
+    for term in terms.values():
+        if term.magnitude is not None:
+            parameters.append(term.magnitude)
+        if term.stack is not None:
+            parameters += [term.stack.lora_A, term.stack.lora_B]
+
+    def plan_epoch(epoch: int) -> list[list[int]]:
+        batches = epoch_batches(examples, batch_size=BATCH, seed=enrolment.seed, epoch=epoch)
+        return [[numbers[i] for i in batch] for batch in batches]
+
+    epochs = math.ceil(steps / len(plan_epoch(0)))
+    options = TrainOptions(
+        epochs=epochs,
+        learning_rate=RATES[way],
+        max_steps=steps,
+        patience=epochs + 1,
+        select_from=1.0,
+        save_every_n_epochs=epochs + 1,
+        checkpoint_minutes=1.0,
+        quiet=enrolment.quiet,
+    )
+    decay = 0.0 if way == "gates" else 0.01
+    with enrolment.using(terms):
+        try:
+            train(
+                _Training(enrolment.recogniser),
+                accelerator=enrolment.accelerator,
+                groups=[{"params": parameters, "rate": 1.0, "weight_decay": decay}],
+                plan_epoch=plan_epoch,
+                load=enrolment.loader,
+                evaluate=lambda model, full: {"loss": 0.0},
+                options=options,
+                checkpointer=enrolment.checkpointer(name),
+                stopping=enrolment.stopping,
+                label=name,
+            )
+        finally:
+            enrolment.accelerator.free_memory()
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+
+
+def folds_of(groups: Sequence[str], most: int) -> list[list[int]]:
+    """Utterance numbers in at most `most` parts of about equal size; a group is never in two.
+
+    Args:
+        groups: of each utterance: its speaker or session.
+    """
+    sizes: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        sizes.setdefault(group, []).append(number)
+    folds: list[list[int]] = [[] for _ in range(min(most, len(sizes)))]
+    for members in sorted(sizes.values(), key=len, reverse=True):
+        min(folds, key=len).extend(members)
+    return [sorted(fold) for fold in folds]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What cross-validation found of one way.
+
+    Attributes:
+        terms: of each fold, fitted on the other folds.
+        loss_N: held-out cross-entropy per token of each utterance's text.
+    """
+
+    terms: list[Terms]
+    loss_N: np.ndarray
+
+
+def try_way(
+    enrolment: Enrolment, way: Method, folds: Sequence[Sequence[int]], loss_NC: np.ndarray | None, size: int | None = None
+) -> Trial:
+    """Fits a way on all folds but one, each in turn, and measures it on that one.
+
+    Args:
+        size: utterances to fit on at most, for a learning curve.
+    """
+    loss_N, fitted = np.zeros(len(enrolment.examples)), []
+    for number, held_out in enumerate(folds):
+        rest = [n for n in enrolment.all() if n not in set(held_out)]
+        rest = rest if size is None else sorted(np.random.default_rng(number).permutation(rest)[:size].tolist())
+        label = f"{way} {number + 1} of {len(folds)}" + ("" if size is None else f", {size} utterances")
+        terms = fit(enrolment, way, rest, loss_NC, label)
+        with enrolment.using(terms):
+            summed_N, tokens_N = losses(enrolment, held_out)
+        loss_N[list(held_out)] = summed_N / tokens_N
+        fitted.append(terms)
+    return Trial(fitted, loss_N)
+
+
+def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: Sequence[str]) -> Method:
+    """The simplest way within one standard error of the best, `none` where that is what is there.
+
+    The error is that of the paired difference, over groups of utterances.
+
+    Args:
+        before_N: cross-entropy per token of the model as it is.
+        trials: the ways, the simplest first.
+    """
+    sides: dict[Method, np.ndarray] = {"none": before_N} | {way: trial.loss_N for way, trial in trials.items()}
+    best = min(sides, key=lambda way: float(sides[way].mean()))
+    for way, loss_N in sides.items():
+        mean, error = paired_difference(loss_N - sides[best], groups)
+        if way == best or mean <= error:
+            return way
+    raise AssertionError("the best way is as good as itself")
+
+
+def paired_difference(difference_N: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
+    """Mean and standard error of a difference; over groups where there are at least four, else over utterances."""
+    names = sorted(set(groups))
+    values = np.array(
+        [np.mean([d for d, group in zip(difference_N, groups, strict=True) if group == name]) for name in names]
+        if len(names) >= 4
+        else difference_N
+    )
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+    return float(values.mean()), error
