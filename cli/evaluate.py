@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
+from cli.shared import added_options, decoding_config, open_as_told, opening_options, with_options, with_store
 from cli.table import text_table
 from common.console import echo
 from common.errors import UsageError
@@ -36,6 +36,7 @@ from common.storage import open_store
               help="Treatment of utterances over 30 s: refuse, leave out (counted), or transcribe in "
               "windows.")  # fmt: skip
 @with_store
+@with_options(added_options)
 @with_options(opening_options)
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
 def evaluate(
@@ -49,6 +50,8 @@ def evaluate(
     base: str | None,
     store_url: str,
     endpoint_url: str | None,
+    speaker: str | None,
+    expert: str | None,
     language: str,
     task: str,
     settings: Sequence[str],
@@ -59,13 +62,16 @@ def evaluate(
     """Measures a model's error rates on a split of a corpus.
 
     MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
-    name; CORPUS a folder with index.jsonl or its address. Writes evaluation.json, utterances.csv and report.html.
+    name; CORPUS a folder with index.jsonl or its address. Speakers and groups of the corpus that the model has added
+    experts for get them; --speaker or --expert gives one to all. Writes evaluation.json, utterances.csv and
+    report.html.
 
     \b
         moe-asr evaluate mine data/mine
         moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
     from common.data.sources import open_corpus
+    from common.inference.added import with_added
     from common.report.evaluation import evaluate_to_folder
     from stages.local_runner import cache_folder
     from stages.settings import decoding_options
@@ -84,6 +90,7 @@ def evaluate(
         device=device,
         endpoint_url=endpoint_url,
     )
+    opened = with_added(opened, speaker=speaker, expert=expert)
     out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
     result = evaluate_to_folder(
         opened,

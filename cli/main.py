@@ -13,6 +13,7 @@ from cli.doctor import doctor
 from cli.estimate import estimate, fit_batch
 from cli.evaluate import compare, evaluate
 from cli.export import export, merge
+from cli.extend import experts, extend
 from cli.gate import gate
 from cli.model import model
 from cli.runs import gc, logs, plan, plot, runs, status, verify
@@ -95,6 +96,8 @@ for command in (
     transcribe,
     export,
     merge,
+    extend,
+    experts,
     sweep,
     gate,
     submit,

@@ -49,6 +49,12 @@ opening_options = (
 )
 
 
+added_options = (
+    click.option("--speaker", help="Use the added expert of this speaker."),
+    click.option("--expert", help="Use the added expert of this name."),
+)
+
+
 def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[F], F]:
     """A decorator that adds click options, in their order."""
 

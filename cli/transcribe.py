@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
+from cli.shared import added_options, decoding_config, open_as_told, opening_options, with_options, with_store
 from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     help="Drop the text of windows that are a guess (mean log-probability below -1) and have at least this probability "
     "of no speech; Whisper takes 0.6. By default no window is dropped: atypical speech can look like none.",
 )
+@with_options(added_options)
 @with_options(opening_options)
 def transcribe(
     files: Sequence[Path],
@@ -74,6 +75,8 @@ def transcribe(
     fall_back: bool,
     loops: str,
     no_speech: float | None,
+    speaker: str | None,
+    expert: str | None,
     settings: Sequence[str],
     device: str,
     quiet: bool,
@@ -89,6 +92,7 @@ def transcribe(
         moe-asr transcribe recordings --model mine --format all --out transcripts
         curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
+    from common.inference.added import with_added
     from common.inference.recordings import find_recordings, load_groups
     from common.inference.transcribe import transcribe_audio
     from common.progress import progress
@@ -116,6 +120,7 @@ def transcribe(
         device=device,
         endpoint_url=endpoint_url,
     )
+    opened = with_added(opened, speaker=speaker, expert=expert)
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0
     for group in load_groups(readable, faults, GROUP_SECONDS):

@@ -73,7 +73,7 @@ def decode_corpus(
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
     size = decoding.batch_size
-    choices = _choices(opened, short, lambda: loader(epoch_batches(examples, batch_size=size, shuffle=False)))
+    choices = fixed_choices(opened, short, lambda: loader(epoch_batches(examples, batch_size=size, shuffle=False)))
 
     added = {u.id: opened.voice if opened.voice >= 0 else added_number(opened.added, u) for u in utterances}
 
@@ -102,7 +102,7 @@ def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, d
     return join_words([word.text for window in windows for word in window.words], opened.language)
 
 
-def _choices(
+def fixed_choices(
     opened: OpenedModel, utterances: Sequence[Utterance], batches: Callable[[], Iterable[Batch]]
 ) -> dict[str, Choice]:
     """id → what chooses its experts, where that is more than the utterance itself: its speaker, or a table."""

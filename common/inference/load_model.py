@@ -161,6 +161,15 @@ def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | 
     return _find(name, store, cache, endpoint_url)[0]
 
 
+def find_added(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> list[Path]:
+    """The local folders of a model's added experts, in order.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    return _find(name, store, cache, endpoint_url)[1]
+
+
 def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None) -> tuple[Path, list[Path]]:
     """The folder of a model, and those of its added experts."""
     folder = _unwrapped(Path(name))
@@ -168,8 +177,10 @@ def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None)
         return folder, added_folders(None, folder, cache)
     if run := find_run(name, store):
         root = run[1].get("root")  # of an extension of what is no run
-        folder = _root(root, store, cache, endpoint_url) if root else stage_folders(*run, "asr", cache)[0]
-        return folder, added_folders(run, folder, cache)
+        if not root:
+            return stage_folders(*run, "asr", cache)[0], added_folders(run, folder, cache)
+        folder, own = _root(root, store, cache, endpoint_url)
+        return folder, [*own, *added_folders(run, folder, cache)]
     if name.startswith("s3://") or is_hub_name(name):
         folder = _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
         return folder, added_folders(None, folder, cache)
@@ -179,16 +190,18 @@ def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None)
     raise DataError(f"model {name!r} {problem}: {wanted}{where}")
 
 
-def _root(root: Mapping[str, str], store: Store | None, cache: Path, endpoint_url: str | None) -> Path:
+def _root(
+    root: Mapping[str, str], store: Store | None, cache: Path, endpoint_url: str | None
+) -> tuple[Path, list[Path]]:
     """The model that experts were added to, where that is no run.
 
     Raises:
         DataError: it is not there, or is another one now.
     """
-    folder = find_model(root["name"], store, cache, endpoint_url)
+    folder, own = _find(root["name"], store, cache, endpoint_url)
     if model_content(folder) != root["digest"]:
         raise DataError(f"model {root['name']} has other weights than when experts were added to it: put it back")
-    return folder
+    return folder, own
 
 
 def _unwrapped(folder: Path) -> Path:

@@ -120,7 +120,7 @@ def read_added(folder: Path) -> AddedExpert:
 
 
 def prepare(recogniser: Recogniser) -> None:
-    """Gives a model without adapters (a plain Whisper, all weights fine-tuned) layers that an expert can be added to."""
+    """Gives a model without adapters (a plain Whisper, or one with all weights fine-tuned) layers to add experts to."""
     if recogniser.slot is None:
         recogniser.slot = add_mixture(
             recogniser.whisper, targets=TARGETS, num_experts=0, rank=1, alpha=SCALING, magnitude=False

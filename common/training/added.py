@@ -124,7 +124,7 @@ def _batches(enrolment: Enrolment, numbers: Sequence[int]) -> Iterator[Batch]:
 
 
 def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray:
-    """loss_NC: the texts' cross-entropy with each routed expert beside the shared one, and with the shared one alone."""
+    """loss_NC: cross-entropy of texts with each routed expert beside the shared one, and with the shared one alone."""
     experts, size = enrolment.recogniser.num_experts, len(enrolment.examples)
     columns = []
     for candidate in range(experts + 1):
@@ -171,9 +171,7 @@ def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.n
     torch.manual_seed(enrolment.seed)
     start = best_expert(loss_NC, numbers) if way == "neighbour" else None
     rank = rank_for(len(numbers))
-    terms = {
-        layer_name: _new_term(layer, way, rank, start) for layer_name, layer in mixture_layers(recogniser.whisper)
-    }
+    terms = {layer_name: _new_term(layer, way, rank, start) for layer_name, layer in mixture_layers(recogniser.whisper)}
     _train(enrolment, terms, way, numbers, name)
     return terms
 
@@ -286,7 +284,11 @@ class Trial:
 
 
 def try_way(
-    enrolment: Enrolment, way: Method, folds: Sequence[Sequence[int]], loss_NC: np.ndarray | None, size: int | None = None
+    enrolment: Enrolment,
+    way: Method,
+    folds: Sequence[Sequence[int]],
+    loss_NC: np.ndarray | None,
+    size: int | None = None,
 ) -> Trial:
     """Fits a way on all folds but one, each in turn, and measures it on that one.
 

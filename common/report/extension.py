@@ -1,0 +1,73 @@
+"""report.html of an extension: what an added expert brings, the ways that were tried, confusions, and who else was
+checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.files import new_folder
+from common.json_files import Row
+from common.model.added import AddedExpert
+from common.report.page import render_page
+from common.report.rates import align_words
+
+PAGE, MARK = "report.html", "extension.json"
+CONFUSIONS = 15
+WAYS = {
+    "none": "the model as it is",
+    "choose": "weights over existing experts",
+    "gates": "magnitudes of the shared expert",
+    "expert": "an expert from zero",
+    "neighbour": "an expert from the nearest one",
+}
+
+
+def render_extension(info: AddedExpert, details: Row, page: Mapping[str, Any], *, model: str, run: str) -> str:
+    """The page as one HTML string.
+
+    Args:
+        details: extension.json.
+        page: `rows` of the held-out utterances without and with the expert; nothing where they are not known.
+        model, run: names.
+    """
+    before, after = page.get("rows") or ((), ())
+    return render_page(
+        "extension.html",
+        info=info,
+        details=details,
+        model=model,
+        run=run,
+        ways=[{"way": way, "what": WAYS[way], "loss": loss} for way, loss in details["ways"].items()],
+        confusions=confusion_table(before, after),
+        curve=details.get("curve") or [],
+        gain=info.gain,
+    )
+
+
+def confusion_table(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
+    """The most frequent confusions of the model as it is, and how often each happens with the expert."""
+    old, new = confusions(before), confusions(after)
+    shown = [pair for pair, _ in (old + new).most_common(CONFUSIONS)]
+    return [{"said": a, "written": b, "before": old[a, b], "after": new[a, b]} for a, b in shown]
+
+
+def confusions(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
+    """How often a word was written for another one; an empty word is one that is missing."""
+    found: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        for kind, said, written in align_words(row["reference"], row["hypothesis"]):
+            if kind != "ok":
+                found[said.casefold(), written.casefold()] += 1
+    return found
+
+
+def write_extension(
+    info: AddedExpert, details: Row, page: Mapping[str, Any], folder: Path, *, model: str, run: str
+) -> None:
+    """Writes report.html into a folder, in place of an earlier one."""
+    with new_folder(folder, overwrite=True, mark=MARK) as new:
+        (new / MARK).write_text("{}\n", encoding="utf-8")
+        (new / PAGE).write_text(render_extension(info, details, page, model=model, run=run), encoding="utf-8")

@@ -1,0 +1,19 @@
+"""extend: an expert for a new speaker or group, beside a model that stays as it is.
+
+It is no stage of a run: `moe-asr extend` makes it for a finished model. What surrounds a stage surrounds it too: a key,
+checkpoints, a manifest that names the model's artifact.
+"""
+
+from __future__ import annotations
+
+from common.pipeline.contract import Contract
+
+CONTRACT = Contract(
+    name="extend",
+    summary="an expert for a new speaker or group, beside a model that stays as it is",
+    output="added",
+    inputs=("parent",),
+    sources=("corpus",),
+    format=1,
+    gpus=1,
+)

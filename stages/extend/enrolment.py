@@ -1,0 +1,131 @@
+"""The utterances that an added expert learns from: found in a corpus, and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from common.data.audio import Samples, read_audio
+from common.data.corpus import IDENTITIES, Corpus, Utterance
+from common.decoding.pauses import is_silent, loudness
+from common.errors import DataError, UsageError
+from common.inference.added import nearest
+
+log = logging.getLogger(__name__)
+FEW = 10  # utterances below which a gain is hardly measured
+SHOWN = 3  # utterances in a message
+
+
+def parse_where(text: str) -> tuple[str, str]:
+    """`etiology=ataxia` → ("etiology", "ataxia").
+
+    Raises:
+        UsageError: it is no such condition.
+    """
+    column, equals, value = text.partition("=")
+    if not equals or not value:
+        raise UsageError(f"--where {text}: write it as COLUMN=VALUE, as etiology=ataxia")
+    if column not in IDENTITIES:
+        raise UsageError(f"--where {text}: a corpus has no column {column!r}{nearest(column, IDENTITIES)}")
+    return column, value
+
+
+def enrolled(corpus: Corpus, column: str, value: str) -> list[Utterance]:
+    """The utterances of a speaker or group outside of test, sorted by id.
+
+    Raises:
+        DataError: there is none, or test holds the same stretch of the same recording.
+    """
+    own = [u for u in corpus.utterances if getattr(u, column) == value]
+    chosen, held_out = [u for u in own if u.split != "test"], [u for u in corpus.utterances if u.split == "test"]
+    if not own:
+        known = sorted({getattr(u, column) for u in corpus.utterances} - {""})
+        told = nearest(value, known) if known else f"; its column {column} is empty"
+        raise DataError(f"corpus {corpus.url} has no utterance of {column} {value!r}{told}")
+    if not chosen:
+        raise DataError(
+            f"all {len(own)} utterances of {column} {value!r} are in split test, which is never learned from: "
+            "put some of them into train"
+        )
+    _refuse_overlap(chosen, held_out)
+    return chosen
+
+
+def _refuse_overlap(chosen: Sequence[Utterance], held_out: Sequence[Utterance]) -> None:
+    tested: dict[str, list[Utterance]] = {}
+    for u in held_out:
+        tested.setdefault(u.audio_filepath, []).append(u)
+    for u in chosen:
+        for other in tested.get(u.audio_filepath, ()):
+            if u.offset < other.offset + other.duration and other.offset < u.offset + u.duration:
+                raise DataError(
+                    f"utterance {u.id} of the enrolment and utterance {other.id} of test are the same stretch of "
+                    f"{u.audio_filepath}: a gain measured there would mean nothing; take one of them out"
+                )
+
+
+def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Those with sound, the others named in a warning.
+
+    Raises:
+        DataError: all are silent.
+    """
+    silent = [u for u in utterances if is_silent(loudness(samples_of(corpus, u)))]
+    if len(silent) == len(utterances):
+        raise DataError(f"all {len(silent)} utterances of the enrolment are silent: check the recording")
+    if silent:
+        log.warning("%d utterances are silent and are left out: %s", len(silent), _names(silent))
+    kept = [u for u in utterances if u not in silent]
+    if len(kept) < FEW:
+        log.warning("%d utterances are few: below %d, an expected gain is little more than a guess", len(kept), FEW)
+    return kept
+
+
+def samples_of(corpus: Corpus, u: Utterance) -> Samples:
+    """Samples of an utterance at 16 kHz."""
+    clip = corpus.clip(u)
+    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
+    return read_audio(source, offset=u.offset, duration=u.duration, name=name)
+
+
+def groups_of(utterances: Sequence[Utterance]) -> list[str]:
+    """What must not be on both sides of cross-validation: speakers where there are several, else sessions.
+
+    A session is a folder of recordings where there are several folders, else a recording.
+    """
+    speakers = [u.speaker for u in utterances]
+    if len(set(speakers)) > 1:
+        return speakers
+    folders = [str(PurePosixPath(u.audio_filepath).parent) for u in utterances]
+    return folders if len(set(folders)) > 1 else [u.audio_filepath for u in utterances]
+
+
+def warn_of_strange_texts(utterances: Sequence[Utterance], gains: Sequence[float]) -> None:
+    """Names utterances whose text is no likelier with their own audio than with another utterance's.
+
+    Args:
+        gains: by how much it is likelier, in nats per token.
+    """
+    strange = [u for u, gain in zip(utterances, gains, strict=True) if gain <= 0]
+    if strange:
+        log.warning(
+            "%d of %d texts fit their own audio no better than another utterance's (%s): wrong texts, another "
+            "language, or speech that the model does not understand yet; check them",
+            *(len(strange), len(utterances), _names(strange)),
+        )
+
+
+def rotation(utterances: Sequence[Utterance]) -> list[int]:
+    """For each utterance the number of another one with another text; its own where there is none."""
+    count = len(utterances)
+    found = []
+    for number, u in enumerate(utterances):
+        others = ((number + step) % count for step in range(1, count))
+        found.append(next((other for other in others if utterances[other].text != u.text), number))
+    return found
+
+
+def _names(utterances: Sequence[Utterance]) -> str:
+    shown = ", ".join(u.id for u in utterances[:SHOWN])
+    return shown + (f" and {len(utterances) - SHOWN} more" if len(utterances) > SHOWN else "")

@@ -1,0 +1,317 @@
+"""An expert for a new speaker or group: the ways are tried on held-out parts of the enrolment, the simplest good one
+is fitted on all of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from common import __version__
+from common.config import Config
+from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
+from common.data.corpus import Corpus, Utterance
+from common.errors import DataError
+from common.evaluation.breakdown import score_of
+from common.evaluation.evaluate import fixed_choices
+from common.evaluation.score import decode_set, scored_rows
+from common.evaluation.wer import paired_bootstrap, wer
+from common.inference.load_model import OpenedModel, gate_evidence, stacked
+from common.json_files import Row
+from common.limits import is_too_long
+from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
+from common.pipeline.attempts import counted_bar
+from common.pipeline.stage import Context
+from common.storage.checkpoint import Checkpointer
+from common.training.added import (
+    CHOOSING,
+    Choice,
+    Enrolment,
+    Trial,
+    best_expert,
+    candidate_losses,
+    fit,
+    folds_of,
+    losses,
+    simplest_good,
+    try_way,
+    ways_for,
+)
+from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
+from stages.settings import decoding_options
+
+log = logging.getLogger(__name__)
+FOLDS = 2
+CURVE = (5, 10, 20, 50, 100, 200)  # utterances
+OTHERS = 8  # utterances of others whose logits are compared
+DETAILS = "extension.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted.
+
+    Attributes:
+        name, column, value: as in `AddedExpert`.
+        method: a way, or `auto` to choose one by cross-validation.
+        curve: measure a learning curve too.
+        utterances: of the enrolment.
+        parent: digest of the model.
+        page: filled with what a report shows and a store does not keep: the held-out texts.
+    """
+
+    name: str
+    column: str
+    value: str
+    method: Method | Literal["auto"]
+    curve: bool
+    utterances: Sequence[Utterance]
+    parent: str
+    page: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    config: Config, context: Context, *, corpus: Corpus, output: Path, opened: OpenedModel, request: Request, **_: Any
+) -> None:
+    """Writes the added expert and extension.json: figures alone, no audio and no text."""
+    utterances = audible(corpus, request.utterances)
+    work = _Work(config, context, corpus, opened, utterances, groups_of(utterances))
+    enrolment = _enrolment(work)
+    check_texts(work, enrolment)
+    method, details = _decide(work, enrolment, request)
+    terms: Terms = {}
+    if method != "none":
+        terms = fit(enrolment, method, enrolment.all(), work.loss_NC, f"{request.name}: {method}")
+    info = _describe(request, work, method, terms, details)
+    save_added(info, terms, output, base_model=opened.info.base if opened.info else str(opened.base))
+    if terms:
+        details["others"] = others_unchanged(work, terms, request)
+    if request.curve and method != "none" and len(details["folds"]) > 1:
+        details["curve"] = _curve(work, enrolment, method)
+    details |= {"method": method, "utterances": len(utterances), "seconds": info.seconds}
+    (output / DETAILS).write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    context.summary |= {"method": method, "utterances": len(utterances)}
+
+
+@dataclass
+class _Work:
+    """What the steps of one extension share."""
+
+    config: Config
+    context: Context
+    corpus: Corpus
+    opened: OpenedModel
+    utterances: list[Utterance]
+    groups: list[str]
+    loss_NC: np.ndarray | None = None
+
+
+def _enrolment(work: _Work) -> Enrolment:
+    opened, config, context = work.opened, work.config, work.context
+    examples = make_examples(work.corpus, work.utterances, opened.codec, context=opened.context, margin=opened.margin)
+    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
+    prefix = context.parts.prefix.removesuffix("parts/")
+
+    def checkpointer(name: str) -> Checkpointer:
+        own = re.sub(r"\W+", "-", name)
+        return Checkpointer(
+            context.parts.store, f"{prefix}checkpoints/{own}/", scratch=context.scratch, live=context.metrics.live
+        )
+
+    prepare(opened.recogniser)
+    opened.recogniser.to(opened.accelerator.device)
+    enrolment = Enrolment(
+        opened.recogniser,
+        examples,
+        loader,
+        opened.accelerator,
+        _own_choice(work, examples, loader),
+        seed=config.seed,
+        checkpointer=checkpointer,
+        stopping=context.stopping,
+        quiet=config.runtime.quiet,
+    )
+    enrolment.route_own()
+    return enrolment
+
+
+def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -> Choice | None:
+    """How the model routes the utterances as it is: by table, speaker or gate; None where nothing chooses."""
+    opened, utterances = work.opened, work.utterances
+    batches = epoch_batches(examples, batch_size=work.config.decode.batch_size, shuffle=False)
+    choices = fixed_choices(opened, utterances, lambda: loader(batches))
+    if choices:
+        return stacked([choices[u.id] for u in utterances])
+    if opened.recogniser.gate is None:
+        return None
+    found: dict[str, torch.Tensor] = {}
+    for batch in loader(batches):
+        evidence_BF = gate_evidence(opened, batch)
+        assert evidence_BF is not None
+        found |= zip(batch.ids, evidence_BF, strict=True)
+    return opened.recogniser.gate.decide(torch.stack([found[u.id] for u in utterances]))
+
+
+@torch.inference_mode()
+def check_texts(work: _Work, enrolment: Enrolment) -> None:
+    """Warns of texts that do not belong to their audio, as far as the model can tell."""
+    if len(work.utterances) < 2:
+        return
+    own_N, tokens_N = losses(enrolment, enrolment.all())
+    other = rotation(work.utterances)
+    swapped = [
+        replace(example, inputs=enrolment.examples[n].inputs, labels=enrolment.examples[n].labels)
+        for example, n in zip(enrolment.examples, other, strict=True)
+    ]
+    loader = BatchLoader(swapped, num_workers=0, device=work.opened.accelerator.device)
+    other_N, other_tokens_N = losses(replace(enrolment, examples=swapped, loader=loader), enrolment.all())
+    wrong_N = np.zeros(len(other))
+    counts_N = np.maximum(1, np.bincount(other, minlength=len(other)))
+    for number, text in enumerate(other):
+        wrong_N[text] += other_N[number] / other_tokens_N[number] / counts_N[text]
+    judged = [n for n in enrolment.all() if n in set(other) and other[n] != n]
+    gains_N = wrong_N - own_N / tokens_N
+    warn_of_strange_texts([work.utterances[n] for n in judged], [float(gains_N[n]) for n in judged])
+
+
+def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method, dict[str, Any]]:
+    """The way that is taken, and what is known of all of them."""
+    wanted, allowed = request.method, ways_for(enrolment.recogniser)
+    if wanted not in (*allowed, "auto"):
+        raise DataError(f"--method {wanted}: model {work.opened.name} allows {', '.join(allowed)}")
+    if {"choose", "neighbour"} & set(allowed):
+        work.loss_NC = _candidates(enrolment)
+    folds = folds_of(work.groups, FOLDS)
+    details: dict[str, Any] = {"folds": [len(fold) for fold in folds], "ways": {}}
+    if len(folds) < 2:
+        log.warning("with one utterance or session nothing can be held out: no gain can be expected or excluded")
+        return (wanted if wanted != "auto" else "none"), details
+    summed_N, tokens_N = losses(enrolment, enrolment.all())
+    before_N = summed_N / tokens_N
+    tried = allowed if wanted == "auto" else [wanted]
+    trials = {way: try_way(enrolment, way, folds, work.loss_NC) for way in tried}
+    details["ways"] = {"none": float(before_N.mean())} | {w: float(t.loss_N.mean()) for w, t in trials.items()}
+    method = simplest_good(before_N, trials, work.groups) if wanted == "auto" else wanted
+    shown = method if method != "none" else min(trials, key=lambda way: float(trials[way].loss_N.mean()))
+    before, after = _held_out_rows(work, enrolment, trials[shown], folds)
+    sides = [[score_of(row) for row in rows] for rows in (before, after)]
+    found = paired_bootstrap(*sides, dict(zip((u.id for u in work.utterances), work.groups, strict=True)))
+    details |= {"tried": shown, "wer_before": wer(sides[0]), "wer_after": wer(sides[1])}
+    details["interval"] = [-found["high"], -found["low"]]
+    request.page["rows"] = before, after
+    return method, details
+
+
+def _candidates(enrolment: Enrolment) -> np.ndarray:
+    """`candidate_losses` of all utterances, 0 for those beyond the first that `choose` listens to."""
+    heard = enrolment.all()[:CHOOSING]
+    loss_NC = np.zeros((len(enrolment.examples), enrolment.recogniser.num_experts + 1))
+    loss_NC[heard] = candidate_losses(enrolment, heard)
+    return loss_NC
+
+
+def _held_out_rows(
+    work: _Work, enrolment: Enrolment, trial: Trial, folds: Sequence[Sequence[int]]
+) -> tuple[list[Row], list[Row]]:
+    """Scored rows of each utterance by the model as it is, and by the expert that was fitted without it."""
+    before, after = _decode(work, enrolment, enrolment.all(), "decoding as it is"), {}
+    for number, (terms, fold) in enumerate(zip(trial.terms, folds, strict=True)):
+        with enrolment.using(terms):
+            after |= _decode(work, enrolment, fold, f"decoding held-out part {number + 1}")
+    score = partial(scored_rows, work.utterances, language=work.opened.language)
+    published = decoding_options(work.config).published
+    return score(before, {}, published=published), score(after, {}, published=published)
+
+
+def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str) -> dict[str, str]:
+    """id → text of some of the utterances, as the model routes them now."""
+    examples = [enrolment.examples[number] for number in numbers]
+    loader = BatchLoader(examples, num_workers=0, device=work.opened.accelerator.device)
+    with closing(counted_bar(work.context.attempt.activity, len(examples), name, unit="utterances",
+                             hidden=work.config.runtime.quiet)) as bar:  # fmt: skip
+        return decode_set(
+            enrolment.recogniser,
+            examples,
+            loader,
+            work.opened.codec,
+            decoding_options(work.config),
+            work.opened.accelerator,
+            bar=bar,
+            stopping=work.context.stopping,
+        )
+
+
+def _curve(work: _Work, enrolment: Enrolment, method: Method) -> list[dict[str, float]]:
+    """Held-out cross-entropy per token by the number of utterances that the expert was fitted on."""
+    folds = folds_of(work.groups, FOLDS)
+    smallest = len(work.utterances) - max(len(fold) for fold in folds)
+    found = []
+    for size in (size for size in CURVE if size <= smallest):
+        loss_N = try_way(enrolment, method, folds, work.loss_NC, size).loss_N
+        found.append({"utterances": size, "loss": float(loss_N.mean())})
+    return found
+
+
+@torch.inference_mode()
+def others_unchanged(work: _Work, terms: Terms, request: Request) -> int:
+    """Compares some utterances of others, to the last bit of their losses, without and with the expert beside one of
+    the enrolment.
+
+    Returns:
+        How many were compared; 0 where the corpus has nobody else.
+
+    Raises:
+        AssertionError: one changed, which no input can bring about.
+    """
+    others = [
+        u
+        for u in work.corpus.utterances
+        if getattr(u, request.column) != request.value and u.text.strip() and not is_too_long(u.duration)
+    ][:OTHERS]
+    if not others:
+        return 0
+    opened = work.opened
+    mixed = [*others, work.utterances[0]]
+    examples = make_examples(work.corpus, mixed, opened.codec, context=opened.context, margin=opened.margin)
+    widest = max(example.positions for example in examples)
+    examples = [replace(example, positions=widest) for example in examples]  # one batch
+    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
+    recogniser, (batch,) = opened.recogniser, loader([list(range(len(mixed)))])
+    logits_NE = torch.zeros(len(mixed), recogniser.num_experts) if recogniser.num_experts > 1 else None
+    recogniser.choose_by(logits_NE=logits_NE)
+    before_B, _ = recogniser.utterance_losses(batch)
+    number = append_terms(recogniser, terms)
+    recogniser.choose_by(logits_NE=logits_NE, added_N=torch.tensor([-1] * len(others) + [number]))
+    after_B, _ = recogniser.utterance_losses(batch)
+    remove_last(recogniser)
+    assert torch.equal(before_B[:-1], after_B[:-1]), "somebody else's result changed"
+    return len(others)
+
+
+def _describe(request: Request, work: _Work, method: Method, terms: Terms, details: Mapping[str, Any]) -> AddedExpert:
+    term = next(iter(terms.values()), None)
+    return AddedExpert(
+        name=request.name,
+        column=request.column,
+        value=request.value,
+        method=method,
+        rank=term.stack.rank if term and term.stack else 0,
+        weights=tuple(term.weights.items()) if term else (),
+        start=best_expert(work.loss_NC, range(len(work.utterances))) if method == "neighbour" else None,
+        utterances=len(work.utterances),
+        seconds=round(sum(u.duration for u in work.utterances), 2),
+        wer_before=details.get("wer_before"),
+        wer_after=details.get("wer_after"),
+        interval=tuple(details["interval"]) if "interval" in details else None,
+        parent=request.parent,
+        version=__version__,
+    )
