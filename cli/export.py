@@ -38,7 +38,8 @@ def numbers(text: str | None, option: str) -> list[float] | None:
 @click.command()
 @click.argument("model")
 @click.option("--to", "target", type=click.Choice(FORMATS), required=True, help="Format to write.")
-@click.option("--expert", type=int, help="Routed expert of a mixture to merge.")
+@click.option("--expert", help="Expert to merge: number of a routed one, or name of an added one.")
+@click.option("--speaker", help="Merge the added expert of this speaker.")
 @click.option("--weights", help="Weights with which all routed experts of a mixture are merged, as 0.7,0.3.")
 @click.option(
     "--routing", type=click.Choice(("mean",)), help="Merge all routed experts with their mean weights on the test set."
@@ -51,7 +52,8 @@ def export(
     model: str,
     target: str,
     out: Path,
-    expert: int | None,
+    expert: str | None,
+    speaker: str | None,
     weights: str | None,
     routing: str | None,
     base: str | None,
@@ -68,14 +70,18 @@ def export(
     \b
         moe-asr export mine --to peft --out out/adapters
         moe-asr export mine --to merged --out out/dense --expert 2
+        moe-asr export mine-F07 --to merged --out out/F07 --speaker F07
     """
     from common.export.formats import MARK, export_model, fixed_routing
+    from common.inference.added import with_added
     from common.inference.load_model import open_model
     from stages.local_runner import cache_folder
 
     merging = target in ("merged", "ctranslate2")
-    if not merging and (expert is not None or weights or routing):
-        raise UsageError(f"--to {target} keeps all experts: --expert, --weights and --routing are for merging")
+    if not merging and (expert is not None or speaker is not None or weights or routing):
+        raise UsageError(
+            f"--to {target} keeps all experts: --expert, --speaker, --weights and --routing are for merging"
+        )
     if quantization and target != "ctranslate2":
         raise UsageError(f"--quantization is for --to ctranslate2, not {target}")
     shares, mean = numbers(weights, "--weights"), routing == "mean"
@@ -90,8 +96,10 @@ def export(
             endpoint_url=endpoint_url,
         )
         fixed: dict[int, float] = {}
-        if merging:
-            fixed = fixed_routing(opened.info, opened.folder, expert=expert, weights=shares, mean=mean)
+        number = int(expert) if expert is not None and expert.isdigit() else None
+        opened = with_added(opened, speaker=speaker, expert=expert if number is None else None)
+        if merging and opened.voice < 0:
+            fixed = fixed_routing(opened.info, opened.folder, expert=number, weights=shares, mean=mean)
         export_model(opened, target, folder, routing=fixed, base_name=base, quantization=quantization)
     echo(out)
     if shares or mean:
@@ -116,13 +124,14 @@ def merge(
     """Makes one model of several runs: the weighted mean of what their adapters add to the base.
 
     MODELS are runs' names or folders of models, trained on one base with the same targets. Mixtures can be merged where
-    they have the same gate.
+    they have the same gate. Extensions of one model become that model with all their added experts, exactly.
 
     \b
         moe-asr merge seed-1 seed-2 --out out/merged
     """
+    from common.export.join import join_extensions
     from common.export.merge import MARK, merge_models
-    from common.inference.load_model import find_model
+    from common.inference.load_model import find_added, find_model
     from stages.local_runner import cache_folder
 
     if len(models) < 2:
@@ -133,6 +142,14 @@ def merge(
     store = open_store(store_url, endpoint_url=endpoint_url)
     with new_folder(out, overwrite=overwrite, mark=MARK) as folder:
         found = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
+        added = [find_added(name, store, cache_folder(), endpoint_url) for name in models]
+        if any(added):
+            if weights or rank:
+                raise UsageError("--weights and --rank are not for extensions: their experts are kept as they are")
+            names = join_extensions(found, added, folder)
+            (folder / MARK).write_text(json.dumps({"models": list(models), "added": names}) + "\n", encoding="utf-8")
+            echo(f"{out}: {len(names)} added experts")
+            return
         made = merge_models(found, shares, folder, rank=rank)
         said = {"models": list(models), "weights": shares, "rank": made.rank, "relative_error": made.error}
         (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from common.inference.transcribe import WindowTranscript
 
 SUFFIXES = ("txt", "srt", "vtt", "json")
+TABLE, CORRECTABLE = "csv", "transcripts.csv"  # of all recordings together
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # Whisper's own
 GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file is held whole
 
@@ -27,7 +28,12 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="A run, a folder with a model, or a hub name.")
 @click.option(
-    "--format", "kind", type=click.Choice([*SUFFIXES, "all"]), default="txt", show_default=True, help="Output format."
+    "--format",
+    "kind",
+    type=click.Choice([*SUFFIXES, TABLE, "all"]),
+    default="txt",
+    show_default=True,
+    help="Output format. csv is one table of all recordings, to be corrected and read by `corpus import`.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording; without: printed.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are already in --out.")
@@ -58,6 +64,11 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     "of no speech; Whisper takes 0.6. By default no window is dropped: atypical speech can look like none.",
 )
 @with_options(added_options)
+@click.option(
+    "--enrol",
+    type=click.Path(path_type=Path),
+    help="Choose experts by a few utterances with text: a corpus, or recordings with a .txt beside each.",
+)
 @with_options(opening_options)
 def transcribe(
     files: Sequence[Path],
@@ -77,6 +88,7 @@ def transcribe(
     no_speech: float | None,
     speaker: str | None,
     expert: str | None,
+    enrol: Path | None,
     settings: Sequence[str],
     device: str,
     quiet: bool,
@@ -93,8 +105,9 @@ def transcribe(
         curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
     from common.inference.added import with_added
-    from common.inference.recordings import find_recordings, load_groups
-    from common.inference.transcribe import transcribe_audio
+    from common.inference.recordings import STDIN, find_recordings, load_groups
+    from common.inference.subtitles import table_rows
+    from common.inference.transcribe import segments_of, transcribe_audio
     from common.progress import progress
     from common.storage import open_store
     from stages.settings import decoding_options
@@ -102,6 +115,8 @@ def transcribe(
     kinds = SUFFIXES if kind == "all" else (kind,)
     recordings = find_recordings(files)
     check_outputs(recordings, kinds, out, overwrite)
+    if kind == TABLE and any(one.path == STDIN for one in recordings):
+        raise UsageError("--format csv refers to recordings by their paths: standard input has none")
     faults: dict[str, str] = {}
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -121,6 +136,13 @@ def transcribe(
         endpoint_url=endpoint_url,
     )
     opened = with_added(opened, speaker=speaker, expert=expert)
+    if enrol is not None:
+        from stages.extend.choose import chosen_by
+
+        if opened.voice >= 0:
+            raise UsageError("--enrol chooses experts: leave --speaker and --expert out")
+        opened = chosen_by(opened, enrol)
+    table: list[dict[str, str]] = []
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0
     for group in load_groups(readable, faults, GROUP_SECONDS):
@@ -129,9 +151,14 @@ def transcribe(
             group, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
         ):
             kept = one.treated(windows, loops, no_speech, opened.language)
+            if kind == TABLE:
+                table += table_rows(segments_of(kept, opened.language), one, speaker or "")
+                continue
             written += write(opened, one, kept, kinds, out, titled=len(recordings) > 1)
     bar.close()
-    if out is not None:
+    if kind == TABLE:
+        write_correctable(table, out)
+    elif out is not None:
         say(f"{out}: {written} files written, of {len(recordings) - len(faults)} recordings")
     fail(faults, len(recordings))
 
@@ -145,6 +172,10 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
     if out is None:
         if len(kinds) > 1:
             raise UsageError("--format all writes several files: name their folder with --out")
+        return
+    if kinds == (TABLE,):
+        if (out / CORRECTABLE).exists() and not overwrite:
+            raise UsageError(f"{out / CORRECTABLE}: already there; --overwrite replaces, another --out keeps it")
         return
     first_of: dict[Path, Recording] = {}
     for one in recordings:
@@ -219,6 +250,20 @@ def say(line: str, *, on_stdout: bool = False) -> None:
     encoding = stream.encoding or "utf-8"
     shown = line.encode(encoding, "backslashreplace").decode(encoding)
     tqdm.write(shown, file=stream, end="" if on_stdout else "\n")
+
+
+def write_correctable(table: Sequence[dict[str, str]], out: Path | None) -> None:
+    """Prints the table of all recordings, or writes it into a folder as transcripts.csv."""
+    from common.files import explained, new_file
+    from common.inference.subtitles import as_csv
+
+    if out is None:
+        say(as_csv(table), on_stdout=True)
+        return
+    target = out / CORRECTABLE
+    with explained(target), new_file(target) as temporary:
+        temporary.write_text(as_csv(table), encoding="utf-8-sig")  # with the mark by which spreadsheets know UTF-8
+    say(f"{target}: {len(table)} rows to be corrected; then: moe-asr corpus import {target} CORPUS")
 
 
 def write(

@@ -52,6 +52,11 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
         names = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
         raise DataError(f"{name!r} is neither a run nor a folder with evaluation.json{names}")
     where, record = found
+    if record.get("extends") is not None:
+        raise DataError(
+            f"{record['name']} is a model with added experts, which no run has tested: compare the folder that "
+            f"`moe-asr evaluate {record['name']} CORPUS` writes"
+        )
     model = stage_folders(where, record, "asr", cache)[0]
     rows = read_rows(model / "predictions.jsonl")
     return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(where, record, model))

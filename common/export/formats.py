@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from common.errors import DataError, UsageError
 from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
 from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
+from common.model.added import SCALING, TARGETS, added_matrices, merge_added
 from common.model.bundle import BundleInfo, save_gate
 from common.model.recogniser import Recogniser
-from common.model.routing import Routing
+from common.model.routing import Routing, route_to
 from common.model.whisper import encode, load_whisper
 
 MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
@@ -125,6 +127,8 @@ def export_model(
     """
     said: dict[str, Any] = {"format": target, "model": opened.name}
     base_name = base_name or (opened.info.base if opened.info else str(opened.base))
+    if opened.voice >= 0:
+        said["added"] = opened.added[opened.voice].name
     if target == "peft":
         said |= export_peft(opened, folder, base_name)
     elif target == "vllm":
@@ -153,8 +157,11 @@ def export_merged(opened: OpenedModel, routing: Mapping[int, float], folder: Pat
         DataError: they differ: a merged model that decodes otherwise is worth nothing.
     """
     recogniser = opened.recogniser
-    expected_UV = probe(recogniser, opened.codec, routing)
-    merge_experts(recogniser.whisper, routing)
+    expected_UV = probe(recogniser, opened.codec, routing, opened.voice)
+    if opened.voice >= 0:
+        merge_added(recogniser, opened.voice)
+    else:
+        merge_experts(recogniser.whisper, routing)
     recogniser.whisper.save_pretrained(folder)
     for name in COMPANIONS:
         if (opened.base / name).is_file():
@@ -169,8 +176,12 @@ def export_merged(opened: OpenedModel, routing: Mapping[int, float], folder: Pat
 
 
 @torch.inference_mode()
-def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float]) -> Tensor:
-    """logits_UV of a few tokens after noise, at a fixed routing: a fingerprint of what a model computes."""
+def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float], voice: int = -1) -> Tensor:
+    """logits_UV of a few tokens after noise, at a fixed routing: a fingerprint of what a model computes.
+
+    Args:
+        voice: number of an added expert in place of routed ones; -1 for none.
+    """
     whisper = recogniser.whisper
     generator = torch.Generator().manual_seed(0)
     mel_1MF = torch.randn(1, recogniser.mel_bands, PROBE_FRAMES, generator=generator)
@@ -178,6 +189,10 @@ def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float]
     if recogniser.slot is not None:
         ids_1K = torch.tensor([list(routing)], dtype=torch.int64)
         recogniser.slot.routing = Routing(ids_1K, torch.tensor([list(routing.values())]))
+        if voice >= 0:
+            only = 0 if recogniser.num_experts == 1 else None
+            added = ((voice, torch.tensor([0])),)
+            recogniser.slot.routing = replace(route_to(only, 1, torch.device("cpu")), added=added)
     hidden_1TD = encode(whisper, mel_1MF)
     decoded_1UD = whisper.model.decoder(input_ids=torch.tensor([tokens_U]), encoder_hidden_states=hidden_1TD)
     logits_1UV: Tensor = whisper.proj_out(decoded_1UD.last_hidden_state)
@@ -211,21 +226,24 @@ def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
 
     Returns:
         `shared`, where there is a shared expert: what an utterance unlike all groups gets; `expert-0`, `expert-1`, …;
-        `adapter` alone for a dense model.
+        `adapter` alone for a dense model. Added experts follow under their own names.
 
     Raises:
-        UsageError: the model has no experts.
+        UsageError: the model has no experts, or experts were added to a base that is not a plain Whisper.
     """
     info, whisper = opened.info, opened.recogniser.whisper
+    added = {one.name: added_matrices(opened.recogniser, n) for n, one in enumerate(opened.added)}
+    if info is None and added and opened.folder == opened.base:
+        return added
     if info is None or info.adapt == "full":
         raise UsageError(f"{opened.name} has no LoRA experts: export it with --to merged or --to ctranslate2")
     experts = {f"expert-{number}": expert_matrices(whisper, number) for number in range(info.num_experts)}
     if not info.shared_rank:
-        return experts
+        return experts | added
     shared = expert_matrices(whisper, None)
     if not experts:
-        return {"adapter": shared}
-    return {"shared": shared} | {name: _beside(shared, expert) for name, expert in experts.items()}
+        return {"adapter": shared} | added
+    return {"shared": shared} | {name: _beside(shared, expert) for name, expert in experts.items()} | added
 
 
 def _beside(shared: Matrices, expert: Matrices) -> Matrices:
@@ -243,12 +261,12 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
         What routing.json says too: the adapters of the gate's outputs in order, and what the gate listens to.
     """
     adapters = adapters_of(opened)
-    info = opened.info
-    assert info is not None
+    info = opened.info or _plain_info(opened)
     ranks = {name: len(next(iter(matrices.values()))[0]) for name, matrices in adapters.items()}
     for name, matrices in adapters.items():
         save_adapter(matrices, folder / name, base_model=base_name, alpha=info.alpha / info.rank * ranks[name])
-    names = [name for name in adapters if name != "shared"] or list(adapters)
+    added = {one.name: {"column": one.column, "value": one.value} for one in opened.added}
+    names = [name for name in adapters if name != "shared" and name not in added] or list(adapters)
     rank = max(ranks.values())
     if opened.recogniser.gate is not None:
         save_gate(opened.recogniser.gate, folder / "gate")
@@ -256,6 +274,7 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
         "base": base_name,
         "adapters": names,
         "shared": "shared" if "shared" in adapters else None,
+        "added": added,
         "route_by": info.route_by,
         "groups": list(info.groups),
         "rank": rank,
@@ -270,6 +289,29 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
     }
     (folder / "routing.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table
+
+
+def _plain_info(opened: OpenedModel) -> BundleInfo:
+    """What a bundle would say of a plain Whisper that experts were added to."""
+    return BundleInfo(
+        base=str(opened.base),
+        base_digest="",
+        language=opened.language,
+        task="transcribe",
+        context=opened.context,
+        margin=opened.margin,
+        layer=-1,
+        pooling="mean",
+        adapt="lora",
+        num_experts=0,
+        shared_rank=0,
+        mixture="blend",
+        top_k=1,
+        rank=1,
+        alpha=SCALING,
+        targets=TARGETS,
+        within="",
+    )
 
 
 def export_peft(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:

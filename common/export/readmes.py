@@ -23,6 +23,13 @@ CHOICE = """
 order of `routing.json`. The model was trained with `mixture: {mixture}`, top {top_k}.
 """
 
+ADDED = """
+## Added experts
+
+{names}: one adapter for each speaker or group that was added after training, with the shared expert in it. Who gets
+which is in `routing.json`, under `added`.
+"""
+
 BLEND = """
 One adapter per utterance (the gate's first choice) is not what was trained: each layer added the {top_k} best
 adapters, weighted by the gate. PEFT makes that sum exactly, for the utterances that share a routing:
@@ -111,9 +118,14 @@ ENCODER = """- These adapters change the encoder too. We found no documentation 
 """
 
 
+def served(table: Mapping[str, Any]) -> list[str]:
+    """Names of all adapters that a request may ask for: those of the gate's outputs, then added ones."""
+    return list(dict.fromkeys([*table["adapters"], *table["added"]]))
+
+
 def peft_page(table: Mapping[str, Any]) -> str:
     """README.md of `--to peft`; `table` is routing.json."""
-    names = table["adapters"]
+    names = served(table)
     more = "".join(f'model.load_adapter("{name}", adapter_name="{name}")\n' for name in names[1:])
     return PEFT.format(**_words(table), **_audio_words(table), more=more) + _choice(table)
 
@@ -124,7 +136,7 @@ def vllm_page(table: Mapping[str, Any], max_rank: int) -> str:
     Args:
         max_rank: the lowest --max-lora-rank that holds the adapters.
     """
-    names = table["adapters"]
+    names = served(table)
     page = VLLM.format(
         **_words(table),
         count=len(names),
@@ -136,6 +148,11 @@ def vllm_page(table: Mapping[str, Any], max_rank: int) -> str:
 
 
 def _choice(table: Mapping[str, Any]) -> str:
+    added = ADDED.format(names=", ".join(table["added"])) if table["added"] else ""
+    return added + _gate_choice(table)
+
+
+def _gate_choice(table: Mapping[str, Any]) -> str:
     if len(table["adapters"]) < 2:
         return ""
     page = CHOICE + (BLEND if table["top_k"] > 1 else "")

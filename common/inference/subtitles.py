@@ -1,13 +1,21 @@
-"""Transcripts as files: plain text, SubRip, WebVTT, JSON."""
+"""Transcripts as files: plain text, SubRip, WebVTT, JSON, and one table of all that a person can correct."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from common.data.audio import SAMPLE_RATE
+from common.data.importers.columns import UNTOUCHED
+from common.inference.recordings import LoadedRecording
 from common.inference.transcribe import Segment
+
+EDGE = 0.2  # s of audio around a segment, as far as its neighbours leave it
+FORMULA = "=+-@"  # how a formula begins in a spreadsheet: such a text gets a space in front
 
 Facts = dict[str, Any]  # what JSON says beside the segments: file, seconds, model, language
 
@@ -44,6 +52,35 @@ FORMATS: dict[str, Callable[[Sequence[Segment], Facts], str]] = {
     "vtt": as_vtt,
     "json": as_json,
 }
+
+
+COLUMNS = ("audio_filepath", "offset", "end", "text", "speaker", "split", UNTOUCHED)
+
+
+def table_rows(segments: Sequence[Segment], loaded: LoadedRecording, speaker: str) -> list[dict[str, str]]:
+    """One row for each segment, as `corpus import` reads them: where it is, what was written, by whom.
+
+    The text is there twice: a row whose `text` is still that of the other column was not corrected.
+    """
+    seconds = len(loaded.samples) / SAMPLE_RATE
+    path, rows = str(loaded.recording.path.resolve()), []
+    for number, one in enumerate(segments):
+        before = segments[number - 1].end if number else 0.0
+        after = segments[number + 1].start if number + 1 < len(segments) else seconds
+        start, end = max(one.start - EDGE, before, 0.0), min(one.end + EDGE, after, seconds)
+        text = f" {one.text}" if one.text[:1] in FORMULA else one.text
+        values = (path, f"{start:.3f}", f"{max(end, one.end):.3f}", text, speaker, "train", text)
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def as_csv(rows: Sequence[dict[str, str]]) -> str:
+    """A table with a heading row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def clock(seconds: float, mark: str) -> str:

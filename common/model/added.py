@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.errors import DataError
 from common.model.adapters import WEIGHTS, Matrices, adapter_matrices, save_adapter
-from common.model.mixture import AddedTerm, LoraStack, MixtureLinear, add_mixture, mixture_layers
+from common.model.mixture import AddedTerm, LoraStack, MixtureLinear, add_mixture, mixture_layers, replace_layer, untie
 from common.model.recogniser import Recogniser
 from common.tensors import check_weights
 
@@ -234,3 +234,15 @@ def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
         a_CI, b_OC = torch.cat([a_RI for a_RI, _ in parts]), torch.cat([b_OR for _, b_OR in parts], 1)
         found[name] = a_CI.detach().cpu(), b_OC.detach().cpu()
     return found
+
+
+def merge_added(recogniser: Recogniser, number: int) -> None:
+    """Adds all that a row with an added expert gets to the base weights, leaving a plain dense model."""
+    matrices = added_matrices(recogniser, number)
+    whisper = recogniser.whisper
+    untie(whisper, [layer.base for _, layer in mixture_layers(whisper)])
+    for name, layer in list(mixture_layers(whisper)):
+        a_CI, b_OC = matrices[name]
+        with torch.no_grad():
+            layer.base.weight += layer.routed.scaling * (b_OC @ a_CI).to(layer.base.weight)
+        replace_layer(whisper, name, layer.base)

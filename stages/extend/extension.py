@@ -35,7 +35,7 @@ from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled
 from stages.extend.run import DETAILS, Request, run
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+NAME = re.compile(r"(?!(shared|adapter|gate|enrolled|expert-[0-9]+)$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str
 
 def _check_name(name: str) -> None:
     if not NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name an expert: --name takes letters, digits, dots, dashes and underscores")
+        raise UsageError(f"{name!r} cannot name an expert: --name takes letters, digits, dots, dashes, underscores")
 
 
 def _slug(text: str) -> str:
@@ -238,6 +238,17 @@ def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Seque
     record = {**parent, "schema": 1, "name": name, "status": "done", "version": __version__, "tasks": tasks}
     record |= {"started": now, "updated": now, "workflow": None, "extends": parent.get("extends") or parent["name"]}
     store.write(f"{name}/run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    _write_card(store, name, record["extends"], len(keys))
+
+
+def _write_card(store: Store, name: str, root: str, count: int) -> None:
+    """The model's own card with the number of its added experts: who they are for is nobody else's business."""
+    try:
+        card = store.read(f"{root}/README.md").decode()
+    except NotFound:  # the model is no run, or one without a card
+        card = f"# {name}\n"
+    told = f"{count} speakers or groups got experts of their own after training (`moe-asr extend`)."
+    store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{told}\n".encode())
 
 
 def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
@@ -271,7 +282,7 @@ def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
     write_record(store, record["name"], record, [other for _, other in added if other != key])
     others = [other for other in run_names(store) if other != record["name"] and _names_key(store, other, key)]
     if not others:
-        delete_artifact(store, key, cache)
+        _delete_artifact(store, key, cache)
     return others
 
 
@@ -283,7 +294,7 @@ def _names_key(store: Store, name: str, key: Key) -> bool:
     return record is not None and key.digest in (task["key"] for task in _added_tasks(record).values())
 
 
-def delete_artifact(store: Store, key: Key, cache: Path) -> None:
+def _delete_artifact(store: Store, key: Key, cache: Path) -> None:
     """Deletes an artifact, its manifest first, and what was brought here of it."""
     remove_all(store, f"{key.prefix}{MANIFEST}")
     remove_all(store, key.prefix)

@@ -39,6 +39,7 @@ KNOWN_COLUMNS = {
 # These always count, as spelled here: a bad value in them is a fault of the table. Other names of these fields count
 # where all of their values fit.
 STRICT = {"id", "utterance_id", "split", "offset", "duration"}
+UNTOUCHED = "as_written"  # column of `transcribe --format csv`: the text before anybody corrected it
 TO_THE_END = ("-1", "-1.0")  # Kaldi's end of a segment that lasts to the end of its file
 TIMES = ("offset", "end", "duration")
 UNITS = {"s": 1.0, "sec": 1.0, "secs": 1.0, "seconds": 1.0, "ms": 0.001, "msec": 0.001, "milliseconds": 0.001}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.data.importers.build import build_corpus
-from common.data.importers.columns import TO_THE_END, Column, check_mapping, choose_columns
+from common.data.importers.columns import TO_THE_END, UNTOUCHED, Column, check_mapping, choose_columns
 from common.data.importers.records import read_table
 from common.data.importers.rows import Imported, TableRow, find_audio
 from common.data.importers.splits import FRACTIONS
@@ -103,12 +103,17 @@ def read_rows(
     chosen, notes = choose_columns(table, content.columns, [record for _, record in content.records], columns)
     rows: list[TableRow] = []
     faults = list(content.faults)
+    untouched = {where: str(record.get(UNTOUCHED) or "").strip() for where, record in content.records}
     for where, record in content.records:
         try:
             values = {"split": split, **_values(where, record, chosen)}
             rows.append(TableRow(where, values, find_audio(audio_root, values["audio_filepath"]), folder))
         except DataError as error:
             faults.append(str(error))
+    if same := [row for row in rows if row.values["text"] == untouched.get(row.where)]:
+        notes.append(
+            f"rows with the text that was written for them, which nobody corrected: {len(same)} of {len(rows)}"
+        )
     if content.empty:
         notes.append(f"empty rows that are left out: {content.empty}")
     return Rows(rows, faults, notes)

@@ -1,0 +1,78 @@
+"""The existing experts chosen for one use by a few utterances with text; nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from common import __version__
+from common.data.audio import audio_info
+from common.data.batches import BatchLoader, make_examples
+from common.data.corpus import INDEX_NAME, Corpus, Utterance, index_digest, read_corpus
+from common.errors import DataError, UsageError
+from common.inference.load_model import OpenedModel
+from common.inference.recordings import SUFFIXES
+from common.model.added import AddedExpert, append_terms
+from common.model.mixture import AddedTerm, mixture_layers
+from common.training.added import CHOOSING, Enrolment, candidate_losses, choose_weights
+from stages.extend.enrolment import audible
+
+
+def read_enrolment(folder: Path) -> Corpus:
+    """A corpus, or a folder of recordings with their texts beside them: `take.wav` and `take.txt`.
+
+    Raises:
+        DataError: it is neither, or a text is missing.
+    """
+    if (folder / INDEX_NAME).is_file():
+        return read_corpus(folder)
+    if not folder.is_dir():
+        raise DataError(f"--enrol {folder} is no folder")
+    recordings = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not recordings:
+        raise DataError(f"--enrol {folder} holds neither {INDEX_NAME} nor recordings with a .txt beside each")
+    utterances = tuple(_utterance(path) for path in recordings)
+    return Corpus(folder.resolve(), utterances, index_digest(utterances))
+
+
+def _utterance(path: Path) -> Utterance:
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        raise DataError(f"{path} has no {text.name} beside it with what was said: write it, or take the recording out")
+    return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
+
+
+def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
+    """The model with weights over its experts that make the texts of a folder most likely, for all audio.
+
+    Raises:
+        UsageError: the model has no experts to choose from.
+        DataError: the folder holds no speech with text.
+    """
+    if opened.recogniser.num_experts < 2:
+        raise UsageError(f"--enrol: model {opened.name} has no experts to choose from; `moe-asr extend` adds one")
+    corpus = read_enrolment(folder)
+    utterances = audible(corpus, corpus.utterances)[:CHOOSING]
+    examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
+    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
+    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None)
+    weights = choose_weights(candidate_losses(enrolment, enrolment.all()))
+    terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}
+    number = append_terms(opened.recogniser, terms)
+    info = AddedExpert(
+        name="enrolled",
+        column="speaker",
+        value="",
+        method="choose",
+        rank=0,
+        weights=tuple(weights.items()),
+        start=None,
+        utterances=len(utterances),
+        seconds=sum(u.duration for u in utterances),
+        wer_before=None,
+        wer_after=None,
+        interval=None,
+        parent="",
+        version=__version__,
+    )
+    return replace(opened, added=(*opened.added, info), voice=number)
