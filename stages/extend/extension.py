@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -243,10 +244,10 @@ def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Seque
 
 def _write_card(store: Store, name: str, root: str, count: int) -> None:
     """The model's own card with the number of its added experts: who they are for is nobody else's business."""
-    try:
-        card = store.read(f"{root}/README.md").decode()
-    except NotFound:  # the model is no run, or one without a card
-        card = f"# {name}\n"
+    card = f"# {name}\n"
+    if root:  # the model is a run
+        with suppress(NotFound):
+            card = store.read(f"{root}/README.md").decode()
     told = f"{count} speakers or groups got experts of their own after training (`moe-asr extend`)."
     store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{told}\n".encode())
 
