@@ -1,6 +1,6 @@
 """`python -m argo`: writes what is generated from contracts and parameters.
 
-With options it prints a template for one cluster instead: `python -m argo --registry R | kubectl apply -f -`.
+With options it prints the templates for one cluster instead: `python -m argo --registry R | kubectl apply -f -`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from argo.parameters import FILE, PARAMETERS, Installation
+from argo import extend
+from argo.parameters import EXTEND_FILE, FILE, PARAMETERS, Installation
 from argo.workflow import to_text
 from stages import STAGES
 
@@ -61,11 +62,12 @@ def installation(words: Sequence[str]) -> Installation | None:
 
 
 def main() -> None:
-    """Writes the workflow template and the table of its parameters, or prints a template for one cluster."""
+    """Writes the workflow templates and the table of its parameters, or prints a template for one cluster."""
     if place := installation(sys.argv[1:]):
-        sys.stdout.write(to_text(place))
+        sys.stdout.write(f"{to_text(place)}---\n{extend.to_text(place)}")
         return
     FILE.write_text(to_text(), encoding="utf-8")
+    EXTEND_FILE.write_text(extend.to_text(), encoding="utf-8")
     DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
 
 

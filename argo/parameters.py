@@ -11,6 +11,7 @@ from pathlib import Path
 from common import __version__
 
 FILE = Path(__file__).with_name("moe-asr.yaml")  # the generated template
+EXTEND_FILE = Path(__file__).with_name("moe-asr-extend.yaml")  # of `argo/extend.py`
 GPU_LABEL = "nvidia.com/gpu.product"
 
 # GPU preset → values of the node label that GPU feature discovery sets.
@@ -51,6 +52,14 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "artifacts": ("false", "true: also hand report and summary to Argo's artifact repository"),
 }
 
+# The same for the template that adds experts to a finished model.
+EXTEND_PARAMETERS: Mapping[str, tuple[str, str]] = {
+    "parent": ("", "run in the store that experts are added to"),
+    "corpus": ("", "s3://bucket/prefix of the new speech with text, or a mounted folder"),
+    "speakers": ("", 'who gets an expert, as JSON: ["F07", "F08", "etiology=ataxia"]'),
+    "method": ("auto", "way to add them: auto, choose, gates, expert or neighbour"),
+} | {name: entry for name, entry in PARAMETERS.items() if name not in ("resume", "verify", "artifacts")}
+
 
 @dataclass(frozen=True, slots=True)
 class Installation:
@@ -90,7 +99,7 @@ FLAGS = ("resume", "verify", "artifacts")
 
 def parameter(name: str) -> str:
     """The tag that stands for a workflow parameter."""
-    assert name in PARAMETERS, name
+    assert name in PARAMETERS or name in EXTEND_PARAMETERS, name
     return f"{{{{workflow.parameters.{name}}}}}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -102,7 +103,9 @@ def extend(
         echo(_planned(plan))
         return
     with handle_signals() as stopping:
-        made = extension.extend(plan, opened, data, config, store, cache_folder(), stopping=stopping)
+        made = extension.make(plan, opened, data, config, store, cache_folder(), stopping=stopping)
+    if extension.join([plan], store, cache_folder()):
+        made = dataclasses.replace(made, run=plan.run)
     page = _write_page(made, out or Path("extensions") / (made.run or plan.run), model)
     echo(json.dumps(_facts(made), indent=1, ensure_ascii=False) if as_json else _told(made, page))
 

@@ -173,6 +173,34 @@ def outcome_command(status: str, failures: str) -> None:
     echo(json.dumps(pod.write_outcome(status, failures), indent=1))
 
 
+@stages.command("extend-plan")
+def extend_plan_command() -> None:
+    """A workflow's plan of added experts, one item for each speaker or group (configured by variables)."""
+    from stages.extend import pods
+
+    set_up_logging()
+    pods.plan_all()
+
+
+@stages.command("extend-one")
+@click.argument("who")
+def extend_one_command(who: str) -> None:
+    """An added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet (configured by variables)."""
+    from stages.extend import pods
+
+    set_up_logging()
+    pods.make_one(who)
+
+
+@stages.command("extend-join")
+def extend_join_command() -> None:
+    """The run that names all added experts of a workflow (configured by variables)."""
+    from stages.extend import pods
+
+    set_up_logging()
+    pods.join_all()
+
+
 for _contract in STAGES:
     stages.add_command(stage_command(_contract))
 

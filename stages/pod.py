@@ -95,11 +95,12 @@ def memo_key(planned: Planned, nonce: str) -> str:
     if planned.status == "done" and planned.manifest is not None:
         memo = planned.manifest.metrics.get("memo")
         known = isinstance(memo, str) and KEY_DIGEST.fullmatch(memo)  # it becomes a name in the cluster
-        return str(memo) if known else _digest(key, planned.manifest.attempt)
-    return _digest(key, nonce)
+        return str(memo) if known else digest(key, planned.manifest.attempt)
+    return digest(key, nonce)
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """32 hex digits that stand for these texts."""
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
 
@@ -118,7 +119,7 @@ def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[st
         task = planned.task
         number = task.shard or 0
         item = {"shard": str(number), "key": task.key.digest, "memo": memo_key(planned, nonce)}
-        item |= {"lock": _digest(store_url, task.key.digest), "lane": str(number % lanes)}
+        item |= {"lock": digest(store_url, task.key.digest), "lane": str(number % lanes)}
         lists[task.contract.name].append(item)
     return lists
 

@@ -66,7 +66,7 @@ class Extension:
     """What came of it.
 
     Attributes:
-        run: name of the run; empty where nothing was added.
+        run: name of the run that names it; empty where none does, or nothing was added.
         info: of the expert.
         details: extension.json.
         page: what only a report shows (`Request.page`); empty where the artifact was there already.
@@ -89,8 +89,13 @@ class Plan:
     record: dict[str, Any]
 
 
-def make_plan(opened: OpenedModel, corpus: Corpus, config: Config, store: Store, wish: Wish) -> Plan:
+def make_plan(
+    opened: OpenedModel, corpus: Corpus, config: Config, store: Store, wish: Wish, *, check_run: bool = True
+) -> Plan:
     """Finds the enrolment and the key of an extension; runs nothing.
+
+    Args:
+        check_run: refuse a run of this name that is something else.
 
     Raises:
         UsageError: a name that cannot be used, or is there already.
@@ -118,11 +123,12 @@ def make_plan(opened: OpenedModel, corpus: Corpus, config: Config, store: Store,
     name = wish.run or f"{_slug(opened.name)}-{wish.name}"
     if not RUN_NAME.fullmatch(name):
         raise UsageError(f"--run {name}: use letters, digits, dots, dashes and underscores")
-    _check_target(store, name, record, key, in_place=name == record["name"])
+    if check_run or name == record["name"]:
+        _check_target(store, name, record, key, in_place=name == record["name"])
     return Plan(task, request, name, inspect(store, key).status, record)
 
 
-def extend(
+def make(
     plan: Plan,
     opened: OpenedModel,
     corpus: Corpus,
@@ -131,8 +137,12 @@ def extend(
     cache: Path,
     *,
     stopping: Callable[[], bool],
+    notes: Mapping[str, Any] | None = None,
 ) -> Extension:
-    """Makes an added expert, unless it is there, and the run that names it.
+    """Makes an added expert, unless it is there; no run names it yet (`join`).
+
+    Args:
+        notes: further values for the manifest's metrics.
 
     Raises:
         MoeAsrError: as `run` raises; a checkpoint is kept.
@@ -141,14 +151,32 @@ def extend(
         remove_last(opened.recogniser)  # the expert is fitted on what is the same for everybody
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
-    manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping)
+    manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
     folder = fetch(store, plan.task.key, manifest, cache / "inputs" / STAGE / plan.task.key.digest)
-    info, details = read_added(folder), read_object(folder / DETAILS)
-    name = "" if info.method == "none" else plan.run
-    if name:
-        kept = [key for one, key in added_of(store, plan.record, cache) if not _same(one, info)]
-        write_record(store, name, plan.record, [*kept, plan.task.key])
-    return Extension(name, info, details, plan.request.page)
+    info = read_added(folder)
+    return Extension("", info, read_object(folder / DETAILS), plan.request.page)
+
+
+def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
+    """Writes the run that names the added experts of plans for one model, beside those that the model has.
+
+    Returns:
+        Those that were added; those of which nothing came are left out, and where all are, no run is written.
+
+    Raises:
+        DataError: one is not made yet.
+    """
+    made = []
+    for plan in plans:
+        manifest = _made(store, plan.task.key, plan.request.name)
+        info = read_added(fetch(store, plan.task.key, manifest, cache / "inputs" / STAGE / plan.task.key.digest))
+        made += [(info, plan.task.key)] if info.method != "none" else []
+    if made:
+        record = plans[0].record
+        there = added_of(store, record, cache)
+        kept = [key for one, key in there if not any(_same(one, info) for info, _ in made)]
+        write_record(store, plans[0].run, record, [*kept, *(key for _, key in made)])
+    return [info for info, _ in made]
 
 
 def _same(one: AddedExpert, other: AddedExpert) -> bool:
@@ -248,7 +276,7 @@ def _write_card(store: Store, name: str, root: str, count: int) -> None:
     if root:  # the model is a run
         with suppress(NotFound):
             card = store.read(f"{root}/README.md").decode()
-    told = f"{count} speakers or groups got experts of their own after training (`moe-asr extend`)."
+    told = f"Speakers and groups that got an expert of their own after training: {count}."
     store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{told}\n".encode())
 
 

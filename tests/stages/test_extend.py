@@ -14,7 +14,7 @@ from cli.main import cli
 from common.data.audio import write_wav
 from common.data.corpus import read_corpus, write_index
 from common.decoding.decode import Decoding
-from common.errors import DataError, UsageError
+from common.errors import DataError, StoreError, UsageError
 from common.evaluation.evaluate import decode_corpus
 from common.inference.added import with_added
 from common.inference.load_model import open_model
@@ -23,6 +23,7 @@ from common.model.gate import Gate
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
+from common.training.added import Trial, choose_weights, folds_of, simplest_good
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.factories import bundle_info, run_record
@@ -128,7 +129,7 @@ def test_a_speaker_is_added_used_by_the_table_and_removed_without_a_trace(store,
     left = opened("micro-s00", store, tmp_path)
     assert left.added == () and torch.equal(logits(left.recogniser), before)
     now = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
-    assert [path for path in now if path not in files] == [Path("micro-s00/run.json")]
+    assert {str(path) for path in now if path not in files} == {"micro-s00/run.json", "micro-s00/README.md"}
 
 
 def test_the_store_shares_the_model_and_keeps_no_audio_and_no_text(store, speech):
@@ -140,7 +141,7 @@ def test_the_store_shares_the_model_and_keeps_no_audio_and_no_text(store, speech
     assert [row["key"] for row in manifest["inputs"]["parent"]] == [record["tasks"]["asr"]["key"]]
     names = {path.name for path in new}
     assert names <= {"added.json", "adapter_config.json", "adapter_model.safetensors", "extension.json",
-                     "metrics.jsonl", "manifest.json", "run.json"}  # fmt: skip
+                     "metrics.jsonl", "manifest.json", "run.json", "README.md"}  # fmt: skip
     words = {word for u in read_corpus(speech).utterances for word in u.text.split()}
     told = "".join(path.read_text() for path in new if path.suffix == ".json")
     assert not [word for word in words if f'"{word}' in told or f" {word} " in told]
@@ -345,7 +346,7 @@ def test_the_card_tells_added_experts_by_count_alone_and_compare_wants_an_evalua
     (store / "micro" / "README.md").write_text("# The model\n")
     extend(store, speech)
     card = (store / "micro-s00" / "README.md").read_text()
-    assert card.startswith("# The model\n") and "1 speakers or groups" in card and "s00" not in card
+    assert card.startswith("# The model\n") and "after training: 1." in card and "s00" not in card
     with pytest.raises(DataError, match="moe-asr evaluate micro-s00"):
         moe_asr("compare", "micro-s00", "--store", store)
 
@@ -355,3 +356,101 @@ def test_the_report_holds_the_gain_the_ways_and_confusions(store, speech):
     page = Path("page/report.html").read_text()
     for text in ("Gain, points", "gates", "Confusions", "unchanged to the last bit"):
         assert text in page
+
+
+def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, tmp_path, monkeypatch):
+    from stages.extend import pods
+
+    variables = {
+        "STORE": store, "PARENT": "micro", "CORPUS": speech, "METHOD": "gates", "RUN": "voices", "NONCE": "1",
+        "SPEAKERS": '["s00", "s01"]', "OUTPUTS": tmp_path / "outputs", "MODE": "quick",
+        "SETTINGS": "runtime.device=cpu\nruntime.quiet=true",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+
+    def planned():
+        pods.plan_all()
+        return json.loads((tmp_path / "outputs" / "extend.json").read_text())
+
+    first = planned()
+    assert [item["who"] for item in first] == ["s00", "s01"]
+    with pytest.raises(DataError, match="extend the model again"):
+        pods.join_all()
+    for item in first:
+        monkeypatch.setenv("MOE_ASR_MEMO", item["memo"])
+        pods.make_one(item["who"])
+    assert [item["memo"] for item in planned()] == [item["memo"] for item in first]
+    pods.join_all()
+    assert [one.name for one in opened("voices", store, tmp_path).added] == ["s00", "s01"]
+    assert read_record(open_store(store), "micro-s00") is None
+    for text in ("s00", "[]", '["s00", "s00"]'):
+        monkeypatch.setenv("MOE_ASR_SPEAKERS", text)
+        with pytest.raises(UsageError, match="speakers"):
+            pods.plan_all()
+
+
+def test_transcripts_are_corrected_in_a_table_and_read_back(store, speech, tmp_path):
+    corpus = read_corpus(speech)
+    paths = [corpus.path(u) for u in corpus.utterances[:3]]
+    options = ["--model", "micro", "--store", store, "--device", "cpu", "--quiet", "--no-fall-back"]
+    moe_asr("transcribe", *paths, *options, "--format", "csv", "--out", "table", "--set", "decode.max_new_tokens=8")
+    lines = Path("table/transcripts.csv").read_text(encoding="utf-8-sig").splitlines()
+    assert lines[0] == "audio_filepath,offset,end,text,speaker,split,as_written" and len(lines) > 1
+
+
+def test_existing_experts_are_chosen_by_enrolment_and_nothing_is_written(store, speech, tmp_path):
+    from stages.extend.choose import chosen_by
+
+    before = set(store.rglob("*"))
+    folder = tmp_path / "enrol"
+    folder.mkdir()
+    corpus = read_corpus(speech)
+    for u in corpus.utterances[:2]:
+        shutil.copyfile(corpus.path(u), folder / f"{u.id}.wav")
+        (folder / f"{u.id}.txt").write_text(u.text)
+    chosen = chosen_by(opened("micro", store, tmp_path), folder)
+    assert chosen.voice == 0 and chosen.added[0].utterances == 2
+    assert sum(weight for _, weight in chosen.added[0].weights) <= 1 + 1e-6
+    assert set(store.rglob("*")) == before
+    (folder / f"{u.id}.txt").unlink()
+    with pytest.raises(DataError, match="beside it"):
+        chosen_by(opened("micro", store, tmp_path), folder)
+
+
+def test_weights_are_those_of_the_likeliest_expert():
+    loss_NC = np.array([[30.0, 10.0, 20.0], [30.0, 11.0, 20.0]])
+    assert choose_weights(loss_NC) == {1: pytest.approx(1.0)}
+    assert choose_weights(loss_NC[:, ::-1]) == {1: pytest.approx(1.0)}
+    assert choose_weights(np.array([[5.0, 5.0, 1.0]])) == {}  # the shared expert alone
+
+
+def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
+    before = np.full(8, 1.0)
+    noise = np.tile([0.1, -0.1], 4)
+    gates, expert = (Trial([], values) for values in (before - 0.5, before - 0.51 + noise))
+    names = [str(n) for n in range(8)]
+    assert simplest_good(before, {"gates": gates, "expert": expert}, names) == "gates"
+    assert simplest_good(before, {"gates": Trial([], before - 0.1), "expert": expert}, names) == "expert"
+    assert simplest_good(before, {"gates": Trial([], before + 0.1)}, names) == "none"
+
+
+def test_folds_never_part_a_group():
+    folds = folds_of(["a", "b", "a", "c", "b", "a"], 2)
+    assert sorted(map(tuple, folds)) == [(0, 2, 5), (1, 3, 4)]
+    assert folds_of(["a"] * 3, 2) == [[0, 1, 2]]
+
+
+def test_a_full_disk_is_told_and_leaves_no_run(finished, speech, small_disk):
+    folder, _ = small_disk
+    shutil.copytree(finished, folder / "store")
+    with pytest.raises(StoreError, match="full"):
+        fill(folder)
+        extend(folder / "store", speech)
+    assert not (folder / "store" / "micro-s00").exists()
+
+
+def fill(folder):
+    """Leaves a few kilobytes of a small file system."""
+    left = shutil.disk_usage(folder).free - 8192
+    (folder / "filler").write_bytes(b"0" * max(0, left))

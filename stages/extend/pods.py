@@ -1,0 +1,133 @@
+"""What the pods of the extending workflow do: the table of speakers as a fan-out, one added expert, the run of all.
+
+They are configured by variables as those of the pipeline (`stages.pod`), and by MOE_ASR_PARENT (a run), _CORPUS,
+_SPEAKERS (a JSON list) and _METHOD. All else is as the parent's run had it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from common.config import Config, merge, nest, validate
+from common.data.corpus import Corpus
+from common.errors import UsageError
+from common.inference.load_model import OpenedModel, open_model
+from common.model.added import Method
+from common.pipeline.plan import Planned
+from common.pipeline.runs import run_record, settings_alone
+from common.pipeline.stage import handle_signals
+from common.storage import open_store
+from common.storage.artifacts import inspect
+from common.storage.store import Store
+from stages import pod
+from stages.extend.enrolment import parse_where
+from stages.extend.extension import Plan, Wish, join, make, make_plan
+from stages.inputs import load_corpus
+from stages.local_runner import cache_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the variables say, opened."""
+
+    config: Config
+    store: Store
+    cache: Path
+    opened: OpenedModel
+    corpus: Corpus
+
+    def plan(self, who: str) -> Plan:
+        """The plan for a speaker, or for a group as COLUMN=VALUE."""
+        column, value = parse_where(who) if "=" in who else ("speaker", who)
+        method = cast(Method, pod.variable("METHOD", "auto"))
+        parent = pod.variable("PARENT")
+        wish = Wish(value, column, value, method, pod.variable("RUN", f"{parent}-extended"), replace=True)
+        return make_plan(self.opened, self.corpus, self.config, self.store, wish, check_run=False)
+
+
+def _work() -> _Work:
+    given = pod.config_from_variables()
+    store, cache = open_store(given.store, endpoint_url=given.endpoint_url), cache_folder()
+    parent = pod.variable("PARENT")
+    if not parent or not pod.variable("CORPUS"):
+        raise UsageError("parameters parent and corpus are needed: a run of the store, and where the new speech lies")
+    tree: dict[str, Any] = settings_alone(run_record(store, parent))
+    for name in ("store", "endpoint_url", "runtime", "precision"):
+        tree[name] = given.model_dump(mode="json")[name]
+    merge(tree, nest("corpus.path", pod.variable("CORPUS")))
+    opened = open_model(
+        parent,
+        store=store,
+        cache=cache,
+        device=given.runtime.device,
+        precision=given.precision,
+        endpoint_url=given.endpoint_url,
+    )
+    merge(tree, nest("model.name", str(opened.base)))
+    config = validate(tree)
+    return _Work(config, store, cache, opened, load_corpus(config, cache))
+
+
+def speakers() -> list[str]:
+    """The table of speakers and groups.
+
+    Raises:
+        UsageError: it is no JSON list of names, is empty, or names one twice.
+    """
+    text = pod.variable("SPEAKERS")
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(f'parameter speakers {text[:80]!r}: write a JSON list, as ["F07", "etiology=ataxia"]')
+    if len(set(names)) < len(names):
+        raise UsageError("parameter speakers names somebody twice")
+    return names
+
+
+def plan_all() -> None:
+    """Writes one small item for each speaker or group; what is wrong with one is told before any is made."""
+    work, items = _work(), []
+    lanes = max(1, int(pod.variable("PARALLELISM", "1")))
+    for number, who in enumerate(speakers()):
+        task = work.plan(who).task
+        state = inspect(work.store, task.key)
+        planned = Planned(task, "done" if state.status == "done" else "todo", state.reason, state.manifest)
+        log.info("%s: %s", who, planned.status)
+        item = {"who": who, "key": task.key.digest, "lock": pod.digest(work.store.url, task.key.digest)}
+        item |= {"memo": pod.memo_key(planned, pod.variable("NONCE", str(time.time()))), "lane": str(number % lanes)}
+        items.append(item)
+    pod.write_output("extend", items)
+
+
+def make_one(who: str) -> None:
+    """Makes one added expert, unless it is there."""
+    work = _work()
+    memo = pod.variable("MEMO")
+    with handle_signals() as stopping:
+        made = make(
+            work.plan(who),
+            work.opened,
+            work.corpus,
+            work.config,
+            work.store,
+            work.cache,
+            stopping=stopping,
+            notes={"memo": memo} if memo else None,
+        )
+    pod.write_output("result", {"method": made.info.method, "utterances": made.info.utterances})
+
+
+def join_all() -> None:
+    """Writes the run that names all added experts."""
+    work = _work()
+    plans = [work.plan(who) for who in speakers()]
+    pod.write_output("added", [info.name for info in join(plans, work.store, work.cache)])
