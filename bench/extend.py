@@ -118,7 +118,8 @@ def tune(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], o
         options=TrainOptions(epochs, rate, max_steps=steps, patience=epochs + 1, select_from=1.0, quiet=True),
     )
     opened.accelerator.free_memory()
-    return 4 * sum(p.numel() for group in groups for p in group["params"])
+    size: int = 4 * sum(p.numel() for group in groups for p in group["params"])
+    return size
 
 
 def fresh_lora(opened: OpenedModel, arguments: argparse.Namespace) -> OpenedModel:

@@ -30,6 +30,7 @@ BATCH = 4  # utterances of a step
 STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 1.25, 15, 1500
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
+ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
 CHOOSING = 50  # utterances that `choose` listens to at most
 
 Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
@@ -317,7 +318,8 @@ def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: 
         before_N: cross-entropy per token of the model as it is.
         trials: the ways, the simplest first.
     """
-    sides: dict[Method, np.ndarray] = {"none": before_N} | {way: trial.loss_N for way, trial in trials.items()}
+    sides: dict[Method, np.ndarray] = {"none": before_N}
+    sides.update({way: trial.loss_N for way, trial in trials.items()})
     best = min(sides, key=lambda way: float(sides[way].mean()))
     for way, loss_N in sides.items():
         mean, error = paired_difference(loss_N - sides[best], groups)
@@ -327,11 +329,11 @@ def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: 
 
 
 def paired_difference(difference_N: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
-    """Mean and standard error of a difference; over groups where there are at least four, else over utterances."""
+    """Mean and standard error of a difference; over groups where they are enough, else over utterances."""
     names = sorted(set(groups))
     values = np.array(
         [np.mean([d for d, group in zip(difference_N, groups, strict=True) if group == name]) for name in names]
-        if len(names) >= 4
+        if len(names) >= ENOUGH_GROUPS
         else difference_N
     )
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf

@@ -114,7 +114,7 @@ def make_plan(
         )
     utterances = enrolled(corpus, wish.column, wish.value)
     parent = parent_digest(opened)
-    values = {"name": wish.name, "column": wish.column, "value": wish.value, "method": wish.method}
+    values: dict[str, Any] = {"name": wish.name, "column": wish.column, "value": wish.value, "method": wish.method}
     values |= {"curve": wish.curve, "seed": config.seed, "context": opened.context, "margin": opened.margin}
     key = make_key(STAGE, CONTRACT.format, values, {"parent": parent, "corpus": index_digest(utterances)})
     asr = [Key(task["stage"], task["key"]) for task in record["tasks"].values() if task["stage"] == "asr"]

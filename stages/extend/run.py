@@ -34,6 +34,7 @@ from common.pipeline.stage import Context
 from common.storage.checkpoint import Checkpointer
 from common.training.added import (
     CHOOSING,
+    ENOUGH_GROUPS,
     Choice,
     Enrolment,
     Trial,
@@ -203,9 +204,11 @@ def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method
     method = simplest_good(before_N, trials, work.groups) if wanted == "auto" else wanted
     shown = method if method != "none" else min(trials, key=lambda way: float(trials[way].loss_N.mean()))
     before, after = _held_out_rows(work, enrolment, trials[shown], folds)
-    sides = [[score_of(row) for row in rows] for rows in (before, after)]
-    found = paired_bootstrap(*sides, dict(zip((u.id for u in work.utterances), work.groups, strict=True)))
-    details |= {"tried": shown, "wer_before": wer(sides[0]), "wer_after": wer(sides[1])}
+    old, new = ([score_of(row) for row in rows] for rows in (before, after))
+    ids = [u.id for u in work.utterances]
+    units = work.groups if len(set(work.groups)) >= ENOUGH_GROUPS else ids
+    found = paired_bootstrap(old, new, dict(zip(ids, units, strict=True)))
+    details |= {"tried": shown, "wer_before": wer(old), "wer_after": wer(new)}
     details["interval"] = [-found["high"], -found["low"]]
     request.page["rows"] = before, after
     return method, details
@@ -223,7 +226,8 @@ def _held_out_rows(
     work: _Work, enrolment: Enrolment, trial: Trial, folds: Sequence[Sequence[int]]
 ) -> tuple[list[Row], list[Row]]:
     """Scored rows of each utterance by the model as it is, and by the expert that was fitted without it."""
-    before, after = _decode(work, enrolment, enrolment.all(), "decoding as it is"), {}
+    before = _decode(work, enrolment, enrolment.all(), "decoding as it is")
+    after: dict[str, str] = {}
     for number, (terms, fold) in enumerate(zip(trial.terms, folds, strict=True)):
         with enrolment.using(terms):
             after |= _decode(work, enrolment, fold, f"decoding held-out part {number + 1}")
