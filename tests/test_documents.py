@@ -22,7 +22,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from argo.parameters import PARAMETERS
+from argo.parameters import EXTEND_PARAMETERS, PARAMETERS
 from cli.main import cli
 from common.data.corpus import read_corpus
 from recipes.text_to_sql.__main__ import cli as text_to_sql
@@ -102,7 +102,7 @@ def parse(line):
     else:
         assert words[0] in ELSEWHERE or "=" in words[0], f"nobody checks {line!r}"
         given = re.findall(r" -p ([a-z-]+)=", line) if words[0] == "argo" else ()
-        assert set(given) <= PARAMETERS.keys(), line
+        assert set(given) <= PARAMETERS.keys() | EXTEND_PARAMETERS.keys(), line
 
 
 @pytest.mark.parametrize(("page", "line"), ALL, ids=[f"{page}: {line[:60]}" for page, line in ALL])

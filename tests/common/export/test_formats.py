@@ -279,7 +279,7 @@ def test_pages_have_no_gap():
     table = {
         "base": "b", "adapters": ["expert-0"], "rank": 4, "mixture": "hard", "top_k": 1, "language": "en",
         "embedding": {"layer": -1, "pooling": "mean"}, "audio": {"context": "dynamic", "margin": 64},
-        "encoder_adapted": True,
+        "encoder_adapted": True, "added": {},
     }  # fmt: skip
     assert not re.search(r"\{\w*\}", vllm_page(table, 8))
 
