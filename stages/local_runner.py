@@ -17,6 +17,7 @@ from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.files import explained, make_folders
+from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
 from common.pipeline.stage import execute, follow, handle_signals
@@ -265,7 +266,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
             run.note(one.task, one.manifest, ran=False)
         folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
         folders.setdefault(one.task.contract.output, []).append(folder)
-    summary: dict[str, Any] = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(folders["model"][0] / "summary.json")
     name = run.config.run
     summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
     summary["model"] = f"{run.store.url.rstrip('/')}/{plan.groups['model'].prefix}"
@@ -295,7 +296,7 @@ def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
     return model_card(
         run.config,
         summary=summary,
-        report=json.loads((asr / "report.json").read_text(encoding="utf-8")),
+        report=read_object(asr / "report.json"),
         manifest=manifest,
         model_digest=run.sources["model"],
         corpus_digest=run.sources["corpus"],

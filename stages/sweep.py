@@ -8,7 +8,6 @@ on cached embeddings, which cost a second.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
+from common.json_files import parse_object
 from common.pipeline.stage import handle_signals
 from stages.cluster import is_pretrained
 from stages.experts import pretrains_experts
@@ -225,4 +225,5 @@ def finished_summary(one: SweepRun) -> dict[str, Any] | None:
         )
     if record["status"] != "done":
         return None
-    return dict(json.loads(store.read(f"{one.name}/summary.json")))
+    name = f"{one.name}/summary.json"
+    return parse_object(store.read(name), f"{store.url}/{name}")

@@ -28,6 +28,7 @@ from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
 from common.errors import DataError, Preempted, RetryableError
+from common.files import MAX_FILE
 from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
@@ -111,7 +112,7 @@ class Parts:
 
         for entry in self.store.list(f"{self.prefix}{name}."):
             for _ in range(2):  # what is wrong once may have suffered on its way
-                data = self.store.read(entry.key)
+                data = self.store.read(entry.key, MAX_FILE)
                 if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
                     with suppress(SafetensorError):
                         return dict(load(data))

@@ -405,4 +405,8 @@ def verify(store: Store) -> Iterator[tuple[str, State]]:
     for entry in store.list(ROOT):
         parts = entry.key.split("/")
         if len(parts) == 4 and parts[3] == MANIFEST:
-            yield f"{parts[1]}/{parts[2]}", inspect(store, Key(parts[1], parts[2]), deep=True)
+            try:
+                state = inspect(store, Key(parts[1], parts[2]), deep=True)
+            except DataError as error:  # one manifest that cannot be judged hides no other
+                state = State("damaged", str(error))
+            yield f"{parts[1]}/{parts[2]}", state

@@ -176,6 +176,7 @@ def test_language_and_task_are_in_the_one_prompt_of_training_and_decoding(micro_
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|de|>", "<|transcribe|>", "<|0.00|>")])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text('{"is_multilingual": true}')
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     german = load_codec(tmp_path, language="de")
     names = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
     assert [tokenizer.id_to_token(token) for token in german.prompt] == names
