@@ -14,48 +14,28 @@ This module imports no torch.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hera.workflows import (
     DAG,
     Artifact,
-    Container,
-    EmptyDirVolume,
-    Env,
     NoneArchiveStrategy,
     Parameter,
-    RetryStrategy,
-    SecretEnv,
-    SecretEnvFrom,
     Task,
     WorkflowTemplate,
 )
 from hera.workflows import models as m
 
-from argo.parameters import GPU_LABEL, PARAMETERS, Installation, parameter, quantity
+from argo.parameters import PARAMETERS, Installation, parameter
+from argo.pods import OUTPUTS, container, display
 from common import __version__
 from common.pipeline.contract import Contract
 from stages import STAGES
 
 UID = 65532  # the numeric user of the images
-GPU_RESOURCE = "nvidia.com/gpu"
-SCRATCH = "/scratch"
-OUTPUTS = f"{SCRATCH}/outputs"
 ITEM = ("shard", "key", "memo", "lock", "lane")  # what the plan says of one piece
 POD_INPUTS = ("shard", "key", "memo", "model")
 MODEL = "{{inputs.parameters.model}}"  # digest of the base model, known from the first plan on
-SLOTS = 4  # product names that a node affinity can hold
-
-# Tries again after the loss of a pod or node, a kill (143 told, 137 memory or grace period) and a passing fault (75).
-# 64, 65, 74 and 78 are for the user to mend, anything else for us. There is no anti-affinity among tries: Argo makes it
-# a requirement, and where one node alone has the GPUs a second try would wait for ever.
-RETRY_EXPRESSION = (
-    "asInt(lastRetry.exitCode) in [75, 137, 143] || "
-    "(asInt(lastRetry.exitCode) in [-1, 0] && lastRetry.status in ['Error', 'Failed']) || "
-    "(lastRetry.status == 'Error' && asInt(lastRetry.exitCode) not in [64, 65, 70, 74, 78])"
-)
 
 
 def build(place: Installation | None = None) -> WorkflowTemplate:
@@ -138,7 +118,7 @@ def _stage(contract: Contract) -> None:
         name=contract.name,
         inputs=inputs,
         outputs=[Parameter(name="result", value_from=m.ValueFrom(parameter="{{tasks.pod.outputs.parameters.result}}"))],
-        annotations=_display(contract.name + (" {{inputs.parameters.shard}}" if contract.fan_out else "")),
+        annotations=display(contract.name + (" {{inputs.parameters.shard}}" if contract.fan_out else "")),
         memoize=m.Memoize(
             key="{{inputs.parameters.memo}}",
             max_age="8760h",
@@ -167,7 +147,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
     args = ["--shard", "{{inputs.parameters.shard}}"] if contract.fan_out else None
     env = {"MEMO": "{{inputs.parameters.memo}}", "MODEL": MODEL}
     gpus = parameter("gpus") if contract.together else str(contract.gpus)
-    _container(
+    container(
         place,
         f"{contract.name}-pod",
         contract.name,
@@ -178,7 +158,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
         env=env,
         kind="gpu-stage" if contract.gpus else "cpu-stage",
         gpus=gpus if contract.gpus else "",
-        display=contract.summary,
+        title=contract.summary,
         deadline=parameter("stage-deadline"),
         metrics=_stage_metrics(contract.name),
     )
@@ -186,7 +166,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
 
 def _plan(place: Installation) -> None:
     """Which pieces the stages have: on a CPU, before each of them."""
-    _container(
+    container(
         place,
         "plan",
         "cluster",
@@ -200,7 +180,7 @@ def _plan(place: Installation) -> None:
 
 
 def _report(place: Installation) -> None:
-    _container(
+    container(
         place,
         "report",
         "cluster",
@@ -215,7 +195,7 @@ def _report(place: Installation) -> None:
 def _publish(place: Installation) -> None:
     """The report once more, as Argo artifacts; apart from `report` since it needs an artifact repository."""
     files = {name: f"{OUTPUTS}/{name}" for name in ("report.html", "summary.json")}
-    _container(
+    container(
         place,
         "publish",
         "cluster",
@@ -229,7 +209,7 @@ def _publish(place: Installation) -> None:
 
 
 def _outcome(place: Installation) -> None:
-    _container(
+    container(
         place,
         "outcome",
         "cluster",
@@ -237,134 +217,6 @@ def _outcome(place: Installation) -> None:
         ["{{workflow.status}}", "{{workflow.failures}}"],
         secrets={"WEBHOOK": (place.webhook_secret, "url")},
     )
-
-
-def _container(
-    place: Installation,
-    name: str,
-    image: str,
-    command: Sequence[str],
-    args: Sequence[str] | None = None,
-    *,
-    inputs: Sequence[Parameter] = (),
-    outputs: Sequence[Parameter | Artifact] = (),
-    env: Mapping[str, str] | None = None,
-    secrets: Mapping[str, tuple[str, str]] | None = None,
-    kind: str = "step",
-    gpus: str = "",
-    display: str = "",
-    deadline: str = "3600",
-    metrics: Sequence[m.Prometheus] = (),
-) -> None:
-    """A template of one container, as careful administrators let it run.
-
-    Args:
-        image: name of the stage whose image it uses.
-        secrets: variable → name and key of a Secret, which may be missing.
-        kind: which of the resource parameters it takes: step, cpu-stage or gpu-stage.
-        gpus: how many; empty for none.
-        metrics: that the controller counts at the end of each try.
-    """
-    Container(
-        name=name,
-        image=place.image(image),
-        image_pull_policy="IfNotPresent",
-        command=list(command),
-        args=list(args) if args else None,
-        inputs=list(inputs) or None,
-        outputs=list(outputs) or None,
-        env=_env(env or {}) + [_secret(variable, *entry) for variable, entry in (secrets or {}).items()],
-        env_from=[SecretEnvFrom(name=place.store_secret, optional=True)],
-        labels={"app.kubernetes.io/name": "moe-asr", "app.kubernetes.io/component": name.removesuffix("-pod")}
-        | {"kueue.x-k8s.io/queue-name": parameter("queue")},
-        annotations=_display(display) if display else None,
-        volumes=_volumes(),
-        affinity=_affinity() if gpus else None,
-        tolerations=[m.Toleration(key=GPU_RESOURCE, operator="Exists", effect="NoSchedule")] if gpus else None,
-        priority_class_name=place.priority_class or None,
-        security_context=m.SecurityContext(
-            allow_privilege_escalation=False,
-            capabilities=m.Capabilities(drop=["ALL"]),
-            read_only_root_filesystem=True,
-            run_as_non_root=True,
-        ),
-        termination_message_policy="FallbackToLogsOnError",
-        metrics=list(metrics) or None,
-        active_deadline_seconds=deadline,
-        retry_strategy=RetryStrategy(
-            limit=parameter("retries"),
-            retry_policy="Always",
-            expression=RETRY_EXPRESSION,
-            # No `max_duration`: Argo counts it from the first try's start, and ends a later try at that time too.
-            backoff=m.Backoff(duration="10s", factor=2, cap="5m"),
-        ),
-        pod_spec_patch=_patch(kind, gpus),
-    )
-
-
-def _env(more: Mapping[str, str]) -> list[Env]:
-    values = {
-        name.upper().replace("-", "_"): parameter(name)
-        for name in ("mode", "config", "gpu", "gpus", "settings", "run", "store", "endpoint-url")
-    }
-    values |= {"WORKFLOW": "{{workflow.namespace}}/{{workflow.name}}", "OUTPUTS": OUTPUTS, **more}
-    values |= {"CACHE": f"{SCRATCH}/cache", "TERMINATION_LOG": "/dev/termination-log"}
-    plain = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "HF_HOME": f"{SCRATCH}/hub", "MPLCONFIGDIR": f"{SCRATCH}/matplotlib"}
-    plain |= {"NUMBA_CACHE_DIR": f"{SCRATCH}/numba"}
-    return [Env(name=f"MOE_ASR_{n}", value=v) for n, v in values.items()] + [
-        Env(name=n, value=v) for n, v in plain.items()
-    ]
-
-
-def _secret(variable: str, name: str, key: str) -> SecretEnv:
-    return SecretEnv(name=f"MOE_ASR_{variable}", secret_name=name, secret_key=key, optional=True)
-
-
-def _volumes() -> list[EmptyDirVolume]:
-    """Their sizes are parameters, so the pod patch sets them."""
-    return [
-        EmptyDirVolume(name="scratch", mount_path=SCRATCH),
-        EmptyDirVolume(name="shm", mount_path="/dev/shm", medium="Memory"),
-    ]
-
-
-def _affinity() -> m.Affinity:
-    """GPU nodes of the preset's products; any node for `cpu`."""
-    listed = "split(workflow.parameters['gpu-products'], ',')"
-    preset = "(fromJSON(workflow.parameters['gpu-table'])[workflow.parameters.gpu] ?? ['none'])"
-    products = f"let p = workflow.parameters['gpu-products'] != '' ? {listed} : {preset}"
-    values = [f"{{{{={products}; p[{slot} % len(p)]}}}}" for slot in range(SLOTS)]
-    operator = "{{=workflow.parameters.gpu == 'cpu' ? 'NotIn' : 'In'}}"
-    found = m.NodeSelectorRequirement(key=GPU_LABEL, operator=operator, values=values)
-    required = m.NodeSelector(node_selector_terms=[m.NodeSelectorTerm(match_expressions=[found])])
-    return m.Affinity(node_affinity=m.NodeAffinity(required_during_scheduling_ignored_during_execution=required))
-
-
-def _patch(kind: str, gpus: str) -> str:
-    """What only a patch can take from parameters: quantities.
-
-    After a try that ran out of memory the next gets twice as much, from the second retry on four times: more than that
-    few nodes have, and a pod that fits nowhere waits without an end.
-    """
-    memory = (
-        f"{{{{=asInt(workflow.parameters['{kind}-memory']) * "
-        "(lastRetry.exitCode == '137' ? min(2 ** asInt(retries), 4) : 1)}}Gi"
-    )
-    requests = {"cpu": quantity(f"{kind}-cpu"), "memory": memory}
-    limits = {"memory": memory}
-    if gpus:
-        limits[GPU_RESOURCE] = f"{{{{=workflow.parameters.gpu == 'cpu' ? '0' : '{gpus}'}}}}"
-        if "{{" in gpus:
-            limits[GPU_RESOURCE] = "{{=workflow.parameters.gpu == 'cpu' ? 0 : asInt(workflow.parameters.gpus)}}"
-    patch = {
-        "terminationGracePeriodSeconds": 60,
-        "containers": [{"name": "main", "resources": {"requests": requests, "limits": limits}}],
-        "volumes": [
-            {"name": "scratch", "emptyDir": {"sizeLimit": quantity("scratch-size")}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": quantity("shm-size")}},
-        ],
-    }
-    return json.dumps(patch)
 
 
 def _stage_metrics(stage: str) -> list[m.Prometheus]:
@@ -389,10 +241,6 @@ def _rate(model: str) -> m.Prometheus:
 
 def _output(name: str, default: str | None = None) -> Parameter:
     return Parameter(name=name, value_from=m.ValueFrom(path=f"{OUTPUTS}/{name}.json", default=default))
-
-
-def _display(text: str) -> dict[str, str]:
-    return {"workflows.argoproj.io/display-name": text}
 
 
 def to_text(place: Installation | None = None) -> str:
