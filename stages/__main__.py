@@ -20,7 +20,8 @@ from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
 from common.pipeline.runs import read_record, run_names, settings_alone
-from common.pipeline.stage import hand_out, handle_signals
+from common.pipeline.stage import hand_out
+from common.signals import handle_signals
 from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch

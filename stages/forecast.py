@@ -19,7 +19,8 @@ from common.errors import MoeAsrError
 from common.pipeline.plan import Plan
 from common.progress import clock
 from common.sections import SpeechTrainConfig
-from common.storage.artifacts import MANIFEST, ROOT, Key, Manifest
+from common.storage.artifacts import ROOT, Key
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
 from stages.inputs import embedded_utterances, evaluation_subset, training_subset
 from stages.local_runner import Run

@@ -17,7 +17,8 @@ from common.clustering.choices import ClusterOptions, Source, compare_clustering
 from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_sums
 from common.config import Config, validate
 from common.data.batches import BatchLoader, make_examples
-from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.corpus import Corpus, Utterance
+from common.data.subsets import stratified_subset
 from common.errors import DataError
 from common.evaluation.gate_report import gate_report
 from common.inference.load_model import OpenedModel, open_model

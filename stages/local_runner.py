@@ -20,11 +20,13 @@ from common.files import explained, make_folders
 from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
-from common.pipeline.stage import execute, follow, handle_signals
+from common.pipeline.stage import execute, follow
 from common.report.model_card import model_card
 from common.report.report import RunView, render_report
+from common.signals import handle_signals
 from common.storage import open_store
-from common.storage.artifacts import Manifest, inspect, quarantine
+from common.storage.artifacts import inspect, quarantine
+from common.storage.manifest import Manifest
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function

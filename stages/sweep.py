@@ -17,7 +17,7 @@ from typing import Any
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
 from common.json_files import parse_object
-from common.pipeline.stage import handle_signals
+from common.signals import handle_signals
 from stages.cluster import is_pretrained
 from stages.experts import pretrains_experts
 from stages.local_runner import Run, differences, read_record, run_one, run_pipeline

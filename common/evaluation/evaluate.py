@@ -13,8 +13,8 @@ from common import __version__
 from common.clustering.embeddings import speaker_sums
 from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
-from common.data.corpus import Corpus, Utterance, stratified_subset
-from common.data.subsets import TEST_SEED
+from common.data.corpus import Corpus, Utterance
+from common.data.subsets import TEST_SEED, stratified_subset
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops

@@ -32,7 +32,7 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import text_language
-from common.storage.artifacts import MANIFEST, Manifest
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
 from common.tensors import check_weights
 from common.training.train import make_accelerator

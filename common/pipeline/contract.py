@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from common.config import Config
 from common.data.corpus import Corpus
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 FanOut = Callable[[Config, Corpus, Mapping[str, Manifest]], int | None]
 

@@ -12,7 +12,7 @@ from common.config import Config
 from common.data.corpus import Utterance, shared_speakers
 from common.markdown import Markdown, code, escape, shell_word
 from common.report.page import clock, percent
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 SMALL_SAMPLE = 10  # speakers; below this, an interval over them says little
 HUB = "hub:"  # prefix of a base model's digest where it was looked up on the hub

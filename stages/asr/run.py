@@ -20,8 +20,9 @@ from common import telemetry
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.batches import BatchLoader, Example
-from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.corpus import Corpus, Utterance
 from common.data.features import describe_context
+from common.data.subsets import stratified_subset
 from common.data.tokens import TextCodec, load_codec
 from common.errors import Preempted
 from common.evaluation.score import (

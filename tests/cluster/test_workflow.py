@@ -16,7 +16,8 @@ import pytest
 from argo import progress
 from cli.submit import show_workflow
 from common.config import Config
-from common.storage.artifacts import Key, Manifest, inspect
+from common.storage.artifacts import Key, inspect
+from common.storage.manifest import Manifest
 from stages.local_runner import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
 from tests.cluster.node import find_node, kill_controller_and_kubelet

@@ -29,10 +29,6 @@ ORDER = (
 )
 # Modules that take plain values: a configuration is read by what calls them.
 PLAIN = ("data", "model", "decoding", "training", "inference", "storage", "clustering")
-# Imports still to be removed, as (file, package).
-EXCEPTIONS = {
-    ("common/machine.py", "data"),
-}
 
 
 def package(parts: tuple[str, ...]) -> str:
@@ -64,8 +60,7 @@ def edges() -> Iterator[tuple[str, str, str]]:
 
 def test_no_package_imports_one_that_comes_after_it():
     wrong = {(file, target) for file, own, target in edges() if ORDER.index(target) > ORDER.index(own)}
-    assert wrong - EXCEPTIONS == set()
-    assert EXCEPTIONS - wrong == set(), "strike these exceptions: they are mended"
+    assert wrong == set()
 
 
 @pytest.mark.parametrize("layer", PLAIN)

@@ -19,9 +19,10 @@ import pytest
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
-from common.pipeline.stage import handle_signals
+from common.signals import handle_signals
 from common.storage import open_store
-from common.storage.artifacts import FileRecord, Key, Manifest, content_digest, inspect
+from common.storage.artifacts import Key, inspect
+from common.storage.manifest import FileRecord, Manifest, content_digest
 from stages import STAGES
 from stages.local_runner import Run, run_pipeline
 from stages.processes import parallel_slots, run_in_processes
