@@ -1,4 +1,4 @@
-"""manifest.json: what a finished artifact consists of and how it came about, written and checked when it is read."""
+"""manifest.json: what a finished artifact consists of and how it came about. `artifacts.commit` writes it."""
 
 from __future__ import annotations
 

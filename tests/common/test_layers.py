@@ -1,6 +1,7 @@
 """Imports go one way: each package may import those before it, and none is in a cycle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,16 @@ def test_the_configuration_stays_at_the_border(layer):
         str(path.relative_to(ROOT)) for path in folder.rglob("*.py") if "common.config.Config" in set(imports(path))
     ]
     assert leaks == []
+
+
+def test_no_source_file_is_over_400_lines():
+    files = [path for top in {"common", "bench", "dashboards", *ORDER} for path in (ROOT / top).rglob("*.py")]
+    assert len(files) > 150
+    assert [str(path) for path in files if path.read_text("utf-8").count("\n") > 400] == []
+
+
+def test_files_that_contributing_names_are_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"`((?:common|stages|argo|cli)/[\w/]*(?:\.py)?)`", text)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists()] == []

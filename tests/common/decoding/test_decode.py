@@ -9,12 +9,13 @@ from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogi
 from transformers.modeling_outputs import BaseModelOutput
 
 from common.data.tokens import IGNORED, load_codec
-from common.decoding.decode import Decoded, Decoding, better, decode_hidden, greedy
+from common.decoding.decode import Decoded, Decoding, better, decode_hidden
 from common.decoding.token_rules import make_rules, timestamp_scores
 from common.errors import DataError
 from common.model.mixture import add_mixture
 from common.model.routing import Routing
 from common.model.whisper import load_whisper
+from tests.factories import greedy
 
 DECODING = Decoding(batch_size=8, max_new_tokens=24)
 
