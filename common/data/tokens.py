@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.files import read_document
 from common.json_files import read_object
 
+GENERATION = "generation_config.json"
 REMEDY = "restore the file from its source"
 IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
 
@@ -33,6 +34,16 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     if (kind := values.get("model_type")) != "whisper":
         raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
     return values
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint's generation_config.json; none where it has no such file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = Path(folder) / GENERATION
+    return read_object(path, REMEDY) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,7 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         DataError: a file is missing or damaged, or the model does not know the language.
     """
     tokenizer = _load_tokenizer(folder)
-    settings = Path(folder) / "generation_config.json"
-    generation = read_object(settings, REMEDY) if settings.is_file() else {}
+    generation = generation_settings(folder)
 
     def token(text: str) -> int:
         number = tokenizer.token_to_id(text)
@@ -104,8 +114,8 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         tokenizer=tokenizer,
         prompt=tuple(token(text) for text in [*prompt, "<|notimestamps|>"]),
         end=token("<|endoftext|>"),
-        suppressed=_token_list(generation, "suppress_tokens", settings),
-        suppressed_first=_token_list(generation, "begin_suppress_tokens", settings),
+        suppressed=_token_list(generation, "suppress_tokens", folder),
+        suppressed_first=_token_list(generation, "begin_suppress_tokens", folder),
         timestamp_begin=tokenizer.token_to_id("<|0.00|>"),
         no_speech=tokenizer.token_to_id("<|nospeech|>") or tokenizer.token_to_id("<|nocaptions|>"),  # by its version
     )
@@ -134,8 +144,8 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _token_list(generation: dict[str, Any], name: str, path: Path) -> tuple[int, ...]:
+def _token_list(generation: dict[str, Any], name: str, folder: Path) -> tuple[int, ...]:
     tokens = generation.get(name) or []
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
-        raise DataError(f"{path}: {name} is not a list of token numbers: {REMEDY}")
+        raise DataError(f"{Path(folder) / GENERATION}: {name} is not a list of token numbers: {REMEDY}")
     return tuple(tokens)

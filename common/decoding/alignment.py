@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from common.data.features import POSITIONS_PER_SECOND
-from common.data.tokens import TextCodec
+from common.data.tokens import GENERATION, TextCodec
 from common.errors import DataError
 from common.text import unspaced
 
@@ -50,7 +50,8 @@ def alignment_heads(model: WhisperForConditionalGeneration) -> dict[int, list[in
     config = model.config
     known = [[i, k] for i in range(config.decoder_layers) for k in range(config.decoder_attention_heads)]
     if named and not (isinstance(named, list) and all(pair in known for pair in named)):
-        raise DataError(f"generation_config.json: alignment_heads {str(named)[:80]} are not the model's: remove them")
+        path = f"{model.name_or_path}/{GENERATION}"
+        raise DataError(f"{path}: alignment_heads {named!r:.80} are not the model's: remove them")
     pairs = named or [
         (layer, head)
         for layer in range(config.decoder_layers // 2, config.decoder_layers)

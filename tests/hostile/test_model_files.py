@@ -52,6 +52,7 @@ def tried(folder, name, bodies, use=use_all):
         except DataError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 1000
+            assert str(folder) in str(error)
     return refused
 
 
@@ -98,7 +99,11 @@ def test_a_generation_config_with_odd_values(folder, tally):
         "max_length",
         "lang_to_id",
     )
-    bodies = [encoded({name: value}) for name in names for value in (*VALUES, [[1, 1]], [[9, 0]], [[[], 0]])]
+    bodies = [
+        encoded({"is_multilingual": False, name: value})
+        for name in names
+        for value in (*VALUES, [[1, 1]], [[9, 0]], [[[], 0]])
+    ]
     assert 0 < tried(folder, "generation_config.json", bodies) < len(bodies)
     tally(len(bodies))
 
