@@ -32,6 +32,7 @@ from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
+from common.pipeline.shared_results import SharedResults
 from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, quarantine
 from common.storage.measured import MeasuredStore
 from common.storage.store import Store, remove_all
@@ -126,6 +127,7 @@ class Context:
     Attributes:
         shard: number of the shard, None for a stage in one piece.
         parts: finished parts of an earlier try.
+        results: what several runs of a store share.
         checkpointer: opens the stage's checkpoints.
         metrics: rows for metrics.jsonl and Prometheus.
         attempt: this try; its activity is what `moe-asr status` shows.
@@ -136,6 +138,7 @@ class Context:
 
     shard: int | None
     parts: Parts
+    results: SharedResults
     checkpointer: Callable[[], Checkpointer]
     metrics: MetricsLog
     attempt: Attempt
@@ -290,6 +293,7 @@ def _context(
     return Context(
         shard=task.shard,
         parts=Parts(store, f"{prefix}parts/"),
+        results=SharedResults(store, work),
         checkpointer=checkpointer,
         metrics=MetricsLog(output / "metrics.jsonl", live, attempt.activity),
         attempt=attempt,
