@@ -259,10 +259,18 @@ class GatingConfig(TrainConfig):
 
 
 class ExpertsConfig(SpeechTrainConfig):
-    """Pre-training of one expert per cluster."""
+    """Pre-training of one expert per cluster, and of the shared one before them with `asr.pretrain: experts`."""
 
+    shared_max_steps: int | None = Field(
+        None, gt=0, description="Maximum number of optimizer steps of the shared expert, with asr.pretrain: experts."
+    )
     epochs: int = Field(3, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="Peak learning rate of AdamW, as asr.learning_rate: other ranks scale it, and routed experts on "
+        "top of a shared one take asr.routed_rate of it.",
+    )
     select_by: Literal["loss"] = Field(
         "loss", description="Metric on dev that selects the checkpoint and stops training early."
     )
@@ -282,10 +290,10 @@ class AsrConfig(SpeechTrainConfig):
     select_by: Literal["wer", "loss"] = Field(
         "wer", description="Metric that selects the checkpoint: decoded WER of a part of dev, or dev loss."
     )
-    pretrain: Literal["gate", "alone", "none"] = Field(
+    pretrain: Literal["gate", "experts", "alone", "none"] = Field(
         "gate",
-        description="Training before joint training: the gate on clusters, the gate and every expert alone on its "
-        "cluster, or none.",
+        description="Training before joint training: the gate on clusters; the gate, the shared expert, and on top of "
+        "it one routed expert per cluster; the gate and every expert alone on its cluster; or none.",
     )
     adapt: Literal["lora", "adalora", "full"] = Field(
         "lora",
@@ -334,6 +342,12 @@ class AsrConfig(SpeechTrainConfig):
     select_samples: int = Field(
         200, gt=0, description="Number of dev utterances that are decoded to select the checkpoint."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AsrConfig:
+        if self.pretrain == "experts" and not self.shared_expert:
+            raise ValueError("pretrain: experts trains routed experts on a shared one, and shared_expert is off")
+        return self
 
 
 class DecodeConfig(Section):

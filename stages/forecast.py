@@ -119,6 +119,11 @@ def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
             steps = gate.epochs * ceil(ceil(count / gate.batch_size) / gate.gradient_accumulation_steps)
             steps = min(steps, gate.max_steps or steps)
         return Work(count, float(count), steps, exact=False)
+    if stage == "shared":
+        pool = training_subset(config, corpus, "experts")
+        limited = config.experts.model_copy(update={"max_steps": config.experts.shared_max_steps})
+        steps, passed = _training(config, limited, pool)
+        return Work(len(pool), passed, steps, exact=config.experts.batch_seconds is None)
     if stage == "experts":
         pool, experts = training_subset(config, corpus, "experts"), config.num_experts or 1
         share = experts if shards > 1 else 1

@@ -276,7 +276,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         summary=summary,
         cluster=_first(folders, "clusters"),
         gate=_first(folders, "gate"),
-        experts=folders.get("experts", []),
+        experts=[*folders.get("shared", []), *folders.get("experts", [])],
         asr=folders["model"][0],
         timeline=run.record["timeline"],
         audio_root=run.corpus.url,

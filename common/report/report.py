@@ -54,7 +54,7 @@ class RunView:
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
         cluster, gate, asr: a stage's output folder; None where the run has no such stage.
-        experts: one output folder per expert.
+        experts: one output folder per expert, the shared one first where it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
         audio_root: where the corpus lies, shown beside the utterances.
     """
@@ -198,8 +198,7 @@ def _experts(folders: Sequence[Path]) -> Row | str:
     figures: list[Drawing] = []
     for i in range(0, len(shown), 4):  # four panels a figure, so that figures stand side by side
         part = shown[i : i + 4]
-        numbers = [title.removeprefix("expert ") for title, _ in part]
-        names = f"experts {numbers[0]} to {numbers[-1]}" if len(part) > 1 else f"expert {numbers[0]}"
+        names = ", ".join(title for title, _ in part)
         more = f" ({len(curves)} in all)" if len(curves) > len(shown) else ""
         label = f"Training and dev loss of {names} over steps, one panel each."
         figures.append((f"Loss of {names}{more}.", partial(plots.draw_experts, part, highest), label))

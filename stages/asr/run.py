@@ -94,6 +94,7 @@ def run(
     embeddings: Sequence[Path] = (),
     clusters: Sequence[Path] = (),
     gate: Sequence[Path] = (),
+    shared: Sequence[Path] = (),
     experts: Sequence[Path] = (),
 ) -> None:
     """Writes the model, metrics.jsonl, predictions.jsonl, summary.json, report.json and plots."""
@@ -109,7 +110,9 @@ def run(
     by_table = options.adapt == "lora" and options.route_by == "table"
     groups = table_groups(chosen["train"], options.route_column) if by_table else ()
     fit = [u.id for u in chosen["train"]]
-    recogniser = build(config, model, table, gate, experts, groups=groups, fit=fit).to(accelerator.device)
+    recogniser = build(config, model, table, gate, experts, shared=shared, groups=groups, fit=fit).to(
+        accelerator.device
+    )
     base_test = _speech_set(config, corpus, chosen["test"], codec, accelerator, context="30s")
     joint = Joint(
         config,
