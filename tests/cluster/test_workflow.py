@@ -63,7 +63,7 @@ def task_key(lab: Lab, store: str, label: str) -> tuple[str, str]:
     return task["stage"], task["key"]
 
 
-def trained(found: dict[str, progress.Piece]) -> set[str]:
+def trained(found: dict[str, progress.WorkflowStep]) -> set[str]:
     """Labels of the pieces of stages for which pods ran."""
     return {label for label, piece in found.items() if piece.tries and piece.template in progress.WRAPPED}
 
