@@ -45,8 +45,8 @@ def sweep(
 ) -> None:
     """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
 
-    Regimes: mixture, speaker, etiology, regular, dense, dense-plain, pretrained, alone, loss, hard, adalora, full. Runs
-    are called NAME-REGIME-sSEED, where --run gives NAME; finished ones are skipped.
+    Regimes: mixture, speaker, etiology, one-group, shuffled, regular, dense, dense-plain, pretrained, alone, loss,
+    hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished ones are skipped.
 
     \b
         moe-asr sweep --mode demo --regimes mixture,dense --seeds 0,1,2 --max-steps 300

@@ -113,7 +113,8 @@ def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
         part = embedded_utterances(config, corpus)[number * size : (number + 1) * size]
         return Work(len(part), _seconds_of(part))
     if stage in ("cluster", "gating"):
-        count = len(training_subset(config, corpus, "embeddings"))
+        clusters = stage == "cluster" or config.gating.target == "cluster"
+        count = len(training_subset(config, corpus, "embeddings" if clusters else "asr"))
         gate, steps = config.gating, None
         if stage == "gating":
             steps = gate.epochs * ceil(ceil(count / gate.batch_size) / gate.gradient_accumulation_steps)

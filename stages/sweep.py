@@ -39,7 +39,15 @@ class Regime:
 REGIMES: Mapping[str, Regime] = {
     "mixture": Regime("shared expert and routed ones by a gate pre-trained on clusters (the default)", MIXTURE),
     "speaker": Regime("the same, one choice for all utterances of a speaker", MIXTURE | {"asr.route_by": "speaker"}),
-    "etiology": Regime("the same, experts by the corpus's etiologies", MIXTURE | {"asr.route_by": "table"}),
+    "etiology": Regime("as the mixture, experts by the corpus's etiologies", MIXTURE | {"asr.route_by": "table"}),
+    "one-group": Regime(
+        "control: the same with one group for everybody, whose routed expert is always on",
+        MIXTURE | {"asr.route_by": "table", "asr.route_column": "none"},
+    ),
+    "shuffled": Regime(
+        "control: the same with a group drawn for each speaker",
+        MIXTURE | {"asr.route_by": "table", "asr.route_column": "shuffled"},
+    ),
     "regular": Regime("shared expert and routed ones by a random gate", MIXTURE | {"asr.pretrain": "none"}),
     "dense": Regime("one LoRA adapter of as many ranks as an utterance uses in the mixture", dense=True),
     "dense-plain": Regime("the same without learned magnitudes", {"lora.magnitude": False}, dense=True),
@@ -155,7 +163,7 @@ def regime_settings(
         )
     # Epochs and patience never end a training before its steps do.
     found: dict[str, Any] = {"asr.max_steps": joint, "asr.epochs": joint, "asr.patience": joint}
-    found |= {"num_experts": clusters} if name == "regular" else {}
+    found |= {"num_experts": clusters} if name in ("regular", "shuffled") else {}
     if each:
         found |= {"experts.max_steps": each, "experts.epochs": max(first, each), "experts.patience": max(first, each)}
         found |= {"experts.shared_max_steps": first} if first else {}
@@ -186,8 +194,10 @@ def _with(base: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def count_clusters(config: Config) -> int:
-    """Clusters that the configuration finds; made by the stages that come before, where they are not done."""
+    """Groups that the gate learns; clusters are made by the stages that come before, where they are not done."""
     run = Run(config)
+    if config.gating.target != "cluster":
+        return len({getattr(u, config.gating.target) for u in run.corpus.split("train")} - {""}) or 1
     with handle_signals() as stopping:
         for stage in ("extract", "cluster"):
             for one in run.plan().planned:

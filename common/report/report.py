@@ -163,7 +163,7 @@ def _gate(folder: Path | None) -> Row | str:
     if not (folder / "report.json").is_file():
         return "Gate: the gating stage wrote no report.json."
     report = read_object(folder / "report.json")
-    label = f"Confusion matrix over {len(report['labels'])} clusters; accuracy {percent(report['accuracy'])}."
+    label = f"Confusion matrix over {len(report['labels'])} groups; accuracy {percent(report['accuracy'])}."
     figures: list[Drawing] = [
         (
             "Confusion on utterances held out; the tint is the row's share.",
@@ -181,7 +181,9 @@ def _gate(folder: Path | None) -> Row | str:
             )
         )
     figures += _training_figure(folder, "Loss of the gate.")
-    return {"report": report, "figures": _drawn(figures, "gate")}
+    target = report.get("target", "cluster")
+    groups = "clusters" if target == "cluster" else f"groups by {target}"
+    return {"report": report, "groups": groups, "figures": _drawn(figures, "gate")}
 
 
 def _experts(folders: Sequence[Path]) -> Row | str:

@@ -173,7 +173,7 @@ def describe(
     if config.asr.adapt == "adalora" and shared is not None:
         rank = shared.rank
         alpha = rank  # the scale is in the weights
-    routed = recogniser.num_experts > 1
+    routed = recogniser.num_experts > 1 or bool(groups)
     return BundleInfo(
         base=config.model.name,
         base_digest=base_digest,

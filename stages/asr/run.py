@@ -47,7 +47,7 @@ from common.training.train import TrainResult, make_accelerator, train
 from stages.asr.ablation import judge_experts
 from stages.asr.base import base_key, base_transcripts
 from stages.asr.build import build, describe, parameter_groups, rank_plan
-from stages.asr.router import Router, table_groups
+from stages.asr.router import Router, gate_groups, table_groups
 from stages.inputs import base_digest, evaluation_subset, training_subset
 from stages.settings import decoding_options, epoch_planner, speech_examples, train_options
 
@@ -76,6 +76,7 @@ class Joint:
     sets: Mapping[str, SpeechSet]
     base_test: SpeechSet  # the test set as the base model takes it, in 30 s
     corpus_digest: str
+    groups: tuple[str, ...]  # names of the routed experts; none where they are clusters
     codec: TextCodec
     accelerator: Accelerator
 
@@ -107,8 +108,10 @@ def run(
         "test": evaluation_subset(config, corpus, "test"),
     }
     table = read_tables(embeddings) if embeddings else None
-    by_table = options.adapt == "lora" and options.route_by == "table"
-    groups = table_groups(chosen["train"], options.route_column) if by_table else ()
+    groups: tuple[str, ...] = ()
+    if options.adapt == "lora" and options.route_by == "table":
+        count = config.num_experts or 1
+        groups = table_groups(chosen["train"], options.route_column, count=count, seed=config.seed)
     fit = [u.id for u in chosen["train"]]
     recogniser = build(config, model, table, gate, experts, shared=shared, groups=groups, fit=fit).to(
         accelerator.device
@@ -125,6 +128,7 @@ def run(
         },
         base_test,
         corpus.digest,
+        groups or gate_groups(gate),
         codec,
         accelerator,
     )
@@ -357,7 +361,7 @@ def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], di
     return {example.id: (i, w) for example, i, w in zip(examples, ids, weights, strict=True)}, {
         "experts": logits_NE.shape[1],
         "top_k": top_k,
-        "groups": list(joint.router.groups),
+        "groups": list(joint.groups),
         "load": list(found.load),
         "router_entropy": found.entropy,
         "top1_share": found.top1_share,

@@ -1,7 +1,7 @@
 """experts: what is trained on speech before joint training.
 
-`asr.pretrain: alone` trains one LoRA adapter per cluster, each on its own utterances. `asr.pretrain: experts` trains the
-shared expert on all utterances first (contract `shared`), then one routed expert per cluster on top of it.
+`asr.pretrain: alone` trains one LoRA adapter per group of the gate, each on its own utterances. `asr.pretrain: experts`
+trains the shared expert on all utterances first (contract `shared`), then one routed expert per group on top of it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ READS = (
 )
 
 
-def count_clusters(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
-    """One expert per cluster found; not known before clustering."""
-    found = manifests.get("clusters")
-    return int(found.metrics["clusters"]) if found else None
+def count_groups(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
+    """One expert per group of the gate; not known before there is one."""
+    found = manifests.get("gate")
+    return int(found.metrics["groups"]) if found else None
 
 
 def pretrains_experts(config: Config) -> bool:
@@ -61,10 +61,10 @@ CONTRACT = Contract(
     name="experts",
     summary="one LoRA adapter per cluster, each on its own utterances",
     output="experts",
-    inputs=("embeddings", "clusters", "gate", "shared"),
+    inputs=("embeddings", "gate", "shared"),
     sources=("corpus", "model"),
     reads=(*READS, "asr.routed_rate"),
-    fan_out=count_clusters,
+    fan_out=count_groups,
     active=pretrains_experts,
     gpus=1,
 )

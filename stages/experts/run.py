@@ -1,4 +1,4 @@
-"""Trains one expert on the utterances that the gate gives to its cluster; embeddings are cached, not computed.
+"""Trains one expert on the utterances that the gate gives to its group; embeddings are cached, not computed.
 
 It is trained alone, or on top of a shared expert that stays as it is.
 """
@@ -19,6 +19,7 @@ from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
 from common.data.tokens import load_codec
+from common.json_files import read_object
 from common.model.adapters import load_expert, save_expert
 from common.model.bundle import load_gate
 from common.model.gate import Gate
@@ -40,7 +41,6 @@ def run(
     corpus: Corpus,
     model: Path,
     embeddings: list[Path],
-    clusters: list[Path],
     gate: list[Path],
     output: Path,
     shared: Sequence[Path] = (),
@@ -51,7 +51,7 @@ def run(
         shared: the shared expert that this one is trained on top of, as it is; none for an expert alone.
     """
     expert = context.shard or 0
-    mine, dev = _utterances(config, corpus, embeddings, clusters[0], gate[0], expert)
+    mine, dev = _utterances(config, corpus, embeddings, gate[0], expert)
     rank = config.lora.shared_rank if shared else 0
     recogniser = new_adapter(config, model, routed=1, shared_rank=rank, seed=config.seed + expert)
     if shared:
@@ -67,6 +67,7 @@ def run(
         dev=dev,
         max_steps=config.experts.max_steps,
         expert=expert,
+        group=read_object(gate[0] / "report.json")["labels"][expert],
         output=output,
     )
 
@@ -83,12 +84,14 @@ def train_adapter(
     max_steps: int | None,
     expert: int | None,
     output: Path,
+    group: str = "",
 ) -> None:
     """Trains what is trainable of one expert, and writes it with its report.
 
     Args:
         dev: what the weights are selected by.
-        expert: number of a cluster, whose expert is the model's only routed one; None for the shared expert.
+        expert: number of a group, whose expert is the model's only routed one; None for the shared expert.
+        group: its name.
     """
     options, name = config.experts, "shared" if expert is None else expert
     accelerator = make_accelerator(config.precision, config.runtime.device)
@@ -126,6 +129,7 @@ def train_adapter(
     save_expert(recogniser.whisper, None if expert is None else 0, output, base_model=config.model.name)
     report = {
         "cluster": name,
+        "group": group,
         "utterances": len(train_set),
         "etiologies": dict(sorted(Counter(u.etiology for u in train_on).items())),
         "steps": result.steps,
@@ -142,14 +146,14 @@ def train_adapter(
 
 
 def _utterances(
-    config: Config, corpus: Corpus, embeddings: Sequence[Path], clusters: Path, gate: Path, expert: int
+    config: Config, corpus: Corpus, embeddings: Sequence[Path], gate: Path, expert: int
 ) -> tuple[list[Utterance], list[Utterance]]:
     """What the expert is trained on, and what of dev it is judged by."""
     table, router = read_tables(embeddings), load_gate(gate).eval()
     mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
-    if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
-        cluster_of = read_jsonl_column(clusters / "assignments.jsonl", "cluster")
-        mine = [u for u in corpus.split("train") if cluster_of.get(u.id) == expert]
+    if not mine:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
+        group_of = read_jsonl_column(gate / "assignments.jsonl", "group")
+        mine = [u for u in corpus.split("train") if group_of.get(u.id) == expert]
     dev = evaluation_subset(config, corpus, "dev")
     return mine, assigned(dev, table, router, expert) or dev
 
