@@ -33,7 +33,7 @@ import importlib, pathlib, pkgutil
 for name in ("extract", "cluster", "gating", "experts", "asr"):
     importlib.import_module(f"stages.{name}.run")
 MODULES = "common.report.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3"
-MODULES += " sklearn.cluster"
+MODULES += " sklearn.cluster hdbscan"
 for name in MODULES.split():
     importlib.import_module(name)
 for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
