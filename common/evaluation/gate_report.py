@@ -5,6 +5,7 @@ Calibration: Guo et al. 2017 (arXiv:1706.04599). Shape letters: N utterances, D 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,21 +58,22 @@ def new_speakers_report(
         utterance_accuracy, speaker_accuracy, chance (share of the largest group), speakers, utterances; None where
         fewer than two groups have two speakers.
     """
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold
 
     speaker_N = np.asarray(speakers)
     pairs = {(s, k) for s, k in zip(speakers, label_N.tolist(), strict=True) if s}
-    heard = [k for k in np.unique(label_N) if sum(pair[1] == k for pair in pairs) > 1]
+    of_group = Counter(k for _, k in pairs)  # number of speakers
+    heard = sorted(k for k, count in of_group.items() if count > 1)
     row_N = np.flatnonzero(np.isin(label_N, heard) & (speaker_N != ""))
     if len(heard) < 2:
         return None
     if len(row_N) > MOST_UTTERANCES:
         row_N = np.sort(np.random.default_rng(seed).choice(row_N, MOST_UTTERANCES, replace=False))
-    label_N, speaker_N, vectors_ND = label_N[row_N], speaker_N[row_N], vectors_ND[row_N].astype(np.float64)
+    label_N, speaker_N, points_ND = label_N[row_N], speaker_N[row_N], vectors_ND[row_N].astype(np.float64)
     score_NK = np.zeros((len(row_N), len(heard)))
-    folds = GroupKFold(min(FOLDS, len(np.unique(speaker_N))))
-    for fit_N, held_N in folds.split(vectors_ND, label_N, speaker_N):
-        score_NK[held_N] = _log_probabilities(vectors_ND, label_N, fit_N, held_N, heard)
+    folds = StratifiedGroupKFold(min(FOLDS, *(of_group[k] for k in heard)))
+    for fit_N, held_N in folds.split(points_ND, label_N, speaker_N):
+        score_NK[held_N] = _log_probabilities(points_ND, label_N, fit_N, held_N, heard)
     predicted_N = np.array(heard)[score_NK.argmax(1)]
     right_S = []
     for speaker in np.unique(speaker_N):
@@ -88,7 +90,7 @@ def new_speakers_report(
 
 
 def _log_probabilities(
-    vectors_ND: npt.NDArray[np.float64],
+    points_ND: npt.NDArray[np.float64],
     label_N: npt.NDArray[np.int64],
     fit_N: npt.NDArray[np.int64],
     held_N: npt.NDArray[np.int64],
@@ -105,9 +107,9 @@ def _log_probabilities(
         return found_NK
     equal = np.full(len(present), 1 / len(present))
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=equal)
-    scale_D = vectors_ND[fit_N].std(0) + 1e-6
-    model.fit(vectors_ND[fit_N] / scale_D, label_N[fit_N])
-    found_NK[:, columns] = np.maximum(model.predict_log_proba(vectors_ND[held_N] / scale_D), -1e3)
+    scale_D = points_ND[fit_N].std(0) + 1e-6
+    model.fit(points_ND[fit_N] / scale_D, label_N[fit_N])
+    found_NK[:, columns] = np.maximum(model.predict_log_proba(points_ND[held_N] / scale_D), -1e3)
     return found_NK
 
 
