@@ -3,6 +3,7 @@ argo/moe-asr.yaml.
 
     plan ─▶ extract ─▶ plan-cluster ─▶ cluster ─▶ plan-gating ─▶ gating
             ─▶ plan-experts ─▶ experts (one pod each) ─▶ plan-asr ─▶ asr ─▶ report
+    plan ─▶ shared ─▶ plan-experts  (where routed experts build on a shared one, beside extract to gating)
 
 A plan step looks at the manifests in the store and hands on a list with one small item per piece of a stage; a stage
 that a configuration does not need gets an empty list. Each piece is memoized under a name that changes when its
@@ -150,7 +151,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
     container(
         place,
         f"{contract.name}-pod",
-        contract.name,
+        contract.section,
         ["python", "-m", "stages", contract.name],
         args,
         inputs=inputs,

@@ -62,10 +62,10 @@ def stage_command(contract: Contract) -> click.Command:
 
 def own_options(contract: Contract) -> dict[str, str]:
     """flag → configuration path of the stage's own section, without those that every command has."""
-    section = Config.model_fields[contract.name].annotation
+    section = Config.model_fields[contract.section].annotation
     taken = {"--reduce", "--reduce-dim", "--min-cluster-size", "--mixture", "--top-k", "--adapt"}
     taken |= {"--shared-expert", "--gradient-checkpointing", "--gradient-accumulation-steps", "--eval-every-n-epochs"}
-    flags = {f"--{name.replace('_', '-')}": f"{contract.name}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
+    flags = {f"--{name.replace('_', '-')}": f"{contract.section}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
     return {flag: path for flag, path in (flags | BORROWED.get(contract.name, {})).items() if flag not in taken}
 
 

@@ -78,8 +78,9 @@ def examine_gate(
     gates["after joint training"] = opened.recogniser.gate
     found: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
     if "cluster" in folders:
-        rows = read_rows(folders["cluster"][0] / "assignments.jsonl")
-        labels_N = np.array([row["cluster"] for row in rows], np.int64)
+        stage, column = ("cluster", "cluster") if config.gating.target == "cluster" else ("gating", "group")
+        rows = read_rows(folders[stage][0] / "assignments.jsonl")
+        labels_N = np.array([row[column] for row in rows], np.int64)
         neighbours, found["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
         for split in ("dev", "test"):
             utterances = evaluation_subset(config, data, split)

@@ -16,6 +16,7 @@ from common.config import PLACES, Config, flatten, to_yaml
 from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
+from common.evaluation.hint import corpus_hint
 from common.files import explained, make_folders
 from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
@@ -272,6 +273,9 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
     name = run.config.run
     summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
     summary["model"] = f"{run.store.url.rstrip('/')}/{plan.groups['model'].prefix}"
+    if hint := _hint(run.config, folders):
+        summary["hint"] = hint
+        log.info("hint: %s", hint)
     view = RunView(
         name=name,
         config_yaml=to_yaml(run.config),
@@ -279,7 +283,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         summary=summary,
         cluster=_first(folders, "clusters"),
         gate=_first(folders, "gate"),
-        experts=folders.get("experts", []),
+        experts=[*folders.get("shared", []), *folders.get("experts", [])],
         asr=folders["model"][0],
         timeline=run.record["timeline"],
         audio_root=run.corpus.url,
@@ -303,6 +307,19 @@ def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
         model_digest=run.sources["model"],
         corpus_digest=run.sources["corpus"],
         utterances=run.corpus.utterances,
+    )
+
+
+def _hint(config: Config, folders: Mapping[str, list[Path]]) -> str:
+    """Which kind of corpus it was, and what to try."""
+    gate, clusters = (_first(folders, name) for name in ("gate", "clusters"))
+    report = read_object(folders["model"][0] / "report.json")
+    return corpus_hint(
+        read_object(gate / "report.json") if gate else None,
+        read_object(clusters / "report.json") if clusters else None,
+        report["experts_judged"],
+        route_by=config.asr.route_by,
+        routed=report["experts"],
     )
 
 

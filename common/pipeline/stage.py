@@ -30,6 +30,7 @@ from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
+from common.pipeline.shared_results import SharedResults
 from common.storage.artifacts import Key, commit, fetch, inspect, new_attempt, quarantine
 from common.storage.manifest import Manifest
 from common.storage.measured import MeasuredStore
@@ -83,6 +84,7 @@ class Context:
     Attributes:
         shard: number of the shard, None for a stage in one piece.
         parts: finished parts of an earlier try.
+        results: what several runs of a store share.
         checkpointer: opens the stage's checkpoints.
         metrics: rows for metrics.jsonl and Prometheus.
         attempt: this try; its activity is what `moe-asr status` shows.
@@ -93,6 +95,7 @@ class Context:
 
     shard: int | None
     parts: Parts
+    results: SharedResults
     checkpointer: Callable[[], Checkpointer]
     metrics: MetricsLog
     attempt: Attempt
@@ -247,6 +250,7 @@ def _context(
     return Context(
         shard=task.shard,
         parts=Parts(store, f"{prefix}parts/"),
+        results=SharedResults(store, work),
         checkpointer=checkpointer,
         metrics=MetricsLog(output / "metrics.jsonl", live, attempt.activity),
         attempt=attempt,

@@ -136,6 +136,7 @@ def _facts(
         facts.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} ({lora.modules})"))
         start = {
             "gate": "a gate pre-trained on clusters and new experts",
+            "experts": "clusters, gate, shared expert and routed experts that were pre-trained",
             "alone": "clusters, gate and experts that were pre-trained",
             "none": "a random gate and new experts",
         }[asr.pretrain]
