@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from bench.peers import collate_padded, trainer_dataset
 from common.config import Config, resolve
 from common.console import echo
-from common.data.corpus import stratified_subset
+from common.data.subsets import stratified_subset
 from common.data.tokens import load_codec
 from common.evaluation.evaluate import decode_corpus
 from common.evaluation.score import rates_of

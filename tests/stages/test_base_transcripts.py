@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.storage import open_store
-from common.storage.artifacts import MANIFEST
+from common.storage.manifest import MANIFEST
 from stages.asr import run as asr
 from stages.local_runner import run_pipeline
 from tests.stages.test_local_runner import micro_config
