@@ -1,4 +1,7 @@
-"""The pods of the workflows: one container each, as careful administrators let it run."""
+"""The pods of the workflow: a template of one container, with its variables, volumes, nodes, resources and retries.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from hera.workflows import models as m
 from argo.parameters import GPU_LABEL, Installation, parameter, quantity
 from common import __version__
 
-UID = 65532  # the numeric user of the images
 GPU_RESOURCE = "nvidia.com/gpu"
 SCRATCH = "/scratch"
 OUTPUTS = f"{SCRATCH}/outputs"
+UID = 65532  # the numeric user of the images
 SLOTS = 4  # product names that a node affinity can hold
 
 # Tries again after the loss of a pod or node, a kill (143 told, 137 memory or grace period) and a passing fault (75).
@@ -62,6 +65,7 @@ def container(
         secrets: variable → name and key of a Secret, which may be missing.
         kind: which of the resource parameters it takes: step, cpu-stage or gpu-stage.
         gpus: how many; empty for none.
+        title: under which Argo's page shows it.
         metrics: that the controller counts at the end of each try.
     """
     Container(
@@ -166,12 +170,14 @@ def _patch(kind: str, gpus: str) -> str:
     return json.dumps(patch)
 
 
-def output(name: str, default: str | None = None) -> Parameter:
-    return Parameter(name=name, value_from=m.ValueFrom(path=f"{OUTPUTS}/{name}.json", default=default))
-
-
 def display(text: str) -> dict[str, str]:
+    """The annotation by which Argo's page shows a step under a name."""
     return {"workflows.argoproj.io/display-name": text}
+
+
+def output(name: str, default: str | None = None) -> Parameter:
+    """An output parameter that the pod writes as a JSON file."""
+    return Parameter(name=name, value_from=m.ValueFrom(path=f"{OUTPUTS}/{name}.json", default=default))
 
 
 def template(name: str, title: str, description: str, place: Installation, **options: Any) -> WorkflowTemplate:

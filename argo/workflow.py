@@ -3,6 +3,7 @@ argo/moe-asr.yaml.
 
     plan ─▶ extract ─▶ plan-cluster ─▶ cluster ─▶ plan-gating ─▶ gating
             ─▶ plan-experts ─▶ experts (one pod each) ─▶ plan-asr ─▶ asr ─▶ report
+    plan ─▶ shared ─▶ plan-experts  (where routed experts build on a shared one, beside extract to gating)
 
 A plan step looks at the manifests in the store and hands on a list with one small item per piece of a stage; a stage
 that a configuration does not need gets an empty list. Each piece is memoized under a name that changes when its
@@ -16,7 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hera.workflows import DAG, Artifact, NoneArchiveStrategy, Parameter, Task, WorkflowTemplate
+from hera.workflows import (
+    DAG,
+    Artifact,
+    NoneArchiveStrategy,
+    Parameter,
+    Task,
+    WorkflowTemplate,
+)
 from hera.workflows import models as m
 
 from argo.parameters import PARAMETERS, Installation, parameter
@@ -128,7 +136,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
     container(
         place,
         f"{contract.name}-pod",
-        contract.name,
+        contract.section,
         ["python", "-m", "stages", contract.name],
         args,
         inputs=inputs,

@@ -17,7 +17,8 @@ from bench.peers import make_pipeline
 from bench.setting import DEMO, SHAPES, WEIGHTS, Setting, make_whisper
 from common.data.audio import read_audio
 from common.data.batches import BatchLoader, Example, make_examples
-from common.data.corpus import Utterance, read_corpus, stratified_subset
+from common.data.corpus import Utterance, read_corpus
+from common.data.subsets import stratified_subset
 from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoding
 from common.evaluation.score import decode_set, score_set

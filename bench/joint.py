@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +25,8 @@ from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser, RouterOptions
 
 SHORT_BATCHES = 3  # of different lengths, as the sampler's buckets give them
+SHARED_RANK, ROUTED_RANK = 48, 8  # of the default mixture
+SMALL_RATIOS = 15  # rounds where the ratio to be told is a few percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +179,46 @@ def short_rows(setting: Setting) -> list[Measurement]:
             note=note,
         )
     ]
+
+
+def adapter_rows(setting: Setting) -> list[Measurement]:
+    """What the default mixture costs beside one adapter of as many active ranks, and what magnitudes cost."""
+    lengths = sorted(short_lengths(setting.batch))
+    batch = make_batch(setting.model, lengths, setting.device, context="dynamic")
+    active = SHARED_RANK + setting.top_k * ROUTED_RANK
+    ways = {
+        "mixture": _adapted(setting, batch, setting.experts, SHARED_RANK),
+        "dense": _adapted(setting, batch, 0, active),
+        "plain": _adapted(setting, batch, 0, active, magnitude=False),
+    }
+    steps = {name: whole_step(partial(ours_backward, way, batch), [way], setting) for name, way in ways.items()}
+    taken = rounds(steps, replace(setting, repetitions=setting.repetitions * SMALL_RATIOS // 3))
+    ranks = f"shared rank {SHARED_RANK}, {setting.experts} experts of {ROUTED_RANK}"
+    size = f"{setting.model}, {setting.batch} × 3–12 s, {ranks}"
+    note = setting.words(size, "forward, backward, clipping, AdamW")
+    names = {
+        "mixture": f"cost of the default mixture: one adapter of rank {active} against it",
+        "dense": "cost of magnitudes",
+    }
+    return [
+        row(names["mixture"], taken["mixture"], taken["dense"], unit="s/step", target=1 / 1.15, note=note),
+        row(names["dense"], taken["dense"], taken["plain"], unit="s/step", target=1 / 1.03, note=note),
+    ]
+
+
+def _adapted(setting: Setting, batch: Batch, experts: int, shared_rank: int, *, magnitude: bool = True) -> Recogniser:
+    whisper = make_whisper(setting.model, setting.device)
+    slot = add_mixture(
+        whisper,
+        targets=TARGETS,
+        num_experts=experts,
+        rank=ROUTED_RANK,
+        alpha=2 * ROUTED_RANK,
+        shared_rank=shared_rank,
+        magnitude=magnitude,
+    )
+    recogniser = Recogniser(whisper, slot=slot, options=RouterOptions("blend", setting.top_k)).train()
+    if experts:  # a trained gate that is frozen, as in the default
+        torch.manual_seed(1)
+        recogniser.choose_by(logits_NE=torch.randn(len(batch), experts, device=setting.device))
+    return recogniser

@@ -1,10 +1,13 @@
-"""The table of a sweep over several seeds: `moe-asr compare` on the groups that training heard, and the unseen one.
+"""The tables of sweeps over several seeds: `moe-asr compare` on the groups that training heard, and the unseen one.
 
-python -m bench.regimes --store runs --sweep bench longer     reads the runs bench-REGIME-sSEED, longer-… of that store
+python -m bench.regimes --store runs --sweep bench bench-long alike     reads the runs bench-REGIME-sSEED, … of a store
 
-The first sweep's regimes go by their names, those of the others (another budget, another rank) by `REGIME, SWEEP`.
+Runs are compared with those of the same corpus and the same number of steps. The regimes of the first sweep with a
+corpus and a budget go by their names, those of another (another rank) by `REGIME, SWEEP`. What `bench.peft` wrote
+beside the runs of a sweep is the regime `peft`.
 
-Prints tables in Markdown and writes bench/results/regimes.json.
+Prints tables in Markdown and writes bench/results/regimes.json, whose `summary` has one row for each corpus, number of
+steps and regime.
 """
 
 from __future__ import annotations
@@ -12,26 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench.peft import FACTS, TEST
+from common.config import Config, flatten
 from common.evaluation.compare import compare
 from common.evaluation.results import Result, before_training, read_result
-from common.json_files import read_object, read_rows
+from common.json_files import Row, read_object, read_rows
 from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store
 from common.storage.store import Store
 from stages.local_runner import cache_folder
+from stages.sweep import REGIMES
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 4000
 RATES = ("wer_before", "wer_after", "cer_before", "cer_after", "wer_interval_before", "wer_interval_after")
 ROUTING = ("experts", "top_k", "load", "router_entropy", "top1_share", "collapsed")
+PEFT = "peft"
+Budget = tuple[str, int]  # corpus, optimiser steps in all
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Reads, compares, prints, writes."""
     parser = argparse.ArgumentParser(prog="bench.regimes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--store", default="runs")
@@ -39,37 +47,122 @@ def main() -> None:
     parser.add_argument("--against", default="dense", help="what the others are compared with")
     parser.add_argument("--unseen", default="island", help="etiology that no training heard")
     parser.add_argument("--results", type=Path, default=RESULTS / "regimes.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     store = open_store(options.store)
-    names = sweep_runs(store, options.sweep)
-    systems = read_systems(store, names)
-    seen = compare(only(systems, options.unseen, wanted=False), reference=options.against, resamples=RESAMPLES)
-    unseen = compare(only(systems, options.unseen, wanted=True), reference=options.against, resamples=RESAMPLES)
-    runs = {run: run_facts(store, run) for members in names.values() for run in members}
-    value = {"sweeps": options.sweep, "unseen_etiology": options.unseen, "seen": seen, "unseen": unseen, "runs": runs}
+    groups = group_runs(store, options.sweep)
+    facts = {run: run_facts(store, run) for group in groups.values() for runs in group.values() for run in runs}
+    tables, summary = [], []
+    for (corpus, steps), names in groups.items():
+        systems = read_systems(store, names)
+        reference = options.against if options.against in systems else next(iter(names))
+        seen, unseen = compare_parts(systems, reference, options.unseen)
+        against = {
+            name: seen if name == reference else compare_parts(systems, name, options.unseen)[0]
+            for name in ("dense", PEFT)
+            if name in systems
+        }
+        tables.append({"corpus": corpus, "steps": steps, "seen": seen, "unseen": unseen})
+        own = {regime: [facts[run] for run in runs] for regime, runs in names.items()}
+        summary += summary_rows((corpus, steps), seen, unseen, against, own)
+        print(f"## {corpus}, {steps} steps", overview(seen, unseen, own), by_etiology(seen), sep="\n\n", end="\n\n")
+    value = {"sweeps": options.sweep, "unseen_etiology": options.unseen, "summary": summary}
+    value |= {"comparisons": tables, "runs": facts}
     options.results.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    facts = {regime: [runs[run] for run in members] for regime, members in names.items()}
-    print(overview(seen, unseen, facts), by_etiology(seen), sep="\n\n")
 
 
-def sweep_runs(store: Store, sweeps: Sequence[str]) -> dict[str, list[str]]:
-    """Regime → its finished runs, by seed."""
-    found: dict[str, list[str]] = {}
+def group_runs(store: Store, sweeps: Sequence[str]) -> dict[Budget, dict[str, list[str]]]:
+    """(corpus, steps) → regime → its finished runs by seed, and the folders that `bench.peft` wrote."""
+    found: dict[Budget, dict[str, list[str]]] = {}
+    first: dict[Budget, str] = {}  # sweep
     for sweep in sweeps:
-        for name in run_names(store):
-            match = re.fullmatch(rf"{re.escape(sweep)}-(.+)-s\d+", name)
-            if match and run_record(store, name)["status"] == "done":
-                label = match[1] if sweep == sweeps[0] else f"{match[1]}, {sweep}"
-                found.setdefault(label, []).append(name)
+        for regime, run, budget in [*finished_runs(store, sweep), *peft_folders(store, sweep)]:
+            label = regime if first.setdefault(budget, sweep) == sweep else f"{regime}, {sweep}"
+            found.setdefault(budget, {}).setdefault(label, []).append(run)
     return found
 
 
+def finished_runs(store: Store, sweep: str) -> Iterable[tuple[str, str, Budget]]:
+    """Regime, name, corpus and steps of the finished runs of a sweep."""
+    for name in run_names(store):
+        match = re.fullmatch(rf"{re.escape(sweep)}-(.+)-s\d+", name)
+        record = run_record(store, name) if match else None
+        if match and match[1] in REGIMES and record and record["status"] == "done":
+            steps = read_result(name, store=store, cache=cache_folder()).facts["steps"]
+            yield match[1], name, (Path(record["config"]["corpus"]["path"]).name, steps)
+
+
+def peft_folders(store: Store, sweep: str) -> Iterable[tuple[str, str, Budget]]:
+    """The same of what `bench.peft` wrote beside them."""
+    root = store.local_path("")
+    for path in sorted(root.glob(f"{sweep}-{PEFT}-s*/{FACTS}")) if root else ():
+        facts = read_object(path)
+        yield PEFT, str(path.parent), (Path(facts["corpus"]).name, facts["steps"])
+
+
 def read_systems(store: Store, names: Mapping[str, Sequence[str]]) -> dict[str, list[Result]]:
-    """regime → results of its runs, the untrained base first."""
+    """regime → results of its runs, the untrained base first where a run measured it."""
     systems = {
-        regime: [read_result(run, store=store, cache=cache_folder()) for run in runs] for regime, runs in names.items()
+        regime: [read_result(_tested(run), store=store, cache=cache_folder()) for run in runs]
+        for regime, runs in names.items()
     }
-    return {"base": [before_training(next(iter(systems.values()))[0])], **systems}
+    own = next((results[0] for regime, results in systems.items() if not regime.startswith(PEFT)), None)
+    return ({"base": [before_training(own)]} if own else {}) | systems
+
+
+def _tested(run: str) -> str:
+    """What to read the test set's results of: a run's name, or the folder of an evaluation."""
+    return str(Path(run) / TEST) if (Path(run) / FACTS).is_file() else run
+
+
+def compare_parts(systems: Mapping[str, Sequence[Result]], reference: str, unseen: str) -> tuple[Row, Row | None]:
+    """The comparison on the groups that training heard, and that on the unseen one, if the test set has it."""
+    heard = compare(only(systems, unseen, wanted=False), reference=reference, resamples=RESAMPLES)
+    others = only(systems, unseen, wanted=True)
+    there = bool(next(iter(others.values()))[0].rows)
+    return heard, compare(others, reference=reference, resamples=RESAMPLES) if there else None
+
+
+def summary_rows(
+    budget: Budget,
+    seen: Row,
+    unseen: Row | None,
+    against: Mapping[str, Row],
+    facts: Mapping[str, Sequence[Row]],
+) -> list[Row]:
+    """One row for each regime: rates as fractions, and its differences from dense LoRA and from the peer.
+
+    Args:
+        against: regime → the comparison of the heard groups with it.
+        facts: regime → `run_facts` of its seeds.
+    """
+    rows, others = [], {other["name"]: other["wer"] for other in (unseen or {"systems": ()})["systems"]}
+    for one in seen["systems"]:
+        name, runs = one["name"], facts.get(one["name"], [])
+        worst = max(one["by_etiology"].items(), key=lambda item: item[1]["wer"])
+        row = {"corpus": budget[0], "steps": budget[1], "regime": name, "default": is_default(name)}
+        row |= {"seeds": len(runs), "wer": one["wer"], "wer_interval": one["wer_interval"]}
+        row["wer_dev"] = sum(run["dev_wer"] for run in runs) / len(runs) if runs else None
+        row |= {"worst_group": worst[1]["wer"], "worst_group_name": worst[0]}
+        row["wer_unseen"] = others.get(name)
+        for reference in ("dense", PEFT):
+            row[f"minus_{reference}"] = _difference(against.get(reference), name)
+        rows.append(row)
+    return rows
+
+
+def _difference(comparison: Row | None, name: str) -> Row | None:
+    """WER less that of the reference with its interval; None for the reference itself, or without one."""
+    if comparison is None:
+        return None
+    found = next(one["difference"] for one in comparison["systems"] if one["name"] == name)
+    return {key: found["wer"][key] for key in ("delta", "low", "high")} if found else None
+
+
+def is_default(name: str) -> bool:
+    """Whether a regime is what `moe-asr run` trains by default."""
+    values = dict(flatten(Config().model_dump()))
+    regime = REGIMES.get(name)
+    return regime is not None and not regime.dense and all(values[k] == v for k, v in regime.settings.items())
 
 
 def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool) -> dict[str, list[Result]]:
@@ -84,6 +177,9 @@ def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool
 
 def run_facts(store: Store, run: str) -> dict[str, Any]:
     """What a run was made with, what it cost and what came of it."""
+    if (Path(run) / FACTS).is_file():
+        made = read_object(Path(run) / FACTS)
+        return made | {"joint_steps": made["steps"], "expert_steps": []}
     record = run_record(store, run)
     config = record["config"]
     (folder,) = stage_folders(store, record, "asr", cache_folder())
@@ -103,9 +199,10 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
         "by_etiology": {name: {key: one[key] for key in RATES} for name, one in summary["by_etiology"].items()},
     }
     stages = {task["stage"] for task in record["tasks"].values()}
-    if "experts" in stages:
-        folders = stage_folders(store, record, "experts", cache_folder())
-        found["expert_steps"] = [read_object(one / "report.json")["steps"] for one in folders]
+    for stage in sorted(stages & {"shared", "experts"}, reverse=True):
+        folders = stage_folders(store, record, stage, cache_folder())
+        found["expert_steps"] += [read_object(one / "report.json")["steps"] for one in folders]
+    if "cluster" in stages:
         clusters = read_object(stage_folders(store, record, "cluster", cache_folder())[0] / "report.json")
         found["clusters"] = {key: clusters[key] for key in ("sizes", "purity", "adjusted_rand", "noise_share")}
     return found
@@ -117,14 +214,14 @@ def dev_wer(folder: Path) -> float:
     return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
 
 
-def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any], facts: Mapping[str, Sequence[Any]]) -> str:
+def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any] | None, facts: Mapping[str, Sequence[Any]]) -> str:
     """The main table in Markdown, the best regime first."""
     reference = seen["reference"]
     lines = [
         f"| regime | WER | 95% | minus {reference} | WER of seeds | CER | WER unseen | WER dev | steps | weights |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    others = {one["name"]: one for one in unseen["systems"]}
+    others = {one["name"]: one for one in (unseen or {"systems": ()})["systems"]}
     for one in sorted(seen["systems"], key=lambda system: system["wer"]):
         delta = (one["difference"] or {}).get("wer")
         runs = facts.get(one["name"], [])
@@ -135,7 +232,7 @@ def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any], facts: Mapping[
             f"{delta['delta']:+.1%} ({_span((delta['low'], delta['high']), '+')})" if delta else "",
             ", ".join(f"{run['wer']:.1%}" for run in one["runs"]) if runs else "",
             f"{one['cer']:.1%}",
-            f"{others[one['name']]['wer']:.1%}",
+            f"{others[one['name']]['wer']:.1%}" if others else "",
         ]
         if runs:
             before = f"{sum(runs[0]['expert_steps'])} + " if runs[0]["expert_steps"] else ""

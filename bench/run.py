@@ -43,6 +43,7 @@ def _between_epochs(_: Setting) -> list[Measurement]:
 GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
     "joint": joint.rows,
     "short": joint.short_rows,
+    "adapters": joint.adapter_rows,
     "dense": dense.rows,
     "extract": encoding.rows,
     "log-mel": encoding.mel_rows,

@@ -10,18 +10,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def short_table(without: Sequence[str] = ()) -> list[str]:
-    """One line per row of every file in bench/results: ours, the other, how many times better.
-
-    Args:
-        without: groups of rows that are left out.
-    """
-    header = ("measured", "ours", "the other", "unit", "better by")
-    return _tables(header, _short, lambda group: group not in without)
-
-
 def full_table() -> list[str]:
-    """The same with what was asked of a row and under which settings it was measured."""
+    """One line per row of every file in bench/results: ours, the other, how many times better, wanted, settings."""
     header = ("measured", "ours", "the other", "unit", "better by", "wanted", "settings")
     return _tables(header, _full, lambda group: group != "options")
 

@@ -229,7 +229,7 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     "split, speaker, etiology, severity, offset, end, duration.",
 )
 @click.option("--heading", metavar="NAME,NAME,…", help="Names of a table's columns, where it has no heading row.")
-@click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, each named, and import the others.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, name each, and import the others.")
 @click.option(
     "--mend-text",
     is_flag=True,
@@ -273,8 +273,8 @@ def import_corpus(
     --format sap: the unpacked Speech Accessibility Project. --format torgo: TORGO's folders.
 
     Every fault of a row is listed, with its file and line, and nothing is written (exit code 65); --skip-bad writes the
-    corpus without these rows. Columns that are not used, names that are joined and folders that are passed over are
-    named. What was left out is kept in OUT/provenance.json.
+    corpus without these rows, says how many they are and exits with 0. Columns that are not used, names that are joined
+    and folders that are passed over are named. What was left out is kept in OUT/provenance.json.
 
     \b
         moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript

@@ -82,7 +82,7 @@ def extend(
         moe-asr extend mine --corpus data/new --speaker F07
         moe-asr extend mine --corpus data/new --where etiology=ataxia --name ataxia
     """
-    from common.pipeline.stage import handle_signals
+    from common.signals import handle_signals
     from stages.extend import extension
     from stages.inputs import load_corpus
     from stages.local_runner import cache_folder

@@ -17,7 +17,8 @@ from cli.table import text_table
 from common.config import Config
 from common.console import coloured, echo
 from common.errors import DataError
-from common.files import NotFound, make_folders
+from common.files import MAX_FILE, NotFound, make_folders
+from common.json_files import parse_object
 from common.options import config_from, config_options
 from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
@@ -149,11 +150,11 @@ def _run_facts(store: Store, name: str) -> dict[str, Any]:
     try:
         record = run_record(store, name)
         facts |= {key: record[key] for key in ("status", "updated")}
-        summary = json.loads(store.read(f"{name}/summary.json"))
+        summary = parse_object(store.read(f"{name}/summary.json"), f"{store.url}/{name}/summary.json")
         rates = {rate: summary.get(rate) for rate in ("wer_before", "wer_after")}
     except NotFound:  # not finished yet
         return facts
-    except (DataError, ValueError, AttributeError, RecursionError) as error:
+    except DataError as error:
         log.warning("%s", error)
         return facts | {"status": "damaged"}
     return facts | {rate: value for rate, value in rates.items() if isinstance(value, float)}
@@ -206,7 +207,7 @@ def logs(
     key = f"{Path(run).name}/logs/run.log"
     if store.size(key) is None:
         raise DataError(f"run {run} in {store.url} has no log yet")
-    for line in store.read(key).decode("utf-8", "replace").splitlines():
+    for line in store.read(key, MAX_FILE).decode("utf-8", "replace").splitlines():
         if stage is None or f" {stage}" in line:
             echo(line)
 

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@click.option(
-    "--regimes", default="moe,regular,dense,full", show_default=True, help="Names of regimes, separated by commas."
-)
+@click.option("--regimes", default="mixture,dense", show_default=True, help="Names of regimes, separated by commas.")
 @click.option("--seeds", default="", help="Seeds, separated by commas.  [default: --seed]")
 @click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Optimizer steps of every run in all.")
 @click.option(
@@ -47,11 +45,11 @@ def sweep(
 ) -> None:
     """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
 
-    Regimes: moe, branch, regular, dense, dense-active, etiology, adalora, full, shared, loss, hard. Runs are called
-    NAME-REGIME-sSEED, where --run gives NAME; what is done already is skipped.
+    Regimes: mixture, speaker, etiology, one-group, shuffled, regular, dense, dense-plain, pretrained, alone, loss,
+    hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished ones are skipped.
 
     \b
-        moe-asr sweep --mode demo --regimes moe,dense --seeds 0,1,2 --max-steps 300
+        moe-asr sweep --mode demo --regimes mixture,dense --seeds 0,1,2 --max-steps 300
     """
     from stages.sweep import plan_sweep, run_sweep
 
@@ -89,12 +87,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def plan_table(runs: Sequence[SweepRun]) -> str:
-    """Run, steps of each expert and of joint training."""
+    """Run, steps of the shared expert, of each routed one and of joint training."""
     rows = [
-        (run.name, str(run.config.experts.max_steps or "-"), str(run.config.asr.max_steps), str(run.config.lora.rank))
+        (
+            run.name,
+            str(run.config.experts.shared_max_steps or "-"),
+            str(run.config.experts.max_steps or "-"),
+            str(run.config.asr.max_steps),
+        )
         for run in runs
     ]
-    return text_table(("run", "steps per expert", "joint steps", "rank"), rows)
+    return text_table(("run", "steps of the shared expert", "of each routed expert", "joint steps"), rows)
 
 
 def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:

@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from common.errors import ConfigError, UsageError
+from common.section_base import CREDENTIALS, Section, refuse_credentials
 from common.sections import (
-    CREDENTIALS,
     AdaloraConfig,
     AsrConfig,
     AudioConfig,
@@ -32,9 +32,7 @@ from common.sections import (
     LoraConfig,
     ModelConfig,
     RuntimeConfig,
-    Section,
     SubsetsConfig,
-    refuse_credentials,
 )
 
 MODES = ("full", "quick", "demo")

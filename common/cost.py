@@ -92,7 +92,10 @@ def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str,
     joint = part(hours, parts.asr_samples, parts.asr_percent)
     dev, test = part(held_out, parts.dev_samples), part(held_out, parts.test_samples)
     passes = {"extract": max(embedded, alone, joint) + dev + test}
-    if config.asr.pretrain == "alone":
+    if config.asr.pretrain == "experts":
+        limited = config.experts.model_copy(update={"max_steps": config.experts.shared_max_steps})
+        passes["shared"] = _trained(limited, alone, mean_seconds)
+    if config.asr.pretrain in ("alone", "experts"):
         passes["experts"] = _trained(config.experts, alone, mean_seconds, trainings=config.num_experts or 1)
     passes["asr"] = _trained(config.asr, joint, mean_seconds)
     passes[SCORING] = 2 * test

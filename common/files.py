@@ -16,6 +16,8 @@ from pathlib import Path
 from common.errors import DataError, MoeAsrError, RetryableError, StoreError, UsageError
 
 TEMPORARY = ".tmp-"  # how names of unfinished files start; no listing shows them
+MAX_DOCUMENT = 64 * 2**20  # bytes of a JSON document: a record, a manifest, a tokenizer; large ones have a few MiB
+MAX_FILE = 2**30  # bytes of any other file that is held in memory whole: nine hours of speech
 
 UMASK = os.umask(0o022)  # can only be read by setting it
 os.umask(UMASK)
@@ -35,6 +37,32 @@ def moment() -> None:
     deadly = os.environ.get("MOE_ASR_DIE_AT_STORE_OP")
     if deadly and next(_moments) == int(deadly):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_size(size: int, limit: int, name: object) -> None:
+    """Refuses what is too large to be read into memory.
+
+    Args:
+        size, limit: bytes.
+        name: of the file, for the message.
+
+    Raises:
+        DataError: it is larger than the limit.
+    """
+    if size > limit:
+        raise DataError(f"{name} has {size:,} bytes, and at most {limit:,} are read: check that it is the right file")
+
+
+def read_document(path: Path) -> bytes:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: it is larger than `MAX_DOCUMENT`.
+    """
+    with path.open("rb") as file:
+        check_size(os.fstat(file.fileno()).st_size, MAX_DOCUMENT, path)
+        return file.read(MAX_DOCUMENT)
 
 
 def file_hash(path: Path) -> str:

@@ -2,30 +2,49 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
+from common.files import read_document
 from common.text import lone_surrogate
 
 REMEDY = "run the stage that writes it again"
+MAX_LINE = 16 * 2**20  # characters of a line of JSON Lines
 Row = dict[str, Any]
 
 
-def read_object(path: Path) -> Row:
+def read_object(path: Path, remedy: str = REMEDY) -> Row:
     """The JSON object in a file.
 
     Raises:
-        DataError: a missing file or one that is no JSON object; the message names it.
+        DataError: a missing file, a very large one, or one that is no JSON object; the message names it.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = read_document(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}): {remedy}") from None
+    return parse_object(data, str(path), remedy)
+
+
+def parse_object(data: bytes, where: str, remedy: str = REMEDY) -> Row:
+    """The JSON object in the content of a file.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        DataError: it is no JSON object, or nested too deeply for one.
+    """
+    try:
+        value = json.loads(data)
         if isinstance(value, dict):
             return value
         error: Exception = ValueError("it holds no JSON object")
-    except (OSError, ValueError) as found:
+    except (ValueError, RecursionError) as found:
         error = found
-    raise DataError(f"{path} cannot be read ({error}): {REMEDY}")
+    raise DataError(f"{where} cannot be read ({error}): {remedy}")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -48,7 +67,9 @@ def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> 
     """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
+                if len(line) == MAX_LINE:
+                    raise DataError(f"{path}:{number}: a line of over {MAX_LINE:,} characters: {remedy}")
                 if line.strip():
                     yield number, parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
@@ -68,8 +89,9 @@ def parse_line(line: str, where: str) -> Row:
     """
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}): one JSON object a line") from error
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{where}: not JSON ({reason}): one JSON object a line") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: holds a {type(record).__name__}, not an object: one JSON object a line")
     if "\\ud" in line.lower() and (half := lone_surrogate(json.dumps(record, ensure_ascii=False))):

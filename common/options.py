@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from common.config import GPUS, MODES, SHOWN, Config, parse_yaml, resolve
 from common.errors import UsageError
 from common.escape import escaped
-from common.sections import Section
+from common.section_base import Section
 
 F = TypeVar("F", bound=Callable[..., Any])
 

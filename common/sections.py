@@ -6,42 +6,16 @@ change a result. `docs/reference/config.md` is made of this file.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, field_validator, model_validator
 
-LARGEST = 2**53  # above it, JSON's numbers are not exact
-CREDENTIALS = "an address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+from common.section_base import Section, refuse_credentials
 
 
 def text_language(language: str, task: str) -> str:
     """The language of a model's texts: Whisper translates to English only."""
     return "en" if task == "translate" else language
-
-
-def refuse_credentials(address: str | None) -> str | None:
-    """The address itself, which will be in run.json, the report and the workflow.
-
-    Raises:
-        PydanticCustomError: it holds a user or a password.
-    """
-    if "@" in (address or "").partition("://")[2].partition("/")[0]:
-        raise PydanticCustomError("credentials", CREDENTIALS)
-    return address
-
-
-class Section(BaseModel):
-    """One frozen section; an unknown name is refused, and so is a number that no computer reckons with."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _bounded(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError("a whole number is at most 2**53")
-        return value
 
 
 class CorpusConfig(Section):
@@ -245,24 +219,37 @@ class SpeechTrainConfig(TrainConfig):
 
 
 class GatingConfig(TrainConfig):
-    """The gate: an MLP from embedding to cluster."""
+    """The gate: an MLP from embedding to group."""
 
+    target: Literal["cluster", "etiology", "severity", "speaker"] = Field(
+        "cluster",
+        description="Groups that the gate learns to tell apart, one routed expert each: clusters, or the values of a "
+        "column of the corpus.",
+    )
     batch_size: int = Field(256, gt=0, description="Utterances per batch.")
     epochs: int = Field(20, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     hidden: int = Field(256, gt=0, description="Width of the gate's hidden layer.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability on the gate's hidden layer.")
-    class_weights: bool = Field(True, description="Weight each cluster by the inverse of its size.")
+    class_weights: bool = Field(True, description="Weight each group by the inverse of its size.")
     select_by: Literal["loss"] = Field(
         "loss", description="Metric on dev that selects the checkpoint and stops training early."
     )
 
 
 class ExpertsConfig(SpeechTrainConfig):
-    """Pre-training of one expert per cluster."""
+    """Pre-training of one expert per cluster, and of the shared one before them with `asr.pretrain: experts`."""
 
+    shared_max_steps: int | None = Field(
+        None, gt=0, description="Maximum number of optimizer steps of the shared expert, with asr.pretrain: experts."
+    )
     epochs: int = Field(3, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
-    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="Peak learning rate of AdamW, as asr.learning_rate: other ranks scale it, and routed experts on "
+        "top of a shared one take asr.routed_rate of it.",
+    )
     select_by: Literal["loss"] = Field(
         "loss", description="Metric on dev that selects the checkpoint and stops training early."
     )
@@ -282,10 +269,10 @@ class AsrConfig(SpeechTrainConfig):
     select_by: Literal["wer", "loss"] = Field(
         "wer", description="Metric that selects the checkpoint: decoded WER of a part of dev, or dev loss."
     )
-    pretrain: Literal["gate", "alone", "none"] = Field(
+    pretrain: Literal["gate", "experts", "alone", "none"] = Field(
         "gate",
-        description="Training before joint training: the gate on clusters, the gate and every expert alone on its "
-        "cluster, or none.",
+        description="Training before joint training: the gate on clusters; the gate, the shared expert, and on top of "
+        "it one routed expert per cluster; the gate and every expert alone on its cluster; or none.",
     )
     adapt: Literal["lora", "adalora", "full"] = Field(
         "lora",
@@ -304,8 +291,10 @@ class AsrConfig(SpeechTrainConfig):
         "in a "
         "split together, or by a column of the corpus.",
     )
-    route_column: Literal["etiology", "severity", "speaker"] = Field(
-        "etiology", description="Column of the corpus for route_by: table. Each value in train gets a routed expert."
+    route_column: Literal["etiology", "severity", "speaker", "none", "shuffled"] = Field(
+        "etiology",
+        description="Column of the corpus for route_by: table. Each value in train gets a routed expert. Two controls "
+        "of experiments: none is one group for everybody, shuffled draws one of num_experts groups for each speaker.",
     )
     shared_expert: bool = Field(True, description="Train an expert that every utterance uses beside routed ones.")
     routed_rate: float = Field(
@@ -334,6 +323,12 @@ class AsrConfig(SpeechTrainConfig):
     select_samples: int = Field(
         200, gt=0, description="Number of dev utterances that are decoded to select the checkpoint."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AsrConfig:
+        if self.pretrain == "experts" and not self.shared_expert:
+            raise ValueError("pretrain: experts trains routed experts on a shared one, and shared_expert is off")
+        return self
 
 
 class DecodeConfig(Section):

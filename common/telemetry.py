@@ -38,6 +38,9 @@ class Metric:
     help: str
     labels: tuple[str, ...] = STAGE
 
+    def __str__(self) -> str:
+        return self.name
+
 
 BUILD_INFO = Metric("gauge", "moe_asr_build_info", "1; the versions are in the labels.", ("version", "python", "torch"))
 PLAN_TASKS = Metric("gauge", "moe_asr_plan_tasks", "Tasks of the plan: done, todo or stale.", ("status",))

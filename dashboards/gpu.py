@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import CHOSEN, by_workflow, rate, selected
 
@@ -130,7 +131,7 @@ ACTIVITY = PanelRow(
             "short",
             (
                 Query(
-                    f"sum by (workflow, stage) ({rate('moe_asr_audio_seconds_total')}) / on (workflow, stage)"
+                    f"sum by (workflow, stage) ({rate(telemetry.AUDIO)}) / on (workflow, stage)"
                     f" count by (workflow, stage) ({chosen('busy:ratio')})",
                     "{{workflow}} {{stage}}",
                 ),
@@ -156,7 +157,7 @@ HARDWARE = PanelRow(
             "bytes",
             (
                 Query(
-                    by_workflow('moe_asr_device_memory_bytes{namespace=~"$namespace",kind=~"allocated|peak|used"}'),
+                    by_workflow(f'{telemetry.MEMORY}{{namespace=~"$namespace",kind=~"allocated|peak|used"}}'),
                     "{{workflow}} {{pod}} {{device}} {{kind}}",
                 ),
             ),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from common import telemetry
+
 WIDTH = 24
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 TAG = "moe-asr"
@@ -95,7 +97,7 @@ def variables(*, prices: bool) -> list[dict[str, Any]]:
         source | {"refresh": 1, "hide": 0, "multi": False, "includeAll": False, "options": [], "current": {}},
         _label_values("namespace", "Namespace", "moe_asr:pod_workflow:info", "namespace"),
         _label_values("workflow", "Workflow", 'moe_asr:pod_workflow:info{namespace=~"$namespace"}', "workflow"),
-        _label_values("stage", "Stage", 'moe_asr_stage_running{namespace=~"$namespace"}', "stage"),
+        _label_values("stage", "Stage", f'{telemetry.RUNNING}{{namespace=~"$namespace"}}', "stage"),
     ]
     if prices:
         price = {"text": "2.5", "value": "2.5"}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, controller, gauge, rate, selected
 
-UNITS = selected("moe_asr_progress_units")
-LEFT = f"({selected('moe_asr_progress_expected_units')} - {UNITS})"
+UNITS = selected(telemetry.DONE)
+LEFT = f"({selected(telemetry.EXPECTED)} - {UNITS})"
 PHASES = by_workflow('kube_pod_status_phase{namespace=~"$namespace"}')
 FAILED = by_workflow('kube_pod_status_phase{namespace=~"$namespace",phase="Failed"}')
 RESTARTS = by_workflow('increase(kube_pod_container_status_restarts_total{namespace=~"$namespace"}[$__range])')
 ENDED = 'phase=~"Succeeded|Failed|Error"'
-TASKS = f"sum by (stage, result) (max_over_time({selected('moe_asr_tasks_total')}[$__range]))"
+TASKS = f"sum by (stage, result) (max_over_time({selected(telemetry.TASKS)}[$__range]))"
 FIRING = 'sum by (alertname, severity) (ALERTS{alertname=~"MoeAsr.+",alertstate="firing"})'
 
 RUNS = PanelRow(
@@ -58,7 +59,7 @@ STAGES = PanelRow(
             "Stages running",
             "Stages and shards at work now, by workflow.",
             "short",
-            (Query(f"sum by (workflow, stage) ({gauge('moe_asr_stage_running')})", "{{workflow}} {{stage}}"),),
+            (Query(f"sum by (workflow, stage) ({gauge(telemetry.RUNNING)})", "{{workflow}} {{stage}}"),),
             width=8,
             extra={"min": 0, "decimals": 0},
         ),
@@ -89,10 +90,7 @@ STAGES = PanelRow(
             "s",
             (
                 Query(
-                    by_workflow(
-                        f"(time() - {selected('moe_asr_stage_start_time_seconds')}"
-                        f" and {selected('moe_asr_stage_running')} == 1)"
-                    ),
+                    by_workflow(f"(time() - {selected(telemetry.STARTED)} and {selected(telemetry.RUNNING)} == 1)"),
                     "{{workflow}} {{stage}} {{shard}}",
                 ),
             ),
@@ -102,7 +100,7 @@ STAGES = PanelRow(
             "Plan",
             "Tasks of the newest plan: done ones are skipped, `stale` ones are made again as an input changed.",
             "short",
-            (Query(by_workflow('moe_asr_plan_tasks{namespace=~"$namespace"}'), "{{workflow}} {{status}}"),),
+            (Query(by_workflow(f'{telemetry.PLAN_TASKS}{{namespace=~"$namespace"}}'), "{{workflow}} {{status}}"),),
             width=8,
             extra={"min": 0, "decimals": 0},
         ),
@@ -175,7 +173,7 @@ PODS = PanelRow(
             "Versions",
             "What runs where: version of this project, Python and torch.",
             "short",
-            (Query(by_workflow('moe_asr_build_info{namespace=~"$namespace"}')),),
+            (Query(by_workflow(f'{telemetry.BUILD_INFO}{{namespace=~"$namespace"}}')),),
             kind="table",
             width=8,
         ),
@@ -189,14 +187,14 @@ STORE = PanelRow(
             "Store, busy",
             "Seconds per second that stages spend in the store, by operation.",
             "s",
-            (Query(f"sum by (operation) ({rate('moe_asr_store_seconds_total')})", "{{operation}}"),),
+            (Query(f"sum by (operation) ({rate(telemetry.STORE_SECONDS)})", "{{operation}}"),),
             width=8,
         ),
         Panel(
             "Store, throughput",
             "Bytes per second to and from the store, by operation.",
             "Bps",
-            (Query(f"sum by (operation) ({rate('moe_asr_store_bytes_total')})", "{{operation}}"),),
+            (Query(f"sum by (operation) ({rate(telemetry.STORE_BYTES)})", "{{operation}}"),),
             width=8,
         ),
         Panel(
@@ -205,11 +203,11 @@ STORE = PanelRow(
             "short",
             (
                 Query(
-                    f"sum by (operation) (max_over_time({selected('moe_asr_store_errors_total')}[$__range]))",
+                    f"sum by (operation) (max_over_time({selected(telemetry.STORE_ERRORS)}[$__range]))",
                     "{{operation}}",
                 ),
                 Query(
-                    f"sum by (stage) (max_over_time({selected('moe_asr_checkpoint_errors_total')}[$__range]))",
+                    f"sum by (stage) (max_over_time({selected(telemetry.CHECKPOINT_ERRORS)}[$__range]))",
                     "checkpoint of {{stage}}",
                 ),
             ),
@@ -222,8 +220,8 @@ STORE = PanelRow(
             "s",
             (
                 Query(
-                    f"{gauge('moe_asr_checkpoint_seconds_total')} / on (namespace, pod, stage, shard)"
-                    f" ({selected('moe_asr_checkpoints_total')} > 0)",
+                    f"{gauge(telemetry.CHECKPOINT_SECONDS)} / on (namespace, pod, stage, shard)"
+                    f" ({selected(telemetry.CHECKPOINTS)} > 0)",
                     "{{stage}} {{shard}}",
                 ),
             ),

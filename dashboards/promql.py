@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from common.telemetry import Metric
+
 OWN = 'namespace=~"$namespace",stage=~"$stage"'
 WORKFLOWS = 'moe_asr:pod_workflow:info{namespace=~"$namespace",workflow=~"$workflow"}'
 CHOSEN = 'namespace=~"$namespace",workflow=~"$workflow",stage=~"$stage"'  # of series that carry the workflow already
 RATE = "$__rate_interval"
 
 
-def selected(metric: str, labels: str = "") -> str:
+def selected(metric: Metric | str, labels: str = "") -> str:
     """A metric of ours in the chosen namespaces and stages."""
     return f"{metric}{{{OWN}{',' if labels else ''}{labels}}}"
 
@@ -18,12 +20,12 @@ def by_workflow(expr: str) -> str:
     return f"{expr} * on (namespace, pod) group_left (workflow) {WORKFLOWS}"
 
 
-def gauge(metric: str, labels: str = "") -> str:
+def gauge(metric: Metric | str, labels: str = "") -> str:
     """A gauge of ours by workflow."""
     return by_workflow(selected(metric, labels))
 
 
-def rate(metric: str, labels: str = "") -> str:
+def rate(metric: Metric | str, labels: str = "") -> str:
     """A counter of ours per second, by workflow."""
     return by_workflow(f"rate({selected(metric, labels)}[{RATE}])")
 

@@ -9,6 +9,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.telemetry import (
+    BUILD_INFO,
+    CHECKPOINT_ERRORS,
+    DATA_WAIT,
+    DONE,
+    EVALUATING,
+    EXPECTED,
+    LOAD,
+    LOSS,
+    NONFINITE,
+    RUNNING,
+    STEP,
+    STORE_ERRORS,
+)
+
 IDLE = 0.05  # activity of the engine below which a GPU counts as idle
 GPU_LABELS = "namespace, pod, Hostname, gpu, UUID, GPU_I_ID, modelName"
 
@@ -37,8 +52,8 @@ def pods() -> list[Rule]:
     label = "label_workflows_argoproj_io_workflow"
     # What was known minutes ago stays: a scrape that fails must not move a pod out of its workflow or stage.
     known = f'label_replace(last_over_time(kube_pod_labels{{{label}!=""}}[5m]), "workflow", "$1", "{label}", "(.+)")'
-    own = 'label_replace(moe_asr_build_info, "workflow", "none", "workflow", "")'
-    at_work = "(last_over_time(moe_asr_stage_running[2m]) == 1)"
+    own = f'label_replace({BUILD_INFO}, "workflow", "none", "workflow", "")'
+    at_work = f"(last_over_time({RUNNING}[2m]) == 1)"
     running = f"topk by (namespace, pod) (1, max by (namespace, pod, stage, shard) {at_work})"
     staged = f"moe_asr:pod_workflow:info * on (namespace, pod) group_left (stage, shard) {running}"
     other = f"moe_asr:pod_workflow:info unless on (namespace, pod) {at_work}"
@@ -77,9 +92,9 @@ def gpus() -> list[Rule]:
 
 def training() -> list[Rule]:
     """Shares that several panels and alerts use."""
-    wait, steps = "moe_asr_data_wait_seconds_total", "moe_asr_step_seconds_sum"
+    wait, steps = DATA_WAIT, f"{STEP}_sum"
     return [
-        record("moe_asr:progress:ratio", "moe_asr_progress_units / (moe_asr_progress_expected_units > 0)"),
+        record("moe_asr:progress:ratio", f"{DONE} / ({EXPECTED} > 0)"),
         record("moe_asr:data_wait:ratio5m", f"rate({wait}[5m]) / (rate({steps}[5m]) > 0)"),
     ]
 
@@ -123,7 +138,7 @@ def gpu_alerts() -> list[Rule]:
 
 def training_alerts() -> list[Rule]:
     """What makes a training useless."""
-    load = "moe_asr_expert_load_ratio"
+    load = LOAD
     one = "by (namespace, pod, stage, shard)"
     unused = f"count {one} ({load} < on (namespace, pod, stage, shard) group_left () (0.1 / count {one} ({load})))"
     return [
@@ -138,8 +153,7 @@ def training_alerts() -> list[Rule]:
         ),
         alert(
             "MoeAsrNoProgress",
-            "moe_asr_stage_running == 1 and moe_asr_stage_evaluating == 0"
-            " and changes(moe_asr_progress_units[20m]) == 0 and moe_asr_stage_running offset 20m == 1",
+            f"{RUNNING} == 1 and {EVALUATING} == 0 and changes({DONE}[20m]) == 0 and {RUNNING} offset 20m == 1",
             "5m",
             "warning",
             "A stage makes no progress",
@@ -147,8 +161,7 @@ def training_alerts() -> list[Rule]:
         ),
         alert(
             "MoeAsrLossNotFinite",
-            "moe_asr_loss != moe_asr_loss or abs(moe_asr_loss) == Inf"
-            " or increase(moe_asr_nonfinite_steps_total[10m]) > 5",
+            f"{LOSS} != {LOSS} or abs({LOSS}) == Inf or increase({NONFINITE}[10m]) > 5",
             "0m",
             "critical",
             "Loss or gradient is not finite",
@@ -174,7 +187,7 @@ def platform_alerts() -> list[Rule]:
     return [
         alert(
             "MoeAsrStoreErrors",
-            "increase(moe_asr_store_errors_total[10m]) > 0",
+            f"increase({STORE_ERRORS}[10m]) > 0",
             "0m",
             "warning",
             "The store refuses or does not answer",
@@ -182,7 +195,7 @@ def platform_alerts() -> list[Rule]:
         ),
         alert(
             "MoeAsrCheckpointErrors",
-            "increase(moe_asr_checkpoint_errors_total[10m]) > 0",
+            f"increase({CHECKPOINT_ERRORS}[10m]) > 0",
             "0m",
             "critical",
             "Checkpoints cannot be written",

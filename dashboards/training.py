@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, gauge, rate, selected
 
 SERIES = "{{workflow}} {{stage}} {{shard}}"
-STEP_BUCKETS = by_workflow(f"rate({selected('moe_asr_step_seconds_bucket')}[{RATE}])")
+STEP_BUCKETS = by_workflow(f"rate({selected(f'{telemetry.STEP}_bucket')}[{RATE}])")
 BY_STAGE = "workflow, stage, shard"
 
 
@@ -17,7 +18,7 @@ def quantile(share: float) -> Query:
     )
 
 
-def error_rates(metric: str, split: str) -> tuple[Query, ...]:
+def error_rates(metric: telemetry.Metric, split: str) -> tuple[Query, ...]:
     """Error rates by etiology and model on one split."""
     return (Query(gauge(metric, f'split="{split}"'), "{{workflow}} {{etiology}} {{model}}"),)
 
@@ -29,20 +30,20 @@ LOSSES = PanelRow(
             "Loss",
             "Loss per token, in training and on dev; dev alone tells whether it learns something general.",
             "short",
-            (Query(gauge("moe_asr_loss"), f"{SERIES} {{{{split}}}}"),),
+            (Query(gauge(telemetry.LOSS), f"{SERIES} {{{{split}}}}"),),
         ),
         Panel(
             "Gradient norm",
             "Norm of the gradient before clipping.",
             "short",
-            (Query(gauge("moe_asr_gradient_norm"), SERIES),),
+            (Query(gauge(telemetry.GRADIENT_NORM), SERIES),),
             width=6,
         ),
         Panel(
             "Learning rate",
             "Of the first parameter group: warm-up, then decay.",
             "sci",
-            (Query(gauge("moe_asr_learning_rate"), SERIES),),
+            (Query(gauge(telemetry.LEARNING_RATE), SERIES),),
             width=6,
         ),
     ),
@@ -55,7 +56,7 @@ ERRORS = PanelRow(
             "WER by etiology, dev",
             "Word error rate on the dev subset that selects checkpoints, after each full evaluation.",
             "percentunit",
-            error_rates("moe_asr_word_error_ratio", "dev"),
+            error_rates(telemetry.WER, "dev"),
             width=8,
             extra={"min": 0},
         ),
@@ -63,7 +64,7 @@ ERRORS = PanelRow(
             "WER by etiology, test",
             "Word error rate of the base model (before) and of the trained one (after) on test.",
             "percentunit",
-            error_rates("moe_asr_word_error_ratio", "test"),
+            error_rates(telemetry.WER, "test"),
             kind="bargauge",
             width=8,
             extra={"min": 0, "max": 1},
@@ -72,7 +73,7 @@ ERRORS = PanelRow(
             "CER by etiology, test",
             "Character error rate of the base model (before) and of the trained one (after) on test.",
             "percentunit",
-            error_rates("moe_asr_character_error_ratio", "test"),
+            error_rates(telemetry.CER, "test"),
             kind="bargauge",
             width=8,
             extra={"min": 0, "max": 1},
@@ -87,14 +88,14 @@ EXPERTS = PanelRow(
             "Expert load",
             "Share of the routing weight on dev that each expert gets; one line near 1 is collapse.",
             "percentunit",
-            (Query(gauge("moe_asr_expert_load_ratio"), "{{workflow}} expert {{expert}}"),),
+            (Query(gauge(telemetry.LOAD), "{{workflow}} expert {{expert}}"),),
             extra={"min": 0, "max": 1},
         ),
         Panel(
             "Router entropy",
             "How undecided the router is, in nats: 0 certain, the logarithm of the number of experts undecided.",
             "short",
-            (Query(gauge("moe_asr_router_entropy_nats"), "{{workflow}} {{split}}"),),
+            (Query(gauge(telemetry.ENTROPY), "{{workflow}} {{split}}"),),
             width=6,
             extra={"min": 0},
         ),
@@ -102,7 +103,7 @@ EXPERTS = PanelRow(
             "Load balance",
             "The balance loss: 1 is balanced, the number of experts is collapsed.",
             "short",
-            (Query(gauge("moe_asr_router_balance"), SERIES),),
+            (Query(gauge(telemetry.BALANCE), SERIES),),
             width=6,
         ),
     ),
@@ -115,21 +116,21 @@ PACE = PanelRow(
             "Speech per second",
             "Seconds of speech that went through the model per second.",
             "short",
-            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_audio_seconds_total')})", SERIES),),
+            (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.AUDIO)})", SERIES),),
             width=8,
         ),
         Panel(
             "Utterances per second",
             "Utterances that went through the model per second.",
             "short",
-            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_samples_total')})", SERIES),),
+            (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.SAMPLES)})", SERIES),),
             width=8,
         ),
         Panel(
             "Tokens per second",
             "Target tokens that carried loss, per second.",
             "short",
-            (Query(f"sum by ({BY_STAGE}) ({rate('moe_asr_tokens_total')})", SERIES),),
+            (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.TOKENS)})", SERIES),),
             width=8,
         ),
         Panel(
@@ -145,8 +146,8 @@ PACE = PanelRow(
             "percentunit",
             (
                 Query(
-                    f"1 - sum by ({BY_STAGE}) ({rate('moe_asr_audio_seconds_total')})"
-                    f" / (sum by ({BY_STAGE}) ({rate('moe_asr_padded_audio_seconds_total')}) > 0)",
+                    f"1 - sum by ({BY_STAGE}) ({rate(telemetry.AUDIO)})"
+                    f" / (sum by ({BY_STAGE}) ({rate(telemetry.PADDED)}) > 0)",
                     SERIES,
                 ),
             ),
@@ -165,7 +166,7 @@ PACE = PanelRow(
             "Skipped steps",
             "Steps whose gradient was not finite; the weights were not touched.",
             "short",
-            (Query(gauge("moe_asr_nonfinite_steps_total"), SERIES),),
+            (Query(gauge(telemetry.NONFINITE), SERIES),),
             width=8,
             extra={"min": 0, "decimals": 0},
         ),

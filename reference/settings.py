@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from argo.parameters import PRODUCTS
 from common.config import GPUS, MODES, Config, flatten, read_yaml, shipped
 from common.pipeline.contract import Contract
-from common.sections import Section
+from common.section_base import Section
 from reference.blocks import table
 from stages import STAGES
 

@@ -7,7 +7,7 @@ import inspect
 import re
 
 from common import errors
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 from reference.blocks import table
 from stages import STAGES
 

@@ -20,7 +20,8 @@ from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
 from common.pipeline.runs import read_record, run_names, settings_alone
-from common.pipeline.stage import hand_out, handle_signals
+from common.pipeline.stage import hand_out
+from common.signals import handle_signals
 from common.storage import open_store
 from stages import STAGES, pod
 from stages.launch import launch
@@ -61,10 +62,10 @@ def stage_command(contract: Contract) -> click.Command:
 
 def own_options(contract: Contract) -> dict[str, str]:
     """flag → configuration path of the stage's own section, without those that every command has."""
-    section = Config.model_fields[contract.name].annotation
+    section = Config.model_fields[contract.section].annotation
     taken = {"--reduce", "--reduce-dim", "--min-cluster-size", "--mixture", "--top-k", "--adapt"}
     taken |= {"--shared-expert", "--gradient-checkpointing", "--gradient-accumulation-steps", "--eval-every-n-epochs"}
-    flags = {f"--{name.replace('_', '-')}": f"{contract.name}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
+    flags = {f"--{name.replace('_', '-')}": f"{contract.section}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
     return {flag: path for flag, path in (flags | BORROWED.get(contract.name, {})).items() if flag not in taken}
 
 

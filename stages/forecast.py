@@ -19,7 +19,8 @@ from common.errors import MoeAsrError
 from common.pipeline.plan import Plan
 from common.progress import clock
 from common.sections import SpeechTrainConfig
-from common.storage.artifacts import MANIFEST, ROOT, Key, Manifest
+from common.storage.artifacts import ROOT, Key
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
 from stages.inputs import embedded_utterances, evaluation_subset, training_subset
 from stages.local_runner import Run
@@ -113,12 +114,18 @@ def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
         part = embedded_utterances(config, corpus)[number * size : (number + 1) * size]
         return Work(len(part), _seconds_of(part))
     if stage in ("cluster", "gating"):
-        count = len(training_subset(config, corpus, "embeddings"))
+        clusters = stage == "cluster" or config.gating.target == "cluster"
+        count = len(training_subset(config, corpus, "embeddings" if clusters else "asr"))
         gate, steps = config.gating, None
         if stage == "gating":
             steps = gate.epochs * ceil(ceil(count / gate.batch_size) / gate.gradient_accumulation_steps)
             steps = min(steps, gate.max_steps or steps)
         return Work(count, float(count), steps, exact=False)
+    if stage == "shared":
+        pool = training_subset(config, corpus, "experts")
+        limited = config.experts.model_copy(update={"max_steps": config.experts.shared_max_steps})
+        steps, passed = _training(config, limited, pool)
+        return Work(len(pool), passed, steps, exact=config.experts.batch_seconds is None)
     if stage == "experts":
         pool, experts = training_subset(config, corpus, "experts"), config.num_experts or 1
         share = experts if shards > 1 else 1

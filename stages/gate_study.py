@@ -17,7 +17,8 @@ from common.clustering.choices import ClusterOptions, Source, compare_clustering
 from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_sums
 from common.config import Config, validate
 from common.data.batches import BatchLoader, make_examples
-from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.corpus import Corpus, Utterance
+from common.data.subsets import stratified_subset
 from common.errors import DataError
 from common.evaluation.gate_report import gate_report
 from common.inference.load_model import OpenedModel, open_model
@@ -77,8 +78,9 @@ def examine_gate(
     gates["after joint training"] = opened.recogniser.gate
     found: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
     if "cluster" in folders:
-        rows = read_rows(folders["cluster"][0] / "assignments.jsonl")
-        labels_N = np.array([row["cluster"] for row in rows], np.int64)
+        stage, column = ("cluster", "cluster") if config.gating.target == "cluster" else ("gating", "group")
+        rows = read_rows(folders[stage][0] / "assignments.jsonl")
+        labels_N = np.array([row[column] for row in rows], np.int64)
         neighbours, found["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
         for split in ("dev", "test"):
             utterances = evaluation_subset(config, data, split)

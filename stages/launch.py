@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from common.errors import MoeAsrError, Preempted, RetryableError, StageFailed
-
-GRACE_SECONDS = 28  # for the processes to checkpoint after SIGTERM; Kubernetes kills after 30
+from common.signals import GRACE_SECONDS
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
@@ -39,7 +38,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # a run goes on from its checkpoint when it is run again
         monitor_interval=0.2,
-        shutdown_timeout=GRACE_SECONDS,
+        shutdown_timeout=GRACE_SECONDS + 3,  # each ends by itself before
         signals_to_handle="SIGTERM,SIGINT,SIGALRM",  # each is passed on; the last means at once
     )
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):

@@ -16,14 +16,18 @@ from common.config import PLACES, Config, flatten, to_yaml
 from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
+from common.evaluation.hint import corpus_hint
 from common.files import explained, make_folders
+from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
-from common.pipeline.stage import execute, follow, handle_signals
+from common.pipeline.stage import execute, follow
 from common.report.model_card import model_card
 from common.report.report import RunView, render_report
+from common.signals import handle_signals
 from common.storage import open_store
-from common.storage.artifacts import Manifest, inspect, quarantine
+from common.storage.artifacts import inspect, quarantine
+from common.storage.manifest import Manifest
 from common.storage.store import Store
 from common.telemetry import PLAN_TASKS, RUNNING, TASKS, Telemetry, serving
 from stages import STAGES, run_function
@@ -265,10 +269,13 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
             run.note(one.task, one.manifest, ran=False)
         folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
         folders.setdefault(one.task.contract.output, []).append(folder)
-    summary: dict[str, Any] = json.loads((folders["model"][0] / "summary.json").read_text(encoding="utf-8"))
+    summary = read_object(folders["model"][0] / "summary.json")
     name = run.config.run
     summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}
     summary["model"] = f"{run.store.url.rstrip('/')}/{plan.groups['model'].prefix}"
+    if hint := _hint(run.config, folders):
+        summary["hint"] = hint
+        log.info("hint: %s", hint)
     view = RunView(
         name=name,
         config_yaml=to_yaml(run.config),
@@ -276,7 +283,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         summary=summary,
         cluster=_first(folders, "clusters"),
         gate=_first(folders, "gate"),
-        experts=folders.get("experts", []),
+        experts=[*folders.get("shared", []), *folders.get("experts", [])],
         asr=folders["model"][0],
         timeline=run.record["timeline"],
         audio_root=run.corpus.url,
@@ -295,11 +302,24 @@ def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
     return model_card(
         run.config,
         summary=summary,
-        report=json.loads((asr / "report.json").read_text(encoding="utf-8")),
+        report=read_object(asr / "report.json"),
         manifest=manifest,
         model_digest=run.sources["model"],
         corpus_digest=run.sources["corpus"],
         utterances=run.corpus.utterances,
+    )
+
+
+def _hint(config: Config, folders: Mapping[str, list[Path]]) -> str:
+    """Which kind of corpus it was, and what to try."""
+    gate, clusters = (_first(folders, name) for name in ("gate", "clusters"))
+    report = read_object(folders["model"][0] / "report.json")
+    return corpus_hint(
+        read_object(gate / "report.json") if gate else None,
+        read_object(clusters / "report.json") if clusters else None,
+        report["experts_judged"],
+        route_by=config.asr.route_by,
+        routed=report["experts"],
     )
 
 

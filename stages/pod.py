@@ -24,7 +24,7 @@ from common.errors import ConfigError, MoeAsrError, UsageError
 from common.options import parse_setting
 from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
-from common.storage.artifacts import KEY_DIGEST
+from common.storage.manifest import KEY_DIGEST
 from stages import STAGES
 from stages.local_runner import Run, finish, read_record
 

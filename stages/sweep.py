@@ -8,7 +8,6 @@ on cached embeddings, which cost a second.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from typing import Any
 
 from common.config import Config, merge, nest, validate
 from common.errors import ConfigError, UsageError
-from common.pipeline.stage import handle_signals
+from common.json_files import parse_object
+from common.signals import handle_signals
 from stages.cluster import is_pretrained
-from stages.experts import pretrains_experts
+from stages.experts import pretrains_experts, pretrains_shared
 from stages.local_runner import Run, differences, read_record, run_one, run_pipeline
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,22 @@ class Regime:
 REGIMES: Mapping[str, Regime] = {
     "mixture": Regime("shared expert and routed ones by a gate pre-trained on clusters (the default)", MIXTURE),
     "speaker": Regime("the same, one choice for all utterances of a speaker", MIXTURE | {"asr.route_by": "speaker"}),
-    "etiology": Regime("the same, experts by the corpus's etiologies", MIXTURE | {"asr.route_by": "table"}),
+    "etiology": Regime("as the mixture, experts by the corpus's etiologies", MIXTURE | {"asr.route_by": "table"}),
+    "one-group": Regime(
+        "control: the same with one group for everybody, whose routed expert is always on",
+        MIXTURE | {"asr.route_by": "table", "asr.route_column": "none"},
+    ),
+    "shuffled": Regime(
+        "control: the same with a group drawn for each speaker",
+        MIXTURE | {"asr.route_by": "table", "asr.route_column": "shuffled"},
+    ),
     "regular": Regime("shared expert and routed ones by a random gate", MIXTURE | {"asr.pretrain": "none"}),
     "dense": Regime("one LoRA adapter of as many ranks as an utterance uses in the mixture", dense=True),
     "dense-plain": Regime("the same without learned magnitudes", {"lora.magnitude": False}, dense=True),
+    "pretrained": Regime(
+        "shared expert pre-trained, then routed ones on top of it, then all jointly",
+        MIXTURE | {"asr.pretrain": "experts"},
+    ),
     "alone": Regime(
         "every expert pre-trained alone on its cluster, none shared, then all jointly",
         {"asr.pretrain": "alone", "asr.shared_expert": False},
@@ -86,7 +98,8 @@ def plan_sweep(
         regimes: names in `REGIMES`.
         seeds: each regime runs once with each.
         steps: optimiser steps of every run, pre-training included.
-        pretrain_share: of these steps, for the experts' pre-training, divided evenly among them.
+        pretrain_share: of these steps, for the experts' pre-training, divided evenly among them; where the shared
+            expert is trained first, it gets half of these.
         settings: regime → `section.key` → value, over all else.
 
     Raises:
@@ -136,20 +149,24 @@ def regime_settings(
     Raises:
         UsageError: too few steps.
     """
-    regime = REGIMES[name]
-    alone = pretrains_experts(_regime(base, name, settings))
-    each = int(steps * pretrain_share) // clusters if alone else 0
-    joint = steps - each * clusters
-    if joint < 1 or (each < 1 and alone):
+    regime, own = REGIMES[name], _regime(base, name, settings)
+    pretrained = pretrains_experts(own)
+    before = int(steps * pretrain_share) if pretrained else 0
+    first = before // 2 if pretrains_shared(own) else 0  # of the shared expert
+    each = (before - first) // clusters
+    joint = steps - first - each * clusters
+    if joint < 1 or (pretrained and each < 1):
+        shared = f"{first} steps for the shared expert, " if pretrains_shared(own) else ""
         raise UsageError(
-            f"--max-steps {steps} with --pretrain-share {pretrain_share:g} leaves {each} steps for each of {clusters} "
-            f"experts and {joint} for joint training of regime {name}: at least one of each is needed"
+            f"--max-steps {steps} with --pretrain-share {pretrain_share:g} leaves {shared}{each} steps for each of "
+            f"{clusters} experts and {joint} for joint training of regime {name}: at least one of each is needed"
         )
     # Epochs and patience never end a training before its steps do.
     found: dict[str, Any] = {"asr.max_steps": joint, "asr.epochs": joint, "asr.patience": joint}
-    found |= {"num_experts": clusters} if name == "regular" else {}
+    found |= {"num_experts": clusters} if name in ("regular", "shuffled") else {}
     if each:
-        found |= {"experts.max_steps": each, "experts.epochs": each, "experts.patience": each}
+        found |= {"experts.max_steps": each, "experts.epochs": max(first, each), "experts.patience": max(first, each)}
+        found |= {"experts.shared_max_steps": first} if first else {}
         same = ("batch_size", "batch_seconds", "batch_tokens", "gradient_accumulation_steps")
         found |= {f"experts.{key}": getattr(base.asr, key) for key in same}
     if regime.dense:
@@ -177,8 +194,10 @@ def _with(base: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def count_clusters(config: Config) -> int:
-    """Clusters that the configuration finds; made by the stages that come before, where they are not done."""
+    """Groups that the gate learns; clusters are made by the stages that come before, where they are not done."""
     run = Run(config)
+    if config.gating.target != "cluster":
+        return len({getattr(u, config.gating.target) for u in run.corpus.split("train")} - {""}) or 1
     with handle_signals() as stopping:
         for stage in ("extract", "cluster"):
             for one in run.plan().planned:
@@ -225,4 +244,5 @@ def finished_summary(one: SweepRun) -> dict[str, Any] | None:
         )
     if record["status"] != "done":
         return None
-    return dict(json.loads(store.read(f"{one.name}/summary.json")))
+    name = f"{one.name}/summary.json"
+    return parse_object(store.read(name), f"{store.url}/{name}")

@@ -97,6 +97,14 @@ def heard_texts(opened, batch, decoding) -> list[str]:
     return [one.text for one in transcribe_batch(opened, batch, decoding).decoded]
 
 
+def greedy(model, hidden_BTD, codec, *, max_new_tokens, slot=None):
+    """Tokens of each utterance, the most probable at each step, without prompt and end token."""
+    from common.decoding.decode import Decoding, decode_hidden
+
+    decoding = Decoding(len(hidden_BTD), max_new_tokens)
+    return [list(one.tokens) for one in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
+
+
 def bundle_info(model, *, rank, targets, **changes):
     """What a trained mixture of three experts says of itself."""
     from common.model.bundle import BundleInfo

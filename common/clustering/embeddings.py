@@ -84,7 +84,7 @@ def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
         try:
             vectors_ND = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
             names = json.loads((folder / IDS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"embeddings in {folder} cannot be read: {error}") from None
         if len(names) != len(vectors_ND):
             raise DataError(f"embeddings in {folder}: {len(names)} ids for {len(vectors_ND)} rows")

@@ -55,6 +55,15 @@ def cluster_report(
     }
 
 
+def shared_information(values: Sequence[str], labels_N: Ints) -> dict[str, float]:
+    """Adjusted Rand index and purity of clusters (`labels_N`) against a group of each utterance; 0 for no utterance."""
+    from sklearn.metrics import adjusted_rand_score
+
+    if not len(values):
+        return {"adjusted_rand": 0.0, "purity": 0.0}
+    return {"adjusted_rand": float(adjusted_rand_score(values, labels_N)), "purity": _purity(labels_N, values)}
+
+
 def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str]], wanted: int) -> str:
     """What is poor about the clusters, beside what was asked for, and what to try; empty where nothing is poor.
 

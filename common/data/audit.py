@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from common.data.audio import OVERSHOOT, SAMPLE_RATE, Levels, check_levels, measure_audio
-from common.data.clips import MOST_BYTES
 from common.data.corpus import Corpus, Utterance, shared_speakers
 from common.data.decoders import check_regular
 from common.data.headers import header_fault
 from common.data.shards import check_shard
 from common.errors import DataError
-from common.files import file_hash
+from common.files import MAX_FILE, file_hash
 from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.progress import counted
 from common.text import odd_forms
@@ -158,8 +157,8 @@ def _source(corpus: Corpus, utterance: Utterance) -> tuple[bytes | Path, str]:
         content = clip.read()
         return content, hashlib.sha256(content).hexdigest()
     path = corpus.path(utterance)
-    if (size := check_regular(path, utterance.audio_filepath)) > MOST_BYTES:
-        raise DataError(f"{utterance.audio_filepath} has {size:,} bytes, over {MOST_BYTES:,}: cut it into utterances")
+    if (size := check_regular(path, utterance.audio_filepath)) > MAX_FILE:
+        raise DataError(f"{utterance.audio_filepath} has {size:,} bytes, over {MAX_FILE:,}: cut it into utterances")
     return path, file_hash(path)
 
 

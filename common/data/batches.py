@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
@@ -30,9 +27,9 @@ from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, con
 from common.data.tokens import IGNORED, TextCodec
 from common.errors import DataError, MoeAsrError, RetryableError
 from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
+from common.signals import signals_held, stop_with
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
-STOPS = (signal.SIGINT, signal.SIGTERM)
 TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
 
 
@@ -320,7 +317,7 @@ class BatchLoader:
         """
         self._batches[:] = batches
         alone = bool(batches) and self._dataset.remote and self._loader.num_workers == 0
-        with _signals_held() if self._loader.num_workers else nullcontext():  # what is started inherits the mask
+        with signals_held() if self._loader.num_workers else nullcontext():  # what is started inherits the mask
             loaded = self._with_next_brought(batches) if alone else iter(self._loader)
         while True:
             try:
@@ -362,30 +359,8 @@ class _Replaceable(Sampler[list[int]]):
 
 
 def _start_worker(environment: Mapping[str, str], owner: int, _: int) -> None:
-    """One thread, and this process's environment: the server that forks workers has that of the first loader.
-
-    Who stops a job often signals all its processes, but the training needs its loader to end in order: a worker heeds
-    SIGTERM from its owner alone.
-    """
+    """One thread, and this process's environment: the server that forks workers has that of the first loader."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # as inherited; in the thread too
-    Thread(target=_heed_owner, args=(owner,), daemon=True).start()
-
-
-def _heed_owner(owner: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
-        pass
-    os._exit(0)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Signals that stop wait meanwhile, in the processes that are started too."""
-    resource_tracker.ensure_running()  # multiprocessing's own; when it starts, it lets the signals in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    stop_with(owner)

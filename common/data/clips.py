@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from common.files import TEMPORARY, new_file
+from common.files import MAX_FILE, TEMPORARY, new_file
 from common.storage import open_store
 from common.storage.store import Store, check_key
 
 log = logging.getLogger(__name__)
 PLACE_FIELDS = ("shard", "byte_offset", "byte_size", "sha256")
-MOST_BYTES = 2**30  # of one audio file: nine hours of speech; an index that says more lies
 HASH_BYTES = 32
 SPARE = 10  # when the cache is full, a tenth of it is freed at once
 STALE_SECONDS = 3600  # a temporary file of this age has lost its writer
@@ -60,7 +59,7 @@ class Place:
             check_key(shard)
         except DataError:
             raise DataError(f"{where}: field 'shard' leads out of the corpus: {shard!r}: pack it again") from None
-        if type(offset) is not int or type(size) is not int or offset < 0 or not 0 < size <= MOST_BYTES:
+        if type(offset) is not int or type(size) is not int or offset < 0 or not 0 < size <= MAX_FILE:
             raise DataError(f"{where}: byte_offset {offset!r} and byte_size {size!r} are no range: pack it again")
         if type(sha256) is not str or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise DataError(f"{where}: field 'sha256' must be 64 hex digits, not {sha256!r}: pack the corpus again")
@@ -219,7 +218,7 @@ class Clip:
     def _bring(self) -> bytes:
         store = _store(self.remote.url, self.remote.endpoint_url) if self.remote else _store(str(self.root), None)
         if self.place is None:
-            return store.read(self.name)
+            return store.read(self.name, MAX_FILE)
         for _ in range(2):  # what is wrong once may have suffered on its way
             data = store.read_range(self.place.shard, self.place.byte_offset, self.place.byte_size)
             if hashlib.sha256(data).hexdigest() == self.place.sha256:

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from common.data.clips import Clip, Place, Remote
 from common.data.identities import identifier, join_spellings, joined_in_words
 from common.errors import DataError, StoreError, UsageError
@@ -257,52 +255,6 @@ def index_digest(utterances: Iterable[Utterance]) -> str:
     return digest.hexdigest()
 
 
-def stratified_subset(
-    utterances: Sequence[Utterance], *, percent: float | None = None, count: int | None = None, seed: int
-) -> list[Utterance]:
-    """A share of the utterances with the etiologies in proportion; smaller subsets lie inside larger ones.
-
-    Within an etiology of n utterances the one of rank r (by a hash of seed and id) stands at (r + 1/2) / n; all
-    etiologies are merged in order of these positions, and a subset is the first part of that one order. So it is
-    nested for percents and counts alike, proportional, and independent of the order of `utterances`.
-
-    Args:
-        percent: above 0, up to 100; or
-        count: at least 1; more than there are gives all.
-        seed: another seed gives another subset.
-
-    Returns:
-        At least one utterance (when there is any), sorted by id.
-
-    Raises:
-        ValueError: neither or both of percent and count, or one out of range.
-    """
-    if (percent is None) == (count is None):
-        raise ValueError("give either percent or count")
-    if percent is not None and not 0 < percent <= 100:
-        raise ValueError(f"percent must be above 0 and at most 100, not {percent}")
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    wanted = count if count is not None else max(1, math.floor(len(utterances) * (percent or 0) / 100 + 0.5))
-    if wanted >= len(utterances):
-        return sorted(utterances, key=lambda u: u.id)
-    return sorted((utterances[i] for i in _subset_order(utterances, seed)[:wanted]), key=lambda u: u.id)
-
-
-def _subset_order(utterances: Sequence[Utterance], seed: int) -> list[int]:
-    """The positions of `utterances` in the one order whose beginnings are the subsets."""
-    prefix = f"{seed}\0"
-    rank_keys = np.fromiter((_hash64(prefix + u.id) for u in utterances), np.uint64, len(utterances))
-    stratum_of = {name: i for i, name in enumerate(sorted({u.etiology for u in utterances}))}
-    strata = np.fromiter((stratum_of[u.etiology] for u in utterances), np.int64, len(utterances))
-    by_stratum = np.lexsort((rank_keys, strata))
-    sizes = np.bincount(strata, minlength=len(stratum_of))
-    ranks = np.arange(len(utterances)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    positions = (ranks + 0.5) / np.repeat(sizes, sizes)
-    order: list[int] = by_stratum[np.lexsort((rank_keys[by_stratum], positions))].tolist()
-    return order
-
-
 def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utterance]]:
     """Utterances by split, speaker, etiology or severity, groups in alphabetical order.
 
@@ -347,10 +299,6 @@ def _totals(utterances: Sequence[Utterance]) -> dict[str, Any]:
         "words": sum(len(u.text.split()) for u in utterances),
         "speakers": len({u.speaker for u in utterances if u.speaker}),
     }
-
-
-def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _parse_utterance(record: dict[str, Any], where: str, root: Path) -> Utterance:

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from common.data.audio import SAMPLE_RATE
+from common.limits import MAX_SECONDS
 
 N_FFT = 400  # samples: 25 ms
 HOP_LENGTH = 160  # samples: 10 ms
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution strides by 2: 20 ms a position
 POSITIONS_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_POSITION  # 50
-MAX_POSITIONS = 1500  # 30 s
+MAX_POSITIONS = round(MAX_SECONDS * POSITIONS_PER_SECOND)  # 1500
 MAX_SAMPLES = MAX_POSITIONS * SAMPLES_PER_POSITION
 
 # Encoder lengths that batches are padded to. Few, so that kernels are reused and batches fill; about 20% apart, so

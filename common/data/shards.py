@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.data.audio import audio_info
-from common.data.clips import MOST_BYTES, Place
+from common.data.clips import Place
 from common.data.corpus import INDEX_NAME, PROVENANCE, Corpus, Utterance, index_lines
 from common.errors import DataError, UsageError
-from common.files import TEMPORARY, explained, file_hash
+from common.files import MAX_FILE, TEMPORARY, explained, file_hash
 from common.storage.store import Store
 
 READERS = 8  # audio files that are read at once
@@ -77,7 +77,7 @@ def pack_corpus(
         DataError: an audio file cannot be read; nothing but whole shards is left, and no index.
     """
     existing = {entry.key: entry.size for entry in store.list("")}
-    before = store.read(INDEX_NAME) if INDEX_NAME in existing else None
+    before = store.read(INDEX_NAME, MAX_FILE) if INDEX_NAME in existing else None
     other = UsageError(f"{store.url} already holds another {INDEX_NAME}: name another place for the packed corpus")
     places: dict[str, Place] = {}
     stored = size = shards = 0
@@ -96,7 +96,7 @@ def pack_corpus(
     if corpus.remote is None and (corpus.root / PROVENANCE).is_file():
         store.put(PROVENANCE, corpus.root / PROVENANCE)
     index = "".join(index_lines(corpus.utterances, places)).encode()
-    if not store.put_if_absent(INDEX_NAME, index) and store.read(INDEX_NAME) != index:
+    if not store.put_if_absent(INDEX_NAME, index) and store.read(INDEX_NAME, MAX_FILE) != index:
         raise other
     return Packed(len(places), shards, stored, size)
 
@@ -110,8 +110,8 @@ def _read_all(corpus: Corpus) -> Iterator[tuple[str, bytes]]:
     def read(utterance: Utterance) -> tuple[str, bytes]:
         name = utterance.audio_filepath
         data = corpus.audio(utterance)
-        if len(data) > MOST_BYTES:
-            raise DataError(f"{name} has {len(data):,} bytes, over {MOST_BYTES:,}: cut it into utterances")
+        if len(data) > MAX_FILE:
+            raise DataError(f"{name} has {len(data):,} bytes, over {MAX_FILE:,}: cut it into utterances")
         audio_info(data, name=name)  # what is no audio is refused
         return name, data
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from common.errors import DataError
+from common.files import read_document
+from common.json_files import read_object
 
+GENERATION = "generation_config.json"
+REMEDY = "restore the file from its source"
 IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
 
 
@@ -23,17 +27,23 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     config = Path(folder) / "config.json"
     if not config.is_file():
         raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
-    try:
-        values = dict(json.loads(config.read_text(encoding="utf-8"), parse_constant=_refuse_number))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{config} cannot be read: {error}") from None
+    values = read_object(config, REMEDY)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"{config}: {name} is {value}, which is no number")
     if (kind := values.get("model_type")) != "whisper":
         raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
     return values
 
 
-def _refuse_number(text: str) -> None:
-    raise ValueError(f"it holds {text}, which is no number")
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint's generation_config.json; none where it has no such file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = Path(folder) / GENERATION
+    return read_object(path, REMEDY) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,10 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
     """The codec of a checkpoint, from its tokenizer.json and generation_config.json.
 
     Raises:
-        DataError: a file is missing, or the model does not know the language.
+        DataError: a file is missing or damaged, or the model does not know the language.
     """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"model {folder} holds no tokenizer.json; save its WhisperTokenizerFast there")
-    tokenizer = Tokenizer.from_file(str(path))
-    generation = _read_json(Path(folder) / "generation_config.json")
+    tokenizer = _load_tokenizer(folder)
+    generation = generation_settings(folder)
 
     def token(text: str) -> int:
         number = tokenizer.token_to_id(text)
@@ -107,12 +114,38 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
         tokenizer=tokenizer,
         prompt=tuple(token(text) for text in [*prompt, "<|notimestamps|>"]),
         end=token("<|endoftext|>"),
-        suppressed=tuple(generation.get("suppress_tokens") or ()),
-        suppressed_first=tuple(generation.get("begin_suppress_tokens") or ()),
+        suppressed=_token_list(generation, "suppress_tokens", folder),
+        suppressed_first=_token_list(generation, "begin_suppress_tokens", folder),
         timestamp_begin=tokenizer.token_to_id("<|0.00|>"),
         no_speech=tokenizer.token_to_id("<|nospeech|>") or tokenizer.token_to_id("<|nocaptions|>"),  # by its version
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    """A checkpoint's tokenizer, without truncation and padding, which some are saved with.
+
+    Raises:
+        DataError: it is missing or damaged, or has tokens that the model has not.
+    """
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"model {folder} holds no tokenizer.json; save its WhisperTokenizerFast there")
+    try:
+        tokenizer = Tokenizer.from_str(read_document(path).decode())
+    except DataError:
+        raise
+    except Exception as error:  # the library raises plain ones
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): {REMEDY}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    highest, size = max(tokenizer.get_vocab().values(), default=-1), whisper_config(folder).get("vocab_size", 51865)
+    if not isinstance(size, int) or highest >= size:
+        raise DataError(f"{path} has tokens up to {highest}, and config.json says vocab_size {size!r}: {REMEDY}")
+    return tokenizer
+
+
+def _token_list(generation: dict[str, Any], name: str, folder: Path) -> tuple[int, ...]:
+    tokens = generation.get(name) or []
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        raise DataError(f"{Path(folder) / GENERATION}: {name} is not a list of token numbers: {REMEDY}")
+    return tuple(tokens)

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from common.data.features import POSITIONS_PER_SECOND
-from common.data.tokens import TextCodec
+from common.data.tokens import GENERATION, TextCodec
+from common.errors import DataError
 from common.text import unspaced
 
 SMOOTHING = 7  # positions of the median filter over time
@@ -40,9 +41,17 @@ class Word:
 
 
 def alignment_heads(model: WhisperForConditionalGeneration) -> dict[int, list[int]]:
-    """Layer → heads whose attention follows the audio: those that the checkpoint names, or all of the upper half."""
+    """Layer → heads whose attention follows the audio: those that the checkpoint names, or all of the upper half.
+
+    Raises:
+        DataError: it names heads that it does not have.
+    """
     named = getattr(model.generation_config, "alignment_heads", None)
     config = model.config
+    known = [[i, k] for i in range(config.decoder_layers) for k in range(config.decoder_attention_heads)]
+    if named and not (isinstance(named, list) and all(pair in known for pair in named)):
+        path = f"{model.name_or_path}/{GENERATION}"
+        raise DataError(f"{path}: alignment_heads {named!r:.80} are not the model's: remove them")
     pairs = named or [
         (layer, head)
         for layer in range(config.decoder_layers // 2, config.decoder_layers)

@@ -253,19 +253,6 @@ def _draw(logits_RV: Tensor, number: float) -> Tensor:
     return torch.searchsorted(cumulative_RV, wanted_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
 
 
-def greedy(
-    model: WhisperForConditionalGeneration,
-    hidden_BTD: Tensor,
-    codec: TextCodec,
-    *,
-    max_new_tokens: int,
-    slot: RoutingSlot | None = None,
-) -> list[list[int]]:
-    """Tokens of each utterance, the most probable at each step, without prompt and end token."""
-    decoding = Decoding(len(hidden_BTD), max_new_tokens)
-    return [list(one.tokens) for one in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
-
-
 def decode_batch(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[Decoded]:
     """What is heard in each utterance of a batch, routed by `Recogniser.encode_batch`."""
     hidden_BTD = recogniser.encode_batch(batch)

@@ -13,8 +13,9 @@ from common import __version__
 from common.clustering.embeddings import speaker_sums
 from common.data.audio import read_audio
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
-from common.data.corpus import Corpus, Utterance, stratified_subset
-from common.data.subsets import TEST_SEED
+from common.data.corpus import Corpus, Utterance
+from common.data.groups import group_values
+from common.data.subsets import TEST_SEED, stratified_subset
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
@@ -110,7 +111,7 @@ def fixed_choices(
     if info is None or not utterances:
         return {}
     if info.route_by == "table":
-        values = [str(getattr(u, info.column)) for u in utterances]
+        values = group_values(utterances, info.column, info.groups)
         logits_NE, known_N = route_by_table(values, info.groups)
         device = opened.accelerator.device
         return split_choice(utterances, logits_NE.to(device), known_N.to(device))

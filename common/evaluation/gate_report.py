@@ -1,10 +1,12 @@
-"""How well a gate tells clusters apart, and whether its probabilities can be believed.
+"""How well a gate tells groups apart, and whether its probabilities can be believed.
 
-Calibration: Guo et al. 2017 (arXiv:1706.04599). Shape letters: N utterances, K clusters.
+Calibration: Guo et al. 2017 (arXiv:1706.04599). Shape letters: N utterances, D embedding width, K groups, S speakers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,18 @@ import numpy.typing as npt
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 BINS = 10
+FOLDS = 5
+MOST_UTTERANCES = 5000  # of a sample that stands for all
+SHRINKAGE = 0.1  # of the covariance, as the gate's own
 
 
-def gate_report(probability_NK: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64]) -> dict[str, Any]:
-    """Accuracy, macro F1, confusion and calibration of predicted cluster probabilities.
+def gate_report(
+    probability_NK: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64], names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Accuracy, macro F1, confusion and calibration of predicted group probabilities.
+
+    Args:
+        names: of the groups; clusters when left out.
 
     Returns:
         accuracy, macro_f1, expected_calibration_error (fractions), labels, confusion (true × predicted counts),
@@ -29,11 +39,78 @@ def gate_report(probability_NK: npt.NDArray[np.float32], label_N: npt.NDArray[np
         "accuracy": float(accuracy_score(label_N, predicted_N)),
         "macro_f1": float(f1_score(label_N, predicted_N, labels=labels, average="macro", zero_division=0.0)),
         "expected_calibration_error": float(sum(gaps) / len(label_N)),
-        "labels": [f"cluster {k}" for k in labels],
+        "labels": list(names) or [f"cluster {k}" for k in labels],
         "confusion": confusion_matrix(label_N, predicted_N, labels=labels).tolist(),
         "reliability": reliability,
         "utterances": len(label_N),
     }
+
+
+def new_speakers_report(
+    vectors_ND: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64], speakers: Sequence[str], *, seed: int
+) -> dict[str, Any] | None:
+    """How well groups can be told from embeddings of speakers that were not fitted on, by one utterance and by all.
+
+    A linear discriminant on each fold's other speakers. For a speaker as a whole its log-probabilities are summed over
+    the speaker's utterances, as `asr.route_by: speaker` does.
+
+    Returns:
+        utterance_accuracy, speaker_accuracy, chance (share of the largest group), speakers, utterances; None where
+        fewer than two groups have two speakers.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    speaker_N = np.asarray(speakers)
+    pairs = {(s, k) for s, k in zip(speakers, label_N.tolist(), strict=True) if s}
+    of_group = Counter(k for _, k in pairs)  # number of speakers
+    heard = sorted(k for k, count in of_group.items() if count > 1)
+    row_N = np.flatnonzero(np.isin(label_N, heard) & (speaker_N != ""))
+    if len(heard) < 2:
+        return None
+    if len(row_N) > MOST_UTTERANCES:
+        row_N = np.sort(np.random.default_rng(seed).choice(row_N, MOST_UTTERANCES, replace=False))
+    label_N, speaker_N, points_ND = label_N[row_N], speaker_N[row_N], vectors_ND[row_N].astype(np.float64)
+    score_NK = np.zeros((len(row_N), len(heard)))
+    folds = StratifiedGroupKFold(min(FOLDS, *(of_group[k] for k in heard)))
+    for fit_N, held_N in folds.split(points_ND, label_N, speaker_N):
+        score_NK[held_N] = _log_probabilities(points_ND, label_N, fit_N, held_N, heard)
+    predicted_N = np.array(heard)[score_NK.argmax(1)]
+    right_S = []
+    for speaker in np.unique(speaker_N):
+        own_N = speaker_N == speaker
+        group = np.bincount(label_N[own_N]).argmax()
+        right_S.append(heard[int(score_NK[own_N].sum(0).argmax())] == group)
+    return {
+        "utterance_accuracy": float((predicted_N == label_N).mean()),
+        "speaker_accuracy": float(np.mean(right_S)),
+        "chance": float(np.bincount(label_N).max() / len(label_N)),
+        "speakers": len(right_S),
+        "utterances": len(row_N),
+    }
+
+
+def _log_probabilities(
+    points_ND: npt.NDArray[np.float64],
+    label_N: npt.NDArray[np.int64],
+    fit_N: npt.NDArray[np.int64],
+    held_N: npt.NDArray[np.int64],
+    groups: Sequence[int],
+) -> npt.NDArray[np.float64]:
+    """Log-probability of each group for held-out rows; very low for a group that the fitted rows lack."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    found_NK = np.full((len(held_N), len(groups)), -1e3)
+    present = np.unique(label_N[fit_N])
+    columns = [list(groups).index(k) for k in present]
+    if len(present) < 2:
+        found_NK[:, columns] = 0.0
+        return found_NK
+    equal = np.full(len(present), 1 / len(present))
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=equal)
+    scale_D = points_ND[fit_N].std(0) + 1e-6
+    model.fit(points_ND[fit_N] / scale_D, label_N[fit_N])
+    found_NK[:, columns] = np.maximum(model.predict_log_proba(points_ND[held_N] / scale_D), -1e3)
+    return found_NK
 
 
 def _reliability(confidence_N: npt.NDArray[Any], right_N: npt.NDArray[np.bool_]) -> list[dict[str, float]]:

@@ -88,8 +88,8 @@ def _published(facts: Row) -> bool:
 
 def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
     stages = record["timeline"]
-    experts = [state.manifest for _, _, state in recorded_states(store, record, "experts")]
-    alone = sum(one.metrics.get("steps", 0) for one in experts if one)
+    pretrained = [s.manifest for stage in ("shared", "experts") for _, _, s in recorded_states(store, record, stage)]
+    before = sum(one.metrics.get("steps", 0) for one in pretrained if one)
     report, rates = (
         read_object(model / name) if (model / name).is_file() else {} for name in ("report.json", "throughput.json")
     )
@@ -101,6 +101,6 @@ def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
         "decoding": record["config"]["decode"],
         "language": record["config"]["model"]["language"],
         **{key: report.get(key) for key in names},
-        "steps": report["steps"] + alone if "steps" in report else None,
+        "steps": report["steps"] + before if "steps" in report else None,
         **{key: rates.get(key) for key in ("samples_per_second", "audio_seconds_per_second")},
     }

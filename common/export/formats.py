@@ -22,6 +22,7 @@ from common.data.tokens import TextCodec
 from common.errors import DataError, UsageError
 from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
+from common.json_files import read_object
 from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
 from common.model.added import SCALING, TARGETS, added_matrices, merge_added
 from common.model.bundle import BundleInfo, save_gate
@@ -98,8 +99,8 @@ def fixed_routing(
 
 def _mean_routing(folder: Path, count: int) -> list[float]:
     try:
-        load = json.loads((folder / "report.json").read_text(encoding="utf-8"))["load"]
-    except (OSError, ValueError, KeyError):
+        load = read_object(folder / "report.json")["load"]
+    except (DataError, KeyError):
         raise DataError(f"--routing mean: {folder} has no report.json with the experts' load; give --weights") from None
     assert len(load) == count
     return [float(share) for share in load]

@@ -5,7 +5,6 @@ Shape letters: B utterances, K experts per utterance, D embedding width.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,11 @@ from common.data.sources import folder_digest, is_hub_name, locate_model
 from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError
+from common.files import read_document
 from common.inference.added import added_folders, model_content
+from common.json_files import read_object
 from common.model.adapters import CONFIG as ADAPTER
-from common.model.adapters import read_adapter
+from common.model.adapters import check_patterns, read_adapter
 from common.model.added import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.mixture import untie
@@ -33,7 +34,7 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import text_language
-from common.storage.artifacts import MANIFEST, Manifest
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
 from common.tensors import check_weights
 from common.training.train import make_accelerator
@@ -208,7 +209,7 @@ def _unwrapped(folder: Path) -> Path:
     """Of an artifact's folder, the attempt that its manifest names; any other folder itself."""
     if not (folder / MANIFEST).is_file():
         return folder
-    return folder / Manifest.from_json((folder / MANIFEST).read_bytes(), str(folder / MANIFEST)).attempt
+    return folder / Manifest.from_json(read_document(folder / MANIFEST), str(folder / MANIFEST)).attempt
 
 
 def _locate_base(
@@ -253,10 +254,7 @@ def _adapter_settings(folder: Path) -> Mapping[str, Any]:
     Raises:
         DataError: it cannot be read, is of a kind that is more than matrices, or would make PEFT import a module.
     """
-    try:
-        settings = dict(json.loads((folder / ADAPTER).read_text(encoding="utf-8"), parse_constant=float))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{folder / ADAPTER} cannot be read: {error}") from None
+    settings = read_object(folder / ADAPTER, "save the adapter with PEFT again")
     if (kind := settings.get("peft_type")) not in PEFT_TYPES:
         raise DataError(f"{folder / ADAPTER}: peft_type {kind!r} is not one of {', '.join(PEFT_TYPES)}")
     if settings.get("megatron_config"):
@@ -266,6 +264,7 @@ def _adapter_settings(folder: Path) -> Mapping[str, Any]:
         for name, value in values.items():
             if isinstance(value, int | float) and not -MAX_SETTING <= value <= MAX_SETTING:
                 raise DataError(f"{folder / ADAPTER}: {name} {value} makes no sense")
+    check_patterns(settings, folder / ADAPTER)
     return settings
 
 

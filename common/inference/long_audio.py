@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from common.data.corpus import Corpus, Utterance, index_digest
 from common.data.sources import locate_model, model_digest
 from common.errors import DataError
-from common.files import explained
+from common.files import MAX_FILE, explained
 from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.storage import open_store
 
@@ -204,7 +204,7 @@ def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, c
         rows = segment_long(opened, corpus, found, unfinished, quiet=options.quiet)
         store.put_if_absent(name, "".join(_line(row) for row in rows.values()).encode())
         unfinished.unlink(missing_ok=True)
-    return {row.id: row for row in _rows(store.read(name).decode())}
+    return {row.id: row for row in _rows(store.read(name, MAX_FILE).decode())}
 
 
 def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:

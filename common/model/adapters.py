@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -82,6 +84,36 @@ def _target_pattern(names: Sequence[str]) -> list[str] | str:
     last = sorted({name.rpartition(".")[2] for name in names})
     halves = {part for name in names for part in ("encoder", "decoder") if f".{part}." in f".{name}"}
     return last if len(halves) != 1 else rf".*\.{halves.pop()}\..*\.({'|'.join(last)})"
+
+
+# Patterns of layers' names that are matched in little time: `.*decoder.*(q_proj|v_proj)`, `layers\.\d+\.fc1`.
+# Repeated groups, classes and look-ahead could keep a matcher busy for years.
+_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.|(?:\.|\\d)[*+]|\((?:\?:)?\w+(?:\|\w+)*\))*")
+_PATTERN_OR_NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # names in a list are compared
+_PATTERNS = ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
+MAX_REPEATS, MAX_GROUPS, MAX_PATTERN = 4, 3, 1000  # over all of an adapter; characters of one
+
+
+def check_patterns(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuses regular expressions that may take long to match: PEFT tries them on each layer's name.
+
+    Args:
+        settings: of adapter_config.json.
+        path: where that is, for the message.
+
+    Raises:
+        DataError: names the setting.
+    """
+    given = [(name, settings.get(name)) for name in (*_PATTERN_OR_NAMES, *_PATTERNS)]
+    texts = [(name, value) for name, value in given if isinstance(value, str)]
+    texts += [(n, str(one)) for n, value in given if n in _PATTERNS and isinstance(value, list | dict) for one in value]
+    repeats = groups = 0
+    for name, text in texts:
+        simple = len(text) <= MAX_PATTERN and _PATTERN.fullmatch(text) is not None
+        words = [group.split("|") for group in re.findall(r"([\w|]+)\)", text)] if simple else []
+        repeats, groups = repeats + text.count("*") + text.count("+"), groups + len(words)
+        if not simple or repeats > MAX_REPEATS or groups > MAX_GROUPS or any(len(set(w)) < len(w) for w in words):
+            raise DataError(f"{path}: {name} {text[:80]!r} is too complex a pattern: list the names of layers instead")
 
 
 def load_expert(model: nn.Module, expert: int | None, folder: Path) -> None:

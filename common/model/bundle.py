@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError
+from common.files import read_document
+from common.json_files import read_object
 from common.model.adapters import adapter_rank, load_expert, save_expert
 from common.model.gate import Gate
 from common.model.mixture import add_mixture
@@ -86,7 +88,7 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         DataError: there is none, or it is damaged.
     """
     try:
-        sizes = json.loads((folder / "gate.json").read_text(encoding="utf-8"))
+        sizes = read_object(folder / "gate.json")
         tensors = load_file(folder / "gate.safetensors")
         dim, hidden, experts = sizes["dim"], sizes["hidden"], sizes["num_experts"]
         shapes = [tuple(tensors[name].shape) for name in ("net.0.weight", "net.3.weight", "whiten_DD")]
@@ -126,7 +128,7 @@ def read_info(folder: Path) -> BundleInfo:
         DataError: the folder holds no trained model.
     """
     try:
-        values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        values = json.loads(read_document(folder / DESCRIPTION))
         BundleInfo(**values)  # refuses names that it does not know, which pydantic would pass over
         info = TypeAdapter(BundleInfo).validate_json(json.dumps(values), strict=True)
         if problem := _find_problem(info):

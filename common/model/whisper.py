@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import WhisperForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from common.data.tokens import IGNORED, whisper_config
+from common.data.tokens import IGNORED, generation_settings, whisper_config
 from common.errors import DataError
 from common.tensors import check_names, check_weights, file_shapes
 
@@ -32,6 +32,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
     config, source = whisper_config(folder), f"model {folder}"
     if "quantization_config" in config:
         raise DataError(f"{source} is quantised: give the checkpoint that it was made of")
+    generation_settings(folder)  # read by transformers below; its own errors do not name the file
     try:
         _check_sizes(folder, config)
         model, info = WhisperForConditionalGeneration.from_pretrained(

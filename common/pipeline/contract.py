@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from common.config import Config
 from common.data.corpus import Corpus
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 FanOut = Callable[[Config, Corpus, Mapping[str, Manifest]], int | None]
 
@@ -37,6 +37,7 @@ class Contract:
         active: whether a configuration needs the stage.
         gpus: GPUs that it asks for on a cluster; 0 runs on CPU nodes.
         together: whether `runtime.processes` processes work on it together, with a GPU each.
+        part_of: the stage whose folder, image and section of the configuration it shares; empty for its own.
     """
 
     name: str
@@ -50,6 +51,12 @@ class Contract:
     active: Callable[[Config], bool] = lambda config: True
     gpus: int = 0
     together: bool = False
+    part_of: str = ""
+
+    @property
+    def section(self) -> str:
+        """The folder, the image and the section of the configuration that belong to it."""
+        return self.part_of or self.name
 
     def processes(self, config: Config) -> int:
         """How many processes work on one piece of it."""

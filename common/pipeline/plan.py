@@ -12,7 +12,8 @@ from typing import Any, Literal
 from common.config import Config, read_values
 from common.data.corpus import Corpus
 from common.pipeline.contract import Contract
-from common.storage.artifacts import Key, Manifest, State, inspect, make_key, shard_key
+from common.storage.artifacts import Key, State, inspect, make_key, shard_key
+from common.storage.manifest import Manifest
 from common.storage.store import Store
 
 

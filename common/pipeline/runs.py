@@ -15,7 +15,8 @@ from common.config import PLACES
 from common.errors import DataError
 from common.files import NotFound
 from common.storage import open_store
-from common.storage.artifacts import KEY_DIGEST, ONE_LINE, STAGE_NAME, Key, State, fetch, inspect
+from common.storage.artifacts import Key, State, fetch, inspect
+from common.storage.manifest import KEY_DIGEST, ONE_LINE, STAGE_NAME
 from common.storage.store import Store
 
 SCHEMA = 1

@@ -1,4 +1,4 @@
-"""What surrounds a stage: fetches its inputs, offers checkpoints and metrics, commits its output, handles signals.
+"""What surrounds a stage: fetches its inputs, offers checkpoints and metrics, commits its output.
 
 A stage's `run` knows neither stores nor workflows: it is a function over folders and a corpus.
 """
@@ -12,15 +12,12 @@ import math
 import os
 import platform
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from common import __version__
@@ -28,11 +25,14 @@ from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
 from common.errors import DataError, Preempted, RetryableError
+from common.files import MAX_FILE
 from common.pipeline.attempts import Attempt, attempt_at
 from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
-from common.storage.artifacts import Key, Manifest, commit, fetch, inspect, new_attempt, quarantine
+from common.pipeline.shared_results import SharedResults
+from common.storage.artifacts import Key, commit, fetch, inspect, new_attempt, quarantine
+from common.storage.manifest import Manifest
 from common.storage.measured import MeasuredStore
 from common.storage.store import Store, remove_all
 from common.telemetry import TASKS, StageTelemetry, Telemetry
@@ -43,48 +43,6 @@ if TYPE_CHECKING:
     from common.storage.checkpoint import Checkpointer
 
 log = logging.getLogger(__name__)
-ECHO_SECONDS = 5  # in which SIGTERM may come twice
-STOPPED = "told to stop; the same command goes on from what was saved last"
-GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
-
-
-class StopFlag:
-    """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once.
-
-    A second SIGTERM within seconds is the same wish: SLURM and systemd tell all processes, and so does our parent.
-    """
-
-    def __init__(self) -> None:
-        self.since: float | None = None  # when it was set
-
-    def __call__(self) -> bool:
-        return self.since is not None
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
-        if self.since is not None and number == signal.SIGTERM and time.monotonic() - self.since < ECHO_SECONDS:
-            return
-        if self.since is not None or number == signal.SIGALRM:
-            raise KeyboardInterrupt if number == signal.SIGINT else Preempted(STOPPED)
-        self.since = time.monotonic()
-        signal.alarm(GRACE_SECONDS)
-
-
-@contextmanager
-def handle_signals() -> Iterator[StopFlag]:
-    """Turns SIGTERM and SIGINT into a flag while the block runs (in the main thread; elsewhere only the flag)."""
-    flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
-    before = {number: signal.signal(number, flag.handle) for number in numbers}
-    try:
-        yield flag
-    finally:
-        signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Parts:
@@ -111,7 +69,7 @@ class Parts:
 
         for entry in self.store.list(f"{self.prefix}{name}."):
             for _ in range(2):  # what is wrong once may have suffered on its way
-                data = self.store.read(entry.key)
+                data = self.store.read(entry.key, MAX_FILE)
                 if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
                     with suppress(SafetensorError):
                         return dict(load(data))
@@ -126,6 +84,7 @@ class Context:
     Attributes:
         shard: number of the shard, None for a stage in one piece.
         parts: finished parts of an earlier try.
+        results: what several runs of a store share.
         checkpointer: opens the stage's checkpoints.
         metrics: rows for metrics.jsonl and Prometheus.
         attempt: this try; its activity is what `moe-asr status` shows.
@@ -136,6 +95,7 @@ class Context:
 
     shard: int | None
     parts: Parts
+    results: SharedResults
     checkpointer: Callable[[], Checkpointer]
     metrics: MetricsLog
     attempt: Attempt
@@ -290,6 +250,7 @@ def _context(
     return Context(
         shard=task.shard,
         parts=Parts(store, f"{prefix}parts/"),
+        results=SharedResults(store, work),
         checkpointer=checkpointer,
         metrics=MetricsLog(output / "metrics.jsonl", live, attempt.activity),
         attempt=attempt,

@@ -12,7 +12,7 @@ from common.config import Config
 from common.data.corpus import Utterance, shared_speakers
 from common.markdown import Markdown, code, escape, shell_word
 from common.report.page import clock, percent
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 SMALL_SAMPLE = 10  # speakers; below this, an interval over them says little
 HUB = "hub:"  # prefix of a base model's digest where it was looked up on the hub
@@ -136,6 +136,7 @@ def _facts(
         facts.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} ({lora.modules})"))
         start = {
             "gate": "a gate pre-trained on clusters and new experts",
+            "experts": "clusters, gate, shared expert and routed experts that were pre-trained",
             "alone": "clusters, gate and experts that were pre-trained",
             "none": "a random gate and new experts",
         }[asr.pretrain]

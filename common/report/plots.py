@@ -104,7 +104,8 @@ def plot_asr(asr: Path, out: Path) -> list[Path]:
 
 def expert_curves(expert: Path) -> tuple[str, list[Row]]:
     """The name and the metrics of one expert's folder."""
-    return f"expert {read_object(expert / 'report.json')['cluster']}", read_rows(expert / "metrics.jsonl")
+    name = read_object(expert / "report.json")["cluster"]
+    return "shared expert" if name == "shared" else f"expert {name}", read_rows(expert / "metrics.jsonl")
 
 
 def routing(rows: Iterable[Row]) -> dict[str, list[float]]:

@@ -54,7 +54,7 @@ class RunView:
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
         cluster, gate, asr: a stage's output folder; None where the run has no such stage.
-        experts: one output folder per expert.
+        experts: one output folder per expert, the shared one first where it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
         audio_root: where the corpus lies, shown beside the utterances.
     """
@@ -163,7 +163,7 @@ def _gate(folder: Path | None) -> Row | str:
     if not (folder / "report.json").is_file():
         return "Gate: the gating stage wrote no report.json."
     report = read_object(folder / "report.json")
-    label = f"Confusion matrix over {len(report['labels'])} clusters; accuracy {percent(report['accuracy'])}."
+    label = f"Confusion matrix over {len(report['labels'])} groups; accuracy {percent(report['accuracy'])}."
     figures: list[Drawing] = [
         (
             "Confusion on utterances held out; the tint is the row's share.",
@@ -181,7 +181,9 @@ def _gate(folder: Path | None) -> Row | str:
             )
         )
     figures += _training_figure(folder, "Loss of the gate.")
-    return {"report": report, "figures": _drawn(figures, "gate")}
+    target = report.get("target", "cluster")
+    groups = "clusters" if target == "cluster" else f"groups by {target}"
+    return {"report": report, "groups": groups, "figures": _drawn(figures, "gate")}
 
 
 def _experts(folders: Sequence[Path]) -> Row | str:
@@ -198,8 +200,7 @@ def _experts(folders: Sequence[Path]) -> Row | str:
     figures: list[Drawing] = []
     for i in range(0, len(shown), 4):  # four panels a figure, so that figures stand side by side
         part = shown[i : i + 4]
-        numbers = [title.removeprefix("expert ") for title, _ in part]
-        names = f"experts {numbers[0]} to {numbers[-1]}" if len(part) > 1 else f"expert {numbers[0]}"
+        names = ", ".join(title for title, _ in part)
         more = f" ({len(curves)} in all)" if len(curves) > len(shown) else ""
         label = f"Training and dev loss of {names} over steps, one panel each."
         figures.append((f"Loss of {names}{more}.", partial(plots.draw_experts, part, highest), label))

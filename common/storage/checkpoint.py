@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.errors import DataError, MoeAsrError
 from common.files import NotFound, explained, file_hash, make_folders
-from common.storage.artifacts import MANIFEST
+from common.storage.manifest import MANIFEST
 from common.storage.store import Entry, Store, remove_all, warn_once
 from common.telemetry import StageTelemetry, Telemetry
 from common.tensors import first_not_finite

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from common.errors import DataError, MoeAsrError
 from common.files import NotFound
-from common.storage.artifacts import MANIFEST, ROOT, Key, Manifest
+from common.storage.artifacts import ROOT, Key
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Entry, Store, warn_once
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from common.errors import DataError, StoreError
 from common.files import (
+    MAX_DOCUMENT,
     NotFound,
+    check_size,
     explained,
     is_temporary,
     let_others_read,
@@ -41,11 +43,12 @@ class LocalStore:
         self.url = str(root)
         self.root = Path(root)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
         """See Store."""
         path = self.local_path(key)
-        with explained(path):
-            return _regular(path).read_bytes()
+        with explained(path), _regular(path).open("rb") as file:
+            check_size(os.fstat(file.fileno()).st_size, limit, path)
+            return file.read()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import telemetry
-from common.files import NotFound
+from common.files import MAX_DOCUMENT, NotFound
 from common.storage.local import folder_files
 from common.storage.store import Entry, Store
 from common.telemetry import StageTelemetry
@@ -28,10 +28,10 @@ class MeasuredStore:
         for operation in OPERATIONS:
             live.add(telemetry.STORE_ERRORS, 0, operation=operation)  # a rate needs to have seen the zero
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
         """See Store."""
         with self._timed("read"):
-            return self._counted("read", self.inner.read(key))
+            return self._counted("read", self.inner.read(key, limit))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from common.errors import DataError, RetryableError, StoreError
-from common.files import NotFound, explained, moment, new_file
+from common.files import MAX_DOCUMENT, MAX_FILE, NotFound, check_size, explained, moment, new_file
 from common.storage.local import folder_files, remove_others
 from common.storage.s3_errors import broke_off, error_code, explain, is_connection, malformed
 from common.storage.s3_parts import all_or_none, download, upload
@@ -57,15 +58,15 @@ class S3Store:
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(S3Store, self.bucket, self.prefix, endpoint_url=self.endpoint_url, region=self.region), ()
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
         """See Store."""
-        return self._read(key)
+        return self._read(key, limit)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
         if length == 0:
             return b""
-        data = self._read(key, Range=f"bytes={start}-{start + length - 1}")
+        data = self._read(key, length, Range=f"bytes={start}-{start + length - 1}")
         if len(data) != length:
             raise DataError(f"{self._name(key)} ends before byte {start + length:,}: it is truncated")
         return data
@@ -107,7 +108,7 @@ class S3Store:
                 repeated = repeated or error.response["ResponseMetadata"].get("RetryAttempts", 0) > 0
                 code = error_code(error)
                 if code in ("PreconditionFailed", "412"):
-                    return repeated and self.read(key) == data
+                    return repeated and self.read(key, MAX_FILE) == data
                 if code in ("NotImplemented", "501"):  # no conditions here: the best that is left
                     return self._put_if_none_seen(key, data)
                 if code not in ("ConditionalRequestConflict", "OperationAborted", "409") or pause is None:
@@ -133,7 +134,8 @@ class S3Store:
 
         def look() -> tuple[bytes, str]:
             reply = whole(self._client.get_object(Bucket=self.bucket, Key=full), "ContentLength", "ETag")
-            return reply["Body"].read(), reply["ETag"]
+            with closing(reply["Body"]) as body:
+                return body.read() if reply["ContentLength"] == len(data) else b"", reply["ETag"]
 
         try:
             found, tag = self._ask(key, look)
@@ -309,9 +311,14 @@ class S3Store:
             time.sleep(pause * random.uniform(0.5, 1))
         raise AssertionError("unreachable")
 
-    def _read(self, key: str, **options: Any) -> bytes:
-        ask = partial(self._client.get_object, Bucket=self.bucket, Key=self._full(key), **options)
-        return self._ask(key, lambda: whole(ask(), "ContentLength", "ETag")["Body"].read())
+    def _read(self, key: str, limit: int, **options: Any) -> bytes:
+        def read() -> bytes:
+            reply = self._client.get_object(Bucket=self.bucket, Key=self._full(key), **options)
+            with closing(whole(reply, "ContentLength", "ETag")["Body"]) as body:
+                check_size(reply["ContentLength"], limit, self._name(key))
+                return body.read()
+
+        return self._ask(key, read)
 
 
 def make_client(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import DataError, MoeAsrError
+from common.files import MAX_DOCUMENT
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class Store(Protocol):
 
     url: str
 
-    def read(self, key: str) -> bytes:
-        """The whole content. Raises NotFound."""
+    def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
+        """The whole content. Raises NotFound, and DataError where it has more than `limit` bytes."""
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """Exactly `length` bytes from `start` on. Raises NotFound, and DataError where the file ends before."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from common.errors import DataError, UsageError
 from common.pipeline.metrics import MetricsLog
-from common.pipeline.stage import handle_signals
+from common.signals import handle_signals
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, make_accelerator

@@ -30,12 +30,15 @@ def build(
     gate: Sequence[Path],
     experts: Sequence[Path],
     *,
+    shared: Sequence[Path] = (),
     groups: Sequence[str] = (),
     fit: Sequence[str] | None = None,
 ) -> Recogniser:
     """The model to train: pre-trained gate and experts where they are given, new ones otherwise.
 
     Args:
+        experts: of the clusters, in their order; of a single cluster without a shared expert, the one for everybody.
+        shared: the shared expert, if it was pre-trained.
         table: embeddings of the utterances that a gate chooses experts for.
         groups: values of the corpus's column that a table routes by, one routed expert for each.
         fit: the utterances that a random gate takes its scale from; all of the table when None.
@@ -61,8 +64,12 @@ def build(
         magnitude=config.lora.magnitude,
         within=lora_scope(config.lora.modules),
     )
-    for number, folder in enumerate(experts):
+    if not routed and not options.shared_expert:
+        shared = experts
+    for number, folder in enumerate(experts if routed else ()):
         load_expert(whisper, number, folder)
+    if shared:
+        load_expert(whisper, None, shared[0])
     return Recogniser(
         whisper,
         slot=slot,
@@ -166,7 +173,7 @@ def describe(
     if config.asr.adapt == "adalora" and shared is not None:
         rank = shared.rank
         alpha = rank  # the scale is in the weights
-    routed = recogniser.num_experts > 1
+    routed = recogniser.num_experts > 1 or bool(groups)
     return BundleInfo(
         base=config.model.name,
         base_digest=base_digest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from common.clustering.embeddings import EmbeddingTable, speaker_sums
 from common.data.corpus import Utterance
+from common.data.groups import SHUFFLED, group_values, shuffled_names
 from common.errors import DataError
+from common.json_files import read_object
 from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 from common.model.routing import route_by_table
@@ -44,7 +47,8 @@ class Router:
         In training every utterance counts as known, since the groups were found in what is trained on.
         """
         if self.by == "table" and self.groups:
-            logits_NE, known_N = route_by_table([column_value(u, self.column) for u in utterances], self.groups)
+            values = group_values(utterances, self.column, self.groups)
+            logits_NE, known_N = route_by_table(values, self.groups)
             recogniser.choose_by(logits_NE=logits_NE, known_N=known_N)
         elif recogniser.gate is not None:
             self._by_gate(recogniser, recogniser.gate, utterances, training)
@@ -66,18 +70,24 @@ class Router:
             recogniser.choose_by(embeddings_ND=embedding_ND, known_N=known)
 
 
-def column_value(u: Utterance, column: str) -> str:
-    """An utterance's value in a column of the corpus."""
-    return str(getattr(u, column))
+def gate_groups(gate: Sequence[Path]) -> tuple[str, ...]:
+    """The names of the routed experts by what the gate was trained to tell apart; none for clusters or no gate."""
+    report = read_object(gate[0] / "report.json") if gate else {}
+    return tuple(report["labels"]) if report.get("target", "cluster") != "cluster" else ()
 
 
-def table_groups(utterances: Sequence[Utterance], column: str) -> tuple[str, ...]:
-    """The values of a column in training, one routed expert for each.
+def table_groups(utterances: Sequence[Utterance], column: str, *, count: int, seed: int) -> tuple[str, ...]:
+    """The groups of a table, one routed expert for each: the values of a column in training, or a control's.
+
+    Args:
+        count: of groups that are drawn.
+        seed: that they are drawn with.
 
     Raises:
         DataError: there is none.
     """
-    groups = tuple(sorted({column_value(u, column) for u in utterances} - {""}))
+    names = shuffled_names(count, seed) if column == SHUFFLED else ()
+    groups = names or tuple(sorted(set(group_values(utterances, column)) - {""}))
     if not groups:
         raise DataError(
             f"asr.route_by=table routes by the corpus's column {column!r}, which is empty in train: "

@@ -20,8 +20,9 @@ from common import telemetry
 from common.clustering.embeddings import read_tables
 from common.config import Config
 from common.data.batches import BatchLoader, Example
-from common.data.corpus import Corpus, Utterance, stratified_subset
+from common.data.corpus import Corpus, Utterance
 from common.data.features import describe_context
+from common.data.subsets import stratified_subset
 from common.data.tokens import TextCodec, load_codec
 from common.errors import Preempted
 from common.evaluation.score import (
@@ -41,11 +42,13 @@ from common.model.routing import routing_report
 from common.model.whisper import load_whisper
 from common.pipeline.attempts import counted_bar
 from common.pipeline.stage import Context
+from common.storage.artifacts import Key
 from common.training.speech import mean_loss
 from common.training.train import TrainResult, make_accelerator, train
 from stages.asr.ablation import judge_experts
+from stages.asr.base import base_key, base_transcripts
 from stages.asr.build import build, describe, parameter_groups, rank_plan
-from stages.asr.router import Router, table_groups
+from stages.asr.router import Router, gate_groups, table_groups
 from stages.inputs import base_digest, evaluation_subset, training_subset
 from stages.settings import decoding_options, epoch_planner, speech_examples, train_options
 
@@ -73,6 +76,8 @@ class Joint:
     router: Router
     sets: Mapping[str, SpeechSet]
     base_test: SpeechSet  # the test set as the base model takes it, in 30 s
+    corpus_digest: str
+    groups: tuple[str, ...]  # names of the routed experts; none where they are clusters
     codec: TextCodec
     accelerator: Accelerator
 
@@ -91,6 +96,7 @@ def run(
     embeddings: Sequence[Path] = (),
     clusters: Sequence[Path] = (),
     gate: Sequence[Path] = (),
+    shared: Sequence[Path] = (),
     experts: Sequence[Path] = (),
 ) -> None:
     """Writes the model, metrics.jsonl, predictions.jsonl, summary.json, report.json and plots."""
@@ -103,10 +109,14 @@ def run(
         "test": evaluation_subset(config, corpus, "test"),
     }
     table = read_tables(embeddings) if embeddings else None
-    by_table = options.adapt == "lora" and options.route_by == "table"
-    groups = table_groups(chosen["train"], options.route_column) if by_table else ()
+    groups: tuple[str, ...] = ()
+    if options.adapt == "lora" and options.route_by == "table":
+        count = config.num_experts or 1
+        groups = table_groups(chosen["train"], options.route_column, count=count, seed=config.seed)
     fit = [u.id for u in chosen["train"]]
-    recogniser = build(config, model, table, gate, experts, groups=groups, fit=fit).to(accelerator.device)
+    recogniser = build(config, model, table, gate, experts, shared=shared, groups=groups, fit=fit).to(
+        accelerator.device
+    )
     base_test = _speech_set(config, corpus, chosen["test"], codec, accelerator, context="30s")
     joint = Joint(
         config,
@@ -118,6 +128,8 @@ def run(
             for name, own in chosen.items()
         },
         base_test,
+        corpus.digest,
+        groups or gate_groups(gate),
         codec,
         accelerator,
     )
@@ -146,9 +158,8 @@ def _finish(
         save_recogniser(recogniser, info, output)
         if ranks:
             _write_json(output / "ranks.json", ranks)
-    base = Recogniser(load_whisper(model)).to(accelerator.device) if options.adapt == "full" else None
     with joint.context.metrics.live.marked(telemetry.EVALUATING):
-        _evaluate(joint, base, result, judged, output)
+        _evaluate(joint, model, result, judged, output)
 
 
 def _speech_set(
@@ -248,19 +259,15 @@ def _show_routing(joint: Joint) -> None:
         joint.context.metrics.live.routing(found.load, found.entropy)
 
 
-def _evaluate(
-    joint: Joint, base: Recogniser | None, result: TrainResult, judged: list[dict[str, Any]], output: Path
-) -> None:
+def _evaluate(joint: Joint, model: Path, result: TrainResult, judged: list[dict[str, Any]], output: Path) -> None:
     config, context, test = joint.config, joint.context, joint.sets["test"]
     routing, report = _routing(joint)
     started, language = time.monotonic(), config.model.text_language
     after = _decode(joint, "scoring the trained model", joint.recogniser, test)
-    # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
-    base_model = base or joint.recogniser
-    before = _decode(joint, "scoring the base model", base_model, joint.base_test, base=base is None)
+    before, decoded = _base_texts(joint, model)
     if not joint.accelerator.is_main_process:
         return
-    audio = 2 * sum(u.duration for u in test.utterances)
+    audio = (2 if decoded else 1) * sum(u.duration for u in test.utterances)
     context.summary["scoring"] = {"audio_seconds": audio, "seconds": time.monotonic() - started}
     score = partial(scored_rows, test.utterances, language=language, published=decoding_options(config).published)
     old, new = score(before, {}), score(after, routing)
@@ -290,6 +297,23 @@ def _evaluate(
         plot_asr(output, output)
     context.summary |= {key: summary[key] for key in ("wer_before", "wer_after", "cer_before", "cer_after")}
     context.summary |= {"device": joint.accelerator.device.type, "steps": result.steps, "throughput": result.throughput}
+
+
+def _base_texts(joint: Joint, model: Path) -> tuple[dict[str, str], bool]:
+    """id → text of the base model for every test utterance, and whether it was decoded now."""
+    config, utterances, accelerator = joint.config, joint.base_test.utterances, joint.accelerator
+
+    def key() -> Key:
+        digest = base_digest(config, joint.context.scratch)
+        return base_key(config, joint.corpus_digest, utterances, digest, accelerator.mixed_precision)
+
+    def decode() -> dict[str, str]:
+        # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
+        own = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
+        name = "scoring the base model"
+        return _decode(joint, name, own or joint.recogniser, joint.base_test, base=own is None)
+
+    return base_transcripts(joint.context.results, key, utterances, decode, accelerator)
 
 
 def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *, base: bool = False) -> dict[str, str]:
@@ -338,7 +362,7 @@ def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], di
     return {example.id: (i, w) for example, i, w in zip(examples, ids, weights, strict=True)}, {
         "experts": logits_NE.shape[1],
         "top_k": top_k,
-        "groups": list(joint.router.groups),
+        "groups": list(joint.groups),
         "load": list(found.load),
         "router_entropy": found.entropy,
         "top1_share": found.top1_share,

@@ -1,4 +1,8 @@
-"""experts: one LoRA adapter per cluster, each on its own utterances."""
+"""experts: what is trained on speech before joint training.
+
+`asr.pretrain: alone` trains one LoRA adapter per group of the gate, each on its own utterances. `asr.pretrain: experts`
+trains the shared expert on all utterances first (contract `shared`), then one routed expert per group on top of it.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,60 @@ from collections.abc import Mapping
 from common.config import Config
 from common.data.corpus import Corpus
 from common.pipeline.contract import Contract
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 from stages.cluster import is_pretrained
 
+READS = (
+    "seed",
+    "precision",
+    "model.language",
+    "model.task",
+    "audio",
+    "augment",
+    "subsets.experts_percent",
+    "subsets.experts_samples",
+    "subsets.dev_samples",
+    "lora",
+    "experts",
+    "asr.magnitude_rate",
+)
 
-def count_clusters(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
-    """One expert per cluster found; not known before clustering."""
-    found = manifests.get("clusters")
-    return int(found.metrics["clusters"]) if found else None
+
+def count_groups(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
+    """One expert per group of the gate; not known before there is one."""
+    found = manifests.get("gate")
+    return int(found.metrics["groups"]) if found else None
 
 
 def pretrains_experts(config: Config) -> bool:
-    """Whether each expert is trained alone first."""
-    return is_pretrained(config) and config.asr.pretrain == "alone"
+    """Whether experts are trained before joint training."""
+    return is_pretrained(config) and config.asr.pretrain in ("alone", "experts")
 
+
+def pretrains_shared(config: Config) -> bool:
+    """Whether the shared expert is trained first, and routed experts on top of it."""
+    return is_pretrained(config) and config.asr.pretrain == "experts"
+
+
+SHARED = Contract(
+    name="shared",
+    summary="the shared expert on all utterances, before routed ones (asr.pretrain: experts)",
+    output="shared",
+    sources=("corpus", "model"),
+    reads=READS,
+    active=pretrains_shared,
+    gpus=1,
+    part_of="experts",
+)
 
 CONTRACT = Contract(
     name="experts",
     summary="one LoRA adapter per cluster, each on its own utterances",
     output="experts",
-    inputs=("embeddings", "clusters", "gate"),
+    inputs=("embeddings", "gate", "shared"),
     sources=("corpus", "model"),
-    reads=(
-        "seed",
-        "precision",
-        "model.language",
-        "model.task",
-        "audio",
-        "augment",
-        "subsets.experts_percent",
-        "subsets.experts_samples",
-        "subsets.dev_samples",
-        "lora",
-        "experts",
-        "asr.magnitude_rate",
-    ),
-    fan_out=count_clusters,
+    reads=(*READS, "asr.routed_rate"),
+    fan_out=count_groups,
     active=pretrains_experts,
     gpus=1,
 )

@@ -1,10 +1,14 @@
-"""Trains one expert on the utterances that the gate gives to its cluster; embeddings are cached, not computed."""
+"""Trains one expert on the utterances that the gate gives to its group; embeddings are cached, not computed.
+
+It is trained alone, or on top of a shared expert that stays as it is.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,10 +19,11 @@ from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
 from common.data.tokens import load_codec
-from common.model.adapters import save_expert
+from common.json_files import read_object
+from common.model.adapters import load_expert, save_expert
 from common.model.bundle import load_gate
 from common.model.gate import Gate
-from common.model.mixture import add_mixture
+from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.stage import Context
@@ -36,20 +41,65 @@ def run(
     corpus: Corpus,
     model: Path,
     embeddings: list[Path],
-    clusters: list[Path],
     gate: list[Path],
     output: Path,
+    shared: Sequence[Path] = (),
 ) -> None:
-    """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`."""
+    """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`.
+
+    Args:
+        shared: the shared expert that this one is trained on top of, as it is; none for an expert alone.
+    """
     expert = context.shard or 0
-    options = config.experts
-    mine, dev = _utterances(config, corpus, embeddings, clusters[0], gate[0], expert)
+    mine, dev = _utterances(config, corpus, embeddings, gate[0], expert)
+    rank = config.lora.shared_rank if shared else 0
+    recogniser = new_adapter(config, model, routed=1, shared_rank=rank, seed=config.seed + expert)
+    if shared:
+        load_expert(recogniser.whisper, None, shared[0])
+        freeze_shared(recogniser)
+    train_adapter(
+        config,
+        context,
+        recogniser,
+        corpus=corpus,
+        model=model,
+        train_on=mine,
+        dev=dev,
+        max_steps=config.experts.max_steps,
+        expert=expert,
+        group=read_object(gate[0] / "report.json")["labels"][expert],
+        output=output,
+    )
+
+
+def train_adapter(
+    config: Config,
+    context: Context,
+    recogniser: Recogniser,
+    *,
+    corpus: Corpus,
+    model: Path,
+    train_on: Sequence[Utterance],
+    dev: Sequence[Utterance],
+    max_steps: int | None,
+    expert: int | None,
+    output: Path,
+    group: str = "",
+) -> None:
+    """Trains what is trainable of one expert, and writes it with its report.
+
+    Args:
+        dev: what the weights are selected by.
+        expert: number of a group, whose expert is the model's only routed one; None for the shared expert.
+        group: its name.
+    """
+    options, name = config.experts, "shared" if expert is None else expert
     accelerator = make_accelerator(config.precision, config.runtime.device)
-    recogniser = _recogniser(config, model, expert).to(accelerator.device)
+    recogniser = recogniser.to(accelerator.device)
     if options.compile:
         recogniser.compile_blocks()
     codec = load_codec(model, language=config.model.language, task=config.model.task)
-    train_set = speech_examples(config, corpus, mine, codec, training=True)
+    train_set = speech_examples(config, corpus, train_on, codec, training=True)
     dev_set = speech_examples(config, corpus, dev, codec)
     workers = config.runtime.num_workers
     dev_loader = BatchLoader(dev_set, num_workers=min(workers, 1), device=accelerator.device)
@@ -63,24 +113,25 @@ def run(
         accelerator=accelerator,
         groups=adapter_groups(
             recogniser,
-            routed_rate=1.0,
+            routed_rate=config.asr.routed_rate,
             magnitude_rate=config.asr.magnitude_rate,
             weight_decay=options.weight_decay,
         ),
         plan_epoch=epoch_planner(train_set, options, config.seed),
         load=BatchLoader(train_set, num_workers=workers, device=accelerator.device),
         evaluate=evaluate,
-        options=train_options(options, config),
+        options=replace(train_options(options, config), max_steps=max_steps),
         checkpointer=context.checkpointer(),
         metrics=context.metrics,
         stopping=context.stopping,
-        label=f"expert {expert}",
+        label=f"expert {name}",
     )
-    save_expert(recogniser.whisper, 0, output, base_model=config.model.name)
+    save_expert(recogniser.whisper, None if expert is None else 0, output, base_model=config.model.name)
     report = {
-        "cluster": expert,
+        "cluster": name,
+        "group": group,
         "utterances": len(train_set),
-        "etiologies": dict(sorted(Counter(u.etiology for u in mine).items())),
+        "etiologies": dict(sorted(Counter(u.etiology for u in train_on).items())),
         "steps": result.steps,
         "best_step": result.best_step,
         "best_value": result.value,
@@ -95,33 +146,41 @@ def run(
 
 
 def _utterances(
-    config: Config, corpus: Corpus, embeddings: Sequence[Path], clusters: Path, gate: Path, expert: int
+    config: Config, corpus: Corpus, embeddings: Sequence[Path], gate: Path, expert: int
 ) -> tuple[list[Utterance], list[Utterance]]:
     """What the expert is trained on, and what of dev it is judged by."""
     table, router = read_tables(embeddings), load_gate(gate).eval()
     mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
-    if not mine:  # a subset smaller than the clustered one may hold none of the cluster: then its founding members
-        cluster_of = read_jsonl_column(clusters / "assignments.jsonl", "cluster")
-        mine = [u for u in corpus.split("train") if cluster_of.get(u.id) == expert]
+    if not mine:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
+        group_of = read_jsonl_column(gate / "assignments.jsonl", "group")
+        mine = [u for u in corpus.split("train") if group_of.get(u.id) == expert]
     dev = evaluation_subset(config, corpus, "dev")
     return mine, assigned(dev, table, router, expert) or dev
 
 
-def _recogniser(config: Config, model: Path, expert: int) -> Recogniser:
-    """The base model with one new expert."""
-    torch.manual_seed(config.seed + expert)
+def new_adapter(config: Config, model: Path, *, routed: int, shared_rank: int, seed: int) -> Recogniser:
+    """The base model with a new routed expert (`routed` 1), a new shared one (`shared_rank` above 0), or both."""
+    torch.manual_seed(seed)
     whisper = load_whisper(model)
     slot = add_mixture(
         whisper,
         targets=config.lora.targets,
-        num_experts=1,
+        num_experts=routed,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
+        shared_rank=shared_rank,
         dropout=config.lora.dropout,
         magnitude=config.lora.magnitude,
         within=lora_scope(config.lora.modules),
     )
     return Recogniser(whisper, slot=slot, augmentation=augmentation(config))
+
+
+def freeze_shared(recogniser: Recogniser) -> None:
+    """Leaves the shared expert as it is; routed experts are trained beside it."""
+    for _, layer in mixture_layers(recogniser):
+        assert layer.shared is not None
+        layer.shared.requires_grad_(False)
 
 
 def assigned(utterances: Sequence[Utterance], table: EmbeddingTable, gate: Gate, expert: int) -> list[Utterance]:

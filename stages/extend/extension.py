@@ -30,7 +30,8 @@ from common.model.added import AddedExpert, Method, read_added, remove_last
 from common.pipeline.plan import Task
 from common.pipeline.runs import RUN_NAME, find_run, read_record, run_names
 from common.pipeline.stage import execute
-from common.storage.artifacts import MANIFEST, Key, Manifest, fetch, inspect, make_key
+from common.storage.artifacts import Key, fetch, inspect, make_key
+from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store, remove_all
 from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled

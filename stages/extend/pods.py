@@ -20,7 +20,7 @@ from common.inference.load_model import OpenedModel, open_model
 from common.model.added import Method
 from common.pipeline.plan import Planned
 from common.pipeline.runs import run_record, settings_alone
-from common.pipeline.stage import handle_signals
+from common.signals import handle_signals
 from common.storage import open_store
 from common.storage.artifacts import inspect
 from common.storage.store import Store

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from common.config import Config
 from common.data.corpus import Corpus
 from common.pipeline.contract import Contract
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 
 def has_gate(config: Config) -> bool:

@@ -44,7 +44,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
         if name not in done:
             context.check_stop()
             with torch.inference_mode(), accelerator.autocast():
-                done[name] = _encode_part(config, recogniser, loader, examples, part, number * every)
+                done[name] = _encode_part(config, recogniser, loader, part, number * every)
             context.parts.save(name, done[name])
             if config.extract.clear_cache and accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -70,7 +70,6 @@ def _encode_part(
     config: Config,
     recogniser: Recogniser,
     loader: BatchLoader,
-    examples: Sequence[Example],
     part: Sequence[Example],
     first: int,
 ) -> dict[str, torch.Tensor]:

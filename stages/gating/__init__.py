@@ -1,4 +1,4 @@
-"""gating: an MLP that tells an utterance's cluster from its embedding."""
+"""gating: an MLP that tells an utterance's group from its embedding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from stages.cluster import is_pretrained
 
 CONTRACT = Contract(
     name="gating",
-    summary="an MLP that tells an utterance's cluster from its embedding",
+    summary="an MLP that tells an utterance's group from its embedding",
     output="gate",
     inputs=("embeddings", "clusters"),
-    format=2,  # the groups' means and covariance are kept beside the weights
+    sources=("corpus",),
+    format=3,  # the groups that it learnt from are kept beside the weights
     reads=("seed", "gating"),
     active=is_pretrained,
     gpus=1,

@@ -1,4 +1,4 @@
-"""Trains the gate to predict clusters, keeping a tenth of each cluster aside to measure it honestly."""
+"""Trains the gate to predict groups, keeping a tenth of each group aside to measure it honestly."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.clustering.embeddings import read_tables
+from common.clustering.report import shared_information
 from common.config import Config
-from common.evaluation.gate_report import gate_report
-from common.json_files import read_rows
+from common.data.corpus import Corpus
+from common.evaluation.gate_report import gate_report, new_speakers_report
+from common.json_files import Row, read_rows
 from common.model.bundle import save_gate
 from common.model.gate import Gate
 from common.pipeline.stage import Context
 from common.training.train import make_accelerator, train
+from stages.gating.groups import Groups, clustered_groups, labelled_groups
 from stages.settings import train_options
 
-HELD_OUT = 0.1  # of each cluster
+HELD_OUT = 0.1  # of each group
+ASSIGNMENTS = "assignments.jsonl"
 
 
 @dataclass(frozen=True)
 class GateBatch:
-    """Embeddings and clusters of B utterances; a row weighs as much as its class."""
+    """Embeddings and groups of B utterances; a row weighs as much as its class."""
 
     embedding_BD: Tensor
     label_B: Tensor
@@ -62,12 +66,20 @@ class GateTraining(nn.Module):
         return F.cross_entropy(logits_BK, batch.label_B, weight=batch.class_weight_K, reduction="sum"), {}
 
 
-def run(config: Config, context: Context, *, embeddings: list[Path], clusters: list[Path], output: Path) -> None:
-    """Writes the gate, report.json (accuracy, confusion, calibration on held-out utterances), metrics and plots."""
-    rows = read_rows(clusters[0] / "assignments.jsonl")
-    embedding_ND = torch.from_numpy(read_tables(embeddings).rows([row["id"] for row in rows]))
-    label_N = torch.tensor([row["cluster"] for row in rows])
-    classes = int(label_N.max()) + 1
+def run(
+    config: Config, context: Context, *, corpus: Corpus, embeddings: list[Path], clusters: list[Path], output: Path
+) -> None:
+    """Writes the gate, the groups that it learnt from, report.json (accuracy, confusion, calibration on held-out
+    utterances; accuracy on held-out speakers), metrics and plots.
+    """
+    table, rows = read_tables(embeddings), read_rows(clusters[0] / "assignments.jsonl")
+    target, train_split = config.gating.target, corpus.split("train")
+    groups = clustered_groups(train_split, rows)
+    if target != "cluster":
+        groups = labelled_groups(train_split, table.ids, target)
+    embedding_ND = torch.from_numpy(table.rows([u.id for u in groups.utterances]))
+    label_N = torch.tensor(groups.numbers)
+    classes = len(groups.names)
     fit_N, held_N = split_held_out(label_N, config.seed)
     torch.manual_seed(config.seed)
     options = config.gating
@@ -77,19 +89,19 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
     accelerator = make_accelerator("fp32", config.runtime.device)
     device = accelerator.device
     weight_K = class_weights(label_N[fit_N], classes) if options.class_weights else torch.ones(classes)
-    table = GateBatch(embedding_ND.to(device), label_N.to(device), weight_K.to(device))
+    whole = GateBatch(embedding_ND.to(device), label_N.to(device), weight_K.to(device))
 
     def load(batches: Sequence[list[int]]) -> Iterator[GateBatch]:
         for numbers in batches:
             index = fit_N[numbers].to(device)
-            yield GateBatch(table.embedding_BD[index], table.label_B[index], table.class_weight_K)
+            yield GateBatch(whole.embedding_BD[index], whole.label_B[index], whole.class_weight_K)
 
     def plan_epoch(epoch: int) -> list[list[int]]:
         order = np.random.default_rng((config.seed, epoch)).permutation(len(fit_N)).tolist()
         return [order[i : i + options.batch_size] for i in range(0, len(order), options.batch_size)]
 
     def evaluate(model: nn.Module, full: bool) -> dict[str, float]:
-        held = GateBatch(table.embedding_BD[held_N], table.label_B[held_N], torch.ones(classes, device=device))
+        held = GateBatch(whole.embedding_BD[held_N], whole.label_B[held_N], torch.ones(classes, device=device))
         loss, _ = model(held)
         return {"loss": float(loss) / len(held)}
 
@@ -106,15 +118,19 @@ def run(config: Config, context: Context, *, embeddings: list[Path], clusters: l
         stopping=context.stopping,
         label="gating",
     )
-    report = _report(gate.cpu().eval(), embedding_ND[held_N], label_N[held_N]) | {"steps": result.steps}
-    _write(gate, report, output, plots=config.runtime.plots)
-    context.summary |= {"utterances": len(rows), "accuracy": report["accuracy"], "steps": result.steps}
+    report = _report(gate.cpu().eval(), embedding_ND[held_N], label_N[held_N], groups.names)
+    report |= {"steps": result.steps, "target": target}
+    report["against_clusters"] = None if target == "cluster" else _against_clusters(groups, rows)
+    report["held_out_speakers"] = _held_out_speakers(groups, embedding_ND.numpy(), target, config.seed)
+    _write(gate, groups, report, output, plots=config.runtime.plots)
+    context.summary |= {"utterances": len(label_N), "accuracy": report["accuracy"], "steps": result.steps}
+    context.summary["groups"] = classes
 
 
 def split_held_out(label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to fit on and to measure on: a tenth of each cluster, nothing of clusters under four.
+    """Row numbers to fit on and to measure on: a tenth of each group, nothing of groups under four.
 
-    When no cluster is that large, the rows to fit on are measured too (the report says how many it saw).
+    When no group is that large, the rows to fit on are measured too (the report says how many it saw).
     """
     generator = np.random.default_rng(seed)
     held: list[int] = []
@@ -127,19 +143,39 @@ def split_held_out(label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def class_weights(label_N: Tensor, classes: int) -> Tensor:
-    """Inverse frequency, with mean 1 over utterances: small clusters count as much as large ones."""
+    """Inverse frequency, with mean 1 over utterances: small groups count as much as large ones."""
     count_K = torch.bincount(label_N, minlength=classes).clamp_min(1).float()
     return len(label_N) / (classes * count_K)
 
 
-def _report(gate: Gate, embedding_ND: Tensor, label_N: Tensor) -> dict[str, Any]:
+def _report(gate: Gate, embedding_ND: Tensor, label_N: Tensor, names: Sequence[str]) -> dict[str, Any]:
     with torch.no_grad():
         probability_NK = gate(embedding_ND).softmax(1).numpy()
-    return gate_report(probability_NK, label_N.numpy())
+    return gate_report(probability_NK, label_N.numpy(), names)
 
 
-def _write(gate: Gate, report: dict[str, Any], output: Path, *, plots: bool) -> None:
+def _against_clusters(groups: Groups, assignments: Sequence[Row]) -> dict[str, float]:
+    """What the corpus's groups and the clusters share, on the utterances that have both."""
+    cluster_of = {row["id"]: int(row["cluster"]) for row in assignments}
+    both = [(n, cluster_of[u.id]) for u, n in zip(groups.utterances, groups.numbers, strict=True) if u.id in cluster_of]
+    return shared_information([groups.names[n] for n, _ in both], np.array([c for _, c in both], np.int64))
+
+
+def _held_out_speakers(groups: Groups, vectors_ND: np.ndarray, target: str, seed: int) -> dict[str, Any] | None:
+    """How well groups are told apart for new speakers: of the target, or of the etiologies beside clusters."""
+    column, numbers = target, list(groups.numbers)
+    etiologies = sorted({u.etiology for u in groups.utterances})
+    if target == "cluster" and len(etiologies) > 1 and "" not in etiologies:
+        column, numbers = "etiology", [etiologies.index(u.etiology) for u in groups.utterances]
+    speakers = [u.speaker for u in groups.utterances]
+    found = new_speakers_report(vectors_ND, np.array(numbers), speakers, seed=seed)
+    return None if found is None else {"groups": column, **found}
+
+
+def _write(gate: Gate, groups: Groups, report: dict[str, Any], output: Path, *, plots: bool) -> None:
     save_gate(gate, output)
+    rows = ({"id": u.id, "group": n} for u, n in zip(groups.utterances, groups.numbers, strict=True))
+    (output / ASSIGNMENTS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if plots:
         from common.report.plots import plot_gating

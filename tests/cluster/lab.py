@@ -220,7 +220,7 @@ def told(found: Mapping[str, Any]) -> str:
     return "\n".join([str(found.get("status", {}).get("message", "")), *lines])
 
 
-def succeeded(name: str, seconds: float = 600) -> dict[str, progress.Piece]:
+def succeeded(name: str, seconds: float = 600) -> dict[str, progress.WorkflowStep]:
     """Waits for success; label → piece."""
     found = wait(name, seconds=seconds)
     assert progress.phase(found) == "Succeeded", told(found)

@@ -111,7 +111,7 @@ def until(true: Any, seconds: float = 120) -> None:
         time.sleep(1)
 
 
-def run_from_template() -> list[progress.Piece]:
+def run_from_template() -> list[progress.WorkflowStep]:
     """Submits with the chart's own defaults; the pieces of the workflow once it has succeeded."""
     workflow = {
         "apiVersion": "argoproj.io/v1alpha1",
@@ -133,7 +133,7 @@ def run_from_template() -> list[progress.Piece]:
     return pieces
 
 
-def pieces_with_pods(pieces: list[progress.Piece]) -> set[str]:
+def pieces_with_pods(pieces: list[progress.WorkflowStep]) -> set[str]:
     """Labels of the pieces of stages that did not come from the cache."""
     return {piece.label for piece in pieces if piece.tries and piece.template in progress.WRAPPED}
 

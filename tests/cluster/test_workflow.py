@@ -16,7 +16,8 @@ import pytest
 from argo import progress
 from cli.submit import show_workflow
 from common.config import Config
-from common.storage.artifacts import Key, Manifest, inspect
+from common.storage.artifacts import Key, inspect
+from common.storage.manifest import Manifest
 from stages.local_runner import Run, run_pipeline
 from tests.cluster.lab import NAMESPACE, Lab, command, kubectl, succeeded, told, wait, workflow
 from tests.cluster.node import find_node, kill_controller_and_kubelet
@@ -63,7 +64,7 @@ def task_key(lab: Lab, store: str, label: str) -> tuple[str, str]:
     return task["stage"], task["key"]
 
 
-def trained(found: dict[str, progress.Piece]) -> set[str]:
+def trained(found: dict[str, progress.WorkflowStep]) -> set[str]:
     """Labels of the pieces of stages for which pods ran."""
     return {label for label, piece in found.items() if piece.tries and piece.template in progress.WRAPPED}
 

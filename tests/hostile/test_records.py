@@ -12,7 +12,8 @@ from common.config import Config
 from common.errors import DataError, UsageError
 from common.pipeline.runs import read_record, recorded_states, run_names, settings_alone
 from common.storage import open_store
-from common.storage.artifacts import FileRecord, Malformed, Manifest, content_digest, inspect, verify
+from common.storage.artifacts import inspect, verify
+from common.storage.manifest import FileRecord, Malformed, Manifest, content_digest
 from stages.__main__ import stage_config
 from tests.common.storage.test_artifacts import KEY, make
 from tests.factories import run_record

@@ -18,12 +18,10 @@ from common.inference.load_model import open_model
 from common.model.adapters import read_adapter
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
-from common.pipeline.stage import execute
 from common.storage import open_store
-from stages import run_function
 from stages.local_runner import Run, run_pipeline
 from tests.factories import heard_texts
-from tests.stages.test_local_runner import digests, micro_config, stop_after
+from tests.stages.test_local_runner import digests, micro_config, run_task, stop_after
 
 
 def adaptive(store, model, corpus, **changes):
@@ -47,15 +45,7 @@ def test_stopped_and_resumed_training_ends_with_the_same_bits(made, tmp_path, mi
     run = Run(config)
     task = run.plan().planned[0].task
     with pytest.raises(Preempted):
-        execute(
-            task,
-            run_function("asr"),
-            config,
-            run.store,
-            corpus=run.corpus,
-            scratch=tmp_path / "s",
-            stopping=stop_after(step),
-        )
+        run_task(run, task, tmp_path / "s", stop_after(step))
     run_pipeline(config)
     assert digests(tmp_path) == digests(made[0])
 

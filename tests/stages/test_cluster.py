@@ -28,7 +28,7 @@ def cluster_stage(tones, tmp_path):
         config = validate({"num_experts": 3, "subsets": {"embeddings_percent": 100}, "cluster": options})
         write_table(tmp_path / "embeddings", [u.id for u in corpus.utterances], points_ND)
         (tmp_path / "output").mkdir()
-        context = Context(None, None, None, MetricsLog(None), None, lambda: False, tmp_path)
+        context = Context(None, None, None, None, MetricsLog(None), None, lambda: False, tmp_path)
         run(config, context, corpus=corpus, embeddings=[tmp_path / "embeddings"], output=tmp_path / "output")
         return json.loads((tmp_path / "output" / "report.json").read_text(encoding="utf-8")), context.summary
 

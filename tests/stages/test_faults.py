@@ -18,7 +18,7 @@ import yaml
 
 from common.clustering.embeddings import read_tables
 from common.errors import DataError, Preempted, StoreError
-from common.pipeline.stage import StopFlag
+from common.signals import StopFlag
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages.local_runner import Run, run_pipeline

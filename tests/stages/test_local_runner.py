@@ -19,10 +19,12 @@ import pytest
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
-from common.pipeline.stage import handle_signals
+from common.pipeline.stage import execute
+from common.signals import handle_signals
 from common.storage import open_store
-from common.storage.artifacts import FileRecord, Key, Manifest, content_digest, inspect
-from stages import STAGES
+from common.storage.artifacts import Key, inspect
+from common.storage.manifest import FileRecord, Manifest, content_digest
+from stages import STAGES, run_function
 from stages.local_runner import Run, run_pipeline
 from stages.processes import parallel_slots, run_in_processes
 from tests.servers import free_port
@@ -399,14 +401,9 @@ def test_results_that_stay_damaged_end_a_run_as_failed(again, monkeypatch):
 
 
 def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):
-    from common.pipeline.stage import execute
-    from stages import run_function
-
     run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
     task = run.plan().planned[0].task
-    made = execute(
-        task, run_function("extract"), run.config, run.store, corpus=run.corpus, scratch=tmp_path / "scratch"
-    )
+    made = run_task(run, task, tmp_path / "scratch")
     folder = tmp_path / task.key.prefix / made.attempt
     rows = [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
     ids = json.loads((folder / "ids.json").read_text())
@@ -418,6 +415,12 @@ def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_mode
         np.testing.assert_allclose(frames.astype(np.float32).mean(0), pooled[row["id"]], atol=5e-3)
 
 
+def run_task(run, task, scratch, stopping=lambda: False):
+    """Runs a task of a plan as the pipeline does, in this process."""
+    function = run_function(task.contract.name)
+    return execute(task, function, run.config, run.store, corpus=run.corpus, scratch=scratch, stopping=stopping)
+
+
 def stop_after(count):
     """A stop flag that rises at the count-th question."""
     asked = iter(range(1, 10_000))
@@ -427,48 +430,26 @@ def stop_after(count):
 @pytest.mark.parametrize("stage", ["gating", "experts", "asr"])
 @pytest.mark.parametrize("step", [1, 3])
 def test_stopped_and_resumed_training_ends_with_the_same_bits(again, finished, stage, step):
-    from common.pipeline.stage import execute
-    from stages import run_function
-
     store, config = again
     for manifest in (store / "artifacts" / stage).glob("*/manifest.json"):
         manifest.unlink()
     run = Run(config)
     task = next(p.task for p in run.plan().planned if p.task.contract.name == stage)
     with pytest.raises(Preempted):
-        execute(
-            task,
-            run_function(stage),
-            config,
-            run.store,
-            corpus=run.corpus,
-            scratch=store / "scratch",
-            stopping=stop_after(step),
-        )
+        run_task(run, task, store / "scratch", stop_after(step))
     assert list((store / "artifacts" / stage / task.key.digest / "checkpoints").rglob("state.safetensors"))
     run_pipeline(config)
     assert digests(store) == digests(finished[0])
 
 
 def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_model, tones):
-    from common.pipeline.stage import execute
-    from stages import run_function
-
     config = micro_config(tmp_path, micro_model, tones, extract__checkpoint_every=20)
     run = Run(config)
     task = run.plan().planned[0].task
     with pytest.raises(Preempted):
-        execute(
-            task,
-            run_function("extract"),
-            config,
-            run.store,
-            corpus=run.corpus,
-            scratch=tmp_path / "s",
-            stopping=stop_after(3),
-        )
+        run_task(run, task, tmp_path / "s", stop_after(3))
     assert len(list((tmp_path / task.key.prefix / "parts").iterdir())) == 2
-    whole = execute(task, run_function("extract"), config, run.store, corpus=run.corpus, scratch=tmp_path / "s")
+    whole = run_task(run, task, tmp_path / "s")
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     np.testing.assert_allclose(
         np.load(tmp_path / task.key.prefix / whole.attempt / "embeddings.npy"), reference, rtol=1e-4, atol=1e-5
@@ -477,23 +458,12 @@ def test_stopped_extraction_keeps_its_finished_parts(tmp_path, finished, micro_m
 
 def test_parts_of_another_size_are_not_taken_for_ones_own(tmp_path, finished, micro_model, tones):
     """`extract.checkpoint_every` is in no key: another try may have another one."""
-    from common.pipeline.stage import execute
-    from stages import run_function
-
     for every, stop in ((20, stop_after(3)), (7, lambda: False)):
         config = micro_config(tmp_path, micro_model, tones, extract__checkpoint_every=every)
         run = Run(config)
         task = run.plan().planned[0].task
         with suppress(Preempted):
-            made = execute(
-                task,
-                run_function("extract"),
-                config,
-                run.store,
-                corpus=run.corpus,
-                scratch=tmp_path / "s",
-                stopping=stop,
-            )
+            made = run_task(run, task, tmp_path / "s", stop)
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
     found = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
     np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
@@ -512,7 +482,6 @@ def test_a_stage_reads_no_value_outside_its_contract(finished, monkeypatch):
     import inspect as source
 
     from common.config import known_paths
-    from stages import run_function
 
     free = ("runtime", "model.name", "extract.checkpoint_every", "extract.clear_cache")
     for contract in STAGES:

@@ -78,7 +78,7 @@ def test_what_is_done_keeps_the_name_under_which_it_was_made(store, tmp_path):
     assert memo_key(planned(store), "workflow-2") == memo_key(planned(store), "workflow-3") == first
 
 
-@pytest.mark.parametrize("status", ["todo", "again"])
+@pytest.mark.parametrize("status", ["todo", "stale"])
 def test_what_is_lost_or_damaged_gets_a_name_that_no_cache_has_seen(store, tmp_path, status):
     made = memo_key(planned(store, status="todo"), "workflow-1")
     make(store, tmp_path, memo=made)

@@ -10,7 +10,7 @@ from common.config import to_yaml
 from common.errors import ConfigError, UsageError
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.sweep import finished_summary, plan_sweep, regime_settings, run_sweep
+from stages.sweep import REGIMES, finished_summary, plan_sweep, regime_settings, run_sweep
 from tests.stages.test_local_runner import micro_config
 
 STEPS = 9
@@ -147,3 +147,8 @@ def test_a_setting_that_switches_clustering_off_is_heeded_when_clusters_are_coun
     assert alone.config.experts.max_steps is None
     both = plan_sweep(swept[1], ["alone", "mixture"], seeds=[1], steps=STEPS, settings=own)
     assert [run.config.asr.max_steps for run in both] == [STEPS, STEPS]
+
+
+def test_the_help_text_names_every_regime():
+    text = " ".join(CliRunner().invoke(cli, ["sweep", "--help"]).output.split())
+    assert f"Regimes: {', '.join(REGIMES)}. Runs" in text

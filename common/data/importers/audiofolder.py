@@ -9,7 +9,7 @@ from pathlib import Path
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import is_data, kind_of_folder, visible_files
 from common.data.importers.rows import Imported, TableRow
-from common.data.importers.splits import FRACTIONS, SPLIT_NAMES
+from common.data.importers.splits import SPLIT_NAMES
 from common.data.importers.tables import Rows, read_rows
 from common.errors import DataError
 
@@ -25,7 +25,6 @@ def import_audiofolder(
     copy_audio: bool = False,
     skip_bad: bool = False,
     mend_text: bool = False,
-    fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
     """Make a corpus of a Hugging Face audiofolder: metadata at the top, or in each of the folders train, validation and
@@ -48,7 +47,6 @@ def import_audiofolder(
         Path(out),
         source={"format": "audiofolder", "source": str(folder), "columns": dict(columns or {})},
         copy_audio=copy_audio,
-        fractions=fractions,
         seed=seed,
         skip_bad=skip_bad,
         mend_text=mend_text,

@@ -25,7 +25,7 @@ from common.data.corpus import (
 )
 from common.data.identities import identifier
 from common.data.importers.rows import Imported, TableRow
-from common.data.importers.splits import SPLIT_NAMES, check_fractions, split_by_speaker
+from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, split_by_speaker
 from common.data.importers.stretches import shared_files, stretch_of, unclear_stretches
 from common.data.importers.values import seconds
 from common.errors import DataError
@@ -42,7 +42,6 @@ def build_corpus(
     *,
     source: Mapping[str, Any],
     copy_audio: bool,
-    fractions: Sequence[float],
     seed: int,
     skip_bad: bool = False,
     mend_text: bool = False,
@@ -64,10 +63,9 @@ def build_corpus(
 
     Raises:
         DataError: rows with a fault; nothing that can be used.
-        UsageError: `out` exists; fractions that do not sum to 1.
+        UsageError: `out` exists.
         StoreError: `out` cannot be written.
     """
-    check_fractions(fractions)
     with new_corpus_folder(out) as folder:
         kept, more = _measure(rows)
         named, double = _name(kept)
@@ -78,7 +76,7 @@ def build_corpus(
         utterances, mended = _mend(utterances) if mend_text else (utterances, 0)
         said = [*notes, *joined, *_remarks(named, utterances)]
         if not utterances[0].split:
-            utterances = split_by_speaker(utterances, fractions=fractions, seed=seed)
+            utterances = split_by_speaker(utterances, fractions=FRACTIONS, seed=seed)
         if copy_audio:
             utterances = _copy_audio([row for row, _ in named], utterances, folder)
         write_index(folder, utterances)

@@ -21,7 +21,7 @@ from common.data.corpus import Utterance
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import visible_files
 from common.data.importers.rows import Imported, TableRow
-from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, check_fractions, split_by_speaker
+from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, split_by_speaker
 from common.errors import DataError
 from common.text import mend
 
@@ -51,7 +51,6 @@ def import_sap(
     official_splits: bool = False,
     copy_audio: bool = False,
     mend_text: bool = False,
-    fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
     """Make a corpus of unpacked Speech Accessibility Project data.
@@ -70,7 +69,6 @@ def import_sap(
         official_splits: keep Train and Dev as they are, also where nothing is left for `test`.
         copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
         mend_text: as of `import_table`.
-        fractions: of train, dev and test, for what is dealt.
         seed: which speakers go where.
 
     Raises:
@@ -88,13 +86,12 @@ def import_sap(
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
         raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
     if not official_splits:
-        rows = hold_out_dev(rows, fractions=fractions, seed=seed)
+        rows = hold_out_dev(rows, seed=seed)
     return build_corpus(
         rows,
         Path(out),
         source={"format": "sap", "source": str(folder), "official_splits": official_splits},
         copy_audio=copy_audio,
-        fractions=fractions,
         seed=seed,
         skip_bad=True,
         mend_text=mend_text,
@@ -103,18 +100,11 @@ def import_sap(
     )
 
 
-def hold_out_dev(rows: Sequence[TableRow], *, fractions: Sequence[float], seed: int) -> list[TableRow]:
+def hold_out_dev(rows: Sequence[TableRow], *, seed: int) -> list[TableRow]:
     """Rows of train and dev alone, as train, dev and test: dev becomes test, some speakers of train become dev.
 
     Rows that have a test split, or no split at all, are returned as they are.
-
-    Args:
-        fractions: of train, dev and test; the share of dev among the first two is taken from train.
-
-    Raises:
-        UsageError: fractions that do not sum to 1.
     """
-    check_fractions(fractions)
     if {row.values["split"] for row in rows} != {"train", "dev"}:
         return list(rows)
     train = [row for row in rows if row.values["split"] == "train"]
@@ -129,7 +119,7 @@ def hold_out_dev(rows: Sequence[TableRow], *, fractions: Sequence[float], seed: 
         )
         for i, row in enumerate(train)
     ]
-    share = fractions[1] / max(fractions[0] + fractions[1], 1e-9)
+    share = FRACTIONS[1] / (FRACTIONS[0] + FRACTIONS[1])
     dealt = split_by_speaker(spoken, fractions=(1 - share, share, 0.0), seed=seed)
     return [replace(row, values=row.values | {"split": u.split}) for row, u in zip(train, dealt, strict=True)] + [
         replace(row, values=row.values | {"split": "test"}) for row in rows if row.values["split"] == "dev"

@@ -31,7 +31,8 @@ def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[flo
     Raises:
         UsageError: fractions that are no three numbers of at least 0 that sum to 1.
     """
-    check_fractions(fractions)
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
     first_of: dict[str, str] = {}  # file → its first id
     for u in utterances:
         first_of[u.audio_filepath] = min(u.id, first_of.get(u.audio_filepath, u.id))
@@ -49,12 +50,6 @@ def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[flo
         speakers.sort(key=lambda speaker: hashlib.sha256(f"{seed}\0{speaker}".encode()).digest())
         split_of |= dict(zip(speakers, _deal(len(speakers), fractions), strict=True))
     return [replace(u, split=split_of[speaker]) for u, speaker in zip(utterances, speaker_of, strict=True)]
-
-
-def check_fractions(fractions: Sequence[float]) -> None:
-    """Refuses fractions that are no three numbers of at least 0 that sum to 1."""
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
 
 
 def _deal(count: int, fractions: Sequence[float]) -> list[str]:

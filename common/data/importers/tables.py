@@ -11,7 +11,6 @@ from common.data.importers.build import build_corpus
 from common.data.importers.columns import TO_THE_END, UNTOUCHED, Column, check_mapping, choose_columns
 from common.data.importers.records import read_table
 from common.data.importers.rows import Imported, TableRow, find_audio
-from common.data.importers.splits import FRACTIONS
 from common.data.importers.values import as_text, seconds
 from common.errors import DataError
 
@@ -34,7 +33,6 @@ def import_table(
     copy_audio: bool = False,
     skip_bad: bool = False,
     mend_text: bool = False,
-    fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
     """Make a corpus of a table with audio paths: CSV (comma, semicolon, tab or bar), JSON Lines, or JSON; also gzipped.
@@ -51,12 +49,11 @@ def import_table(
         copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
         skip_bad: leave out rows with a fault; otherwise they are an error, all of them in one message.
         mend_text: write texts in the form that Whisper writes (straight apostrophes, no invisible characters, …).
-        fractions: of train, dev and test, summing to 1.
         seed: which speakers go where.
 
     Raises:
         DataError: an unreadable table, a missing column, rows with a fault; the message names file and line.
-        UsageError: `out` exists, an unknown field in `columns`, fractions that do not sum to 1.
+        UsageError: `out` exists or an unknown field in `columns`.
         StoreError: `out` cannot be written.
     """
     root = Path(audio_root or Path(table).parent)
@@ -68,7 +65,6 @@ def import_table(
         Path(out),
         source={"format": "table", "source": str(table), "columns": dict(columns or {})},
         copy_audio=copy_audio,
-        fractions=fractions,
         seed=seed,
         skip_bad=skip_bad,
         mend_text=mend_text,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from common.data.importers.build import build_corpus
 from common.data.importers.folders import is_data
 from common.data.importers.rows import Imported, TableRow
-from common.data.importers.splits import FRACTIONS
 from common.errors import DataError
 
 Microphone = Literal["head", "array", "both"]
@@ -39,7 +38,6 @@ def import_torgo(
     microphone: Microphone = "head",
     copy_audio: bool = False,
     mend_text: bool = False,
-    fractions: Sequence[float] = FRACTIONS,
     seed: int = 42,
 ) -> Imported:
     """Make a corpus of TORGO's folders; there are no official splits, so speakers are dealt.
@@ -52,7 +50,7 @@ def import_torgo(
         out: the corpus folder to make, not yet there or empty.
         microphone: `head` takes the array's recording where the other is missing, and the other way round; `both` makes
             two utterances of each.
-        copy_audio, mend_text, fractions, seed: as of `import_table`.
+        copy_audio, mend_text, seed: as of `import_table`.
 
     Raises:
         DataError: the folder is not of this structure; nothing in it can be used.
@@ -74,7 +72,6 @@ def import_torgo(
         Path(out),
         source={"format": "torgo", "source": str(folder), "microphone": microphone},
         copy_audio=copy_audio,
-        fractions=fractions,
         seed=seed,
         skip_bad=True,
         mend_text=mend_text,

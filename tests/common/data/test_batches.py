@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
-from common.pipeline.stage import handle_signals
+from common.signals import handle_signals
 from common.data.tokens import load_codec
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import torch
 
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.clips import AudioCache
-from common.data.corpus import read_corpus, stratified_subset
+from common.data.corpus import read_corpus
 from common.data.shards import pack_corpus
 from common.data.sources import open_corpus
+from common.data.subsets import stratified_subset
 from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError, StoreError
 from common.storage import open_store

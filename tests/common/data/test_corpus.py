@@ -15,9 +15,9 @@ from common.data.corpus import (
     index_digest,
     new_corpus_folder,
     read_corpus,
-    stratified_subset,
     write_index,
 )
+from common.data.subsets import stratified_subset
 from common.errors import DataError, StoreError, UsageError
 
 

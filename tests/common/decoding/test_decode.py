@@ -9,12 +9,13 @@ from transformers import GenerationConfig, GenerationMixin, WhisperTimeStampLogi
 from transformers.modeling_outputs import BaseModelOutput
 
 from common.data.tokens import IGNORED, load_codec
-from common.decoding.decode import Decoded, Decoding, better, decode_hidden, greedy
+from common.decoding.decode import Decoded, Decoding, better, decode_hidden
 from common.decoding.token_rules import make_rules, timestamp_scores
 from common.errors import DataError
 from common.model.mixture import add_mixture
 from common.model.routing import Routing
 from common.model.whisper import load_whisper
+from tests.factories import greedy
 
 DECODING = Decoding(batch_size=8, max_new_tokens=24)
 
@@ -176,6 +177,7 @@ def test_language_and_task_are_in_the_one_prompt_of_training_and_decoding(micro_
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|de|>", "<|transcribe|>", "<|0.00|>")])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text('{"is_multilingual": true}')
+    (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     german = load_codec(tmp_path, language="de")
     names = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
     assert [tokenizer.id_to_token(token) for token in german.prompt] == names

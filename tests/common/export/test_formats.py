@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from common.decoding.decode import greedy
 from common.errors import DataError, UsageError
 from common.export.formats import MARK, VLLM_RANKS, export_merged, export_model, fixed_routing, probe
 from common.export.readmes import vllm_page
@@ -20,7 +19,7 @@ from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.routing import Routing
 from common.model.whisper import encode, load_whisper
-from tests.factories import bundle_info
+from tests.factories import bundle_info, greedy
 
 TARGETS = ("q_proj", "v_proj", "fc1")
 

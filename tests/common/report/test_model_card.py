@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from common.config import validate
 from common.data.corpus import Utterance
 from common.report.model_card import model_card
-from common.storage.artifacts import Manifest
+from common.storage.manifest import Manifest
 
 RATES = {"wer_before": 0.5, "wer_after": 0.25, "cer_before": 0.4, "cer_after": 0.2, "wer_interval_after": [0.2, 0.3]}
 SUMMARY = RATES | {

@@ -13,8 +13,6 @@ from common.errors import DataError, RetryableError, StoreError
 from common.storage import open_store
 from common.storage.artifacts import (
     Key,
-    Malformed,
-    Manifest,
     State,
     commit,
     fetch,
@@ -26,6 +24,7 @@ from common.storage.artifacts import (
     verify,
 )
 from common.storage.garbage import garbage
+from common.storage.manifest import Malformed, Manifest
 from tests.common.storage.test_store import dies_at
 
 KEY = make_key("asr", 1, {"asr.epochs": 5, "seed": 42}, {"corpus": "sha256:abc"})

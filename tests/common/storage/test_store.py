@@ -584,3 +584,11 @@ def test_a_store_goes_on_in_a_forked_process(bucket, s3_server):
 def test_entries_are_plain_values():
     assert Entry("a", 1) == Entry("a", 1, 0.0)
     assert Path(open_store("x").url) == Path("x")
+
+
+def test_no_more_is_read_at_once_than_is_asked_for(any_store):
+    any_store.write("a/b", b"12345")
+    assert any_store.read("a/b", 5) == b"12345"
+    with pytest.raises(DataError, match=r"a/b has 5 bytes, and at most 4 are read"):
+        any_store.read("a/b", 4)
+    assert any_store.read("a/b") == b"12345"  # the connection is of use still

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from common import machine
-from common.machine import check_machine
+from common.pipeline import machine
+from common.pipeline.machine import check_machine
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,85 @@
+"""Which kind of corpus a run had, and what to try with it: a sentence from the numbers in the stages' reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from common.json_files import Row
+
+AUDIBLE = 0.9  # accuracy by one utterance from which a speaker's others add nothing
+KNOWN = 0.8  # accuracy by all of a speaker's utterances that is enough to route by
+GAIN = 0.05  # of accuracy, by a speaker's other utterances
+FOLLOWS = 0.5  # adjusted Rand index from which clusters stand for the corpus's groups
+
+
+def corpus_hint(
+    gate: Row | None,
+    clusters: Row | None,
+    judged: Sequence[Row],
+    *,
+    route_by: Literal["utterance", "speaker", "table"],
+    routed: int,
+) -> str:
+    """What the groups of the corpus are like for a mixture; empty for a model without routed experts.
+
+    Args:
+        gate: report of the gating stage.
+        clusters: report of the cluster stage.
+        judged: what each routed expert brings on dev (`stages.asr.ablation`).
+        routed: number of routed experts.
+    """
+    if routed < 2:
+        return ""
+    parts = [_groups(gate or {}, clusters or {}, route_by), _experts(judged, route_by, _kind(gate or {}))]
+    return " ".join(part for part in parts if part)
+
+
+def _kind(gate: Row) -> Literal["audible", "alike", "hidden", ""]:
+    """Whether the corpus's groups are told from one utterance, from all of a speaker's, or from neither."""
+    told: Any = gate.get("held_out_speakers")
+    if not told or told["groups"] == "cluster":
+        return ""
+    utterance, speaker = told["utterance_accuracy"], told["speaker_accuracy"]
+    if utterance >= AUDIBLE or (speaker >= KNOWN and speaker - utterance < GAIN):
+        return "audible"
+    return "alike" if speaker >= KNOWN else "hidden"
+
+
+def _groups(gate: Row, clusters: Row, route_by: str) -> str:
+    kind = _kind(gate)
+    if not kind:
+        return ""
+    told = gate["held_out_speakers"]
+    column, utterance, speaker = told["groups"], told["utterance_accuracy"], told["speaker_accuracy"]
+    seen = f"one utterance of a new speaker tells the {column} in {utterance:.0%} of cases, all of them together in "
+    seen += f"{speaker:.0%}"
+    rand = (clusters.get("adjusted_rand") or {}).get(column)
+    strangers = gate.get("target", "cluster") == "cluster" and rand is not None and rand < FOLLOWS
+    target = f" --set gating.target={column}" if strangers else ""
+    other = f", and the clusters are other groups (adjusted Rand index {rand:.2f})" if strangers else ""
+    if kind == "audible":
+        advice = f"; try{target}." if target else "; routing by utterance fits it."
+        return f"Groups can be heard in one utterance: {seen}{other}{advice}"
+    table = f"--set asr.route_by=table --set asr.route_column={column}"
+    if kind == "hidden":
+        advice = "" if route_by == "table" else f"; where it is known beforehand, try {table}."
+        return f"Groups cannot be heard: {seen}{other}{advice or '.'}"
+    if route_by == "utterance":
+        return (
+            f"Groups sound alike: {seen}{other}; try --set asr.route_by=speaker{target}, or {table} where the {column} "
+            "is known beforehand."
+        )
+    return f"Groups sound alike: {seen}{other}; " + (f"try{target}." if target else f"routing by {route_by} fits it.")
+
+
+def _experts(judged: Sequence[Row], route_by: str, kind: str) -> str:
+    """Whether routed experts earn their place; nothing where none was judged, or other routing comes first."""
+    if not judged or any(row["gain_interval"] and row["gain_interval"][0] > 0 for row in judged):
+        return ""
+    if kind == "alike" and route_by == "utterance":
+        return ""
+    return (
+        f"None of the {len(judged)} routed experts lowers the loss on dev beyond chance: one adapter for everybody "
+        "(--num-experts 1) is simpler and as good."
+    )

@@ -1,0 +1,70 @@
+"""Results that runs share although no stage names them: artifacts of the store under keys of their own."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import __version__
+from common.errors import RetryableError
+from common.storage.artifacts import Key, commit, fetch, inspect, new_attempt, quarantine
+from common.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SharedResults:
+    """Finds and adds such results in one store.
+
+    Attributes:
+        scratch: folder for what is brought from a remote store.
+    """
+
+    store: Store
+    scratch: Path
+
+    def find(self, key: Key) -> Path | None:
+        """The folder of a result, each file checked by its hash; None where it was never made or is damaged."""
+        state = inspect(self.store, key)
+        if state.status == "damaged":
+            log.warning("%s/%s: %s; it is made again", key.stage, key.digest[:8], state.reason)
+            quarantine(self.store, key, state)
+        if state.status != "done" or state.manifest is None:
+            return None
+        try:
+            return fetch(self.store, key, state.manifest, self.scratch / "inputs" / key.stage / key.digest)
+        except RetryableError as error:  # it is quarantined
+            log.warning("%s", error)
+            return None
+
+    def add(self, key: Key, fill: Callable[[Path], None], *, started: float) -> None:
+        """Commits what `fill` writes into an empty folder, unless another process was faster.
+
+        Args:
+            started: when the work for it began, in seconds since 1970.
+        """
+        folder = new_attempt(self.store, key, self.scratch)
+        try:
+            fill(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        commit(
+            self.store,
+            key,
+            folder,
+            shard=None,
+            volatile=(),
+            inputs={},
+            version=__version__,
+            host=platform.node(),
+            started=started,
+            seconds=time.time() - started,
+            metrics={},
+        )
