@@ -13,11 +13,15 @@ from click.testing import CliRunner
 from cli.main import cli
 from common.data.audio import write_wav
 from common.data.corpus import read_corpus, write_index
+from common.data.importers.tables import import_table
 from common.decoding.decode import Decoding
 from common.errors import DataError, StoreError, UsageError
 from common.evaluation.evaluate import decode_corpus
 from common.inference.added import with_added
 from common.inference.load_model import open_model
+from common.inference.recordings import LoadedRecording, Recording
+from common.inference.subtitles import as_csv, table_rows
+from common.inference.transcribe import Segment
 from common.model.bundle import save_recogniser
 from common.model.gate import Gate
 from common.pipeline.runs import read_record
@@ -454,3 +458,22 @@ def fill(folder):
     """Leaves a few kilobytes of a small file system."""
     left = shutil.disk_usage(folder).free - 8192
     (folder / "filler").write_bytes(b"0" * max(0, left))
+
+
+def test_a_corrected_table_is_a_corpus_that_tells_how_much_was_corrected(speech, tmp_path):
+    own = read_corpus(speech).utterances[0]
+    recording = Recording(Path(own.audio_filepath), "take", Path("take"))
+    loaded = LoadedRecording(recording, np.zeros(round(own.duration * 16_000), np.float32))
+    half = own.duration / 2
+    segments = [
+        Segment(start, end, text, (), (), (), 0.0)
+        for start, end, text in ((0.0, half, "=one two"), (half, own.duration, "three"))
+    ]
+    rows = table_rows(segments, loaded, "F07")
+    rows[1]["text"] = "three four"
+    (tmp_path / "table.csv").write_text(as_csv(rows), encoding="utf-8-sig")
+    made = import_table(tmp_path / "table.csv", tmp_path / "corpus")
+    assert [u.text for u in made.corpus.utterances] == ["=one two", "three four"]
+    assert {u.speaker for u in made.corpus.utterances} == {"F07"} == {row["speaker"] for row in rows}
+    assert sum(u.duration for u in made.corpus.utterances) == pytest.approx(own.duration, abs=0.01)
+    assert any("nobody corrected: 1 of 2" in note for note in made.notes)
