@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from common.tensors import check_weights
 
 ADDED, MAGNITUDES = "added.json", "magnitudes.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # of a model without adapters
+COLUMNS = ("speaker", "etiology", "severity")  # of a corpus, by which experts are given
+NAME = re.compile(r"(?!(shared|adapter|gate|enrolled|expert-[0-9]+)$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 SCALING = 2.0  # alpha / rank, of a model without adapters
 
 Method = Literal["none", "choose", "gates", "expert", "neighbour"]
@@ -110,8 +113,10 @@ def read_added(folder: Path) -> AddedExpert:
         AddedExpert(**values)
         info: AddedExpert = TypeAdapter(AddedExpert).validate_json(json.dumps(values), strict=True)
         numbers = (info.seconds, *(weight for _, weight in info.weights))
-        if not info.name or info.rank < 0 or not all(map(math.isfinite, numbers)):
-            raise ValueError("its name, rank, seconds or weights make no sense")
+        if not NAME.fullmatch(info.name) or info.column not in COLUMNS:  # it becomes a folder's name
+            raise ValueError(f"name {info.name[:80]!r} or column {info.column[:80]!r} is none that an expert can have")
+        if info.rank < 0 or not all(map(math.isfinite, numbers)):
+            raise ValueError("its rank, seconds or weights make no sense")
         return info
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {ADDED}: it is no added expert") from None

@@ -75,6 +75,13 @@ class _Ingredients(_Loose):
     inputs: dict[Line, Line]
 
 
+class _Root(_Loose):
+    """The model that experts were added to, where that is no run."""
+
+    name: Line
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class _Record(_Loose):
     status: Literal["running", "done", "stopped", "failed"]
     version: Line
@@ -84,6 +91,8 @@ class _Record(_Loose):
     keys: dict[Stage, _Ingredients]
     tasks: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*(\[[0-9]{1,9}\])?$")], _Task]
     timeline: list[_Row]
+    root: _Root | None = None
+    extends: Line | None = None
 
 
 def read_record(store: Store, name: str) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from common.files import NotFound
 from common.inference.added import STAGE, model_content, nearest
 from common.inference.load_model import OpenedModel
 from common.json_files import Row, read_object
-from common.model.added import AddedExpert, Method, read_added, remove_last
+from common.model.added import NAME, AddedExpert, Method, read_added, remove_last
 from common.pipeline.plan import Task
 from common.pipeline.runs import RUN_NAME, find_run, read_record, run_names
 from common.pipeline.stage import execute
@@ -36,8 +36,6 @@ from common.storage.store import Store, remove_all
 from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled
 from stages.extend.run import DETAILS, Request, run
-
-NAME = re.compile(r"(?!(shared|adapter|gate|enrolled|expert-[0-9]+)$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True)

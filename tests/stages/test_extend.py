@@ -22,14 +22,19 @@ from common.inference.load_model import open_model
 from common.inference.recordings import LoadedRecording, Recording
 from common.inference.subtitles import as_csv, table_rows
 from common.inference.transcribe import Segment
+from common.model.adapters import save_expert
 from common.model.bundle import save_recogniser
 from common.model.gate import Gate
+from common.model.mixture import add_mixture
+from common.model.recogniser import Recogniser
+from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
 from common.training.added import Trial, choose_weights, folds_of, simplest_good
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
+from tests.common.model.test_mixture import randomise
 from tests.factories import bundle_info, run_record
 
 DECODING = Decoding(batch_size=4, max_new_tokens=4)
@@ -315,9 +320,6 @@ def test_cross_validation_keeps_speakers_or_sessions_together(speech):
 def test_exports_of_an_extension_are_exact(store, speech, tmp_path):
     from peft import PeftModel
 
-    from common.model.recogniser import Recogniser
-    from common.model.whisper import load_whisper
-
     extend(store, speech)
     child = opened("micro-s00", store, tmp_path)
     expected = logits(child.recogniser, [0] * 4)
@@ -477,3 +479,28 @@ def test_a_corrected_table_is_a_corpus_that_tells_how_much_was_corrected(speech,
     assert {u.speaker for u in made.corpus.utterances} == {"F07"} == {row["speaker"] for row in rows}
     assert sum(u.duration for u in made.corpus.utterances) == pytest.approx(own.duration, abs=0.01)
     assert any("nobody corrected: 1 of 2" in note for note in made.notes)
+
+
+def test_a_model_in_a_bucket_is_extended_there(finished, speech, s3_server, bucket, tmp_path):
+    address = f"s3://{bucket}/runs"
+    store = open_store(address, endpoint_url=s3_server.endpoint)
+    store.put_folder(finished, "")
+    before = {entry.key for entry in store.list("")}
+    made = extend(address, speech, "--endpoint-url", s3_server.endpoint, method="gates")
+    assert made["run"] == "micro-s00"
+    child = open_model("micro-s00", store=store, cache=tmp_path / "other", device="cpu")
+    assert [one.name for one in child.added] == ["s00"]
+    new = {entry.key for entry in store.list("")} - before
+    assert not [key for key in new if "/asr/" in key or "checkpoints" in key]
+
+
+def test_somebody_elses_adapter_is_extended_too(store, speech, micro_model, tmp_path):
+    whisper = load_whisper(micro_model)
+    add_mixture(whisper, targets=TARGETS, num_experts=1, rank=2, alpha=4)
+    randomise(whisper)
+    save_expert(whisper, 0, tmp_path / "theirs", base_model=str(micro_model))
+    before = logits(opened(tmp_path / "theirs", store, tmp_path).recogniser)
+    assert extend(store, speech, "--run", "ours", model=tmp_path / "theirs")["run"] == "ours"
+    child = opened("ours", store, tmp_path)
+    assert torch.equal(logits(child.recogniser), before)
+    assert not torch.equal(logits(child.recogniser, [0] * 4), before)

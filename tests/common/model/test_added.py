@@ -1,6 +1,7 @@
 """Added experts: everybody else's logits stay bit for bit, the own ones are an exact sum, and files give them back."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -136,7 +137,18 @@ def test_an_expert_for_another_model_is_refused(micro_model, tmp_path):
         attach(recogniser, [tmp_path / "one", tmp_path / "one"])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"name": "x"}', json.dumps({"name": 3})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"name": "x"}',
+        json.dumps({"name": 3}),
+        json.dumps(asdict(expert(name="../up"))),
+        json.dumps(asdict(expert(column="text"))),
+    ],
+)
 def test_a_damaged_description_is_refused(tmp_path, text):
     (tmp_path / ADDED).write_text(text)
     with pytest.raises(DataError, match=ADDED):
