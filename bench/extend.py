@@ -217,8 +217,8 @@ def main() -> None:
     rows = [group_found(arguments)] if arguments.groups else measure(arguments)
     if arguments.groups:
         show(rows[0])
-    there = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else []
-    arguments.out.write_text(json.dumps([*there, *rows], indent=1) + "\n", encoding="utf-8")
+    there = json.loads(arguments.out.read_text(encoding="utf-8"))["sides"] if arguments.out.is_file() else []
+    arguments.out.write_text(json.dumps({"sides": [*there, *rows]}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
