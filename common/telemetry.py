@@ -303,7 +303,7 @@ def device_memory() -> dict[tuple[str, str], float]:
     """(device, kind) → bytes, of the GPUs that this process uses; device `cpu` has the resident memory."""
     found = {("cpu", "used"): _resident_bytes()}
     torch = sys.modules.get("torch")  # not imported for this: without it no GPU is in use
-    if torch is None or not torch.cuda.is_initialized():
+    if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():  # or half imported so far
         return found
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)

@@ -4,10 +4,12 @@ import json
 import logging
 import re
 import socket
+import sys
 import threading
 import time
 import urllib.request
 from contextlib import suppress
+from types import ModuleType
 
 import pytest
 
@@ -18,7 +20,7 @@ from common.pipeline.metrics import MetricsLog
 from common.storage.checkpoint import Checkpointer
 from common.storage.local import LocalStore
 from common.storage.measured import MeasuredStore
-from common.telemetry import METRICS, STAGE, Telemetry, serving
+from common.telemetry import METRICS, STAGE, Telemetry, device_memory, serving
 
 
 @pytest.fixture
@@ -187,3 +189,8 @@ def test_values_fit_into_json(live):
     live.set(telemetry.LEARNING_RATE, 0.5)
     text = json.dumps(last_values(live), allow_nan=False)
     assert json.loads(text) == {'moe_asr_loss{split="train"}': None, "moe_asr_learning_rate": 0.5}
+
+
+def test_a_scrape_while_torch_is_being_imported_is_answered(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert set(device_memory()) == {("cpu", "used")}
