@@ -304,7 +304,7 @@ class AsrConfig(SpeechTrainConfig):
     )
     magnitude_rate: float = Field(30, gt=0, description="Learning rate of magnitudes, as a multiple of their expert's.")
     routed_dropout: float = Field(
-        0.0,
+        0.25,
         ge=0,
         lt=1,
         description="Share of training utterances that get the shared expert alone, so that it can do without others.",

@@ -18,7 +18,16 @@ from common.data.batches import Batch
 from common.data.features import log_mel
 from common.model.gate import Gate
 from common.model.mixture import mixture_layers
-from common.model.routing import Routing, RoutingSlot, balance_loss, route, route_to, router_entropy, rows_by_added
+from common.model.routing import (
+    Routing,
+    RoutingSlot,
+    balance_loss,
+    draw_rows,
+    route,
+    route_to,
+    router_entropy,
+    rows_by_added,
+)
 from common.model.whisper import encode, pool, token_losses
 
 Mixture = Literal["blend", "loss", "hard"]
@@ -53,6 +62,7 @@ class Recogniser(nn.Module):
     logits_NE: Tensor | None
     known_N: Tensor | None
     added_N: Tensor | None
+    draw: Tensor  # of the rows that `RouterOptions.routed_dropout` leaves to the shared expert; another one each step
 
     def __init__(
         self,
@@ -76,6 +86,7 @@ class Recogniser(nn.Module):
         self.register_buffer("logits_NE", None, persistent=False)
         self.register_buffer("known_N", None, persistent=False)
         self.register_buffer("added_N", None, persistent=False)
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64), persistent=False)
 
     @property
     def num_experts(self) -> int:
@@ -194,7 +205,7 @@ class Recogniser(nn.Module):
         known_B = None if self.known_N is None else self.known_N[row_B]
         if not self.training or not self.options.routed_dropout:
             return known_B
-        kept_B = torch.rand(len(row_B), device=row_B.device) >= self.options.routed_dropout
+        kept_B = ~draw_rows(row_B, self.draw, self.options.routed_dropout)
         return kept_B if known_B is None else known_B & kept_B
 
     def added(self, row_B: Tensor) -> Tensor | None:

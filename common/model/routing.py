@@ -91,6 +91,26 @@ def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor
     return logits_NE, known_N
 
 
+def draw_rows(row_B: Tensor, draw: Tensor, share: float) -> Tensor:
+    """Pseudo-random choice of a share of the rows, which depends on nothing but their numbers and `draw`.
+
+    So the same utterances are chosen however a step's batch is split over accumulation, processes or memory. The
+    numbers are mixed as in the finaliser of MurmurHash3.
+
+    Args:
+        row_B: int64 numbers of utterances.
+        draw: int64 scalar; another one gives another choice.
+
+    Returns:
+        chosen_B, true for about `share` of the rows.
+    """
+    mask = 0xFFFFFFFF
+    mixed_B = (row_B * 0x9E3779B1 + draw * 0x7F4A7C15) & mask
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        mixed_B = ((mixed_B ^ (mixed_B >> 16)) * factor) & mask
+    return (mixed_B ^ (mixed_B >> 16)) < int(share * 2**32)
+
+
 def balance_loss(logits_BE: Tensor, ids_BK: Tensor) -> Tensor:
     """E · Σ_e (share of assignments to e) · (mean probability of e): 1 when balanced, E when collapsed."""
     experts = logits_BE.shape[1]

@@ -79,7 +79,7 @@ def build(
             options.top_k,
             options.balance_weight,
             options.entropy_weight,
-            options.routed_dropout if shared_rank else 0.0,
+            options.routed_dropout if shared_rank and routed else 0.0,
         ),
         gradient_checkpointing=checkpointing,
         augmentation=augmentation(config),

@@ -201,6 +201,10 @@ def _train(joint: Joint) -> TrainResult:
         options = replace(options, select_from=1 - rank_plan(config).final)  # earlier ones have ranks to be taken away
         after_step = partial(adalora.allocate, joint.recogniser, plan=rank_plan(config))
         extra = adalora.importance_tensors(joint.recogniser)
+    elif joint.recogniser.options.routed_dropout:
+        draw = joint.recogniser.draw.fill_(config.seed * 1_000_003 % 2**32)
+        after_step = partial(_next_draw, draw)
+        extra = {"draw": draw}
     joint.point_at("train")
     return train(
         joint.recogniser,
@@ -217,6 +221,11 @@ def _train(joint: Joint) -> TrainResult:
         extra=extra,
         label="asr",
     )
+
+
+def _next_draw(draw: torch.Tensor, step: int, total: int) -> None:
+    """Lets the next step leave other utterances to the shared expert alone."""
+    draw.add_(1)
 
 
 def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]]:

@@ -62,4 +62,8 @@ def test_a_share_of_training_utterances_is_left_to_the_shared_expert(micro_model
     known = recogniser.known(rows)
     assert not known[1::2].any()
     assert 0.7 < known[::2].float().mean() < 0.8
+    parts = [recogniser.known(part) for part in rows.split(7)]
+    assert torch.equal(torch.cat(parts), known)  # however a step's batch is split
+    recogniser.draw += 1
+    assert (recogniser.known(rows) != known)[::2].float().mean() > 0.1  # others in the next step
     assert torch.equal(recogniser.eval().known(rows), rows % 2 == 0)
