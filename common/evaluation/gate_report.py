@@ -100,7 +100,9 @@ def _log_probabilities(
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     found_NK = np.full((len(held_N), len(groups)), -1e3)
-    present = np.unique(label_N[fit_N])
+    present, count = np.unique(label_N[fit_N], return_counts=True)
+    present = present[count > 1]  # a single utterance has no spread
+    fit_N = fit_N[np.isin(label_N[fit_N], present)]
     columns = [list(groups).index(k) for k in present]
     if len(present) < 2:
         found_NK[:, columns] = 0.0

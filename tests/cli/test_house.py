@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import cli
-from common import machine
+from common.pipeline import machine
 from tests.cli.test_main import ENVIRONMENT, moe_asr
 
 

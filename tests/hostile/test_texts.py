@@ -94,6 +94,7 @@ def test_a_bases_name_is_one_literal_and_one_word_in_the_pages_of_exports(base):
     audio, embedding = {"context": "30s", "margin": 64}, {"layer": -1, "pooling": "mean"}
     table = {"base": base, "adapters": ["expert-0"], "language": "en", "audio": audio, "embedding": embedding}
     table |= {"top_k": 1, "mixture": "blend", "encoder_adapted": False, "task": "transcribe", "multilingual": False}
+    table |= {"added": {}}
     program = re.findall(r"^```python\n(.*?)^```", peft_page(table), re.DOTALL | re.MULTILINE)[0]
     values = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
     assert " ".join(base.split()) in values and len(ast.parse(program).body) == 5
