@@ -39,9 +39,10 @@ def digests(lab: Lab, store: str) -> dict[str, str]:
 
 
 def manifests(lab: Lab, store: str) -> list[Manifest]:
-    """Of all artifacts of a store."""
+    """Of all artifacts of a store that stages made; the base model's transcripts are a by-product."""
     place = lab.store(store)
-    names = [entry.key for entry in place.list("artifacts/") if entry.key.endswith("/manifest.json")]
+    keys = [entry.key for entry in place.list("artifacts/") if not entry.key.startswith("artifacts/base/")]
+    names = [key for key in keys if key.endswith("/manifest.json")]
     return [Manifest.from_json(place.read(name), name) for name in names]
 
 

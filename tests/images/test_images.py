@@ -92,7 +92,7 @@ def test_five_images_run_the_pipeline_on_a_mounted_corpus(engine, work):
         run(engine, "--volume", f"{work}:/data", image(stage), "--config", "/data/config.yaml")
     store = open_store(str(work / "store"))
     made = sorted(folder.parent.name for folder in (work / "store" / "artifacts").glob("*/*"))
-    assert set(made) == set(STAGES)
+    assert set(made) == {*STAGES, "base"}  # the base model's transcripts, for other runs
     for folder in (work / "store" / "artifacts").glob("*/*"):
         assert inspect(store, Key(folder.parent.name, folder.name), deep=True).status == "done"
 
