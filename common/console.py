@@ -66,8 +66,9 @@ class Coloured(str):
 
 
 def coloured(text: str, colour: str) -> Coloured:
-    """The text in a terminal colour, for `echo`, which removes the colour if the output is not a terminal. The text is
-    plain if $NO_COLOR is set (no-color.org) or the terminal does not support colours.
+    """The text in a terminal colour, for `echo`, which removes the colour if the output is not a terminal.
+
+    The text is plain if $NO_COLOR is set (no-color.org) or the terminal does not support colours.
     """
     return Coloured(_styled(escaped(text, one_line=True), colour))
 
@@ -143,7 +144,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _tell_cluster(message: str) -> None:
-    """In a pod, writes the reason to the termination message, which Kubernetes and Argo show for the failed container."""
+    """In a pod, writes the reason to the termination message, which Kubernetes and Argo show for the container."""
     path = Path(os.environ.get("MOE_ASR_TERMINATION_LOG") or os.devnull)
     with contextlib.suppress(OSError):
         path.write_bytes(message.encode()[:4000])

@@ -76,8 +76,9 @@ def costs(config: Config, *, hours: float, pace: Pace) -> list[StageCost]:
 
 
 def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str, float]:
-    """Hours of speech that pass through each stage over all epochs, without early stopping. Limits of steps and of
-    utterances are applied if the duration of an utterance is known (above 0).
+    """Hours of speech that pass through each stage over all epochs, without early stopping.
+
+    Limits of steps and of utterances are applied if the duration of an utterance is known (above 0).
     """
     parts, held_out = config.subsets, HELD_OUT * hours
 

@@ -121,10 +121,11 @@ def _umap_start(points_ND: NDArray[np.float32], width: int) -> NDArray[np.float3
 
 
 def _set_up_numba() -> None:
-    """Sets the threading layer and the cache folder of numba, the compiler that UMAP uses. With OpenMP, its default,
-    numba sets the number of threads of the whole process, including torch's, to the number of processors, which makes
-    later training several times slower if torch was limited to fewer. Numba's own work queue does not change OpenMP; it
-    does not support several UMAPs at once in threads of one process.
+    """Sets the threading layer and the cache folder of numba, the compiler that UMAP uses.
+
+    With OpenMP, its default, numba sets the number of threads of the whole process, including torch's, to the number of
+    processors, which makes later training several times slower if torch was limited to fewer. Numba's own work queue
+    does not change OpenMP; it does not support several UMAPs at once in threads of one process.
     """
     if "NUMBA_CACHE_DIR" not in os.environ:
         os.environ["NUMBA_CACHE_DIR"] = str(_numba_cache())

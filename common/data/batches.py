@@ -315,8 +315,8 @@ class BatchLoader:
         """Yields these batches in order, on the device.
 
         Raises:
-            DataError: an audio file cannot be read; the message is that of the reader. StoreError, RetryableError: the
-                store cannot provide it.
+            DataError: an audio file cannot be read; the message is that of the reader.
+            StoreError, RetryableError: the store cannot provide it.
             RetryableError: a loader process was killed.
         """
         self._batches[:] = batches

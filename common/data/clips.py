@@ -69,8 +69,10 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class AudioCache:
     """Cache of remote corpora's audio on this machine's disk, shared by all processes; the least recently used files
-    are removed first. Every file ends with its own hash, so that a file damaged by a power cut counts as absent. If a
-    file cannot be cached (a full disk, missing rights), the run is slower but does not fail.
+    are removed first.
+
+    Every file ends with its own hash, so that a file damaged by a power cut counts as absent. If a file cannot be
+    cached (a full disk, missing rights), the run is slower but does not fail.
 
     Attributes:
         folder: holds `<2 hex>/<64 hex>`, and `used`, the sum of their sizes, which is locked while it changes.
@@ -201,8 +203,8 @@ class Clip:
         """The whole file.
 
         Raises:
-            DataError: the file is missing, or its bytes do not match the index. StoreError, RetryableError: the store
-                cannot provide it.
+            DataError: the file is missing, or its bytes do not match the index.
+            StoreError, RetryableError: the store cannot provide it.
         """
         if self.remote is None:
             return self._bring()

@@ -1,5 +1,7 @@
-"""Audio files as blocks of samples: by libsndfile if the header is exact, otherwise by PyAV. Memory use depends neither
-on a file's length nor on the length given in its header. Shape letters: N frames, C channels.
+"""Audio files as blocks of samples: by libsndfile if the header is exact, otherwise by PyAV.
+
+Memory use depends neither on a file's length nor on the length given in its header. Shape letters: N frames, C
+channels.
 """
 
 import io
@@ -48,8 +50,8 @@ class Damage:
     """Audio that a file should contain but that cannot be decoded.
 
     Attributes:
-        seconds: length of the damage found so far; it is replaced by silence. first: position in the file at which it
-            begins, in seconds.
+        seconds: length of the damage found so far; it is replaced by silence.
+        first: position in the file at which it begins, in seconds.
     """
 
     seconds: float = 0.0
@@ -69,7 +71,8 @@ class AudioStream:
         rate: Hz.
         channels: C.
         frames: number of frames of the whole file, if its header gives it exactly.
-        blocks: the requested stretch, as a sequence of block_NC. damage: damage in the part read so far.
+        blocks: the requested stretch, as a sequence of block_NC.
+        damage: damage in the part read so far.
     """
 
     rate: int

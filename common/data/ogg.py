@@ -1,4 +1,5 @@
 """Inspects the pages of an Ogg file: libsndfile decodes a file exactly only if it is one stream without damage.
+
 Decoders skip damaged pages, and all streams after the first, without a message. Format: RFC 3533.
 """
 

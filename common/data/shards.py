@@ -67,14 +67,14 @@ def pack_corpus(
     """Writes a corpus's audio as shards, and then its index.
 
     Args:
-        store: store of the packed corpus, at its root. shard_bytes: maximum size of a shard; a larger file gets a
-            separate shard.
+        store: store of the packed corpus, at its root.
+        shard_bytes: maximum size of a shard; a larger file gets a separate shard.
         scratch: a folder for the shard that is being made.
         progress: called with the number of audio files packed since the last call.
 
     Raises:
-        UsageError: the store already contains another index; nothing is written. DataError: an audio file cannot be
-            read; only whole shards are left, and no index.
+        UsageError: the store already contains another index; nothing is written.
+        DataError: an audio file cannot be read; only whole shards are left, and no index.
     """
     existing = {entry.key: entry.size for entry in store.list("")}
     before = store.read(INDEX_NAME, MAX_FILE) if INDEX_NAME in existing else None

@@ -1,6 +1,7 @@
-"""Finds the two inputs of a run, corpus and base model, and computes their digests. A model from a store is downloaded
-to a local folder. Of a corpus in a store, only the index is downloaded; audio is fetched when it is needed
-(`common.data.clips`).
+"""Finds the two inputs of a run, corpus and base model, and computes their digests.
+
+A model from a store is downloaded to a local folder. Of a corpus in a store, only the index is downloaded; audio is
+fetched when it is needed (`common.data.clips`).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
 
     Args:
         path: a folder, an index file, or the `s3://` address of either.
-        cache: folder for the index and audio of a remote corpus; all corpora share the audio cache. cache_bytes:
-            maximum size of the audio cache.
+        cache: folder for the index and audio of a remote corpus; all corpora share the audio cache.
+        cache_bytes: maximum size of the audio cache.
 
     Raises:
         DataError: the corpus cannot be found or read.
@@ -60,8 +61,9 @@ def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoin
 
     Args:
         name: a folder, a hub name or the `s3://` address of a folder.
-        cache: folder for downloads from a store. revision: commit of a hub model. endpoint_url: address of an
-            S3-compatible store.
+        cache: folder for downloads from a store.
+        revision: commit of a hub model.
+        endpoint_url: address of an S3-compatible store.
 
     Raises:
         DataError: there is no such model.
@@ -79,7 +81,7 @@ def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoin
 
 
 def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
-    """The cache folder of an address; it depends on the endpoint, since two servers may have buckets of the same name."""
+    """The cache folder of an address at an endpoint, since two servers may have buckets of the same name."""
     return cache / hashlib.sha256(f"{endpoint_url}\0{address}".encode()).hexdigest()[:16]
 
 
@@ -104,8 +106,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def model_digest(name: str, cache: Path, *, revision: str | None = None, endpoint_url: str | None = None) -> str:
-    """The base model's part of keys: its content, or hub name and revision. A folder is identified by the bytes of its
-    weights and configuration, so that a local folder and a store address of the same checkpoint give the same keys.
+    """The base model's part of keys: its content, or hub name and revision.
+
+    A folder is identified by the bytes of its weights and configuration, so that a local folder and a store address of
+    the same checkpoint give the same keys.
     """
     if is_hub_name(name):
         return f"hub:{name}@{revision or 'main'}"

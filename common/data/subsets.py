@@ -60,9 +60,10 @@ def _usable(corpus: Corpus, split: str) -> list[Utterance]:
 def stratified_subset(
     utterances: Sequence[Utterance], *, percent: float | None = None, count: int | None = None, seed: int
 ) -> list[Utterance]:
-    """A subset of the utterances with proportional etiologies; larger subsets contain the smaller ones. Within an
-    etiology of n utterances, the utterance of rank r (by a hash of seed and id) gets the position (r + 1/2) / n; all
-    etiologies are merged in order of these positions, and a subset is the first part of this order. Subsets are
+    """A subset of the utterances with proportional etiologies; larger subsets contain the smaller ones.
+
+    Within an etiology of n utterances, the utterance of rank r (by a hash of seed and id) gets the position (r + 1/2) /
+    n; all etiologies are merged in order of these positions, and a subset is the first part of this order. Subsets are
     therefore nested for percents and counts, proportional, and independent of the order of `utterances`.
 
     Args:

@@ -54,7 +54,8 @@ class TextCodec:
         tokenizer: the checkpoint's own.
         prompt: start of transcript, language and task (multilingual models), no timestamps.
         end: end-of-text token.
-        suppressed: tokens that decoding never emits. suppressed_first: tokens with which decoding does not begin.
+        suppressed: tokens that decoding never emits.
+        suppressed_first: tokens with which decoding does not begin.
         timestamp_begin: the timestamp <|0.00|>, right after <|notimestamps|>; None if there are no timestamp tokens.
         no_speech: the token for audio without speech; None if the tokenizer has no such token.
     """

@@ -40,8 +40,8 @@ class Table(NamedTuple):
     Attributes:
         columns: the names in order, including duplicates.
         records: (file and line, column → cell).
-        faults: lines that are not records. empty: number of rows with only empty cells, which spreadsheets leave at the
-            end.
+        faults: lines that are not records.
+        empty: number of rows with only empty cells, which spreadsheets leave at the end.
     """
 
     columns: list[str]

@@ -16,6 +16,7 @@ SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 @dataclass(frozen=True, slots=True)
 class TableRow:
     """A row as text by field name (including `split`, which may be empty), its position in the source, and its audio.
+
     `folder` is put before the path when an id is made from it.
     """
 

@@ -102,8 +102,9 @@ def import_sap(
 
 
 def hold_out_dev(rows: Sequence[TableRow], *, seed: int) -> list[TableRow]:
-    """Divides rows of train and dev into train, dev and test: dev becomes test, some speakers of train become dev. Rows
-    with a test split, or without any split, are returned unchanged.
+    """Divides rows of train and dev into train, dev and test: dev becomes test, some speakers of train become dev.
+
+    Rows with a test split, or without any split, are returned unchanged.
     """
     if {row.values["split"] for row in rows} != {"train", "dev"}:
         return list(rows)
@@ -223,7 +224,7 @@ def _split_of(path: Path, source: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Transcript of a recording, or of the part from `offset` with `duration` (seconds, as text; empty for the whole)."""
+    """Transcript of a recording, or of its part from `offset` with `duration` (seconds, as text; empty for all)."""
 
     text: str
     text_alt: str = ""

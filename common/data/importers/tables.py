@@ -85,7 +85,8 @@ def read_rows(
     """The rows of a table by field name.
 
     Args:
-        split: split of rows that name none. folder: put before the path when an id is made from it.
+        split: split of rows that name none.
+        folder: put before the path when an id is made from it.
 
     Raises:
         DataError: an unreadable table, a missing column.

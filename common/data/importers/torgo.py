@@ -41,9 +41,10 @@ def import_torgo(
     mend_text: bool = False,
     seed: int = 42,
 ) -> Imported:
-    """Make a corpus from TORGO's folders; there are no official splits, so speakers are assigned to splits. Prompts
-    that are not text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment in
-    brackets next to a word is removed. Etiology is dysarthria or control.
+    """Make a corpus from TORGO's folders; there are no official splits, so speakers are assigned to splits.
+
+    Prompts that are not text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment
+    in brackets next to a word is removed. Etiology is dysarthria or control.
 
     Args:
         folder: contains the speakers' folders, at any depth.
