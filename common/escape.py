@@ -1,4 +1,4 @@
-"""Text of others as it may be shown: no control character reaches a terminal or a log, and no password either."""
+"""Escapes untrusted text for output: no control characters and no passwords reach a terminal or a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and evaluations side by side: rates with intervals, and differences on the same draws of speakers.
+"""Compares runs and evaluations: rates with intervals, and differences on the same draws of speakers.
 
 Shape letters: M results, R resamples, S results (seeds) of one system.
 """
@@ -34,25 +34,25 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Row:
-    """Rates of systems, and how each differs from one of them.
+    """Rates of systems, and their differences from a reference.
 
-    A system with several results (seeds of one regime) counts by its mean over them; its intervals draw speakers and,
-    independently, results. All systems are on the same draws of speakers, so that differences are paired.
+    The rate of a system with several results (seeds of one regime) is their mean; its intervals resample speakers and,
+    independently, results. All systems use the same draws of speakers, so that differences are paired.
 
     Args:
         systems: name → its results.
-        reference: what the others are compared with; the first where it is not given.
-        shared_only: compare on the utterances that all have; else different sets are refused.
-        resamples: R, how often speakers are drawn.
-        seed: of the draws.
+        reference: the system with which the others are compared; by default the first.
+        shared_only: compare on the utterances that all systems share; otherwise different sets are refused.
+        resamples: R, number of draws of speakers.
+        seed: random seed of the draws.
 
     Returns:
-        Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that not all have),
-        `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference
-        (None for itself) and `facts` (means over its results). Intervals and p are None where there is one speaker.
+        Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that some systems lack),
+        `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference (None
+        for itself) and `facts` (means over its results). Intervals and p are None if there is only one speaker.
 
     Raises:
-        UsageError: no system of the reference's name.
+        UsageError: there is no system with the reference's name.
         DataError: the systems were not tested on the same utterances.
     """
     names = list(systems)
@@ -93,7 +93,9 @@ def _described(
 
 
 def _shared(results: Sequence[Result], shared_only: bool) -> tuple[set[str], int]:
-    """Ids of the utterances that all results have with the same reference, and the number of the others."""
+    """Ids of the utterances that all results have with the same reference transcripts, and the number of other
+    utterances.
+    """
     sets = [{(str(row["id"]), row["reference"]) for row in result.rows} for result in results]
     shared, union = set.intersection(*sets), set.union(*sets)
     others = {name for name, _ in union - shared}
@@ -145,9 +147,10 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
 def _draws(
     systems: Systems, speakers: Mapping[str, str], metric: Metric, resamples: int, seed: int
 ) -> dict[str, Floats]:
-    """Each system's rate on R draws of speakers and, where it has S > 1 results, on as many draws of S of them.
+    """Each system's rate on R draws of speakers; with S > 1 results, each draw also resamples the results.
 
-    Draws of S out of S vary less than S new results would, by (S - 1) / S in variance: they are stretched accordingly.
+    Resampled results vary less than S new results would, by (S - 1) / S in variance: the draws are stretched
+    accordingly.
     """
     flat = [list(one.scores.values()) for results in systems.values() for one in results]
     rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
@@ -173,7 +176,7 @@ def _against(deltas_R: Floats) -> Row:
 
 
 def _facts(results: Sequence[Result]) -> Row:
-    """What is known of a system's results one by one, and of their training on average."""
+    """Rates of a system's single results, and means of the facts of their training."""
     every = [summary_of(one.scores.values()) for one in results]
     runs = [{"name": one.name, "wer": s["wer"], "cer": s["cer"]} for one, s in zip(results, every, strict=True)]
     spread = float(np.std([one["wer"] for one in every], ddof=1)) if len(every) > 1 else None
@@ -197,14 +200,15 @@ def summary_of(scores: Iterable[Score]) -> dict[str, float]:
 
 
 def _bounds(values_R: Floats) -> list[float]:
-    """Interval of a rate; none is below zero, though draws that were stretched may be."""
+    """Interval of a rate, limited to at least zero, since stretched draws may be negative."""
     low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [max(0.0, float(low)), max(0.0, float(high))]
 
 
 def _mean_facts(facts: Sequence[Row]) -> Row:
-    """Means of what is a number in all, the value itself where all agree; expert loads are sorted first, since
-    experts of two seeds have nothing in common but their number."""
+    """Means of numeric facts, and values that are equal in all results; expert loads are sorted first, since the
+    experts' numbers in different trainings are unrelated.
+    """
     found: Row = {}
     for key in dict.fromkeys(key for one in facts for key in one):
         values: list[Any] = [one.get(key) for one in facts]
@@ -221,7 +225,7 @@ def _mean_facts(facts: Sequence[Row]) -> Row:
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
-    """What makes a comparison less fair than it looks."""
+    """Notes on circumstances that make a comparison less fair."""
     notes = []
     ways = {json.dumps(_plain_decoding(one.facts.get("decoding")), sort_keys=True) for one in results}
     if len(ways) > 1:
@@ -234,7 +238,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
 
 
 def _plain_decoding(decoding: Row | None) -> Row | None:
-    """What decides texts, batches and the seed of draws apart; an older run lacks what was added since."""
+    """The decoding options that influence texts, without batch size and random seed; older runs lack newer options."""
     if decoding is None:
         return None
     known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}

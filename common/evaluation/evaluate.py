@@ -1,4 +1,4 @@
-"""A model's error rates on a split of a corpus: every utterance routed, decoded and scored, then the files of it."""
+"""A model's error rates on a split of a corpus: routes, decodes and scores every utterance, and writes the files."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
 def choose_utterances(
     corpus: Corpus, split: str, *, long_audio: str = "error", samples: int | None = None
 ) -> list[Utterance]:
-    """The utterances of a split, of test as the asr stage chooses them: a stratified part where `samples` is given.
+    """The utterances of a split; with `samples` a stratified part, for test the same as in the asr stage.
 
     Raises:
-        DataError: there is none.
+        DataError: the split has no utterances.
     """
     found = list(corpus.utterances) if split == "all" else corpus.split(split)
     if not found:
@@ -63,10 +63,10 @@ def decode_corpus(
     """One row for each utterance (`breakdown.scored_row`), in their order.
 
     Args:
-        windows: hear what lasts over 30 s in windows, as `moe-asr transcribe` does.
+        windows: transcribe utterances over 30 s in windows, as `moe-asr transcribe` does.
 
     Raises:
-        DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
+        DataError: audio cannot be read, lasts over 30 s, or has no reference text.
     """
     long = [u for u in utterances if windows and is_too_long(u.duration)]
     apart = {u.id for u in long}
@@ -106,7 +106,7 @@ def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, d
 def fixed_choices(
     opened: OpenedModel, utterances: Sequence[Utterance], batches: Callable[[], Iterable[Batch]]
 ) -> dict[str, Choice]:
-    """id → what chooses its experts, where that is more than the utterance itself: its speaker, or a table."""
+    """id → choice of experts, if the choice depends on the speaker or on a table instead of the utterance alone."""
     info, gate = opened.info, opened.recogniser.gate
     if info is None or not utterances:
         return {}
@@ -145,8 +145,8 @@ def describe_evaluation(
     """The object of evaluation.json: what was evaluated and how, and the rates (`breakdown.breakdown`).
 
     Args:
-        left_out: utterances of the split, all of it, over 30 s that were dropped.
-        seconds: that decoding took.
+        left_out: number of utterances over 30 s in the whole split, which were dropped.
+        seconds: duration of decoding.
     """
     info, audio = opened.info, sum(row["duration"] for row in rows)
     return {
