@@ -1,4 +1,4 @@
-"""Pieces of a stage in processes of their own: side by side on several GPUs, and told together to stop."""
+"""Runs pieces of a stage in separate processes, in parallel on several GPUs, and stops them together."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def run_in_processes(
     scratch: Path,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs pieces of a stage side by side, one process each, at most one per slot.
+    """Runs pieces of a stage in parallel, one process each, at most one per slot.
 
     Args:
-        slots: CUDA_VISIBLE_DEVICES of each process; None leaves it as it is.
-        scratch: where the configuration is handed over.
-        stopping: once true, what runs is told to end, with a checkpoint, and no more is started.
+        slots: CUDA_VISIBLE_DEVICES of each process; None does not change it.
+        scratch: folder in which the configuration is passed to the processes.
+        stopping: once true, running processes are stopped with a checkpoint, and no more are started.
 
     Raises:
-        RetryableError: a piece met a fault that may pass; the others are finished first.
+        RetryableError: a piece failed with a temporary fault; the others are finished first.
         StageFailed: the first piece that failed otherwise; the others are finished first.
-        Preempted: told to stop.
+        Preempted: `stopping` became true.
     """
     give_back_memory()
     free = list(enumerate(slots))
@@ -95,12 +95,12 @@ def run_in_processes(
 
 
 def without_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a stage that is configured by its options: as in no pod."""
+    """The environment for a stage that is configured by its options, without the variables of a pod."""
     return {name: value for name, value in environment.items() if name not in ("MOE_ASR_STORE", "MOE_ASR_WORKFLOW")}
 
 
 def give_back_memory() -> None:
-    """Leaves the GPU to other processes, as far as this one needs none of it now: torch keeps what it once had."""
+    """Releases unused GPU memory for other processes, since torch keeps allocated memory."""
     import torch
 
     gc.collect()
