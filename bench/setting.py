@@ -1,4 +1,4 @@
-"""What is measured on: sizes of models and batches for a CPU, for a GPU, and for a test that it all runs."""
+"""Sizes of models and batches for measurements on a CPU, on a GPU, and for a quick test of all rows."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def gpu_setting() -> Setting:
 
 
 def _shared_memory() -> int:
-    """Bytes that loader processes can hand over; containers often have 64 MB."""
+    """Bytes of shared memory for loader processes; containers often have 64 MB."""
     folder = Path("/dev/shm")
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
