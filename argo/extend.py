@@ -19,7 +19,7 @@ from hera.workflows import models as m
 from argo.parameters import EXTEND_PARAMETERS, Installation, parameter
 from argo.pods import container, display, output, template
 
-ITEM = ("who", "key", "memo", "lock", "lane")  # what the plan says of one speaker or group
+ITEM = ("who", "key", "memo", "lock", "lane")  # the plan's item for one speaker or group
 IMAGE = "asr"
 
 

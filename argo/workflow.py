@@ -32,7 +32,7 @@ from argo.pods import OUTPUTS, container, display, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
-ITEM = ("shard", "key", "memo", "lock", "lane")  # what the plan says of one piece
+ITEM = ("shard", "key", "memo", "lock", "lane")  # the plan's item for one piece
 POD_INPUTS = ("shard", "key", "memo", "model")
 MODEL = "{{inputs.parameters.model}}"  # digest of the base model, known from the first plan on
 

@@ -54,7 +54,7 @@ def rows(setting: Setting) -> list[Measurement]:
         *precision_rows(pair, recogniser, short, setting),
         adamw_row(setting),
     ]
-    if setting.name != "quick":  # the compiler takes longer than all else at micro sizes
+    if setting.name != "quick":  # the compiler takes longer than all other rows at micro sizes
         found.append(pair("compile: true", step(compiled(recogniser)), plain))
     return found
 

@@ -123,7 +123,7 @@ def gpu_setting() -> Setting:
         experts=8,
         top_k=2,
         rank=16,
-        batch=6,  # B·k rows without gradient checkpointing, beside two peers' models, in 80 GB
+        batch=6,  # B·k rows without gradient checkpointing, with two peers' models, in 80 GB
         dense_batch=32,
         dense_clips=1536,
         clips=256,

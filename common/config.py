@@ -36,7 +36,7 @@ from common.sections import (
 )
 
 MODES = ("full", "quick", "demo")
-# Where something lies, not what it is: may differ within a run, and never comes from a record in a store.
+# Locations, not content: may differ within a run, and are never taken from a record in a store.
 PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")
 LONGEST, DEEPEST = 2**20, 50  # characters of a YAML text, and brackets in brackets
 SHOWN = 120  # characters of a value or a reason in an error

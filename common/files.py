@@ -110,7 +110,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
     Raises:
         UsageError: `path` exists and may not be replaced.
     """
-    path = path.absolute()  # `.` has no name to put another folder beside
+    path = path.absolute()  # `.` has no name from which a neighbouring folder's name could be made
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise UsageError(f"{path} is there already: name another folder, or give --overwrite")

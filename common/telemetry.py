@@ -85,7 +85,7 @@ STORE_BYTES = Metric("counter", "moe_asr_store_bytes_total", "Bytes that they mo
 STORE_ERRORS = Metric("counter", "moe_asr_store_errors_total", "Calls that failed.", (*STAGE, "operation"))
 
 METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
-MEMORY = Metric(  # collected when it is asked for, so not among the instruments
+MEMORY = Metric(  # collected on request, so not among the instruments
     "gauge",
     "moe_asr_device_memory_bytes",
     "Memory: allocated, peak, reserved by this process; used, total of the device; cpu: resident memory.",
@@ -98,7 +98,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.begun, self.finished = _Tally(), _Tally()  # of scrapes: a registry asks its collectors in this order
+        self.begun, self.finished = _Tally(), _Tally()  # of scrapes: a registry calls its collectors in this order
         self.registry.register(self.begun)
         self._instruments = {metric.name: _instrument(metric, self.registry) for metric in METRICS}
         ProcessCollector(registry=self.registry)

@@ -55,7 +55,7 @@ PATTERNS = (
     "only a few of the {p} were {d} {a} {T}",
     "it {M} be the {n} or {D} {a} {n} that you heard",
 )
-# Of the benchmark: quickly said, and mostly content words.
+# Patterns of the benchmark: short, and mostly content words.
 SHORT_PATTERNS = (
     "{D} {a} {n} {v} the {p}",
     "{S} {d} {v} {D} {n}",
@@ -141,7 +141,7 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
         if word not in taken
         and plural(word) in known
         and not {past(word), participle(word), participle(word + word[-1])} & known
-        # A name's plural is rare beside the name itself.
+        # A name's plural is rare compared with the name itself.
         and zipf_frequency(word, "en") - zipf_frequency(plural(word), "en") < 1.3
     ]
     return Lexicon(

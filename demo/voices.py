@@ -101,7 +101,7 @@ BENCH = {
     "coast": _group("++--", ("whisper", "whisperf")),
     "island": _group("--++", ("croak", "m3"), effects.smear, (0.04, 0.08)),
 }
-# The same rules in the same voices at the same pace: no sound but the replaced ones tells the groups apart.
+# The same rules in the same voices at the same pace: the groups differ only in the replaced sounds.
 BENCH_ALIKE = {
     name: replace(group, variants=_PLAIN, rate=(200, 250), word_gap=0, effect=None, strength=(0, 0))
     for name, group in BENCH.items()

@@ -36,7 +36,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a run goes on from its checkpoint when it is run again
+        max_restarts=0,  # a run continues from its checkpoint when it is run again
         monitor_interval=0.2,
         shutdown_timeout=GRACE_SECONDS + 3,  # each ends by itself before
         signals_to_handle="SIGTERM,SIGINT,SIGALRM",  # each is passed on; the last means at once

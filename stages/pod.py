@@ -211,7 +211,7 @@ def write_outcome(status: str, failures: str) -> dict[str, Any]:
         config = config_from_variables()
         outcome["run"] = config.run
         _store_outcome(config, outcome)
-    except MoeAsrError as error:  # what made the run fail may keep this from being stored, not from being told
+    except MoeAsrError as error:  # the cause of the failure may prevent storing this, but not posting it
         log.warning("the outcome is not in the store: %s", error)
     _post(variable("WEBHOOK"), outcome)
     return outcome

@@ -58,7 +58,7 @@ def run_in_processes(
     file = scratch / f"{config.run}-{os.getpid()}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(config), encoding="utf-8")
-    at_once = threading.Event()  # told a second time: no more checkpoints
+    at_once = threading.Event()  # a second signal: no more checkpoints
 
     def one(planned: Planned) -> int:
         if stopping():
@@ -67,7 +67,7 @@ def run_in_processes(
         try:
             command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
             command += [] if planned.task.shard is None else ["--shard", str(planned.task.shard)]
-            if port:  # this process keeps the first; each slot has one of its own
+            if port:  # this process keeps the first; each slot has its own
                 command += ["--metrics-port", str(port + 1 + number)]
             visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
             return _run_until(command, without_variables(os.environ) | visible, stopping, at_once)

@@ -93,7 +93,7 @@ def _umap(points_ND: NDArray[np.float32], width: int, seed: int) -> NDArray[np.f
     """
     _set_up_numba()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # says that TensorFlow is not there, for a part not used
+        warnings.simplefilter("ignore", ImportWarning)  # warns that TensorFlow is missing, for an unused part
         warnings.filterwarnings("ignore", message=r"precomputed_knn\[2\]")  # new points cannot be added: none will be
         from sklearn.neighbors import NearestNeighbors
         from umap import UMAP

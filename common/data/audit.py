@@ -20,9 +20,9 @@ from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.progress import counted
 from common.text import odd_forms
 
-DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
+DURATION_TOLERANCE = 0.1  # s between the index's duration and the file's
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
-MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 PLACEHOLDERS = frozenset({"nan", "null", "none", "n/a", "<na>"})  # in small letters; some are words, too
 
 

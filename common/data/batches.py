@@ -307,7 +307,7 @@ class BatchLoader:
             prefetch_factor=4 if num_workers else None,
             persistent_workers=num_workers > 0,
             worker_init_fn=partial(_start_worker, dict(os.environ), os.getpid()),
-            generator=torch.Generator(),  # else every epoch and every resume would draw from the model's random state
+            generator=torch.Generator(),  # otherwise every epoch and resume would use the model's random state
             multiprocessing_context="forkserver" if num_workers else None,
         )
 

@@ -105,7 +105,7 @@ class Corpus:
         clip, path = self.clip(utterance), self.path(utterance)
         if clip is not None:
             return clip.read()
-        from common.data.decoders import check_regular  # brings decoders, which an index alone does not need
+        from common.data.decoders import check_regular  # imports decoders, which reading an index does not need
 
         check_regular(path, str(path))
         with explained(path):

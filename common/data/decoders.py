@@ -27,12 +27,12 @@ Samples = npt.NDArray[np.float32]
 AudioSource = str | Path | bytes | BinaryIO
 
 BLOCK = 65536  # samples of all channels that are decoded at once
-RATES = (1_000, 1_000_000)  # Hz: a header that says less or more is damaged
+RATES = (1_000, 1_000_000)  # Hz: a header with a lower or higher rate is damaged
 LONGEST_HOURS = 24  # of audio in one file; longer ones are refused
 PREROLL = 10.0  # s before a stretch at which PyAV begins: by then every codec has forgotten where it started
 SEEK_ERROR = 60.0  # s: a seek that lands farther away than this landed by wrong timestamps
 GAP = 0.1  # s between the timestamps of two frames; less is rounding
-LONGEST_GAP = 60.0  # s of silence that stand for one gap
+LONGEST_GAP = 60.0  # s of silence that replace one gap
 # Their headers may lack a length, or estimate it; several files may be joined into one.
 ESTIMATED = ("MP3", "MPEG")
 CONTINUOUS = ("ogg", "flac", "mp3", "aac", "wav")  # PyAV's names; a gap in their timestamps is lost audio
@@ -337,7 +337,7 @@ def _av_blocks(frames: Iterable[tuple[Any, float]], rate: int, layout: Any, chan
             form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if gap:
             yield np.zeros((round(gap * rate), channels), np.float32)
-        frame.pts = None  # else the resampler fills gaps, too
+        frame.pts = None  # otherwise the resampler fills gaps too
         for block in resampler.resample(frame):
             yield block.to_ndarray().T
     if resampler is not None:

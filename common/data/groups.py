@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from common.data.corpus import Utterance
 
-ONE, SHUFFLED = "none", "shuffled"  # the controls: one group for everybody; groups drawn by speaker
+ONE, SHUFFLED = "none", "shuffled"  # the controls: one group for all; groups drawn by speaker
 EVERYBODY = "everybody"
 
 

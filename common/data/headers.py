@@ -16,7 +16,7 @@ from common.data.ogg import MARK, inspect_ogg
 TOLERANCE = 0.25  # s by which promised and decoded length may differ: codecs pad
 # PyAV's names of formats whose header has a length that is no estimate.
 PROMISING = ("wav", "aiff", "au", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "tta", "wv", "ape")
-UNKNOWN = 0x7FFF0000  # bytes: data sizes from here on stand for a length that was unknown, as 0 does
+UNKNOWN = 0x7FFF0000  # bytes: larger data sizes mean an unknown length, as 0 does
 HEAD = 1 << 16  # bytes in which an MP3's first frame is looked for
 
 

@@ -86,7 +86,7 @@ def align(
         model.model.decoder(input_ids=inputs_BU, encoder_hidden_states=hidden_BTD, use_cache=False)
     times = []
     for number, (tokens, valid) in enumerate(zip(texts, valid_B, strict=True)):
-        # The query at a token predicts the next one: so the last of the prompt stands for the first of the text.
+        # The query at a token predicts the next token: that of the prompt's last token belongs to the text's first.
         weights_HUT = torch.cat([_weights(q[number], k[number], valid) for q, k in seen])
         score_UT = attention_score(weights_HUT[:, : prompt + len(tokens) + 1])[prompt - 1 : prompt + len(tokens)]
         times.append(monotone_path(score_UT.double().cpu().numpy()) / POSITIONS_PER_SECOND)

@@ -22,7 +22,7 @@ from common.decoding.token_rules import Rules, make_rules
 from common.model.recogniser import Recogniser
 from common.model.routing import RoutingSlot
 
-SHRINK_AT = 0.75  # rows that must be alive for a batch to stay as it is
+SHRINK_AT = 0.75  # share of unfinished rows above which a batch is kept
 LOGPROB_THRESHOLD = -1.0  # mean log-probability of a text's tokens: below, it is a guess
 
 

@@ -14,7 +14,7 @@ from common.data.audio import SAMPLE_RATE, Samples
 from common.limits import MAX_SECONDS
 
 FRAME = SAMPLE_RATE // 100  # samples: 10 ms
-BLOCK = 6000 * FRAME  # samples that are looked at at once: a minute
+BLOCK = 6000 * FRAME  # samples that are processed at once: one minute
 EMPHASIS = 0.97  # of the sample before, that is subtracted
 SMOOTH = 3  # frames whose power is averaged
 QUIET_SHARE = 0.3  # of the way from the room's loudness to the voice's, in dB: below is a pause
@@ -25,7 +25,7 @@ SILENCE_DB = -70.0  # of full scale: nothing is louder in a silent recording
 EARLIEST = 0.4  # of the longest window: where its cut may be at the earliest
 LONG_ENOUGH = 0.6  # s of pause: among such, the latest is taken
 OVERLAP = 5.0  # s that windows share where no pause is between them
-EDGE = 0.3  # s of a skipped silence that are kept beside speech
+EDGE = 0.3  # s of a skipped silence that are kept next to speech
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def plan_windows(
     start = begins = 0.0
     while begins < seconds - 0.01:
         silence = next((p for p in pauses if p.start <= begins + 0.01 and p.end > begins + 2 * EDGE), None)
-        if silence is not None:  # nothing to hear before its end
+        if silence is not None:  # only silence before its end
             if silence.end >= seconds - 0.01:
                 break
             start = begins = max(begins, silence.end - EDGE)

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 BINS = 10
 FOLDS = 5
-MOST_UTTERANCES = 5000  # of a sample that stands for all
+MOST_UTTERANCES = 5000  # size of a sample of the utterances
 SHRINKAGE = 0.1  # of the covariance, as the gate's own
 
 

@@ -10,7 +10,7 @@ from common.json_files import Row
 AUDIBLE = 0.9  # accuracy by one utterance from which a speaker's others add nothing
 KNOWN = 0.8  # accuracy by all of a speaker's utterances that is enough to route by
 GAIN = 0.05  # of accuracy, by a speaker's other utterances
-FOLLOWS = 0.5  # adjusted Rand index from which clusters stand for the corpus's groups
+FOLLOWS = 0.5  # adjusted Rand index from which clusters count as the corpus's groups
 
 
 def corpus_hint(

@@ -31,7 +31,7 @@ from common.model.routing import Routing, route_to
 from common.model.whisper import encode, load_whisper
 
 MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
-# What belongs to a checkpoint beside its weights; copied from the base.
+# Files of a checkpoint other than its weights; copied from the base.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",

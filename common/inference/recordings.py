@@ -159,7 +159,9 @@ class LoadedRecording:
             no_speech: probability of no speech above which an improbable text is left out; None leaves nothing out.
             language: language of the texts.
         """
-        from common.inference.transcribe import without_loop  # not before paths are checked: it brings torch
+        from common.inference.transcribe import (
+            without_loop,
+        )  # imported after the check of paths, since it imports torch
 
         kept = []
         for window in windows:

@@ -38,7 +38,7 @@ from common.text import unspaced
 
 REACH = 12.0  # s to each side of a cut that are aligned anew, at most
 CLEAR = 1.5  # s from a cut: an anchor nearer than that may be on the other side
-AROUND = 3  # words between a cut and the anchors beside it, at least
+AROUND = 3  # minimum words between a cut and its nearest anchors
 EARLY = 0.1  # s before a pause: attention may move to the next word while the last one ends
 ROUNDS = 4  # each halves the pieces, for texts of too many tokens
 DECODING = Decoding(batch_size=16, max_new_tokens=224)
@@ -214,7 +214,7 @@ def _words_before(
     tokens = [opened.codec.tokenizer.encode(space + word, add_special_tokens=False).ids for word in words]
     start = max(0.0, min(float(starts_U[0]), cut - CLEAR) - 0.3)
     end = min(recording.seconds, max(float(starts_U[-1]) + 1.0, cut + CLEAR), start + MAX_SECONDS)
-    if sum(len(one) for one in tokens) > MAX_TOKENS - 8:  # more text than can be heard in this time
+    if sum(len(one) for one in tokens) > MAX_TOKENS - 8:  # more text than can be spoken in this time
         return int((starts_U < cut).sum())
     samples = recording.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
     length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)

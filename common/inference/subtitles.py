@@ -17,7 +17,7 @@ from common.inference.transcribe import Segment
 EDGE = 0.2  # s of audio around a segment, as far as its neighbours leave it
 FORMULA = "=+-@"  # how a formula begins in a spreadsheet: such a text gets a space in front
 
-Facts = dict[str, Any]  # what JSON says beside the segments: file, seconds, model, language
+Facts = dict[str, Any]  # JSON values other than segments: file, seconds, model, language
 
 
 def as_text(segments: Sequence[Segment], facts: Facts) -> str:

@@ -189,7 +189,7 @@ def _transcribe_pieces(
         window = piece.window
         words = words_of(opened.codec, texts[row], times[row] + window.start, opened.language)
         words = snap(words, pauses[piece.audio])
-        if window.start < window.begins or window.end > window.ends:  # the neighbour says the rest
+        if window.start < window.begins or window.end > window.ends:  # the rest belongs to the neighbouring window
             words = [word for word in words if window.begins <= word.start < window.ends]
         routing = transcript.routing
         experts, weights = ([], []) if routing is None else (routing[0][row], routing[1][row])

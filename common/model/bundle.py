@@ -97,11 +97,11 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         check_weights({name: value for name, value in tensors.items() if name != "limit"}, "gate.safetensors")
         gate = Gate(dim, hidden, experts, dropout)
         gate.load_state_dict(tensors)
-        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that nobody set is infinite
+        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that was not set is infinite
             raise ValueError("a standard deviation in std_D, or limit, is not above 0")
         return gate
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
-        # A missing key or tensor alone would say no more than its name.
+        # The message of a missing key or tensor would be only its name.
         message = " ".join(str(error).split())[:300]
         raise DataError(f"gate in {folder} cannot be read: {type(error).__name__}: {message}") from None
 

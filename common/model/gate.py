@@ -97,7 +97,7 @@ class Gate(nn.Module):
         return logits_BE, distance_B <= self.limit * count_B
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
-        # Always in fp32: half precision would give some utterances other experts than the report says.
+        # Always in fp32: with half precision, some utterances would get other experts than in the report.
         with torch.autocast(embedding_BD.device.type, enabled=False):
             logits_BE: Tensor = self.net(self.standardise(embedding_BD))
         return logits_BE

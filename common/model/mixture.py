@@ -354,7 +354,7 @@ def untie(model: nn.Module, layers: Iterable[nn.Module]) -> None:
         if isinstance(layer, nn.Linear) and id(layer.weight) in shared:
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
             config: Any = model.config
-            config.tie_word_embeddings = False  # else saving or loading would tie them again
+            config.tie_word_embeddings = False  # otherwise saving or loading would tie them again
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:

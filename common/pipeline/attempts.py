@@ -125,7 +125,7 @@ def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
         yield attempt
     except BaseException as error:
         over.set()
-        # Neither a store that fails nor a user who asks twice to end is kept waiting for a record.
+        # A record must not delay a failing store or the end after a second signal.
         if not isinstance(error, KeyboardInterrupt | StoreError | RetryableError):
             thread.join()
             write()

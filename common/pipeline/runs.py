@@ -115,7 +115,7 @@ def read_record(store: Store, name: str) -> dict[str, Any] | None:
         raise _damaged(where, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     except (ValueError, RecursionError):
         raise _damaged(where, "it is not JSON") from None
-    return {**record, "name": name}  # whatever it calls itself
+    return {**record, "name": name}  # whatever name the record contains
 
 
 def _damaged(where: str, reason: str) -> DataError:

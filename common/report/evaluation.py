@@ -68,7 +68,7 @@ def audio_sources(ids: Sequence[str], corpus: Corpus, out: Path) -> dict[str, st
     found: dict[str, str] = {}
     for name in dict.fromkeys(ids):
         u = by_id[name]
-        part = f"#t={u.offset:.3f},{u.offset + u.duration:.3f}"  # the file may go on after it
+        part = f"#t={u.offset:.3f},{u.offset + u.duration:.3f}"  # the file may be longer
         if corpus.clip(u) is None:
             path = os.path.relpath(corpus.path(u), out.resolve())
             found[name] = quote(Path(path).as_posix()) + part

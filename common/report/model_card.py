@@ -16,7 +16,7 @@ from common.markdown import Markdown, code, escape, shell_word
 from common.report.page import clock, percent
 from common.storage.manifest import Manifest
 
-SMALL_SAMPLE = 10  # speakers; below this, an interval over them says little
+SMALL_SAMPLE = 10  # speakers; below this, an interval over them is unreliable
 HUB = "hub:"  # prefix of a base model's digest where it was looked up on the hub
 
 

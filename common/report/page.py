@@ -29,7 +29,7 @@ def render_page(template: str, **values: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("common.report"),
         autoescape=True,  # transcripts and names come from a corpus
-        undefined=jinja2.ChainableUndefined,  # a number that nobody reported is a dash, not an error
+        undefined=jinja2.ChainableUndefined,  # a number that is missing is a dash, not an error
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -198,7 +198,7 @@ def _experts(folders: Sequence[Path]) -> Row | str:
     shown = curves[: plots.PANELS]
     highest = max((row["loss"] for _, rows in shown for row in rows if is_number(row.get("loss"))), default=None)
     figures: list[Drawing] = []
-    for i in range(0, len(shown), 4):  # four panels a figure, so that figures stand side by side
+    for i in range(0, len(shown), 4):  # four panels per figure, so that figures fit side by side
         part = shown[i : i + 4]
         names = ", ".join(title for title, _ in part)
         more = f" ({len(curves)} in all)" if len(curves) > len(shown) else ""

@@ -212,7 +212,7 @@ def commit(
             return manifest
         state = inspect(store, key)
         if state.manifest and state.manifest.attempt == folder.name:
-            return state.manifest  # written, but a network file system or a repeated request said that it was taken
+            return state.manifest  # written, but a network file system or a retry reported that it exists
         if state.status == "done" and state.manifest:
             log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
             remove_all(store, own)
@@ -253,7 +253,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
     if damage:
         state = inspect(store, key)
-        if state.manifest == manifest:  # else somebody has already put it right
+        if state.manifest == manifest:  # otherwise another process has already repaired it
             quarantine(store, key, state)
         name = f"{key.stage}/{key.digest[:8]} in {store.url}"
         raise RetryableError(f"{name} is damaged ({damage}): it is quarantined and has to be made again")

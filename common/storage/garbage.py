@@ -43,7 +43,7 @@ def _leftovers(store: Store) -> list[Entry]:
 
 
 def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
-    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
+    kept = {"checkpoints", "parts"}  # from which an interrupted stage continues
     try:
         kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
     except NotFound:

@@ -54,7 +54,7 @@ class LocalStore:
         """See Store."""
         path = self.local_path(key)
         with explained(path), _regular(path).open("rb") as file:
-            # Before asking for memory: a length may lie.
+            # Before memory is allocated, since the length may be wrong.
             whole = os.fstat(file.fileno()).st_size >= start + length
             file.seek(start)
             data = file.read(length) if whole else b""
@@ -187,7 +187,7 @@ class LocalStore:
                 try:
                     write_lasting(path, fill, name)
                     return
-                except FileNotFoundError:  # the folder was empty for a moment, and somebody removed it
+                except FileNotFoundError:  # the folder was empty for a moment, and another process removed it
                     continue
             write_lasting(path, fill, name)
 

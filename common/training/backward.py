@@ -30,7 +30,7 @@ def forward_backward(
             total += loss.detach().float() / weight
             logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
     except torch.OutOfMemoryError:
-        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
+        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a restart helps
             raise RetryableError("out of memory on one of several processes; lower the batch size") from None
         torch.cuda.empty_cache()
         return total, logs, False

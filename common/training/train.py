@@ -65,7 +65,7 @@ class TrainOptions:
     patience: int = 3
     eval_every_n_epochs: int = 1
     select_by: str = "loss"
-    select_from: float = 0.0  # share of the steps before which evaluations look at the loss only
+    select_from: float = 0.0  # share of the steps before which only the loss is evaluated
     average: int = 1  # how many evaluated weights are averaged at the end
     average_of: Literal["best", "last"] = "best"
     save_every_n_epochs: int = 5
@@ -265,7 +265,7 @@ def train(
                 micro = [b for b in (next(loaded, None) for _ in range(per_step // world)) if b is not None]
             counts = not (filler and state.step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
-            wishes = None  # several processes stop together: one that is told to tells all with this exchange
+            wishes = None  # several processes stop together: the one that got the signal informs the others
             if world > 1:
                 both = torch.stack([weight, torch.full_like(weight, float(stopping()))])
                 weight, wishes = accelerator.reduce(both, "sum").unbind()
@@ -326,7 +326,7 @@ def train(
                 saved_at = time.monotonic()
 
         meter.pause()
-        improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed beside this one
+        improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed during this one
         if state.evals_without_improvement >= options.patience:
             meter.resume()
             save()

@@ -38,7 +38,7 @@ SIZES = {
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-BESIDE_HEAP = 2**29  # bytes of address space for Python and its rows, beside SQLite's heap
+BESIDE_HEAP = 2**29  # bytes of address space for Python and its rows, in addition to SQLite's heap
 OUT_OF_MEMORY = "out of memory"
 
 

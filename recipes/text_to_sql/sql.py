@@ -30,8 +30,8 @@ ResultRow = tuple[Cell, ...]
 
 PROGRAM = Path(__file__).with_name("query_process.py")
 HEAP_BYTES = 2**28  # of SQLite's memory for each running query: sorting a cross join would take all (or the disk)
-START_SECONDS = 60.0  # that a process may take before it answers: it takes 0.02 where nothing else runs
-CHECK_SECONDS = 0.25  # how often a waiting thread asks whether it should stop
+START_SECONDS = 60.0  # maximum until a process answers: 0.02 on an idle machine
+CHECK_SECONDS = 0.25  # interval at which a waiting thread checks for a stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class QueryProcess:
         deadline = time.monotonic() + self.limits.seconds
         try:
             assert process.stdin
-            with suppress(BrokenPipeError):  # it has ended: reading says so
+            with suppress(BrokenPipeError):  # it has ended, which reading reports
                 process.stdin.write(json.dumps(query).encode() + b"\n")
                 process.stdin.flush()
             line = self._read_line(process, deadline)

@@ -310,7 +310,7 @@ def _base_texts(joint: Joint, model: Path) -> tuple[dict[str, str], bool]:
         return base_key(config, joint.corpus_digest, utterances, digest, accelerator.mixed_precision)
 
     def decode() -> dict[str, str]:
-        # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
+        # The base of a mixture is the mixture without experts; after a full fine-tune it is a separate model.
         own = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
         name = "scoring the base model"
         return _decode(joint, name, own or joint.recogniser, joint.base_test, base=own is None)

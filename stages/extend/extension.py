@@ -147,7 +147,7 @@ def make(
         MoeAsrError: as `run` raises; a checkpoint is kept.
     """
     for _ in opened.added:
-        remove_last(opened.recogniser)  # the expert is fitted on what is the same for everybody
+        remove_last(opened.recogniser)  # the expert is fitted on the parts shared by all utterances
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
     manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
@@ -316,7 +316,7 @@ def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
 def _names_key(store: Store, name: str, key: Key) -> bool:
     try:
         record = read_record(store, name)
-    except (DataError, NotFound):  # a damaged record: nobody can tell, so nothing of it is deleted
+    except (DataError, NotFound):  # a damaged record: its use is unknown, so nothing is deleted
         return True
     return record is not None and key.digest in (task["key"] for task in _added_tasks(record).values())
 

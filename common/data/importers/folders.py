@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# What systems leave beside people's files: macOS's copies of attributes, notebooks' checkpoints, bins.
+# Files of operating systems and tools: macOS's copies of attributes, notebooks' checkpoints, bins.
 LEFTOVERS = frozenset({"__MACOSX", ".ipynb_checkpoints", ".Trashes", "$RECYCLE.BIN", "@eaDir"})
 
 # A pattern of files that is typical → what the folder is and what to do with it.

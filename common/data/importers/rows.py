@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.data.corpus import Corpus
 
-# Looked for beside a name without one: LJSpeech and early Common Voice leave them out.
+# Tried for a name without suffix: LJSpeech and early Common Voice leave suffixes out.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
 

@@ -137,7 +137,7 @@ def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]
             splits |= _official_splits(path, content)
         elif isinstance(content, dict) and isinstance(content.get("Files"), list):
             one = _contributor(path, content)
-            if one.id not in found:  # releases carry a second copy of all JSON files in an archive of its own
+            if one.id not in found:  # releases contain a second copy of all JSON files in a separate archive
                 found[one.id] = one
     if not found:
         raise DataError(
