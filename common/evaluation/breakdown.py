@@ -109,8 +109,8 @@ def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 
 
 def loops(rows: Sequence[Row]) -> list[Row]:
     """The utterances whose hypothesis is a hallucination loop, most inserted words first."""
-    found = [row for row in rows if row["loop"]]
-    return sorted(found, key=lambda row: (-row["insertions"], str(row["id"])))
+    looped = [row for row in rows if row["loop"]]
+    return sorted(looped, key=lambda row: (-row["insertions"], str(row["id"])))
 
 
 def named(group: Mapping[str, Any]) -> bool:

@@ -100,7 +100,7 @@ def _shared(results: Sequence[Result], shared_only: bool) -> tuple[set[str], int
     shared, union = set.intersection(*sets), set.union(*sets)
     others = {name for name, _ in union - shared}
     if others and not shared_only:
-        first, other = results[0], next(r for r, mine in zip(results, sets, strict=True) if mine != sets[0])
+        first, other = results[0], next(r for r, ids in zip(results, sets, strict=True) if ids != sets[0])
         lacks, more = len(sets[0] - sets[results.index(other)]), len(sets[results.index(other)] - sets[0])
         raise DataError(
             f"{first.name} and {other.name} were not tested on the same utterances: {other.name} lacks {lacks} of "
@@ -119,10 +119,10 @@ def _restricted(result: Result, ids: set[str]) -> Result:
 
 def _etiologies(rows: Sequence[Row]) -> dict[str, set[str]]:
     """Etiology → ids of its utterances, in alphabetical order."""
-    found: dict[str, set[str]] = {}
+    ids_by_etiology: dict[str, set[str]] = {}
     for row in sorted(rows, key=lambda row: row.get("etiology") or UNKNOWN):
-        found.setdefault(row.get("etiology") or UNKNOWN, set()).add(str(row["id"]))
-    return found
+        ids_by_etiology.setdefault(row.get("etiology") or UNKNOWN, set()).add(str(row["id"]))
+    return ids_by_etiology
 
 
 def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamples: int, seed: int) -> dict[str, Row]:
@@ -131,7 +131,7 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
     means = {name: _mean_of([summary_of(one.scores.values()) for one in results]) for name, results in systems.items()}
     ids = next(iter(systems.values()))[0].scores
     size = {"utterances": len(ids), "speakers": len({speakers[name] for name in ids})}
-    found = {}
+    rates = {}
     for name, mean in means.items():
         several = size["speakers"] > 1  # all draws of one speaker are alike, and would make any difference certain
         bounds = {f"{metric}_interval": _bounds(draws[metric][name]) if several else None for metric in METRICS}
@@ -140,8 +140,8 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
             | (_against(draws[metric][name] - draws[metric][reference]) if several else UNTOLD)
             for metric in METRICS
         }
-        found[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
-    return found
+        rates[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
+    return rates
 
 
 def _draws(
@@ -155,7 +155,7 @@ def _draws(
     flat = [list(one.scores.values()) for results in systems.values() for one in results]
     rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
     generator = np.random.default_rng([seed, 1])  # apart from the speakers', so that single results pair as in `wer`
-    found: dict[str, Floats] = {}
+    rates: dict[str, Floats] = {}
     start = 0
     for name, results in systems.items():
         rates_SR = rates_MR[start : start + len(results)]
@@ -165,8 +165,8 @@ def _draws(
             drawn_SR = generator.integers(0, len(results), size=rates_SR.shape)
             drawn_R = np.take_along_axis(rates_SR, drawn_SR, axis=0).mean(axis=0)
             mean_R = mean_R + (drawn_R - mean_R) * math.sqrt(len(results) / (len(results) - 1))
-        found[name] = mean_R
-    return found
+        rates[name] = mean_R
+    return rates
 
 
 def _against(deltas_R: Floats) -> Row:
@@ -189,13 +189,13 @@ def _mean_of(rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def summary_of(scores: Iterable[Score]) -> dict[str, float]:
     """Rates and counts of a set of scores, without intervals."""
-    found = list(scores)
+    all_scores = list(scores)
     return {
-        "wer": wer(found),
-        "wer_unclipped": wer(found, clipped=False),
-        "cer": cer(found),
-        "insertions": sum(one.word_insertions for one in found),
-        "loops": sum(one.loop for one in found),
+        "wer": wer(all_scores),
+        "wer_unclipped": wer(all_scores, clipped=False),
+        "cer": cer(all_scores),
+        "insertions": sum(one.word_insertions for one in all_scores),
+        "loops": sum(one.loop for one in all_scores),
     }
 
 
@@ -209,19 +209,19 @@ def _mean_facts(facts: Sequence[Row]) -> Row:
     """Means of numeric facts, and values that are equal in all results; expert loads are sorted first, since the
     experts' numbers in different trainings are unrelated.
     """
-    found: Row = {}
+    means: Row = {}
     for key in dict.fromkeys(key for one in facts for key in one):
         values: list[Any] = [one.get(key) for one in facts]
         if key == "load" and all(values) and len({len(load) for load in values}) == 1:
-            found[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
+            means[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
         elif all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             mean = float(np.mean(values))
-            found[key] = int(mean) if mean.is_integer() and all(isinstance(v, int) for v in values) else mean
+            means[key] = int(mean) if mean.is_integer() and all(isinstance(v, int) for v in values) else mean
         elif all(value == values[0] for value in values):
-            found[key] = values[0]
+            means[key] = values[0]
         elif key == "collapsed":
-            found[key] = any(values)
-    return found
+            means[key] = any(values)
+    return means
 
 
 def _notes(results: Sequence[Result]) -> list[str]:

@@ -37,10 +37,10 @@ def corpus_hint(
 
 def _kind(gate: Row) -> Literal["audible", "alike", "hidden", ""]:
     """Whether the corpus's groups can be predicted from one utterance, from all of a speaker's, or from neither."""
-    told: Any = gate.get("held_out_speakers")
-    if not told or told["groups"] == "cluster":
+    accuracy: Any = gate.get("held_out_speakers")
+    if not accuracy or accuracy["groups"] == "cluster":
         return ""
-    utterance, speaker = told["utterance_accuracy"], told["speaker_accuracy"]
+    utterance, speaker = accuracy["utterance_accuracy"], accuracy["speaker_accuracy"]
     if utterance >= AUDIBLE or (speaker >= KNOWN and speaker - utterance < GAIN):
         return "audible"
     return "alike" if speaker >= KNOWN else "hidden"
@@ -50,8 +50,8 @@ def _groups(gate: Row, clusters: Row, route_by: str) -> str:
     kind = _kind(gate)
     if not kind:
         return ""
-    told = gate["held_out_speakers"]
-    column, utterance, speaker = told["groups"], told["utterance_accuracy"], told["speaker_accuracy"]
+    accuracy = gate["held_out_speakers"]
+    column, utterance, speaker = accuracy["groups"], accuracy["utterance_accuracy"], accuracy["speaker_accuracy"]
     seen = f"one utterance of a new speaker tells the {column} in {utterance:.0%} of cases, all of them together in "
     seen += f"{speaker:.0%}"
     rand = (clusters.get("adjusted_rand") or {}).get(column)

@@ -61,11 +61,11 @@ def decode_set(
     was_training = recogniser.training
     recogniser.eval()
     with accelerator.autocast():
-        found = decode_batches(
+        decoded = decode_batches(
             examples, loader, transcribe, accelerator, batch_size=decoding.batch_size, bar=bar, stopping=stopping
         )
     recogniser.train(was_training)
-    return {name: text for name, (text, _) in found.items()}
+    return {name: text for name, (text, _) in decoded.items()}
 
 
 def decode_batches(
@@ -91,9 +91,9 @@ def decode_batches(
     """
     world, left = accelerator.num_processes, len(examples)
     batches = epoch_batches(examples, batch_size=batch_size, shuffle=False)
-    found: list[tuple[str, tuple[str, Routing]]] = []
+    decoded: list[tuple[str, tuple[str, Routing]]] = []
     for batch in loader(batches[accelerator.process_index :: world]):
-        found += zip(batch.ids, transcribe(batch), strict=True)
+        decoded += zip(batch.ids, transcribe(batch), strict=True)
         counted = min(left, len(batch) * world)
         left -= counted
         if bar:
@@ -102,7 +102,7 @@ def decode_batches(
             raise Preempted("told to stop while texts were decoded")
     if bar and left:
         bar.update(left)
-    return dict(gather_object(found) if world > 1 else found)
+    return dict(gather_object(decoded) if world > 1 else decoded)
 
 
 @torch.inference_mode()
@@ -130,8 +130,8 @@ def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dic
     """
     groups: dict[str, list[Score]] = {}
     for name in sorted({u.etiology for u in utterances}):
-        mine = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
-        groups.setdefault(name or "unknown", []).extend(mine)
+        members = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
+        groups.setdefault(name or "unknown", []).extend(members)
     return groups
 
 

@@ -65,17 +65,17 @@ def audio_sources(ids: Sequence[str], corpus: Corpus, out: Path) -> dict[str, st
     """id → address of its audio, for a page in the folder `out`; without audio that a page cannot play."""
     by_id = {u.id: u for u in corpus.utterances}
     room = EMBED_BYTES
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name in dict.fromkeys(ids):
         u = by_id[name]
         part = f"#t={u.offset:.3f},{u.offset + u.duration:.3f}"  # the file may be longer
         if corpus.clip(u) is None:
             path = os.path.relpath(corpus.path(u), out.resolve())
-            found[name] = quote(Path(path).as_posix()) + part
+            sources[name] = quote(Path(path).as_posix()) + part
         elif embedded := _embedded(u, corpus, room):
             room -= len(embedded)
-            found[name] = embedded + part
-    return found
+            sources[name] = embedded + part
+    return sources
 
 
 def _embedded(u: Utterance, corpus: Corpus, room: int) -> str | None:

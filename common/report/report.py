@@ -260,12 +260,12 @@ def _timeline(events: Sequence[Row]) -> Row | str:
     place, span, cuts = page.axis_of_time([(e["started"], e["started"] + e["seconds"]) for e in worked])
     stages = []
     for stage in dict.fromkeys(e["stage"] for e in sorted(events, key=lambda e: e["started"])):
-        mine = [e for e in worked if e["stage"] == stage]
-        bars = page.lanes(mine, place, span)
+        entries = [e for e in worked if e["stage"] == stage]
+        bars = page.lanes(entries, place, span)
         skipped = sum(e["stage"] == stage and e["status"] != "run" for e in events)
-        seconds = sum(e["seconds"] for e in mine)
+        seconds = sum(e["seconds"] for e in entries)
         height = 1 + max((bar["lane"] for bar in bars), default=0)
-        counts = {"ran": len(mine), "skipped": skipped}
+        counts = {"ran": len(entries), "skipped": skipped}
         stages.append({"name": stage, "bars": bars, "lanes": height, "seconds": seconds} | counts)
     more = max(0, len(worked) - EVENTS)
     return {
