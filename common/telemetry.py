@@ -242,7 +242,8 @@ def serving(telemetry: Telemetry, port: int | None, host: str | None, linger: fl
         linger: maximum seconds to wait for one more scrape after the block, if there was a scrape before: otherwise the
             last values would be lost. Not used after an error.
 
-    Yields: The port; None if nothing is served.
+    Yields:
+        The port; None if nothing is served.
     """
     if port is None or os.environ.get("RANK", "0") != "0":
         yield None

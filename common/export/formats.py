@@ -123,7 +123,8 @@ def export_model(
         base_name: name of the base in the adapters' files; the name recorded in the model if None.
         quantization: quantization of CTranslate2.
 
-    Returns: The object of export.json.
+    Returns:
+        The object of export.json.
     """
     said: dict[str, Any] = {"format": target, "model": opened.name}
     base_name = base_name or (opened.info.base if opened.info else str(opened.base))
@@ -224,8 +225,9 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
 def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
     """Matrices of each adapter by name; each routed expert is concatenated with the shared expert.
 
-    Returns: `shared`, if there is a shared expert, for utterances that are far from all groups; `expert-0`, `expert-1`,
-    …; only `adapter` for a dense model. Added experts follow under their own names.
+    Returns:
+        `shared`, if there is a shared expert, for utterances that are far from all groups; `expert-0`, `expert-1`, …;
+        only `adapter` for a dense model. Added experts follow under their own names.
 
     Raises:
         UsageError: the model has no experts, or experts were added to a base that is not a plain Whisper.

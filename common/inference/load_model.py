@@ -322,7 +322,8 @@ def route_batch(
         choice: (logits_BE, known_B) to use instead of the batch's own, for routing by speakers or by a table.
         added: number of each row's added expert, -1 for none; if None, the model's `voice` for all rows.
 
-    Returns: Experts and weights of each utterance (B lists of K); None if the model has no routing.
+    Returns:
+        Experts and weights of each utterance (B lists of K); None if the model has no routing.
     """
     recogniser = opened.recogniser
     if choice is None and recogniser.gate is not None:

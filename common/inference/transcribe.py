@@ -93,7 +93,8 @@ def transcribe_audio(
         progress: called with the seconds of audio processed since the last call.
         longest: maximum seconds of a window; by default 30 s for audio up to 30 s, and `usual_window` for longer audio.
 
-    Returns: The windows of each audio; empty for silence.
+    Returns:
+        The windows of each audio; empty for silence.
     """
     pauses, pieces = [], []
     for number, samples in enumerate(audios):

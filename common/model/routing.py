@@ -80,7 +80,8 @@ def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor
         values: group of each of N utterances, by the corpus.
         groups: the groups that have an expert, in the experts' order.
 
-    Returns: (logits_NE, known_N); an utterance of another group is not known, and uses the shared expert alone.
+    Returns:
+        (logits_NE, known_N); an utterance of another group is not known, and uses the shared expert alone.
     """
     number_of = {group: number for number, group in enumerate(groups)}
     logits_NE = torch.full((len(values), len(groups)), NEVER)

@@ -38,7 +38,8 @@ def check_machine(folder: Path) -> Iterator[Check]:
     Args:
         folder: folder for unfinished work; it need not exist.
 
-    Yields: One result per check, in the order of display.
+    Yields:
+        One result per check, in the order of display.
     """
     for check in (_python, _packages, _device, _arithmetic, _memory, _shared_memory, _cores):
         yield check()

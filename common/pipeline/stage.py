@@ -130,7 +130,8 @@ def execute(
         notes: further values for the manifest's metrics.
         telemetry: the process's live metrics, whose last values are written to the manifest too.
 
-    Returns: The manifest, of this run or of another run that was faster.
+    Returns:
+        The manifest, of this run or of another run that was faster.
 
     Raises:
         RetryableError: an input is damaged and was quarantined.

@@ -28,7 +28,8 @@ Check = Callable[[Store, str], str]  # (store, prefix) → what it promises
 def check_store(store: Store) -> Iterator[tuple[str, State, str]]:
     """Runs all checks under a separate prefix, which is removed afterwards if the store allows it.
 
-    Yields: Name of the check, `ok`, `fail`, or `note` for features that runs do not require, and the result.
+    Yields:
+        Name of the check, `ok`, `fail`, or `note` for features that runs do not require, and the result.
     """
     prefix = f"doctor-{secrets.token_hex(6)}/"
     cleaned = True

@@ -71,7 +71,8 @@ def memory_limit(device: torch.device) -> int:
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
     """Peak memory of the process in bytes while `work` ran.
 
-    Raises: torch.OutOfMemoryError: the GPU did not have enough memory.
+    Raises:
+        torch.OutOfMemoryError: the GPU did not have enough memory.
     """
     gc.collect()
     if device.type == "cuda":

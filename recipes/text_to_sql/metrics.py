@@ -23,8 +23,9 @@ def score(predicted: Sequence[str], gold: Sequence[str], outcomes: Mapping[str, 
         outcomes: outcome of each query.
 
     Returns:
-        record_f1: mean F1 of the records; 0 where a query or its gold query failed. record_em: share of queries with
-        exactly the gold records. sql_em: share of queries whose text equals the gold query except for spaces.
+        record_f1: mean F1 of the records; 0 where a query or its gold query failed.
+        record_em: share of queries with exactly the gold records.
+        sql_em: share of queries whose text equals the gold query except for spaces.
         error_rate: share of predicted queries that failed.
     """
     f1 = []

@@ -159,8 +159,9 @@ def make(
 def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     """Writes the run with the added experts of plans for one model, in addition to those that the model has.
 
-    Returns: The added experts; plans whose result is that nothing is added are left out, and without any added expert
-    no run is written.
+    Returns:
+        The added experts; plans whose result is that nothing is added are left out, and without any added expert no run
+        is written.
 
     Raises:
         DataError: an expert is not made yet.
@@ -294,7 +295,8 @@ def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
 def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
     """Removes an added expert from a run; deletes its files unless another run uses them.
 
-    Returns: The other runs that use it.
+    Returns:
+        The other runs that use it.
 
     Raises:
         UsageError: the run has no such expert.

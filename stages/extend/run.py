@@ -273,7 +273,8 @@ def others_unchanged(work: _Work, terms: Terms, request: Request) -> int:
     """Checks that the losses of some utterances of other speakers are bit-identical without and with the expert, in a
     batch with an utterance of the enrolment.
 
-    Returns: The number of compared utterances; 0 if the corpus has no other speakers.
+    Returns:
+        The number of compared utterances; 0 if the corpus has no other speakers.
 
     Raises:
         AssertionError: a loss changed, which no input can cause.
