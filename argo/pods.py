@@ -32,7 +32,7 @@ UID = 65532  # the numeric user of the images
 SLOTS = 4  # product names that a node affinity can hold
 
 # Retries after the loss of a pod or node, a kill (143 SIGTERM, 137 memory or grace period) and a temporary fault (75).
-# 64, 65, 74 and 78 need a correction by the user, other codes one of the program. There is no anti-affinity among tries:
+# 64, 65, 74 and 78 need a correction by the user, other codes of the program. There is no anti-affinity among tries:
 # Argo makes it a requirement, and if only one node has the GPUs, a second try would wait forever.
 RETRY_EXPRESSION = (
     "asInt(lastRetry.exitCode) in [75, 137, 143] || "
