@@ -3,8 +3,8 @@
 
     plan ─▶ extend (one memoized pod each) ─▶ join
 
-`plan` looks at the manifests in the store and hands on one small item per speaker; `join` writes the run that names
-all added experts. Memoize, locks and retries are as in the template of the pipeline.
+`plan` reads the manifests in the store and outputs one small item per speaker; `join` writes the run that contains all
+added experts. Memoization, locks and retries are as in the template of the pipeline.
 
 This module imports no torch.
 """
@@ -19,7 +19,7 @@ from hera.workflows import models as m
 from argo.parameters import EXTEND_PARAMETERS, Installation, parameter
 from argo.pods import container, display, output, template
 
-ITEM = ("who", "key", "memo", "lock", "lane")  # what the plan says of one speaker or group
+ITEM = ("who", "key", "memo", "lock", "lane")  # the plan's item for one speaker or group
 IMAGE = "asr"
 
 

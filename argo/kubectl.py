@@ -1,4 +1,4 @@
-"""The cluster of the current context, through kubectl: no token of ours, no second way to configure access."""
+"""Access to the cluster of the current context through kubectl, without separate tokens or configuration."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
 
     Raises:
         UsageError: there is no kubectl.
-        DataError: the cluster has no such thing.
+        DataError: the cluster has no such object.
         RetryableError: the cluster does not answer.
-        MoeAsrError: it refuses.
+        MoeAsrError: the cluster refuses the request.
     """
     program = shutil.which("kubectl")
     if program is None:
@@ -41,7 +41,7 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
 
 
 def get(kind: str, namespace: str | None, *arguments: str) -> Any:
-    """An object, or a list of them, as JSON."""
+    """An object, or a list of objects, as JSON."""
     return json.loads(kubectl("get", kind, *arguments, *_place(namespace), "-o", "json"))
 
 
@@ -61,8 +61,8 @@ def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
     """A workflow by its own name, or the newest one of a run.
 
     Raises:
-        UsageError: it cannot be the name of either.
-        DataError: there is neither.
+        UsageError: the name is not valid for a workflow or a run.
+        DataError: there is no such workflow or run.
     """
     if not NAME.fullmatch(name):  # kubectl would take `--kubeconfig=…` for an option
         raise UsageError(

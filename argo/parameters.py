@@ -1,4 +1,4 @@
-"""The parameters of the workflow, all that `argo submit -p name=value` can set, and what its installation decides."""
+"""The parameters of the workflow, which `argo submit -p name=value` can set, and the settings of its installation."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ EXTEND_PARAMETERS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """What is decided where the template is installed, and is no parameter: whoever may only refer to the template runs
-    these images, as this account, with these credentials and at this priority, or nothing.
+    """Settings of the template's installation, which are not parameters: users who may only refer to the template can
+    run only these images, with this account, these credentials and this priority.
 
     Attributes:
         registry, tag: the image of a stage is <registry>/<stage>:<tag>.
-        digests: stage → digest of its image (`sha256:…`), which then takes the place of the tag.
-        service_account: of all pods; needs create and patch on workflowtaskresults.
+        digests: stage → digest of its image (`sha256:…`), which is then used instead of the tag.
+        service_account: account of all pods; needs create and patch on workflowtaskresults.
         store_secret: Secret with the store's credentials (AWS_*); may be missing.
-        webhook_secret: Secret whose key `url` is an address that gets the outcome; may be missing.
-        priority_class: of all pods.
+        webhook_secret: Secret whose key `url` is the address to which the outcome is posted; may be missing.
+        priority_class: priority class of all pods.
     """
 
     registry: str = "moe-asr"
@@ -98,15 +98,16 @@ FLAGS = ("resume", "verify", "artifacts")
 
 
 def parameter(name: str) -> str:
-    """The tag that stands for a workflow parameter."""
+    """The template tag of a workflow parameter."""
     assert name in PARAMETERS or name in EXTEND_PARAMETERS, name
     return f"{{{{workflow.parameters.{name}}}}}"
 
 
 def quantity(name: str) -> str:
-    """The tag of a parameter in a pod's patch: its value where that is a quantity, else what Kubernetes refuses.
+    """The tag of a parameter in a pod's patch: its value if that is a quantity, otherwise a text that Kubernetes
+    refuses.
 
-    Argo puts a value into the text of the patch as it is, quotation marks included: it could be any part of a pod.
+    Argo inserts a value into the text of the patch without escaping, so that it could change any part of a pod.
     """
     assert name in QUANTITIES, name
     value = f"workflow.parameters['{name}']"
@@ -114,7 +115,7 @@ def quantity(name: str) -> str:
 
 
 def find_problem(name: str, value: str) -> str:
-    """Why a value cannot be that of a parameter; empty where it can."""
+    """The reason why a value is not valid for a parameter; empty if it is valid."""
     if name in NUMBERS and not re.fullmatch("[0-9]{1,9}", value):
         return "give a whole number"
     if name in QUANTITIES and not re.fullmatch(QUANTITY, value):

@@ -31,9 +31,9 @@ OUTPUTS = f"{SCRATCH}/outputs"
 UID = 65532  # the numeric user of the images
 SLOTS = 4  # product names that a node affinity can hold
 
-# Tries again after the loss of a pod or node, a kill (143 told, 137 memory or grace period) and a passing fault (75).
-# 64, 65, 74 and 78 are for the user to mend, anything else for us. There is no anti-affinity among tries: Argo makes it
-# a requirement, and where one node alone has the GPUs a second try would wait for ever.
+# Retries after the loss of a pod or node, a kill (143 SIGTERM, 137 memory or grace period) and a temporary fault (75).
+# 64, 65, 74 and 78 need a correction by the user, other codes of the program. There is no anti-affinity among tries:
+# Argo makes it a requirement, and if only one node has the GPUs, a second try would wait forever.
 RETRY_EXPRESSION = (
     "asInt(lastRetry.exitCode) in [75, 137, 143] || "
     "(asInt(lastRetry.exitCode) in [-1, 0] && lastRetry.status in ['Error', 'Failed']) || "
@@ -58,15 +58,15 @@ def container(
     deadline: str = "3600",
     metrics: Sequence[m.Prometheus] = (),
 ) -> None:
-    """A template of one container, as careful administrators let it run.
+    """A template of one container, with the security context of the Pod Security level "restricted".
 
     Args:
         image: name of the stage whose image it uses.
         secrets: variable → name and key of a Secret, which may be missing.
-        kind: which of the resource parameters it takes: step, cpu-stage or gpu-stage.
-        gpus: how many; empty for none.
-        title: under which Argo's page shows it.
-        metrics: that the controller counts at the end of each try.
+        kind: group of resource parameters: step, cpu-stage or gpu-stage.
+        gpus: number of GPUs; empty for none.
+        title: title on Argo's page.
+        metrics: metrics that the controller updates at the end of each try.
     """
     Container(
         name=name,
@@ -124,7 +124,7 @@ def _secret(variable: str, name: str, key: str) -> SecretEnv:
 
 
 def _volumes() -> list[EmptyDirVolume]:
-    """Their sizes are parameters, so the pod patch sets them."""
+    """Volumes of the pod; their sizes are parameters, so that the pod patch sets them."""
     return [
         EmptyDirVolume(name="scratch", mount_path=SCRATCH),
         EmptyDirVolume(name="shm", mount_path="/dev/shm", medium="Memory"),
@@ -132,7 +132,7 @@ def _volumes() -> list[EmptyDirVolume]:
 
 
 def _affinity() -> m.Affinity:
-    """GPU nodes of the preset's products; any node for `cpu`."""
+    """Node affinity: GPU nodes with the preset's products; any node for `cpu`."""
     listed = "split(workflow.parameters['gpu-products'], ',')"
     preset = "(fromJSON(workflow.parameters['gpu-table'])[workflow.parameters.gpu] ?? ['none'])"
     products = f"let p = workflow.parameters['gpu-products'] != '' ? {listed} : {preset}"
@@ -144,10 +144,10 @@ def _affinity() -> m.Affinity:
 
 
 def _patch(kind: str, gpus: str) -> str:
-    """What only a patch can take from parameters: quantities.
+    """The pod patch with the quantities, which can be set from parameters only by a patch.
 
-    After a try that ran out of memory the next gets twice as much, from the second retry on four times: more than that
-    few nodes have, and a pod that fits nowhere waits without an end.
+    After a try that ran out of memory, the next try gets twice the memory, from the second retry on four times: few
+    nodes have more, and a pod that fits on no node would wait forever.
     """
     memory = (
         f"{{{{=asInt(workflow.parameters['{kind}-memory']) * "
@@ -171,7 +171,7 @@ def _patch(kind: str, gpus: str) -> str:
 
 
 def display(text: str) -> dict[str, str]:
-    """The annotation by which Argo's page shows a step under a name."""
+    """The annotation with the name that Argo's page shows for a step."""
     return {"workflows.argoproj.io/display-name": text}
 
 
@@ -181,7 +181,7 @@ def output(name: str, default: str | None = None) -> Parameter:
 
 
 def template(name: str, title: str, description: str, place: Installation, **options: Any) -> WorkflowTemplate:
-    """An empty template with what all of them have: labels, account, rights and deadlines."""
+    """An empty template with the common settings: labels, account, rights and deadlines."""
     return WorkflowTemplate(
         name=f"{name}-{__version__}",
         annotations={

@@ -1,6 +1,6 @@
-"""What a Workflow object tells of a run: its pieces, their tries, cache hits and why something waits.
+"""Reads a run's state from a Workflow object: its pieces, their tries, cache hits and reasons for waiting.
 
-Read by `moe-asr status` and by the tests; works on plain JSON, as kubectl prints it.
+Used by `moe-asr status` and by the tests; works on plain JSON, as printed by kubectl.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Try:
     """One pod.
 
     Attributes:
-        started: seconds since 1970; None while that has not happened.
+        started: start time in seconds since 1970; None if it has not started.
     """
 
     pod: str
@@ -39,7 +39,7 @@ class WorkflowStep:
     Attributes:
         label: `plan-asr`, `cluster`, `experts[1]`, …
         template: stage or step that it runs.
-        hit: its result came from the cache, without a pod.
+        hit: whether its result came from the cache, without a pod.
     """
 
     label: str
@@ -105,7 +105,7 @@ def _try(node: Object) -> Try:
 
 
 def tidy(message: str) -> str:
-    """One line; without those that Argo's wrapper around a stage logs, which a message may end with."""
+    """A message as one line, without the log lines of Argo's wrapper around a stage, with which it may end."""
     head, _, tail = message.partition("time=")
     kept = [line for line in f"time={tail}".splitlines() if "argo=true" not in line] if tail else []
     return " ".join([head.strip(), *kept]).strip()
@@ -117,7 +117,7 @@ def seconds(text: str | None) -> float | None:
 
 
 def phase(workflow: Object) -> str:
-    """Of the whole: Pending, Running, Succeeded, Failed or Error."""
+    """Phase of the workflow: Pending, Running, Succeeded, Failed or Error."""
     return str(workflow.get("status", {}).get("phase") or "Pending")
 
 
@@ -128,11 +128,11 @@ def parameters(workflow: Object) -> dict[str, str]:
 
 
 def explain(pod: Object, nodes: Sequence[Object]) -> str:
-    """Why a pod does not run yet, in words for who submitted it; empty where nothing is known.
+    """The reason why a pod does not run yet, for the user who submitted it; empty if it is unknown.
 
     Args:
-        pod: as kubectl gives it.
-        nodes: all of the cluster's; empty where they are not known.
+        pod: the pod, as returned by kubectl.
+        nodes: all nodes of the cluster; empty if they are unknown.
     """
     for container in pod.get("status", {}).get("containerStatuses", []):
         waiting = (container.get("state") or {}).get("waiting") or {}

@@ -17,14 +17,14 @@ OWN = ("store", "endpoint_url", "run", "runtime.processes")
 
 
 def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str | None) -> dict[str, str]:
-    """The workflow parameters by which its pods come to the same configuration.
+    """The workflow parameters from which its pods compute the same configuration.
 
     Args:
-        config: what mode, file, preset and all other options came to.
-        mode, file, gpu: as they were given.
+        config: the configuration from mode, file, preset and all other options.
+        mode, file, gpu: the options as given.
 
     Raises:
-        UsageError: something that the pods could not see.
+        UsageError: a location is not accessible for the pods.
     """
     if gpu not in PRODUCTS:
         raise UsageError(f"--gpu {gpu or ''}: name the GPUs of the nodes: {', '.join(PRODUCTS)}")
@@ -46,10 +46,10 @@ def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str 
 
 
 def check_reachable(config: Config) -> None:
-    """Refuses places that only this machine has.
+    """Refuses locations that exist only on this machine.
 
     Raises:
-        UsageError: names the first one.
+        UsageError: there is such a location; the message names the first.
     """
     for path, value in (
         ("store", config.store),
@@ -69,7 +69,7 @@ def chosen_parameters(given: Mapping[str, str]) -> dict[str, str]:
     """Checks the names and values of `-p name=value`.
 
     Raises:
-        UsageError: the template has no such parameter, or not with this value.
+        UsageError: the template has no such parameter, or the value is invalid.
     """
     for name in given:
         if name not in PARAMETERS:

@@ -5,10 +5,10 @@ argo/moe-asr.yaml.
             ─▶ plan-experts ─▶ experts (one pod each) ─▶ plan-asr ─▶ asr ─▶ report
     plan ─▶ shared ─▶ plan-experts  (where routed experts build on a shared one, beside extract to gating)
 
-A plan step looks at the manifests in the store and hands on a list with one small item per piece of a stage; a stage
-that a configuration does not need gets an empty list. Each piece is memoized under a name that changes when its
-artifact is gone, holds a lock on its key, and retries inside of both: in Argo 4.0.2 a template that both memoizes and
-retries hangs on a cache hit.
+A plan step reads the manifests in the store and outputs a list with one small item per piece of a stage; a stage that a
+configuration does not need gets an empty list. Each piece is memoized under a name that changes when its artifact is
+gone, holds a lock on its key, and retries inside of both: in Argo 4.0.2 a template that both memoizes and retries hangs
+on a cache hit.
 
 This module imports no torch.
 """
@@ -32,7 +32,7 @@ from argo.pods import OUTPUTS, container, display, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
-ITEM = ("shard", "key", "memo", "lock", "lane")  # what the plan says of one piece
+ITEM = ("shard", "key", "memo", "lock", "lane")  # the plan's item for one piece
 POD_INPUTS = ("shard", "key", "memo", "model")
 MODEL = "{{inputs.parameters.model}}"  # digest of the base model, known from the first plan on
 
@@ -68,7 +68,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
 
 
 def _main() -> None:
-    """The order of things: each stage after the plan that names its pieces, each plan after what the stage reads."""
+    """The order of steps: each stage after the plan that lists its pieces, each plan after the inputs of the stage."""
     made_by = {contract.output: contract.name for contract in STAGES}
     with DAG(name="main", fail_fast=False):
         model = "{{tasks.plan.outputs.parameters.model}}"
@@ -98,7 +98,7 @@ def _main() -> None:
 
 
 def _stage(contract: Contract) -> None:
-    """Memoize and lock around a stage's pod."""
+    """Memoization and locks around a stage's pod."""
     inputs = [Parameter(name=name) for name in (*ITEM, "model")]
     with DAG(
         name=contract.name,
@@ -120,7 +120,9 @@ def _stage(contract: Contract) -> None:
 
 
 def _locks(contract: Contract) -> list[m.Mutex]:
-    """One on the key: no two workflows make the same thing; one on the lane: only so many pieces at once."""
+    """A lock on the key, so that no two workflows make the same piece, and a lock on the lane, which limits concurrent
+    pieces.
+    """
     locks = [m.Mutex(name="moe-asr-{{inputs.parameters.lock}}")]
     if contract.fan_out:
         locks.append(m.Mutex(name=f"{{{{workflow.uid}}}}-{contract.name}-{{{{inputs.parameters.lane}}}}"))
@@ -151,7 +153,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
 
 
 def _plan(place: Installation) -> None:
-    """Which pieces the stages have: on a CPU, before each of them."""
+    """The step that lists a stage's pieces, on a CPU, before the stage."""
     container(
         place,
         "plan",
@@ -179,7 +181,7 @@ def _report(place: Installation) -> None:
 
 
 def _publish(place: Installation) -> None:
-    """The report once more, as Argo artifacts; apart from `report` since it needs an artifact repository."""
+    """The report as Argo artifacts; separate from `report`, since it needs an artifact repository."""
     files = {name: f"{OUTPUTS}/{name}" for name in ("report.html", "summary.json")}
     container(
         place,
@@ -206,7 +208,9 @@ def _outcome(place: Installation) -> None:
 
 
 def _stage_metrics(stage: str) -> list[m.Prometheus]:
-    """How long tries take and how they end. No label names a workflow: each would be a series of its own."""
+    """Durations and results of tries. No label contains a workflow's name, since each workflow would then add
+    series.
+    """
     labels = [m.MetricLabel(key="stage", value=stage), m.MetricLabel(key="status", value="{{status}}")]
     seconds = m.Gauge(realtime=False, value="{{duration}}")
     return [

@@ -1,1 +1,1 @@
-"""Side-by-side measurements against what a user would pick instead. Nothing here is imported by the product."""
+"""Measurements against common alternatives. The program does not import this package."""

@@ -1,6 +1,6 @@
-"""How long training stands still between epochs: the text-to-SQL recipe against the script that is usually written.
+"""Time between epochs: the text-to-SQL recipe against a typical script.
 
-The usual script, below, answers dev in file order, 16 questions after another with up to 512 tokens each, runs the
+The typical script, below, answers dev in file order, 16 questions after another with up to 512 tokens each, runs the
 predicted and gold queries in ten threads, and saves model and optimizer twice. Both sides look at the same half-trained
 model on 466 dev questions. An epoch's gap is the time from its last step to the next epoch's first batch.
 """

@@ -89,7 +89,7 @@ def our_rate(
     times: list[float] = []
     batches = epoch_batches(examples, batch_size=setting.dense_batch)
 
-    def stopping() -> bool:  # the loop asks after every step
+    def stopping() -> bool:  # the loop checks after every step
         setting.synchronize()
         times.append(time.perf_counter())
         return False

@@ -1,4 +1,4 @@
-"""What adding an expert costs and brings, against tuning what is there: rows for bench/results/extend.json.
+"""Cost and benefit of adding an expert, compared with tuning existing weights: rows for bench/results/extend.json.
 
     python -m bench.extend MODEL --new CORPUS --where etiology=island --others CORPUS --out bench/results/extend.json
 

@@ -1,4 +1,4 @@
-"""Noise of given lengths with random tokens, as batches and as files: what costs time, and nothing that matters to it.
+"""Noise of given lengths with random tokens, as batches and as files, for time measurements.
 
 Shape letters: B utterances, S samples, U text tokens.
 """

@@ -26,7 +26,7 @@ from common.model.recogniser import Recogniser, RouterOptions
 
 SHORT_BATCHES = 3  # of different lengths, as the sampler's buckets give them
 SHARED_RANK, ROUTED_RANK = 48, 8  # of the default mixture
-SMALL_RATIOS = 15  # rounds where the ratio to be told is a few percent
+SMALL_RATIOS = 15  # rounds for ratios that differ by a few percent
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Timing in turns, rows of the table, and what the machine is."""
+"""Alternating time measurements, rows of the table, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scikit-lear
 def rounds(
     steps: Mapping[str, Callable[[], object]], setting: Setting, *, cold: Collection[str] = ()
 ) -> dict[str, float]:
-    """Median seconds of each step; all are run in turn (A B C, A B C, …), so that a busy machine slows all alike.
+    """Median seconds of each step; all are run in turn (A B C, A B C, …), so that a busy machine slows all equally.
 
     Args:
-        steps: name → what is timed.
-        cold: steps too long to be run once before for warming up.
+        steps: name → function to time.
+        cold: steps that are too long for a run for warming up.
     """
     for name, step in steps.items():
         if name not in cold:

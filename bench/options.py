@@ -1,6 +1,7 @@
 """What each option of training does to a step: with it (ours) against without it, all else equal.
 
-A ratio below 1 is a price: gradient checkpointing buys memory with time, augmentation buys nothing but better weights.
+A ratio below 1 is a cost: gradient checkpointing costs time and saves memory, augmentation costs time and improves the
+weights.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def rows(setting: Setting) -> list[Measurement]:
         *precision_rows(pair, recogniser, short, setting),
         adamw_row(setting),
     ]
-    if setting.name != "quick":  # the compiler takes longer than all else at micro sizes
+    if setting.name != "quick":  # the compiler takes longer than all other rows at micro sizes
         found.append(pair("compile: true", step(compiled(recogniser)), plain))
     return found
 

@@ -1,4 +1,4 @@
-"""What ours is measured against, each with the settings that its own documentation recommends for speed.
+"""The alternatives of the measurements, each with the settings that its documentation recommends for speed.
 
 All run on SDPA attention, in the precision and with the batch of ours. Their spectrograms are made beforehand and not
 timed (ours are made in the step), except where making them is what is measured.

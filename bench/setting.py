@@ -1,4 +1,4 @@
-"""What is measured on: sizes of models and batches for a CPU, for a GPU, and for a test that it all runs."""
+"""Sizes of models and batches for measurements on a CPU, on a GPU, and for a quick test of all rows."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def gpu_setting() -> Setting:
         experts=8,
         top_k=2,
         rank=16,
-        batch=6,  # B·k rows without gradient checkpointing, beside two peers' models, in 80 GB
+        batch=6,  # B·k rows without gradient checkpointing, with two peers' models, in 80 GB
         dense_batch=32,
         dense_clips=1536,
         clips=256,
@@ -134,7 +134,7 @@ def gpu_setting() -> Setting:
 
 
 def _shared_memory() -> int:
-    """Bytes that loader processes can hand over; containers often have 64 MB."""
+    """Bytes of shared memory for loader processes; containers often have 64 MB."""
     folder = Path("/dev/shm")
     return shutil.disk_usage(folder).free if folder.is_dir() else 0
 

@@ -31,7 +31,7 @@ def _tables(
     lines = []
     for file in sorted(RESULTS.glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not {"rows", "versions"} <= found.keys():  # what is no comparison with a peer has a page of its own
+        if not {"rows", "versions"} <= found.keys():  # rows without a comparison with a peer are on a separate page
             continue
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         lines += [f"On {found['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]

@@ -1,6 +1,6 @@
 """The configuration: one YAML tree, validated, frozen, and merged from mode, GPU preset and options.
 
-Only the border reads it: stages hand plain arguments to the modules. What each setting is, is in `common.sections`.
+Only stages and commands read it; they pass plain arguments to the modules. `common.sections` describes each setting.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from common.sections import (
 )
 
 MODES = ("full", "quick", "demo")
-# Where something lies, not what it is: may differ within a run, and never comes from a record in a store.
+# Locations, not content: may differ within a run, and are never taken from a record in a store.
 PLACES = ("store", "run", "endpoint_url", "corpus.path", "model.name")
 LONGEST, DEEPEST = 2**20, 50  # characters of a YAML text, and brackets in brackets
 SHOWN = 120  # characters of a value or a reason in an error
@@ -124,8 +124,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without what a few lines can make endless: aliases stand for more values than fit into memory, and the time that
-    brackets take grows with the square of their depth."""
+    """YAML loader without aliases and with limited nesting: a few lines with aliases can expand to more values than fit
+    into memory, and the time to parse brackets grows with the square of their depth.
+    """
 
     def fetch_flow_collection_start(self, token: Any) -> None:
         if self.flow_level >= DEEPEST:
@@ -142,7 +143,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: it is none; the message is one short line.
+        ValueError: the text is not YAML; the message is one short line.
     """
     if len(text) > LONGEST:
         raise ValueError(f"it has more than {LONGEST:,} characters")
@@ -175,10 +176,10 @@ def resolve(
         mode: `full`, `quick` or `demo`; None starts from `base`, or the defaults.
         base: a whole configuration to start from.
         gpu: a preset's name (GPUS), already resolved from `auto`.
-        file: the user's own YAML, laid over the mode's.
-        tree: the same, already read.
+        file: the user's YAML file, merged over the mode's.
+        tree: the content of the user's file, if it is already read.
         options: `section.key` → value, from the command line.
-        data_percent: scales the subsets; with `asr.pretrain: none` the ASR subset alone.
+        data_percent: scales the subsets; with `asr.pretrain: none` only the ASR subset.
 
     Raises:
         ConfigError: a value or name that does not validate.
@@ -202,7 +203,7 @@ def resolve(
 
 
 def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lays `over` on `tree`, section by section, in place."""
+    """Merges `over` into `tree`, section by section, in place."""
     for name, value in over.items():
         if isinstance(value, Mapping) and isinstance(tree.get(name), dict):
             merge(tree[name], value)
@@ -220,7 +221,8 @@ def validate(tree: Mapping[str, Any]) -> Config:
     """Builds the configuration; the error names the path, the value and, for a typo, the nearest valid name.
 
     Raises:
-        ConfigError: on the first value that does not validate; the number of further ones is said.
+        ConfigError: a value does not validate; the message describes the first such value and gives the number of
+            others.
     """
     try:
         config = Config.model_validate(tree)
@@ -251,7 +253,7 @@ def _explain(problem: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as Python writes it, or the beginning of that."""
+    """The Python representation of a value, truncated if it is long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = SHOWN
     try:
@@ -261,7 +263,7 @@ def _shown(value: Any) -> str:
 
 
 def scale_subsets(config: Config, data_percent: float) -> Config:
-    """`--data-percent`: keeps that share of each subset, or of the ASR data alone where nothing is pre-trained."""
+    """Applies `--data-percent`: scales each subset, or only the ASR subset if nothing is pre-trained."""
     if not 0 < data_percent <= 100:
         raise UsageError(f"--data-percent {data_percent}: must be above 0 and at most 100")
     names = ["embeddings_percent", "experts_percent", "asr_percent"]

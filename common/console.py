@@ -1,4 +1,4 @@
-"""What all commands share: logging, errors as one line, exit codes."""
+"""Shared by all commands: logging, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOST = {"AcceleratorError", "DistBackendError", "DistNetworkError"}  # torch's, 
 
 
 def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
-    """Log lines go to stderr, and to a file where one is named."""
+    """Sends log lines to stderr and, if `file` is given, to a file."""
     handlers: list[logging.Handler] = [_Stderr()]
     if log_file:
         try:
@@ -37,7 +37,7 @@ def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
 
 
 class LineFormatter(logging.Formatter):
-    """One line per message, whatever it quotes: a log is read, and may be a file that others run."""
+    """Formats each message as one line, whatever text it quotes, so that untrusted text cannot forge log lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         record.message = escaped(record.message, one_line=True)
@@ -60,15 +60,15 @@ class _Stderr(logging.Handler):
 
 
 class Coloured(str):
-    """Text that is escaped already and has codes of the terminal around it."""
+    """Escaped text with terminal colour codes around it."""
 
     __slots__ = ()
 
 
 def coloured(text: str, colour: str) -> Coloured:
-    """The text in a colour of the terminal: a part for `echo`, which takes it out again where there is no terminal.
+    """The text in a terminal colour, for `echo`, which removes the colour if the output is not a terminal.
 
-    Plain where $NO_COLOR is set (no-color.org) or the terminal is a dumb one.
+    The text is plain if $NO_COLOR is set (no-color.org) or the terminal does not support colours.
     """
     return Coloured(_styled(escaped(text, one_line=True), colour))
 
@@ -79,13 +79,15 @@ def _styled(text: str, colour: str) -> str:
 
 
 def echo(*parts: object, err: bool = False, nl: bool = True) -> None:
-    """Prints the parts one after the other, escaped: what commands show comes from corpora, stores and models."""
+    """Prints the parts one after the other, escaped, because the output of commands contains text from corpora, stores
+    and models.
+    """
     shown = (part if isinstance(part, Coloured) else escaped(str(part)) for part in parts)
     click.echo("".join(shown), err=err, nl=nl)
 
 
 def run_command(command: click.Command) -> None:
-    """Runs a click command and ends the process with the exit code of what happened."""
+    """Runs a click command and ends the process with the exit code of the result."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8, a terminal's encoding may be ASCII
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -124,7 +126,9 @@ def run_command(command: click.Command) -> None:
 
 
 def _crash() -> NoReturn:
-    """A fault of the program: the traceback, and a code of its own, so that no cluster tries it again."""
+    """Reports an error of the program itself: prints the traceback and returns a separate exit code, which clusters do
+    not retry.
+    """
     echo(traceback.format_exc(), err=True, nl=False)
     sys.exit(EXIT_FAULT)
 
@@ -140,7 +144,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _tell_cluster(message: str) -> None:
-    """In a pod, leaves the reason where Kubernetes and Argo show it beside the failed container."""
+    """In a pod, writes the reason to the termination message, which Kubernetes and Argo show for the container."""
     path = Path(os.environ.get("MOE_ASR_TERMINATION_LOG") or os.devnull)
     with contextlib.suppress(OSError):
         path.write_bytes(message.encode()[:4000])

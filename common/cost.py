@@ -1,4 +1,4 @@
-"""What a run costs at the pace of a finished one: hours of speech through each stage, and the hours that they take."""
+"""Cost estimate from the pace of a finished run: hours of speech per stage and the processing hours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCORING = "scoring"  # of the test set, before and after: a part of the asr stag
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What a finished run measured.
+    """Pace that a finished run measured.
 
     Attributes:
         rates: seconds of speech per second and device (GPU or CPU), by stage.
@@ -30,7 +30,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One stage: hours of speech that pass through it, epochs counted, and the hours that one device takes."""
+    """Cost of one stage: hours of speech over all epochs, and the hours that one device needs."""
 
     stage: str
     audio_hours: float
@@ -38,7 +38,7 @@ class StageCost:
 
 
 def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace:
-    """The pace of a run: of a stage in several pieces their mean; without rates where nothing was measured.
+    """The pace of a run; for a stage in several pieces their mean. Without rates if nothing was measured.
 
     Args:
         tasks: stage, seconds and metrics of each finished task, from its manifest.
@@ -76,9 +76,9 @@ def costs(config: Config, *, hours: float, pace: Pace) -> list[StageCost]:
 
 
 def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str, float]:
-    """Hours of speech that pass through each stage, all epochs counted, as if none stopped early.
+    """Hours of speech that pass through each stage over all epochs, without early stopping.
 
-    Limits of steps and of utterances are kept where the duration of an utterance is known (above 0).
+    Limits of steps and of utterances are applied if the duration of an utterance is known (above 0).
     """
     parts, held_out = config.subsets, HELD_OUT * hours
 
@@ -103,7 +103,7 @@ def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str,
 
 
 def _trained(section: SpeechTrainConfig, hours: float, mean_seconds: float, *, trainings: int = 1) -> float:
-    """Hours of speech of all epochs, or of as many steps as are allowed to each of several trainings."""
+    """Hours of speech of all epochs, or of the maximum number of steps of each training."""
     every = hours * section.epochs
     if section.max_steps is None or not (section.batch_seconds or mean_seconds):
         return every

@@ -1,7 +1,7 @@
-"""Errors that a user can act on, each with the exit code its process ends with.
+"""Errors that a user can act on, each with the exit code of its process.
 
-Exit codes follow BSD's sysexits where one fits, so that a workflow engine can tell what to retry:
-64, 65, 74 and 78 are the user's to mend and are never retried; 75 and 143 are worth another try.
+Exit codes follow BSD's sysexits where possible, so that a workflow engine can decide what to retry:
+64, 65, 74 and 78 need a correction by the user and are never retried; 75 and 143 are retried.
 """
 
 EXIT_DONE = 0

@@ -1,4 +1,4 @@
-"""Text of others as it may be shown: no control character reaches a terminal or a log, and no password either."""
+"""Escapes untrusted text for output: no control characters and no passwords reach a terminal or a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def escaped(text: str, *, one_line: bool = False) -> str:
     """The text with control characters as `\\u001b`, which JSON reads back, and without user and password in addresses.
 
     Args:
-        one_line: also line feeds, as `\\n`.
+        one_line: escape line feeds too, as `\\n`.
     """
     shown = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", _CREDENTIALS.sub(r"\1***@", text))
     return shown.replace("\n", "\\n") if one_line else shown

@@ -1,4 +1,4 @@
-"""Files that are there wholly or not at all, and stay after a power cut; errors of the file system as one line."""
+"""Atomic and durable writing of files and folders, and errors of the file system as one line."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class NotFound(DataError):  # noqa: N818 - reads better where it is caught
 
 
 def moment() -> None:
-    """Marks a moment between two lasting effects: where being killed leaves another state behind.
+    """Marks a point between two durable changes, at which a killed process leaves a distinct state.
 
-    For tests: with MOE_ASR_DIE_AT_STORE_OP=n in the environment, the process kills itself at the n-th moment.
+    For tests: with MOE_ASR_DIE_AT_STORE_OP=n in the environment, the process kills itself at the n-th such point.
     """
     deadly = os.environ.get("MOE_ASR_DIE_AT_STORE_OP")
     if deadly and next(_moments) == int(deadly):
@@ -40,11 +40,11 @@ def moment() -> None:
 
 
 def check_size(size: int, limit: int, name: object) -> None:
-    """Refuses what is too large to be read into memory.
+    """Refuses a file that is too large to be read into memory.
 
     Args:
         size, limit: bytes.
-        name: of the file, for the message.
+        name: name of the file, for the message.
 
     Raises:
         DataError: it is larger than the limit.
@@ -72,12 +72,12 @@ def file_hash(path: Path) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a path is that of an unfinished file."""
+    """Whether a path is the temporary name of an unfinished file."""
     return name.rpartition("/")[2].startswith(TEMPORARY)
 
 
 def write_lasting(path: Path, fill: Callable[[Path], object], name: Callable[[Path, Path], None] = os.replace) -> None:
-    """Fills a temporary file beside `path`, waits for the disk, gives it its name, waits for the disk again."""
+    """Writes a temporary file in the folder of `path`, syncs it, renames it to `path`, and syncs the folder."""
     make_folders(path.parent)
     with new_file(path, name) as temporary:
         fill(temporary)
@@ -90,7 +90,7 @@ def write_lasting(path: Path, fill: Callable[[Path], object], name: Callable[[Pa
 
 @contextmanager
 def new_file(path: Path, name: Callable[[Path, Path], None] = os.replace) -> Iterator[Path]:
-    """A temporary path in the same folder, which gets the real name when the block ends well."""
+    """A temporary path in the same folder, which is renamed to the real name when the block succeeds."""
     make_folders(path.parent, lasting=False)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
@@ -102,15 +102,15 @@ def new_file(path: Path, name: Callable[[Path, Path], None] = os.replace) -> Ite
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterator[Path]:
-    """An empty folder beside `path`, which gets the real name when the block ends well and vanishes otherwise.
+    """An empty folder next to `path`, which is renamed to `path` when the block succeeds and deleted otherwise.
 
     Args:
-        overwrite: replace a folder that is there, if it holds a file called `mark`: one that we made.
+        overwrite: replace an existing folder if it contains a file named `mark`, which shows that this program made it.
 
     Raises:
-        UsageError: something is in the way.
+        UsageError: `path` exists and may not be replaced.
     """
-    path = path.absolute()  # `.` has no name to put another folder beside
+    path = path.absolute()  # `.` has no name from which a neighbouring folder's name could be made
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         raise UsageError(f"{path} is there already: name another folder, or give --overwrite")
@@ -135,10 +135,10 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
 
 
 def let_others_read(folder: Path) -> None:
-    """Gives a folder and all below it the rights to read that the umask leaves.
+    """Gives read permissions, as far as the umask allows, to a folder and everything below it.
 
-    safetensors and `tempfile` make what only its owner can read, and a store on a shared disk has many readers: the
-    other people of a group, containers with a user of their own.
+    safetensors and `tempfile` make files that only their owner can read, but a store on a shared disk has many readers:
+    other people of a group, and containers that run as other users.
     """
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
@@ -150,7 +150,7 @@ def link(temporary: Path, path: Path) -> None:
 
     Raises:
         FileExistsError: the name is taken.
-        StoreError: this file system cannot do it.
+        StoreError: the file system does not support links.
     """
     try:
         os.link(temporary, path)
@@ -162,13 +162,13 @@ def link(temporary: Path, path: Path) -> None:
 
 
 def make_folders(path: Path, lasting: bool = True) -> None:
-    """Makes a folder and its parents, each of which then survives a power cut.
+    """Makes a folder and its parents durably, so that they survive a power cut.
 
-    Another process may make the same folders, or remove them while they are empty: the caller then meets
+    Another process may make the same folders, or remove them while they are empty: the caller then gets
     FileNotFoundError, here or when it writes, and may try again.
 
     Raises:
-        StoreError: a file is in the way.
+        StoreError: a file exists at the path of one of the folders.
     """
     if path.is_dir():
         return
@@ -196,7 +196,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same for all files and folders below a folder, and itself."""
+    """Waits until a folder and all files and folders below it are on the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(parent) / name)
@@ -204,7 +204,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def prune(folder: Path, root: Path) -> None:
-    """Removes a folder and those above it, below `root`, as far as they are empty."""
+    """Removes a folder and its parents below `root`, as far as they are empty."""
     while folder not in (root, folder.parent):
         try:
             folder.rmdir()
@@ -215,7 +215,7 @@ def prune(folder: Path, root: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns errors of the file system into ours."""
+    """Converts errors of the file system into the errors of `common.errors`."""
     try:
         yield
     except FileExistsError:

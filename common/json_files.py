@@ -1,4 +1,4 @@
-"""Reading JSON files and JSON Lines, one object a line."""
+"""Reading JSON files and JSON Lines (one object per line)."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def read_object(path: Path, remedy: str = REMEDY) -> Row:
     """The JSON object in a file.
 
     Raises:
-        DataError: a missing file, a very large one, or one that is no JSON object; the message names it.
+        DataError: the file is missing, very large, or not a JSON object; the message names it.
     """
     try:
         data = read_document(path)
@@ -35,7 +35,7 @@ def parse_object(data: bytes, where: str, remedy: str = REMEDY) -> Row:
         where: the file, for messages.
 
     Raises:
-        DataError: it is no JSON object, or nested too deeply for one.
+        DataError: the content is not a JSON object, or is nested too deeply.
     """
     try:
         value = json.loads(data)
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> list[Row]:
     """The objects of a JSON Lines file.
 
     Raises:
-        DataError: a missing file or a line that is no JSON object; the message names file and line.
+        DataError: the file is missing, or a line is not a JSON object; the message names file and line.
     """
     return [row for _, row in read_jsonl(path, remedy=REMEDY)]
 
@@ -59,11 +59,11 @@ def read_rows(path: Path) -> list[Row]:
 def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, Row]]:
     """The objects of a JSON Lines file with their line numbers, blank lines skipped.
 
-    A line ends at a line feed alone: JSON may hold U+2028 and U+0085 as they are, where `str.splitlines` would cut.
+    Only a line feed ends a line: JSON may contain U+2028 and U+0085, at which `str.splitlines` would split.
 
     Raises:
-        DataError: the file cannot be read (the message ends in `remedy`), or a line is no JSON object, or holds text
-            that UTF-8 cannot hold.
+        DataError: the file cannot be read (the message ends with `remedy`), or a line is not a JSON object, or contains
+            text that UTF-8 cannot represent.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
@@ -85,7 +85,8 @@ def parse_line(line: str, where: str) -> Row:
         where: file and line, for messages.
 
     Raises:
-        DataError: no JSON, no object, or half of a surrogate pair in it, which no UTF-8 file can hold.
+        DataError: the line is not JSON or not an object, or contains half of a surrogate pair, which UTF-8 cannot
+            represent.
     """
     try:
         record = json.loads(line)

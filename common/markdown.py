@@ -1,6 +1,6 @@
-"""Text from a corpus, a configuration or a record as Markdown that shows it, and does nothing else.
+"""Escapes text from a corpus, a configuration or a record, so that Markdown shows it as plain text.
 
-`Markdown` marks what is Markdown already; `escape` takes everything else for plain text.
+`Markdown` marks text that is already Markdown; `escape` treats all other values as plain text.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ _UNSEEN = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x
 
 
 class Markdown(str):
-    """Text that is Markdown by our own making."""
+    """Trusted Markdown, which is not escaped."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Markdown:
-    """A value as Markdown that shows its text on one line; Markdown stays as it is."""
+    """A value as Markdown that shows its text on one line; `Markdown` values are returned unchanged."""
     if isinstance(value, Markdown):
         return value
     return Markdown(_ACTIVE.sub(r"\\\g<0>", one_line(str(value))))
 
 
 def code(text: str) -> Markdown:
-    """Text as a code span, whatever it holds."""
+    """Any text as a code span."""
     text = one_line(text)
     fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
     space = " " if "`" in text else ""
@@ -41,7 +41,7 @@ def shell_word(text: str) -> Markdown:
 
 
 def one_line(text: str) -> str:
-    """White space as single spaces; characters that control a terminal or the direction of text as �."""
+    """The text on one line: white space as single spaces, control characters and direction marks as �."""
     return "".join("�" if _is_control(c) else c for c in " ".join(text.split()))
 
 

@@ -23,8 +23,8 @@ class Option:
     """`flag` sets the configuration's `path`; its help text is the setting's description.
 
     Attributes:
-        value: of a flag that takes none: what it sets.
-        help: of such a flag.
+        value: value that a flag without argument sets.
+        help: help text of such a flag.
     """
 
     flag: str
@@ -85,7 +85,7 @@ SHARED_OPTIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def config_options(function: F) -> F:
-    """Adds every option that leads to a configuration; the command then gets them in `**options`."""
+    """Adds all options that set configuration values; the command receives them in `**options`."""
     for option in reversed(RUN_OPTIONS):
         function = click_option(option)(function)
     for flag, paths in reversed(list(SHARED_OPTIONS.items())):
@@ -156,12 +156,12 @@ def config_from(
     """The configuration that a command's options describe.
 
     Args:
-        options: what click collected for `config_options`.
+        options: values that click collected for `config_options`.
         extra: further `path` → value.
-        base: start from this configuration instead of a mode's.
+        base: configuration to start from instead of a mode's.
 
     Raises:
-        UsageError, ConfigError: an option or value that does not fit.
+        UsageError, ConfigError: an option or value is invalid.
     """
     skip = options.get("skip_pretraining", False)
     if skip and options.get("num_experts") is None:

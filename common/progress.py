@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, a line now and then where there is none."""
+"""Progress of long work: a bar on a terminal, otherwise occasional log lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST, EVERY = 10.0, 60.0  # seconds to the first line, and between lines
 
 
 class Bar(Protocol):
-    """What `progress` returns."""
+    """Interface of the objects that `progress` returns."""
 
     def update(self, n: float = 1, /) -> Any:
         """Counts further units."""
@@ -43,17 +43,17 @@ class Lines:
         self.values = ""
 
     def update(self, n: float = 1, /) -> None:
-        """Counts further units, and says so if a line is due."""
+        """Counts further units, and prints a line if it is due."""
         self.done += n
         if self.now() >= self.due:
             self._say()
 
     def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
-        """Values that the next line ends with."""
+        """Sets values to show at the end of the next line."""
         self.values = "".join(f", {name} {value}" for name, value in values.items())
 
     def close(self) -> None:
-        """A last line for what took long enough to have had others."""
+        """Prints a last line if earlier lines were printed."""
         if self.due > self.started + FIRST:
             self._say()
 
@@ -69,7 +69,7 @@ class Lines:
 
 
 class _Hidden:
-    """No progress at all."""
+    """Shows no progress."""
 
     def update(self, n: float = 1, /) -> None:
         return
@@ -82,11 +82,11 @@ class _Hidden:
 
 
 def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hidden: bool = False) -> Bar:
-    """A bar on a terminal, lines without one, nothing where it is `hidden`.
+    """A bar on a terminal, log lines otherwise, nothing if `hidden`.
 
     Args:
-        total: units of the whole work; `initial` of them are done already.
-        unit: what is counted, in the plural.
+        total: units of the whole work, of which `initial` are already done.
+        unit: name of the counted units, in the plural.
     """
     if hidden:
         return _Hidden()
@@ -101,7 +101,7 @@ def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hi
 
 
 def counted(items: Iterable[T], total: int, label: str, *, unit: str = "") -> Iterator[T]:
-    """The items, with their progress shown."""
+    """Yields the items and shows the progress."""
     bar = progress(total, label, unit=unit)
     try:
         for item in items:
@@ -112,7 +112,7 @@ def counted(items: Iterable[T], total: int, label: str, *, unit: str = "") -> It
 
 
 def clock(seconds: float) -> str:
-    """A duration in the two largest units that it has."""
+    """A duration in its two largest units."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,7 +1,7 @@
-"""What a process does when it is told to stop (SIGTERM, Ctrl-C): a stage checkpoints, its helpers end with it.
+"""Handling of SIGTERM and Ctrl-C: a stage writes a checkpoint and ends, and its loader processes end with it.
 
-`handle_signals` is for the process that works; `stop_with` and `signals_held` for the loader processes that it starts.
-SIGALRM means: at once, without another checkpoint.
+`handle_signals` is for the training process; `stop_with` and `signals_held` are for the loader processes that it
+starts. SIGALRM ends the process at once, without another checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by de
 class StopFlag:
     """Set by the first SIGTERM or Ctrl-C; training checkpoints and ends. The second one ends at once.
 
-    A second SIGTERM within seconds is the same wish: SLURM and systemd tell all processes, and so does our parent.
+    A second SIGTERM within seconds counts as the same signal: SLURM, systemd and the parent process signal all
+    processes.
     """
 
     def __init__(self) -> None:
@@ -63,9 +64,9 @@ def handle_signals() -> Iterator[StopFlag]:
 
 
 def stop_with(owner: int) -> None:
-    """Ends this process at a SIGTERM of its owner alone, in a thread of its own.
+    """Ends this process only on a SIGTERM from its owner, which a separate thread waits for.
 
-    Who stops a job often signals all its processes, but the training needs its loader to end in order.
+    Stopping a job often signals all its processes, but the training needs its loader until the checkpoint.
 
     Args:
         owner: process id.
@@ -82,7 +83,7 @@ def _wait_for(owner: int) -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Signals that stop wait meanwhile, in the processes that are started too."""
+    """Blocks the stop signals while the block runs, also in the processes that are started."""
     resource_tracker.ensure_running()  # multiprocessing's own; when it starts, it lets the signals in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:

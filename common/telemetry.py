@@ -1,6 +1,6 @@
 """Live metrics for Prometheus: every name in one table, one registry per process, a small server.
 
-Nothing is global: a `Telemetry` belongs to who makes it, and a stage gets a view of it that knows the stage's name.
+There is no global state: a `Telemetry` belongs to its creator, and a stage uses a view with the stage's name.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ STORE_BYTES = Metric("counter", "moe_asr_store_bytes_total", "Bytes that they mo
 STORE_ERRORS = Metric("counter", "moe_asr_store_errors_total", "Calls that failed.", (*STAGE, "operation"))
 
 METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
-MEMORY = Metric(  # collected when it is asked for, so not among the instruments
+MEMORY = Metric(  # collected on request, so not among the instruments
     "gauge",
     "moe_asr_device_memory_bytes",
     "Memory: allocated, peak, reserved by this process; used, total of the device; cpu: resident memory.",
@@ -98,7 +98,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.begun, self.finished = _Tally(), _Tally()  # of scrapes: a registry asks its collectors in this order
+        self.begun, self.finished = _Tally(), _Tally()  # of scrapes: a registry calls its collectors in this order
         self.registry.register(self.begun)
         self._instruments = {metric.name: _instrument(metric, self.registry) for metric in METRICS}
         ProcessCollector(registry=self.registry)
@@ -129,11 +129,11 @@ class Telemetry:
         (instrument.labels(**labels) if labels else instrument).observe(value)
 
     def begin(self, metric: Metric, **labels: str) -> None:
-        """Lets a series appear before it has any value."""
+        """Makes a series appear before it has a value."""
         self._instruments[metric.name].labels(**labels)
 
     def values(self, **labels: str) -> dict[str, float]:
-        """`name{label="value"}` → value, of all series that carry these labels, without them and without buckets."""
+        """`name{label="value"}` → value of all series with these labels, without these labels and without buckets."""
         found = {}
         for instrument in self._instruments.values():
             for sample in (sample for family in instrument.collect() for sample in family.samples):
@@ -144,7 +144,7 @@ class Telemetry:
 
 
 class StageTelemetry:
-    """The metrics of one stage; its name and shard are added to the labels of what has them."""
+    """The metrics of one stage; its name and shard are added as labels to metrics that have these labels."""
 
     def __init__(self, telemetry: Telemetry, name: str, shard: str) -> None:
         self.telemetry, self.name, self.shard = telemetry, name, shard
@@ -162,7 +162,7 @@ class StageTelemetry:
         self.telemetry.observe(metric, value, **self._labels(metric))
 
     def progress(self, done: int, total: int) -> None:
-        """Sets how much is done of how much."""
+        """Sets the finished and the expected units."""
         self.set(DONE, done)
         self.set(EXPECTED, total)
 
@@ -181,7 +181,7 @@ class StageTelemetry:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Marks the stage as running, and counts how it ended."""
+        """Marks the stage as running while the block runs, and counts its result."""
         self.telemetry.begin(STEP, **self._labels(STEP))
         for metric in METRICS:
             if metric.kind == "counter" and metric.labels == STAGE:
@@ -225,7 +225,7 @@ class StageTelemetry:
         self.add(CHECKPOINTS)
 
     def values(self) -> dict[str, float]:
-        """What the stage's metrics are now."""
+        """Current values of the stage's metrics."""
         return self.telemetry.values(stage=self.name, shard=self.shard)
 
     def _labels(self, metric: Metric) -> dict[str, str]:
@@ -234,16 +234,16 @@ class StageTelemetry:
 
 @contextmanager
 def serving(telemetry: Telemetry, port: int | None, host: str | None, linger: float) -> Iterator[int | None]:
-    """Serves the metrics over HTTP while the block runs; a port that is in use is said and is no reason to stop.
+    """Serves the metrics over HTTP while the block runs; a port that is in use is logged and does not stop the run.
 
     Args:
-        port: 0 takes any free one; None serves nothing. Of several processes of one training, only the first serves.
+        port: 0 selects any free port; None serves nothing. Of several processes of one training, only the first serves.
         host: the interface; by default loopback, and all of them inside Kubernetes.
-        linger: seconds to wait at most for one more scrape after the block, where there was one before: the last
-            values would be lost otherwise. Not after an error.
+        linger: maximum seconds to wait for one more scrape after the block, if there was a scrape before: otherwise the
+            last values would be lost. Not used after an error.
 
     Yields:
-        The port, None where nothing is served.
+        The port; None if nothing is served.
     """
     if port is None or os.environ.get("RANK", "0") != "0":
         yield None
@@ -266,14 +266,14 @@ def serving(telemetry: Telemetry, port: int | None, host: str | None, linger: fl
 
 
 def _await_scrape(telemetry: Telemetry, seconds: float) -> None:
-    """Waits for a scrape that began after this call, if there was any before."""
+    """Waits for a scrape that begins after this call, if there was a scrape before."""
     begun, until = telemetry.begun.count, time.monotonic() + seconds
     while begun and telemetry.finished.count <= begun and time.monotonic() < until:
         time.sleep(0.1)
 
 
 class _Tally(Collector):
-    """Counts how often it is asked."""
+    """Counts the scrapes."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -287,7 +287,7 @@ class _Tally(Collector):
 
 
 class _DeviceMemory(Collector):
-    """Read at each scrape."""
+    """Collector of device memory, which is read at each scrape."""
 
     def describe(self) -> list[GaugeMetricFamily]:
         return [GaugeMetricFamily(MEMORY.name, MEMORY.help, labels=MEMORY.labels)]

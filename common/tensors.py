@@ -1,4 +1,4 @@
-"""Tensors from files: every number of them is finite, and they are the ones that a model has."""
+"""Checks of tensors from files: all values are finite, and the names are those of the model."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
     """Refuses weights that are not floating-point numbers of 16 bits or more, or not all finite.
 
     Args:
-        source: where they come from, for the message.
+        source: origin of the weights, for the message.
 
     Raises:
-        DataError: names the first such tensor.
+        DataError: there is such a tensor; the message names the first.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHT_TYPES:
@@ -43,10 +43,10 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], source: str) -> None:
-    """Refuses a set of tensors that lacks some of those expected, or has others.
+    """Refuses a set of tensors with missing or additional names.
 
     Raises:
-        DataError: names the first one and says how many there are.
+        DataError: a name is missing or additional; the message names the first and gives their number.
     """
     found, expected = set(found), set(expected)
     for names, problem in ((expected - found, "lacks tensor"), (found - expected, "holds tensor")):
@@ -60,7 +60,7 @@ def file_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file by name, from its header alone.
 
     Raises:
-        DataError: a tensor is of a type that no weight has.
+        DataError: a tensor has a type that weights do not have.
         SafetensorError, OSError: the file cannot be read.
     """
     shapes = {}

@@ -1,4 +1,4 @@
-"""Texts as they are compared: Whisper's normaliser, languages without spaces, hallucination loops."""
+"""Normalisation of texts for comparison: Whisper's normaliser, languages without spaces, hallucination loops."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _POINTS = re.compile("[\u0640\u064b-\u0652\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\
 
 
 def normalise(text: str, language: str = "en", *, published: bool = False) -> str:
-    """A text as it is compared: in one form (`unify`), then through Whisper's English normaliser, or its basic one.
+    """A text normalised for comparison: by `unify`, then by Whisper's English or basic normaliser.
 
-    Of scripts that write vowels as marks (Hindi, Thai, …) the marks are kept, which the published normaliser takes for
+    In scripts that write vowels as marks (Hindi, Thai, …), the marks are kept, which the published normaliser treats as
     punctuation.
 
     Source: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision", appendix C.
@@ -63,7 +63,7 @@ def normalise(text: str, language: str = "en", *, published: bool = False) -> st
 
 
 def unify(text: str, language: str = "en") -> str:
-    """A text with one form for what is written in several ways and spoken alike.
+    """A text in which characters with several written forms and the same pronunciation have one form.
 
     NFKC (full-width letters, ligatures, composed accents), straight apostrophes, ASCII digits; no invisible characters,
     no ellipses, no points of Arabic and Hebrew vowels; the casing of Turkish and Azerbaijani; cedillas of Romanian;
@@ -94,17 +94,17 @@ def _plain(character: str) -> str:
 
 
 def mend(text: str) -> str:
-    """A text to train on in the form that Whisper writes, with nothing that is heard changed.
+    """A training text in the form that Whisper writes, without changes that affect the pronunciation.
 
     Composed (NFC), straight apostrophes and quotes, full-width letters and digits as ASCII, ligatures apart, plain
-    spaces, no invisible characters but the joiners that some scripts need. Punctuation of other scripts stays.
+    spaces, no invisible characters except the joiners that some scripts need. Punctuation of other scripts is kept.
     """
     text = unicodedata.normalize("NFC", text).translate(APOSTROPHES | QUOTES | WIDE | LIGATURES)
     return " ".join(_INVISIBLE.sub("", text).split())
 
 
 def odd_forms(text: str) -> list[str]:
-    """Names of what `mend` would change in a text, apart from spaces at its ends and between words."""
+    """Names of the changes that `mend` would make in a text, except spaces at its ends and between words."""
     if text.isascii() and "`" not in text:
         return []
     return [name for name, table in ODD_FORMS.items() if not set(map(ord, text)).isdisjoint(table)] + (
@@ -122,7 +122,7 @@ def lone_surrogate(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that any UTF-8 terminal or file takes: what it cannot hold (a Latin-1 file name) is escaped."""
+    """A text that can be written as UTF-8: other parts (as of a Latin-1 file name) are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -157,10 +157,10 @@ def _normaliser(language: str, published: bool) -> Callable[[str], str]:
 
 
 def is_hallucination_loop(hypothesis: str, reference: str) -> bool:
-    """Whether a hypothesis repeats a phrase back to back far more often than was said, and so inserts words.
+    """Whether a hypothesis repeats a phrase in a row far more often than the reference, and so inserts words.
 
-    True if some phrase of up to 12 words stands at least 4 times in a row (or, within a word, up to 8 characters
-    at least 8 times), at least twice as often as in the reference, and the hypothesis is the longer text.
+    True if some phrase of up to 12 words occurs at least 4 times in a row (or, within a word, up to 8 characters at
+    least 8 times), at least twice as often as in the reference, and the hypothesis is the longer text.
 
     Args:
         hypothesis, reference: as `normalise` gives them.
@@ -177,7 +177,7 @@ def is_hallucination_loop(hypothesis: str, reference: str) -> bool:
 
 
 def _most_repeats(items: Sequence[str], longest: int) -> int:
-    """How often some phrase of up to `longest` items stands in a row, at most."""
+    """The maximum number of times that a phrase of up to `longest` items occurs in a row."""
     most = min(len(items), 1)
     for period in range(1, min(longest, len(items) // 2) + 1):
         run = best = 0

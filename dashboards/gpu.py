@@ -1,4 +1,4 @@
-"""The dashboard "GPU utilisation": whether the GPUs that are paid for are used."""
+"""The dashboard "GPU utilisation": how well the GPUs are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard "Pipeline": how far the runs are, what failed, what was spared."""
+"""The dashboard "Pipeline": progress of runs, failures, and cache hits."""
 
 from __future__ import annotations
 

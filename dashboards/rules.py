@@ -1,8 +1,8 @@
 """Recording and alert rules of Prometheus, in the form of its rule files.
 
-dcgm-exporter names the pod that uses a GPU in `pod` or in `exported_pod`, as its scrape is set up; the recording rules
-fold both and add workflow, stage and shard. Workflows come from kube-state-metrics (`kube_pod_labels` with the label
-`workflows.argoproj.io/workflow` allowed), else from a target label `workflow`, else they are `none`.
+dcgm-exporter names the pod that uses a GPU in `pod` or in `exported_pod`, depending on the scrape configuration; the
+recording rules accept both and add workflow, stage and shard. Workflows come from kube-state-metrics (`kube_pod_labels`
+with the label `workflows.argoproj.io/workflow` allowed), else from a target label `workflow`, else they are `none`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Rule = dict[str, Any]
 
 
 def folded(series: str) -> str:
-    """A series of dcgm-exporter with the using pod in `namespace` and `pod`, whichever way it was scraped."""
+    """A series of dcgm-exporter with the using pod in `namespace` and `pod`, for both scrape configurations."""
     renamed = f'label_replace({series}{{exported_pod!=""}}, "pod", "$1", "exported_pod", "(.+)")'
     renamed = f'label_replace({renamed}, "namespace", "$1", "exported_namespace", "(.+)")'
     return f'max by ({GPU_LABELS}) ({renamed} or {series}{{exported_pod="", pod!=""}})'
 
 
 def of_stage(vector: str) -> str:
-    """The vector with workflow, stage and shard of its pods; pods of no workflow fall out."""
+    """The vector with workflow, stage and shard of its pods; pods without a workflow are left out."""
     return f"{vector} * on (namespace, pod) group_left (workflow, stage, shard) moe_asr:pod_stage:info"
 
 
@@ -48,7 +48,7 @@ def record(name: str, expr: str) -> Rule:
 
 
 def pods() -> list[Rule]:
-    """Which workflow, and which of our stages, runs in a pod."""
+    """Workflow and stage of each pod."""
     label = "label_workflows_argoproj_io_workflow"
     # What was known minutes ago stays: a scrape that fails must not move a pod out of its workflow or stage.
     known = f'label_replace(last_over_time(kube_pod_labels{{{label}!=""}}[5m]), "workflow", "$1", "{label}", "(.+)")'
@@ -91,7 +91,7 @@ def gpus() -> list[Rule]:
 
 
 def training() -> list[Rule]:
-    """Shares that several panels and alerts use."""
+    """Recording rules for ratios that several panels and alerts use."""
     wait, steps = DATA_WAIT, f"{STEP}_sum"
     return [
         record("moe_asr:progress:ratio", f"{DONE} / ({EXPECTED} > 0)"),
@@ -115,7 +115,7 @@ STAGE = f"stage {{{{ $labels.stage }}}} in {WHERE}"
 
 
 def gpu_alerts() -> list[Rule]:
-    """What wastes or loses GPUs."""
+    """Alerts for idle and failing GPUs."""
     return [
         alert(
             "MoeAsrGpuIdle",
@@ -137,7 +137,7 @@ def gpu_alerts() -> list[Rule]:
 
 
 def training_alerts() -> list[Rule]:
-    """What makes a training useless."""
+    """Alerts for problems of a training."""
     load = LOAD
     one = "by (namespace, pod, stage, shard)"
     unused = f"count {one} ({load} < on (namespace, pod, stage, shard) group_left () (0.1 / count {one} ({load})))"
@@ -180,7 +180,7 @@ def training_alerts() -> list[Rule]:
 
 
 def platform_alerts() -> list[Rule]:
-    """What the cluster or the store does to a run."""
+    """Alerts for problems of the cluster or the store."""
     failed = 'kube_pod_status_phase{phase="Failed"} == 1'
     restarts = "increase(kube_pod_container_status_restarts_total[30m]) > 0"
     ours = "on (namespace, pod) group_left (workflow) moe_asr:pod_workflow:info"

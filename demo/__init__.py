@@ -1,1 +1,1 @@
-"""Speech and weights that a closed machine can have: espeak-ng corpora and the reader of CTranslate2 models."""
+"""Demo data without network access: synthetic corpora by espeak-ng, and a reader of CTranslate2 models."""

@@ -38,7 +38,7 @@ _SHORTEST = 0.7  # seconds of a sentence: how many are drawn for a given time
 
 @dataclass(frozen=True, slots=True)
 class _Speaker:
-    """One speaker's own values, and what it says: pairs of utterance id and text, until it has spoken so long."""
+    """One speaker's settings and sentences: pairs of utterance id and text, up to a total duration."""
 
     name: str
     etiology: str
@@ -76,9 +76,9 @@ def synthesize(
         out: the corpus folder to make, not yet there or empty: `index.jsonl` and 16 kHz FLAC files.
         speakers_per_etiology: at least 3, one for each split.
         utterances_per_speaker: of 2 to 6 seconds each.
-        seed: of voices and sentences.
-        etiologies: names in `STAND_INS`; None takes all.
-        processes: how many speak at a time.
+        seed: random seed of voices and sentences.
+        etiologies: names in `STAND_INS`; None uses all.
+        processes: number of speakers that are synthesised at a time.
 
     Raises:
         UsageError: an unknown etiology, too few speakers or utterances, or `out` exists.
@@ -119,20 +119,20 @@ def synthesize_bench(
 ) -> Corpus:
     """Speak the benchmark: hard, open, and in conflict; the same arguments give the same bytes.
 
-    Each group but "typical" says sounds for other sounds, by rules that contradict the other groups' (`BENCH`), fast
-    and in a voice of its own. One of them (`UNSEEN`) speaks in test alone. Half of the others' speakers go to train, a
-    sixth to dev, a third to test. A fifth of the
-    content words are never in train (`sentences.held_out`), and no pair of neighbouring content words is in two
-    splits.
+    Each group except "typical" replaces sounds by other sounds, by rules that contradict those of the other groups
+    (`BENCH`), and speaks fast and with its own voice. One group (`UNSEEN`) occurs only in test. Half of the others'
+    speakers go to train, a sixth to dev, a third to test. A fifth of the content words are never in train
+    (`sentences.held_out`), and no pair of neighbouring content words is in two splits.
 
     Args:
         out: the corpus folder to make, not yet there or empty.
-        minutes: of train, at least (each speaker finishes its sentence).
-        held_out_minutes: of each of dev and test, without the group that only test hears; a tenth of train when None.
-        alike: all groups have the same voices and pace, so that only their sounds tell them apart (`BENCH_ALIKE`).
+        minutes: minimum duration of train (each speaker finishes its sentence).
+        held_out_minutes: duration of dev and of test, without the group that occurs only in test; by default a tenth of
+            train.
+        alike: all groups have the same voices and pace, so that they differ only in their sounds (`BENCH_ALIKE`).
         speakers_per_etiology: at least 6.
-        seed: of voices and sentences.
-        processes: how many speak at a time.
+        seed: random seed of voices and sentences.
+        processes: number of speakers that are synthesised at a time.
 
     Raises:
         UsageError: too few speakers or minutes, or `out` exists.
@@ -206,10 +206,10 @@ def _between(ends: Range, level: float) -> float:
 
 
 def _speak_all(speakers: Sequence[_Speaker], folder: Path, processes: int) -> list[Utterance]:
-    """Every speaker in a process of its own.
+    """Synthesises every speaker in a separate process.
 
-    espeak-ng keeps the phase of its oscillators from one utterance to the next, so that equal bytes need an equal
-    history: that of a fresh process which speaks one speaker's sentences in order.
+    espeak-ng keeps the phase of its oscillators from one utterance to the next, so that equal bytes require an equal
+    history: a new process that speaks one speaker's sentences in order.
     """
     fresh = multiprocessing.get_context(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -265,6 +265,6 @@ def _speak_speaker(speaker: _Speaker, folder: Path) -> list[Utterance]:
 
 
 def _sounds_of(speaker: _Speaker, number: int) -> Callable[[str], str]:
-    """What becomes of the phonemes of a speaker's sentence."""
+    """The replacement of the phonemes of a speaker's sentence."""
     rng = random.Random(f"{speaker.seed}/{number}")
     return lambda spoken: replace_sounds(spoken, speaker.voice.sounds, rng, speaker.share)

@@ -138,7 +138,7 @@ def read_model(path: Path) -> Ct2Model:
         if target not in variables:
             raise cursor.fail("the name of a variable above", repr(target), at)
         variables[alias] = variables[target]
-        if (scale := variables.get(f"{target}_scale")) is not None:  # an alias stands for the scale too
+        if (scale := variables.get(f"{target}_scale")) is not None:  # an alias has the scale of its target too
             variables.setdefault(f"{alias}_scale", scale)
     if cursor.offset != len(cursor.data):
         raise cursor.fail("the end of the file", f"{len(cursor.data) - cursor.offset:,} more bytes", cursor.offset)

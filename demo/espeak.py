@@ -75,7 +75,7 @@ def speak(
 
 
 def _phonemes(library: ctypes.CDLL, text: str) -> str:
-    """How the voice that is set would say a text."""
+    """The phonemes of a text in the current voice."""
     rest, clauses = ctypes.c_char_p(text.encode()), []
     while rest.value:
         clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), _CHARS_UTF8, ord("|") << 8).decode())
@@ -83,7 +83,7 @@ def _phonemes(library: ctypes.CDLL, text: str) -> str:
 
 
 def require_espeak() -> ModuleType:
-    """The package that brings espeak-ng.
+    """The package that contains espeak-ng.
 
     Raises:
         DataError: it is not installed.

@@ -1,8 +1,8 @@
 """Sentences for synthetic speech: an open vocabulary in committed patterns, with splits that share no phrase.
 
-A small closed grammar would be learned by heart in one epoch. Here the content words come from a frequency list, and
-every pair of neighbouring content words belongs to exactly one split (by its hash), so that no sentence and no phrase
-of two or more content words of dev or test is ever heard in training, whatever the size of the corpus.
+A small closed grammar would be memorised in one epoch. Here the content words come from a frequency list, and every
+pair of neighbouring content words belongs to exactly one split (by its hash), so that no sentence and no phrase of two
+or more content words of dev or test occurs in training, for any size of the corpus.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ PATTERNS = (
     "only a few of the {p} were {d} {a} {T}",
     "it {M} be the {n} or {D} {a} {n} that you heard",
 )
-# Of the benchmark: quickly said, and mostly content words.
+# Patterns of the benchmark: short, and mostly content words.
 SHORT_PATTERNS = (
     "{D} {a} {n} {v} the {p}",
     "{S} {d} {v} {D} {n}",
@@ -101,7 +101,7 @@ _UNWANTED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Lexicon:
-    """Content words by what they can do in a sentence, most frequent first."""
+    """Content words by part of speech, most frequent first."""
 
     nouns: tuple[str, ...]
     plurals: tuple[str, ...]
@@ -115,11 +115,11 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
     """Sort frequent English words into parts of speech by which inflected forms are frequent as well.
 
     A word with a past tense and a present participle is a verb; one with an adverb in -ly is an adjective; one with a
-    plural and neither of these is a noun. What has no such forms, such as names and abbreviations, drops out.
+    plural and neither of these is a noun. Words without such forms, such as names and abbreviations, are left out.
 
     Args:
-        base_words: how many of the most frequent words may be base forms.
-        known_words: how many words count as existing when inflected forms are looked up.
+        base_words: number of most frequent words that may be base forms.
+        known_words: number of words that count as existing when inflected forms are looked up.
 
     Raises:
         DataError: the package `wordfreq` is not installed.
@@ -141,7 +141,7 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
         if word not in taken
         and plural(word) in known
         and not {past(word), participle(word), participle(word + word[-1])} & known
-        # A name's plural is rare beside the name itself.
+        # A name's plural is rare compared with the name itself.
         and zipf_frequency(word, "en") - zipf_frequency(plural(word), "en") < 1.3
     ]
     return Lexicon(
@@ -154,7 +154,7 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether a word is a plain content word: letters, inoffensive, and left alone by Whisper's normaliser."""
+    """Whether a word is a plain content word: only letters, inoffensive, and unchanged by Whisper's normaliser."""
     letters = word.isascii() and word.isalpha() and 5 <= len(word) <= 11
     return letters and word not in FUNCTION_WORDS and not _UNWANTED.match(word) and normalise(word) == word
 
@@ -205,13 +205,13 @@ def content_pairs(sentence: str) -> list[tuple[str, str]]:
 
 
 def held_out(word: str) -> bool:
-    """Whether a word is kept from training: about one in five."""
+    """Whether a word is excluded from training: about one in five."""
     return hashlib.blake2b(word.encode(), digest_size=1).digest()[0] < 51
 
 
 @cache
 def training_lexicon() -> Lexicon:
-    """The words that training may hear where some are held out."""
+    """The words that may occur in training if some are held out."""
     whole = build_lexicon()
     return Lexicon(*(tuple(w for w in getattr(whole, kind) if not held_out(w)) for kind in _CONTENT_SLOTS.values()))
 
@@ -220,7 +220,7 @@ def make_sentence(rng: random.Random, split: str, lexicon: Lexicon, patterns: Se
     """A sentence, capitalised and with its full stop, all of whose content pairs belong to the split.
 
     Args:
-        rng: where chance comes from.
+        rng: random number generator.
         split: train, dev or test.
         lexicon: the words to draw from.
         patterns: of sentences.

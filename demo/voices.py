@@ -1,4 +1,4 @@
-"""Who speaks in synthetic corpora: the stand-in etiologies, their voices, effects and sounds.
+"""The stand-in etiologies of synthetic corpora, with their voices, effects and sounds.
 
 The names say how the speech sounds and stand for no diagnosis. Those of the demonstration differ by voice and effect;
 each was chosen by measurement: Whisper tiny.en gets it clearly more wrong than plain speech (`moe-asr corpus stats`
@@ -28,7 +28,7 @@ class StandIn:
         word_gap: pause between words, in espeak-ng's units of about 10 ms.
         effect: what is done to the signal, and how strongly.
         sounds: phoneme → what is said in its place, in espeak-ng's names.
-        share: of the words that are said so.
+        share: share of the words in which sounds are replaced.
     """
 
     variants: tuple[str, ...]
@@ -54,12 +54,14 @@ STAND_INS = {
 
 
 def cycle(*sounds: str) -> dict[str, str]:
-    """Each sound becomes the next, the last the first: nothing is merged, so whoever knows the rule can undo it."""
+    """A rule that replaces each sound by the next, and the last by the first; no sounds are merged, so it is
+    invertible.
+    """
     return dict(zip(sounds, (*sounds[1:], sounds[0]), strict=True))
 
 
 def undone(sounds: Mapping[str, str]) -> dict[str, str]:
-    """The rule that takes every sound back."""
+    """The inverse of a rule."""
     return {said: meant for meant, said in sounds.items()}
 
 
@@ -99,7 +101,7 @@ BENCH = {
     "coast": _group("++--", ("whisper", "whisperf")),
     "island": _group("--++", ("croak", "m3"), effects.smear, (0.04, 0.08)),
 }
-# The same rules in the same voices at the same pace: no sound but the replaced ones tells the groups apart.
+# The same rules in the same voices at the same pace: the groups differ only in the replaced sounds.
 BENCH_ALIKE = {
     name: replace(group, variants=_PLAIN, rate=(200, 250), word_gap=0, effect=None, strength=(0, 0))
     for name, group in BENCH.items()
@@ -116,7 +118,7 @@ def replace_sounds(spoken: str, sounds: Mapping[str, str], rng: random.Random, s
     Args:
         spoken: phonemes, `|` between them and spaces between words (as espeak-ng writes them).
         sounds: phoneme → what is said in its place.
-        share: of the words that this happens to, by chance.
+        share: share of the words in which sounds are replaced, chosen at random.
     """
 
     def replaced(phoneme: str) -> str:

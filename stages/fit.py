@@ -1,4 +1,4 @@
-"""The batch that fits: tries steps of joint training with this configuration's model on this machine."""
+"""Search for the largest batch: tries steps of joint training with the configured model on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What fits: utterances of 30 s per batch, the same as seconds, and the bytes that were allowed."""
+    """Result of the search: utterances of 30 s per batch, their total seconds, and the allowed bytes."""
 
     rows: int
     batch_seconds: float
@@ -35,12 +35,12 @@ def fit_batch(config: Config, cache: Path, *, tokens: int, memory: int | None = 
     """Searches the largest batch of joint training, in its worst case: all utterances of 30 s with long texts.
 
     Args:
-        cache: where a model from elsewhere is kept.
+        cache: folder for a downloaded model.
         tokens: text tokens of each utterance.
-        memory: bytes that may be held; by default nine tenths of what there is.
+        memory: maximum bytes to use; by default nine tenths of the available memory.
 
     Raises:
-        DataError: not even one utterance fits.
+        DataError: a single utterance does not fit.
     """
     from stages.asr.build import build, parameter_groups
 

@@ -1,8 +1,8 @@
-"""What is still to do, in numbers: utterances and steps of each stage, what is saved, and about how long it takes.
+"""Estimate of the remaining work: utterances and steps of each stage, saved progress, and approximate time.
 
 Steps are an upper bound: early stopping may end a training sooner. Times come from finished work of the same stage on
 the same base model in the same store, in proportion to the speech (or, in cluster and gating, the utterances) that
-passes through; there is none where nothing was measured.
+passes through; without such measurements there is no estimate.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Work:
     """The work of one stage or of one piece of it.
 
     Attributes:
-        steps: optimiser steps at most; None in a stage that trains nothing.
+        steps: maximum number of optimiser steps; None in a stage without training.
         amount: seconds of speech that pass through (utterances in cluster and gating).
         scored: seconds of speech that are decoded at the end.
-        exact: whether `steps` is counted; else it is nearly so.
+        exact: whether `steps` is exact; otherwise it is approximate.
     """
 
     utterances: int
@@ -48,12 +48,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a task that is not done.
+    """Forecast of an unfinished task.
 
     Attributes:
-        saved: steps (extract: utterances) that a checkpoint holds.
-        seconds: that the rest will take; None where nothing was measured.
-        host: where that was measured.
+        saved: steps (extract: utterances) in a checkpoint.
+        seconds: estimated time of the remaining work; None without measurements.
+        host: machine of the measurement.
     """
 
     work: Work
@@ -62,7 +62,7 @@ class Forecast:
     host: str = ""
 
     def describe(self) -> str:
-        """In a phrase: `60 utterances, at most 36 steps, checkpoint at step 21 of 36, about 2 min 5 s (as on pc)`."""
+        """A description: `60 utterances, at most 36 steps, checkpoint at step 21 of 36, about 2 min 5 s (as on pc)`."""
         parts = [f"{self.work.utterances:,} utterances"]
         if self.work.steps is not None:
             parts.append(f"{'at most' if self.work.exact else 'about'} {self.work.steps:,} steps")
@@ -75,13 +75,13 @@ class Forecast:
         return ", ".join(parts)
 
     def row(self) -> dict[str, Any]:
-        """For JSON."""
+        """The forecast as a JSON object."""
         own = {"utterances": self.work.utterances, "steps": self.work.steps, "saved": self.saved}
         return own | {"expected_seconds": self.seconds}
 
 
 def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
-    """By label of the tasks that are not done, and by name of the stages whose pieces are not known yet."""
+    """Forecasts by label of unfinished tasks, and by name of stages whose pieces are not known yet."""
     found: dict[str, Forecast] = {}
     for stage, label, key, shards in _unfinished(plan):
         work = stage_work(run, stage, label, shards)
@@ -95,7 +95,7 @@ def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
 
 
 def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
-    """Stage, label, key and number of pieces of what is not done."""
+    """Stage, label, key and number of pieces of unfinished work."""
     stages = [one.task.contract.name for one in plan.planned]
     for one in plan.planned:
         if one.status != "done":
@@ -107,7 +107,7 @@ def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
 
 
 def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
-    """The work of a task; of experts, whose utterances the gate will choose, an even share of all."""
+    """The work of a task; for experts, whose utterances the gate will choose, an equal share of all utterances."""
     config, corpus = run.config, run.corpus
     if stage == "extract":
         size, number = config.extract.shard_size, int(label.partition("[")[2].rstrip("]") or 0)
@@ -139,7 +139,7 @@ def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
 def _training(
     config: Config, section: SpeechTrainConfig, utterances: Sequence[Utterance], *, trainings: int = 1
 ) -> tuple[int, float]:
-    """Steps, and seconds of speech, of all epochs or of as many steps as are allowed to each of several trainings."""
+    """Steps and seconds of speech of all epochs, or of the maximum number of steps of each training."""
     from common.data.batches import Example, epoch_batches
     from common.data.features import context_positions
     from stages.settings import augmentation
@@ -200,7 +200,7 @@ def _measured(store: Store, stage: str, model: str) -> Measured | None:
 
 
 def _pace(manifest: Manifest) -> Measured | None:
-    """What a manifest measured; None where it does not say how much passed through."""
+    """The pace recorded in a manifest; None if it does not record the amount of work."""
     metrics = manifest.metrics
     trained = metrics.get("throughput", {}).get("audio_seconds")
     amount = float(trained or metrics.get("audio_seconds") or metrics.get("utterances") or 0)
@@ -212,6 +212,6 @@ def _pace(manifest: Manifest) -> Measured | None:
 
 
 def _seconds(work: Work, saved: int, pace: Measured) -> float:
-    """What the rest of the work will take at the measured pace."""
+    """Time of the remaining work at the measured pace."""
     left = 1 - min(1.0, saved / max(1, work.steps or work.utterances))
     return work.amount * left * pace.per_amount + work.scored * pace.per_scored

@@ -52,15 +52,15 @@ def examine_gate(
         name: of the run.
         store: holds the run.
         cache: where what is remote is kept.
-        corpus: the run's, a folder or an address; its record is not asked where it lies.
-        endpoint_url: of an S3-compatible store that holds the corpus.
-        layers, poolings: clustered beside the run's own; the audio is encoded again for them.
-        samples: utterances that the ways of clustering are compared on; 0 leaves the comparison out.
+        corpus: the run's corpus, a folder or an address; its location is not read from the record.
+        endpoint_url: endpoint of an S3-compatible store that contains the corpus.
+        layers, poolings: further settings to cluster, for which the audio is encoded again.
+        samples: number of utterances for the comparison of clusterings; 0 skips the comparison.
 
     Returns:
-        run; gates: accuracy and expected_calibration_error of each gate on each split, against the commonest cluster of
-        an utterance's nearest neighbours (no row in a run that clustered nothing); agreement: how often the neighbours
-        give a clustered utterance its own cluster; clusterings: rows of `compare_clusterings`.
+        run; gates: accuracy and expected_calibration_error of each gate on each split, against the most frequent
+        cluster of an utterance's nearest neighbours (no row in a run without clusters); agreement: how often the
+        neighbours predict the cluster of a clustered utterance; clusterings: rows of `compare_clusterings`.
 
     Raises:
         DataError: there is no such run, it is not finished, or it has no gate.
@@ -100,7 +100,7 @@ def probabilities(gate: Gate, vectors_ND: Vectors, together: Sequence[Utterance]
     """A gate's probability_NE of each expert.
 
     Args:
-        together: the utterances, where the gate decides for all of a speaker's together.
+        together: the utterances, if the gate decides for all utterances of a speaker together.
     """
     with torch.inference_mode():
         evidence_NF = gate.evidence(torch.from_numpy(vectors_ND).to(gate.mean_D.device)).cpu()
@@ -111,7 +111,7 @@ def probabilities(gate: Gate, vectors_ND: Vectors, together: Sequence[Utterance]
 
 
 def neighbours_vote(vectors_ND: Vectors, labels_N: npt.NDArray[np.int64], seed: int) -> tuple[Any, float]:
-    """A classifier by nearest neighbours, and its accuracy on some that it did not see."""
+    """A nearest-neighbour classifier, and its accuracy on held-out rows."""
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -130,7 +130,7 @@ def _clusterings(
     poolings: Sequence[str],
     samples: int,
 ) -> list[Row]:
-    """Ways of clustering the same utterances; `own` marks that of the run's configuration."""
+    """Clusterings of the same utterances with different settings; `own` marks that of the run's configuration."""
     pool = training_subset(config, corpus, "embeddings")
     some = stratified_subset(pool, count=min(samples, len(pool)), seed=config.seed)
     own: Source = (config.extract.layer, config.extract.pooling)

@@ -1,6 +1,6 @@
-"""What a configuration starts from: its corpus, its base model, and the parts of the corpus that each stage reads.
+"""The inputs of a configuration: its corpus, its base model, and the parts of the corpus that each stage reads.
 
-Imports no torch: planning needs it.
+This module does not import torch, since it is used for planning.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Purpose = Literal["embeddings", "experts", "asr"]
 
 
 def load_corpus(config: Config, cache: Path) -> Corpus:
-    """The configured corpus, its long utterances treated as the configuration says.
+    """The configured corpus, after treatment of long utterances as configured.
 
     Raises:
-        DataError: it cannot be found or read, or holds long utterances and these are an error.
+        DataError: it cannot be found or read, or contains long utterances that are to be treated as an error.
     """
     limit = config.runtime.audio_cache_bytes
     corpus = sources.open_corpus(config.corpus.path, cache, endpoint_url=config.endpoint_url, cache_bytes=limit)

@@ -14,17 +14,17 @@ from common.signals import GRACE_SECONDS
 def launch(arguments: Sequence[str], processes: int) -> None:
     """Runs `python -m stages <arguments>` in several processes that train together.
 
-    It is what `torchrun --standalone --nproc-per-node N -m stages …` does, but for the exit code: torchrun ends with
-    1 whatever happened, and a workflow could not tell a lost process from a user's mistake.
+    This equals `torchrun --standalone --nproc-per-node N -m stages …` except for the exit code: torchrun ends with 1
+    for every failure, so that a workflow could not distinguish a lost process from a user's error.
 
     Args:
         arguments: the stage and its options.
-        processes: one per GPU; on a CPU as many as are wished.
+        processes: number of processes, one per GPU; any number on a CPU.
 
     Raises:
         RetryableError: a process was killed or lost its peers; checkpoints are kept.
-        Preempted: told to stop, with a checkpoint.
-        StageFailed: with the exit code of the process that failed first; its message is above.
+        Preempted: the processes received a signal to stop and wrote a checkpoint.
+        StageFailed: a process failed; the exit code is that of the first, whose message was already printed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,7 +36,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         nproc_per_node=processes,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,  # a run goes on from its checkpoint when it is run again
+        max_restarts=0,  # a run continues from its checkpoint when it is run again
         monitor_interval=0.2,
         shutdown_timeout=GRACE_SECONDS + 3,  # each ends by itself before
         signals_to_handle="SIGTERM,SIGINT,SIGALRM",  # each is passed on; the last means at once
@@ -54,10 +54,10 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
 
 def _explain(codes: Mapping[int, int]) -> MoeAsrError:
-    """What the exit codes of the processes mean together.
+    """The error that corresponds to the exit codes of all processes.
 
-    A process that dies takes its peers with it, and which of them is seen first is chance: a signal tells most, then a
-    user's error, which all processes meet alike.
+    If a process dies, its peers fail too, in random order: a signal is the most specific cause, followed by a user's
+    error, which occurs in all processes.
     """
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:

@@ -1,4 +1,4 @@
-"""The local runner: plans, runs what is not done, and keeps the record of the run."""
+"""The local runner: plans a run, runs its unfinished tasks, and writes its record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ ROUNDS = 3  # how often a damaged input is made again in one run
 
 
 def cache_folder() -> Path:
-    """Where inputs from remote stores and unfinished work lie: $MOE_ASR_CACHE, else under the user's cache."""
+    """Folder for inputs from remote stores and unfinished work: $MOE_ASR_CACHE, otherwise in the user's cache
+    folder.
+    """
     return Path(os.environ.get("MOE_ASR_CACHE") or Path.home() / ".cache" / "moe-asr")
 
 
@@ -47,7 +49,7 @@ class Run:
     """One run of the pipeline: its configuration, sources, store, record and live metrics.
 
     Args:
-        model: digest of the base model where it is known already, which spares bringing a remote one.
+        model: digest of the base model if it is already known, so that a remote model need not be downloaded.
     """
 
     def __init__(self, config: Config, model: str | None = None) -> None:
@@ -60,7 +62,9 @@ class Run:
         self.telemetry = Telemetry()
 
     def _read_record(self) -> dict[str, Any]:
-        """What was recorded; nothing where that is damaged: it is no part of what is done, and is written again."""
+        """The recorded values; empty if the record is damaged, since results do not depend on it and it is written
+        again.
+        """
         try:
             return read_record(self.store, self.config.run) or {}
         except DataError as error:
@@ -68,12 +72,12 @@ class Run:
             return {}
 
     def serving(self) -> AbstractContextManager[int | None]:
-        """Serves the live metrics while a block runs, if the configuration says so."""
+        """Serves the live metrics while a block runs, if configured."""
         runtime = self.config.runtime
         return serving(self.telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds)
 
     def plan(self, *, deep: bool = False) -> Plan:
-        """What is done and what is not, with reasons."""
+        """The plan of the run: finished and unfinished tasks, with reasons."""
         before = self.record.get("keys")
         plan = make_plan(STAGES, self.config, self.corpus, self.sources, self.store, before=before, deep=deep)
         for status in ("done", "todo", "stale"):
@@ -81,10 +85,10 @@ class Run:
         return plan
 
     def check_same(self, resume: bool) -> None:
-        """Refuses a run that holds another configuration, unless `--resume` says to go on in it.
+        """Refuses a run that holds another configuration, unless `--resume` is given.
 
         Raises:
-            ConfigError: the first differences.
+            ConfigError: the configurations differ; the message lists the first differences.
         """
         if not self.record or resume:
             return
@@ -141,7 +145,7 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """Runs every stage that is not done; returns the run's summary.
 
     Raises:
-        MoeAsrError: as the stages raise; what was finished stays.
+        MoeAsrError: as raised by the stages; finished results are kept.
     """
     run = Run(config)
     run.check_same(resume)
@@ -163,7 +167,7 @@ def run_pipeline(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
 
 def warn_of_shared_speakers(corpus: Corpus) -> None:
-    """Logs that test measures no unheard speakers, where its speakers are in train too."""
+    """Logs a warning if speakers of test are also in train, so that test does not measure new speakers."""
     tested = {u.speaker for u in corpus.split("test")} - {""}
     shared = tested & {u.speaker for u in corpus.split("train")}
     if shared:
@@ -216,7 +220,7 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
 
 
 def _note_made(run: Run, planned: Sequence[Planned]) -> None:
-    """Notes those of the tasks that other processes have made."""
+    """Records the tasks that other processes have finished."""
     for one in planned:
         state = inspect(run.store, one.task.key)
         if state.status == "done" and state.manifest and state.manifest != one.manifest:
@@ -224,7 +228,7 @@ def _note_made(run: Run, planned: Sequence[Planned]) -> None:
 
 
 def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None) -> Manifest:
-    """Runs one planned task; what is whole but was made of other inputs makes room first.
+    """Runs one planned task; a whole artifact that was made from other inputs is quarantined first.
 
     Args:
         notes: further values for the manifest's metrics.
@@ -311,7 +315,7 @@ def _card(run: Run, plan: Plan, summary: Mapping[str, Any], asr: Path) -> str:
 
 
 def _hint(config: Config, folders: Mapping[str, list[Path]]) -> str:
-    """Which kind of corpus it was, and what to try."""
+    """The hint on the routing that fits the corpus."""
     gate, clusters = (_first(folders, name) for name in ("gate", "clusters"))
     report = read_object(folders["model"][0] / "report.json")
     return corpus_hint(
@@ -329,7 +333,7 @@ def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
 
 @contextmanager
 def log_to_run(run: Run) -> Iterator[None]:
-    """Keeps the log lines of this run beside its record (in the store, when the block ends)."""
+    """Writes the log lines of this run next to its record (into the store when the block ends)."""
     name = f"{run.config.run}/logs/run.log"
     inside = run.store.local_path(name, to_write=True)
     path = inside or run.cache / run.config.run / "run.log"

@@ -1,7 +1,7 @@
-"""What a stage's process does in a pod of the workflow: its configuration from variables, lists for the fan-outs,
-small files that become output parameters.
+"""Functions for the pods of the workflow: configuration from variables, lists for the fan-outs, and small files that
+become output parameters.
 
-Everything here also runs outside of a cluster: `MOE_ASR_STORE=s3://… python -m stages plan`.
+Everything in this module also runs outside of a cluster: `MOE_ASR_STORE=s3://… python -m stages plan`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def variable(name: str, default: str = "") -> str:
 
 
 def in_pod() -> bool:
-    """Whether variables say what to do: one names a store, or the workflow."""
+    """Whether this process is configured by variables: one of them names a store, or the workflow."""
     return bool(variable("STORE") or variable("WORKFLOW"))
 
 
@@ -83,13 +83,13 @@ def config_text(text: str) -> dict[str, Any]:
 
 
 def memo_key(planned: Planned, nonce: str) -> str:
-    """Name of a task in the workflow engine's cache, which never looks whether an artifact is still there.
+    """Name of a task in the workflow engine's cache, which does not check whether an artifact still exists.
 
-    What is done keeps the name under which it was made; what is not gets one that no cache has seen, so that a lost
-    or damaged artifact cannot hide behind an old entry.
+    A finished task keeps the name under which it was made; an unfinished task gets a new name, so that an old cache
+    entry cannot hide a lost or damaged artifact.
 
     Args:
-        nonce: differs from one workflow to the next, and not between the tries of one.
+        nonce: differs between workflows, but not between the tries of one workflow.
     """
     key = planned.task.key.digest
     if planned.status == "done" and planned.manifest is not None:
@@ -100,7 +100,7 @@ def memo_key(planned: Planned, nonce: str) -> str:
 
 
 def digest(*parts: str) -> str:
-    """32 hex digits that stand for these texts."""
+    """A digest of these texts, as 32 hex digits."""
     return hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
 
@@ -108,11 +108,11 @@ def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[st
     """Stage → one small item per piece, for the workflow's fan-outs; empty for stages that are not needed or not
     known yet.
 
-    An item's `lock` is the same for all workflows that would make the same piece in the same store, its `lane` one of
-    as many as there may be pieces at once.
+    An item's `lock` is the same in all workflows that would make the same piece in the same store; its `lane` is one of
+    `lanes` numbers, and only one piece per lane runs at once.
 
     Args:
-        lanes: pieces of one stage that may run at once.
+        lanes: number of pieces of one stage that may run at once.
     """
     lists: dict[str, list[dict[str, str]]] = {contract.name: [] for contract in STAGES}
     for planned in plan.planned:
@@ -125,7 +125,7 @@ def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[st
 
 
 def plan_stage(stage: str) -> None:
-    """Looks at the store and writes the fan-out list of one stage, or of all that are known where none is named.
+    """Reads the store and writes the fan-out list of one stage, or of all known stages if none is named.
 
     The first plan of a workflow also opens the run's record.
     """
@@ -172,7 +172,7 @@ def write_report() -> dict[str, Any]:
     """Writes summary and report of a run whose stages are done, and the rates as output parameters.
 
     Raises:
-        MoeAsrError: a stage is not done after all.
+        MoeAsrError: a stage is not done.
     """
     run = Run(config_from_variables(), variable("MODEL"))
     plan = run.plan()
@@ -195,10 +195,10 @@ def write_report() -> dict[str, Any]:
 
 
 def write_outcome(status: str, failures: str) -> dict[str, Any]:
-    """Notes in the store how a workflow ended and why, and tells it a webhook where one is given.
+    """Writes the result of a workflow and its failures to the store, and posts them to a webhook if one is given.
 
     Args:
-        status: Argo's word for it.
+        status: Argo's status of the workflow.
         failures: Argo's JSON list of failed nodes.
     """
     outcome: dict[str, Any] = {
@@ -211,7 +211,7 @@ def write_outcome(status: str, failures: str) -> dict[str, Any]:
         config = config_from_variables()
         outcome["run"] = config.run
         _store_outcome(config, outcome)
-    except MoeAsrError as error:  # what made the run fail may keep this from being stored, not from being told
+    except MoeAsrError as error:  # the cause of the failure may prevent storing this, but not posting it
         log.warning("the outcome is not in the store: %s", error)
     _post(variable("WEBHOOK"), outcome)
     return outcome
@@ -227,7 +227,9 @@ def _store_outcome(config: Config, outcome: Mapping[str, Any]) -> None:
 
 
 def failed_nodes(text: str) -> list[dict[str, str]]:
-    """The failed pods and their messages from Argo's `workflow.failures`; a node that only passes on is left out."""
+    """The failed pods and their messages from Argo's `workflow.failures`; nodes that only propagate a failure are left
+    out.
+    """
     try:
         nodes: Sequence[Mapping[str, Any]] = json.loads(json.loads(text) if text.startswith('"') else text or "[]")
     except ValueError:

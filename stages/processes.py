@@ -1,4 +1,4 @@
-"""Pieces of a stage in processes of their own: side by side on several GPUs, and told together to stop."""
+"""Runs pieces of a stage in separate processes, in parallel on several GPUs, and stops them together."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def run_in_processes(
     scratch: Path,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs pieces of a stage side by side, one process each, at most one per slot.
+    """Runs pieces of a stage in parallel, one process each, at most one per slot.
 
     Args:
-        slots: CUDA_VISIBLE_DEVICES of each process; None leaves it as it is.
-        scratch: where the configuration is handed over.
-        stopping: once true, what runs is told to end, with a checkpoint, and no more is started.
+        slots: CUDA_VISIBLE_DEVICES of each process; None does not change it.
+        scratch: folder in which the configuration is passed to the processes.
+        stopping: once true, running processes are stopped with a checkpoint, and no more are started.
 
     Raises:
-        RetryableError: a piece met a fault that may pass; the others are finished first.
+        RetryableError: a piece failed with a temporary fault; the others are finished first.
         StageFailed: the first piece that failed otherwise; the others are finished first.
-        Preempted: told to stop.
+        Preempted: `stopping` became true.
     """
     give_back_memory()
     free = list(enumerate(slots))
@@ -58,7 +58,7 @@ def run_in_processes(
     file = scratch / f"{config.run}-{os.getpid()}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_yaml(config), encoding="utf-8")
-    at_once = threading.Event()  # told a second time: no more checkpoints
+    at_once = threading.Event()  # a second signal: no more checkpoints
 
     def one(planned: Planned) -> int:
         if stopping():
@@ -67,7 +67,7 @@ def run_in_processes(
         try:
             command = [sys.executable, "-m", "stages", planned.task.contract.name, "--config", str(file)]
             command += [] if planned.task.shard is None else ["--shard", str(planned.task.shard)]
-            if port:  # this process keeps the first; each slot has one of its own
+            if port:  # this process keeps the first; each slot has its own
                 command += ["--metrics-port", str(port + 1 + number)]
             visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
             return _run_until(command, without_variables(os.environ) | visible, stopping, at_once)
@@ -95,12 +95,12 @@ def run_in_processes(
 
 
 def without_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a stage that is configured by its options: as in no pod."""
+    """The environment for a stage that is configured by its options, without the variables of a pod."""
     return {name: value for name, value in environment.items() if name not in ("MOE_ASR_STORE", "MOE_ASR_WORKFLOW")}
 
 
 def give_back_memory() -> None:
-    """Leaves the GPU to other processes, as far as this one needs none of it now: torch keeps what it once had."""
+    """Releases unused GPU memory for other processes, since torch keeps allocated memory."""
     import torch
 
     gc.collect()

@@ -37,12 +37,12 @@ def train_options(section: TrainConfig, config: Config) -> TrainOptions:
 
 
 def decoding_options(config: Config) -> Decoding:
-    """How the configuration wants text decoded."""
+    """The configured decoding options."""
     return Decoding(**config.decode.model_dump(), seed=config.seed)
 
 
 def augmentation(config: Config) -> Augmentation:
-    """What the configuration wants done to training audio."""
+    """The configured augmentation of training audio."""
     return Augmentation(**config.augment.model_dump())
 
 
@@ -55,10 +55,12 @@ def speech_examples(
     training: bool = False,
     context: Literal["dynamic", "30s"] | None = None,
 ) -> list[Example]:
-    """Examples by the configuration's audio section; for training with room for what augmentation makes longer.
+    """Examples according to the configuration's audio section; for training with room for utterances lengthened by
+    augmentation.
 
     Args:
-        context: instead of the configuration's: 30 s for a base model, which never learned a shorter one.
+        context: audio context instead of the configured one: 30 s for a base model, which was not trained on shorter
+            ones.
     """
     return make_examples(
         corpus,

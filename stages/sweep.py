@@ -29,7 +29,7 @@ MIXTURE = {"asr.pretrain": "gate", "asr.shared_expert": True, "asr.route_by": "u
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """What makes a regime: its settings, and whether it is one dense adapter of the mixture's active ranks."""
+    """A regime: its settings, and whether it is one dense adapter with the mixture's active ranks."""
 
     summary: str
     settings: Mapping[str, Any] = field(default_factory=lambda: NONE)
@@ -91,10 +91,11 @@ def plan_sweep(
 ) -> list[SweepRun]:
     """The runs of a sweep; extracts and clusters first where the number of clusters decides what they do.
 
-    Regimes without clusters get as many experts, or that many experts' weights, as the first regime that has them.
+    Regimes without clusters get the number of experts, or an adapter with the weights of that number of experts, of the
+    first regime with clusters.
 
     Args:
-        base: what all runs have in common; its `run` is the sweep's name.
+        base: configuration shared by all runs; its `run` is the sweep's name.
         regimes: names in `REGIMES`.
         seeds: each regime runs once with each.
         steps: optimiser steps of every run, pre-training included.
@@ -103,8 +104,8 @@ def plan_sweep(
         settings: regime → `section.key` → value, over all else.
 
     Raises:
-        UsageError: an unknown regime, or no steps are left for a stage.
-        ConfigError: a setting that does not fit.
+        UsageError: a regime is unknown, or no steps are left for a stage.
+        ConfigError: a setting is invalid.
     """
     settings = settings or {}
     for name in (*regimes, *settings):
@@ -194,7 +195,7 @@ def _with(base: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def count_clusters(config: Config) -> int:
-    """Groups that the gate learns; clusters are made by the stages that come before, where they are not done."""
+    """Number of groups that the gate learns; for clusters, the earlier stages are run if they are not done."""
     run = Run(config)
     if config.gating.target != "cluster":
         return len({getattr(u, config.gating.target) for u in run.corpus.split("train")} - {""}) or 1
@@ -214,7 +215,7 @@ def run_sweep(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: a run of that name holds another configuration.
-        MoeAsrError: as the stages raise; what was finished stays.
+        MoeAsrError: as raised by the stages; finished results are kept.
     """
     summaries = []
     for number, one in enumerate(runs, 1):

@@ -1,4 +1,4 @@
-"""Ways of clustering side by side: encoder layer, pooling, reduction, algorithm.
+"""Compares clustering settings: encoder layer, pooling, reduction, algorithm.
 
 Shape letters: N utterances, D embedding width, B utterances of a batch.
 """
@@ -32,7 +32,9 @@ REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """What all ways have in common; names as in `common.config.Config` and `common.sections.ClusterConfig`."""
+    """Settings shared by all compared clusterings; names as in `common.config.Config` and
+    `common.sections.ClusterConfig`.
+    """
 
     num_experts: int
     reduce_dim: int
@@ -82,20 +84,19 @@ def compare_clusterings(
     reductions: Sequence[Reduction] = REDUCTIONS,
     algorithms: Sequence[Algorithm] = ALGORITHMS,
 ) -> list[dict[str, Any]]:
-    """Every combination, one row each.
+    """Clusters every combination of the settings; one row per combination.
 
     Args:
         points: vectors_ND by layer and pooling, all of the same utterances.
         groups: "etiology" and "speaker" of each utterance.
-        algorithms: `etiology` takes the corpus's own groups: how distinct would they be as clusters? It is left out
-            where there is only one.
+        algorithms: `etiology` evaluates the corpus's own etiologies as if they were clusters; it is left out if there
+            is only one.
 
     Returns:
         Rows of layer, pooling, reduce, algorithm; clusters, noise_share, silhouette (None for one cluster), largest
         (share of the largest cluster), etiology and speaker (adjusted Rand index against them), stability (mean
-        adjusted Rand index of the clusters of four fifths, drawn three times, against those of all; None for known
-        groups).
-        A combination that fails has `problem` instead.
+        adjusted Rand index between the clusters of three random samples of four fifths and those of all utterances;
+        None for known groups). A combination that fails has `problem` instead.
     """
     if len(set(groups["etiology"])) < 2:
         algorithms = [name for name in algorithms if name != "etiology"]
@@ -161,7 +162,7 @@ def _stability(
     algorithm: Algorithm,
     options: ClusterOptions,
 ) -> float | None:
-    """None where parts are too small to be clustered."""
+    """Stability of the clusters; None if the samples are too small to be clustered."""
     from sklearn.metrics import adjusted_rand_score
 
     generator = np.random.default_rng(options.seed)

@@ -25,19 +25,20 @@ SAMPLE = 100_000  # more utterances are clustered by a sample of this size: time
 
 @dataclass(frozen=True, slots=True)
 class Clustering:
-    """What was found, cluster 0 being the largest.
+    """Result of a clustering. Cluster 0 is the largest.
 
     Attributes:
         labels_N: the cluster of each utterance, also of noise.
-        noise_N: which ones HDBSCAN called noise.
+        noise_N: whether HDBSCAN labelled the utterance as noise.
         probability_N: strength of membership in [0, 1]; 0 for noise and for utterances outside the sample.
         centroids_KD: mean embeddings, in the original space.
-        attempts: HDBSCAN's tries in turn, each {"min_cluster_size", "clusters"}, and "leaves" where it took these.
-        algorithm: the one whose result this is.
-        merged_from: how many clusters there were before merging, None if none was merged.
-        min_cluster_size: HDBSCAN's that was used.
-        reduced_NP: the points as they were clustered.
-        sampled: how many utterances were clustered; the others joined the nearest centroid.
+        attempts: HDBSCAN's tries in order, each {"min_cluster_size", "clusters"}, with "leaves" if the tree's leaves
+            were used.
+        algorithm: the algorithm that gave this result.
+        merged_from: number of clusters before merging; None if no clusters were merged.
+        min_cluster_size: value with which HDBSCAN gave this result.
+        reduced_NP: the points in the reduced space, in which they were clustered.
+        sampled: number of utterances that were clustered; the others joined the nearest centroid.
     """
 
     labels_N: NDArray[np.int32]
@@ -64,22 +65,22 @@ def cluster(
     allow_reduce: bool,
     seed: int,
 ) -> Clustering:
-    """Finds `num_clusters` groups of utterances, or fewer where that is allowed.
+    """Finds `num_clusters` groups of utterances, or fewer if `allow_reduce` is set.
 
-    HDBSCAN is tried with smaller and smaller `min_cluster_size`, down to 2, until it finds enough clusters. Noise then
-    joins the cluster of its largest membership, and of too many clusters the nearest are merged. Of more than 100,000
-    utterances a random sample is clustered, and the others join the nearest centroid. All this is done in the reduced
-    space.
+    HDBSCAN is run with decreasing `min_cluster_size`, down to 2, until it finds enough clusters. Noise then joins the
+    cluster of its largest membership, and if there are too many clusters, the nearest are merged. If there are more
+    than 100,000 utterances, a random sample is clustered, and the others join the nearest centroid. All steps are done
+    in the reduced space.
 
     Args:
         points_ND: embeddings; may be a memory map.
-        num_clusters: how many experts there are to be.
-        algorithm: `spectral` always finds as many as are wanted.
+        num_clusters: number of clusters to find, which is the number of experts.
+        algorithm: `spectral` always finds `num_clusters` clusters.
         reduce, reduce_dim: as for `reduce_dimensions`.
-        min_cluster_size: of HDBSCAN's first try.
-        min_samples: neighbours within the core distance; more of them call more points noise.
-        allow_reduce: accept fewer clusters; and where HDBSCAN finds none, take spectral clustering.
-        seed: of the sample, of UMAP and of spectral clustering's k-means.
+        min_cluster_size: minimum cluster size of HDBSCAN's first try.
+        min_samples: number of neighbours within the core distance; larger values label more points as noise.
+        allow_reduce: accept fewer clusters, and use spectral clustering if HDBSCAN finds none.
+        seed: random seed of the sample, of UMAP and of spectral clustering's k-means.
 
     Raises:
         DataError: too few utterances or clusters, equal or non-finite embeddings.
@@ -118,12 +119,12 @@ def cluster(
 def known_groups(
     points_ND: Floats, names_N: Sequence[str], *, reduce: Reduction, reduce_dim: int, seed: int
 ) -> Clustering:
-    """The groups that the corpus names, as a clustering: what clusters could be at best, if its labels are right.
+    """The corpus's own groups as a clustering: an upper bound for clustering, if the labels are right.
 
     Args:
         points_ND: embeddings.
         names_N: the group of each utterance.
-        reduce, reduce_dim, seed: for `reduced_NP` alone.
+        reduce, reduce_dim, seed: settings for `reduced_NP` only.
 
     Raises:
         DataError: there is only one group, or embeddings are non-finite or all equal.
@@ -200,7 +201,7 @@ def _spread(value_S: NDArray[Any], sample_S: Ints, N: int, rest: float) -> NDArr
 
 
 def _means(points_ND: Floats, labels_N: Ints) -> NDArray[np.float64]:
-    """The mean of each cluster; label -1 counts nowhere."""
+    """The mean of each cluster; rows with label -1 are ignored."""
     from scipy.sparse import csr_array
 
     clusters = int(labels_N.max()) + 1
@@ -229,9 +230,9 @@ def _join_nearest_centroid(points_NP: Floats, labels_N: Ints) -> Ints:
 def _merge(points_NP: Floats, labels_N: Ints, wanted: int) -> Ints:
     """Merges the nearest clusters until `wanted` are left.
 
-    Near is Ward's measure (1963), the distance of the centroids weighted with the sizes, n·m/(n+m)·d²: by distance
-    alone a handful of odd utterances would keep an expert to itself while large groups share one. A chain of nearest
-    neighbours finds all merges without a table of all pairs; those that cost least are then made.
+    Distance is Ward's measure (1963), the distance of the centroids weighted with the sizes, n·m/(n+m)·d²: with the
+    unweighted distance, a few outliers would keep their own expert while large groups share one. A chain of nearest
+    neighbours finds all merges without a table of all pairs; the merges with the lowest cost are then made.
     """
     clusters = int(labels_N.max()) + 1
     if clusters <= wanted:
@@ -244,7 +245,7 @@ def _merge(points_NP: Floats, labels_N: Ints, wanted: int) -> Ints:
 
 
 def _ward_merges(centroid_CP: Floats, size_C: Floats) -> list[tuple[float, int, int]]:
-    """All C-1 merges as (cost, one cluster, another one), in no order."""
+    """All C-1 merges as (cost, first cluster, second cluster), unordered."""
     centroid_CP, size_C = centroid_CP.copy(), size_C.copy()
     alive_C = np.ones(len(size_C), bool)
     merges: list[tuple[float, int, int]] = []
@@ -270,7 +271,7 @@ def _ward_merges(centroid_CP: Floats, size_C: Floats) -> list[tuple[float, int, 
 
 
 def _by_size(labels_N: Ints) -> NDArray[np.int32]:
-    """Labels 0, 1, … from the largest cluster to the smallest; of equal ones the first seen comes first."""
+    """Labels 0, 1, … from the largest cluster to the smallest; clusters of equal size in order of appearance."""
     _, first_K, labels_N, size_K = np.unique(labels_N, return_index=True, return_inverse=True, return_counts=True)
     rank_K = np.empty(len(size_K), np.int32)
     rank_K[np.lexsort((first_K, -size_K))] = np.arange(len(size_K), dtype=np.int32)

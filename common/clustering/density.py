@@ -24,14 +24,14 @@ CHUNK = 1024  # noise points whose memberships are computed at a time
 
 @dataclass(frozen=True, slots=True)
 class DenseClusters:
-    """What HDBSCAN found.
+    """Result of HDBSCAN.
 
     Attributes:
-        labels_N: the cluster of each point, -1 for noise that no cluster has a membership for.
-        noise_N: which points HDBSCAN called noise.
+        labels_N: the cluster of each point, -1 for noise without a membership in any cluster.
+        noise_N: whether HDBSCAN labelled the point as noise.
         probability_N: strength of membership in [0, 1], 0 for noise.
         attempts: each try as {"min_cluster_size", "clusters"}, and "leaves" where the tree's leaves were taken.
-        min_cluster_size: that of the try whose clusters these are.
+        min_cluster_size: value of the try that gave these clusters.
     """
 
     labels_N: Ints
@@ -42,16 +42,17 @@ class DenseClusters:
 
 
 def dense_clusters(points_NP: Floats, wanted: int, min_cluster_size: int, min_samples: int) -> DenseClusters:
-    """HDBSCAN with smaller and smaller clusters until there are enough of them; if never, the try that found most.
+    """HDBSCAN with decreasing cluster size until it finds enough clusters; otherwise the try with the most clusters.
 
-    Groups that lie in a few large regions are found as these regions, whatever their size. The leaves of the tree are
-    then tried, from large to small. All tries share one tree. Noise joins the cluster of its largest membership.
+    The most persistent clusters are tried first; they can be large regions that contain several groups. The leaves of
+    the tree are then tried, with decreasing size. All tries share one tree. Noise joins the cluster of its largest
+    membership.
 
     Args:
         points_NP: finite coordinates, N ≥ 2.
         wanted: number of clusters to look for.
-        min_cluster_size: of the first try.
-        min_samples: a point's core distance is that to its min_samples-th nearest other point.
+        min_cluster_size: value of the first try.
+        min_samples: a point's core distance is the distance to its min_samples-th nearest other point.
     """
     with tempfile.TemporaryDirectory(prefix="moe-asr-hdbscan-") as cache:
         fits: list[tuple[int, int, HDBSCAN]] = []  # clusters, leaves, fit
@@ -85,7 +86,7 @@ def spanning_tree(points_NP: Floats) -> tuple[Ints, Ints]:
 
 
 def _tries(N: int, wanted: int, min_cluster_size: int) -> list[tuple[int, bool]]:
-    """(min_cluster_size, whether leaves are taken), in turn."""
+    """(min_cluster_size, whether leaves are used) of each try, in order."""
     tries, size = [], min_cluster_size
     while size >= 2:
         tries.append((size, False))
@@ -109,7 +110,7 @@ def _fit(points_NP: Floats, size: int, min_samples: int, **options: Any) -> HDBS
 
 
 def _assign_noise(points_NP: Floats, fit: HDBSCAN) -> Ints:
-    """Labels in which noise has the cluster of its largest membership, where it has one."""
+    """Labels in which noise is assigned to the cluster of its largest membership, if it has one."""
     from hdbscan import membership_vector
 
     labels_N: Ints = fit.labels_.astype(np.int64)

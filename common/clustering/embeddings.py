@@ -35,7 +35,7 @@ class EmbeddingTable:
         """The embeddings of `ids`, in that order.
 
         Raises:
-            DataError: one is not in the table.
+            DataError: an id is not in the table.
         """
         try:
             return self.vectors_ND[np.fromiter((self._row_of[name] for name in ids), np.int64, len(ids))]
@@ -44,10 +44,10 @@ class EmbeddingTable:
 
 
 def speaker_sums(values_NF: npt.NDArray[np.float32], utterances: Sequence[Utterance]) -> npt.NDArray[np.float32]:
-    """For each utterance the sum over its speaker's utterances in its split; its own values where it has no speaker.
+    """For each utterance, the sum over its speaker's utterances in its split; its own values if it has no speaker.
 
-    A decision by these sums is one for all of a speaker's utterances. It uses utterances other than the one that is
-    transcribed, so a system that does it needs some speech of the speaker beforehand.
+    Decisions based on these sums are the same for all of a speaker's utterances. They use utterances other than the
+    transcribed one, so that a system that uses them needs some speech of the speaker beforehand.
 
     Args:
         values_NF: of the utterances, in their order.
@@ -76,7 +76,7 @@ def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
     """Reads all shards into one table.
 
     Raises:
-        DataError: a file is missing, or not what it should be.
+        DataError: a file is missing or invalid.
     """
     ids: list[str] = []
     parts = []
@@ -94,7 +94,7 @@ def read_tables(folders: Sequence[Path]) -> EmbeddingTable:
 
 
 def _joined(parts: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-    """All rows in memory; each part's mapping is let go once it is copied, so that nothing is there twice."""
+    """All rows in memory; each part's mapping is released after copying, so that no data is held twice."""
     whole_ND = np.empty((sum(map(len, parts)), parts[0].shape[1] if parts else 0), np.float32)
     row = 0
     while parts:

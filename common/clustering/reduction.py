@@ -1,4 +1,4 @@
-"""Embeddings in fewer dimensions, to cluster them and to draw them; a memory map is read in chunks.
+"""Dimensionality reduction of embeddings, for clustering and for plots; a memory map is read in chunks.
 
 Shapes: N points, D their width, P the reduced width, K neighbours, B rows of a chunk.
 """
@@ -30,8 +30,8 @@ def reduce_dimensions(points_ND: Floats, *, method: Reduction, dim: int, seed: i
     Args:
         points_ND: may be a memory map: PCA reads it in chunks, twice.
         method: `none` copies, `pca` is linear, `umap` (McInnes, Healy & Melville 2018) keeps neighbourhoods.
-        dim: wanted width; the result is narrower where the data have fewer than dim + 1 rows or dim columns.
-        seed: of UMAP.
+        dim: width of the result; less if the data have fewer than dim + 1 rows or dim columns.
+        seed: random seed of UMAP.
     """
     width = min(dim, len(points_ND) - 1, points_ND.shape[1])
     if method == "none":
@@ -42,7 +42,9 @@ def reduce_dimensions(points_ND: Floats, *, method: Reduction, dim: int, seed: i
 
 
 def project(points: Floats, *, method: Projection, seed: int) -> NDArray[np.float32]:
-    """A plane to draw points in, (N, 2). Fewer than five points, which have no neighbourhoods, are drawn by PCA."""
+    """Two-dimensional projection for plots, (N, 2). Fewer than five points, which have no neighbourhoods, are projected
+    by PCA.
+    """
     points_ND = np.asarray(points, np.float32)
     if method == "umap" and len(points_ND) >= FEWEST_FOR_A_MAP:
         return _two_columns(_umap(points_ND, 2, seed))
@@ -65,8 +67,9 @@ def chunks(points_ND: Floats) -> Iterator[tuple[int, NDArray[np.float64]]]:
 def _principal_components(points_ND: Floats, width: int) -> NDArray[np.float32]:
     """Scores on the first principal axes, from a covariance that is summed chunk by chunk.
 
-    Sums are taken about the first chunk's mean, which keeps digits where the mean is large against the spread. The
-    largest coordinate of each axis is positive, so that the result does not depend on the solver's choice of sign.
+    Sums are taken about the first chunk's mean, which preserves precision if the mean is large compared with the
+    spread. The largest coordinate of each axis is positive, so that the result does not depend on the solver's choice
+    of sign.
     """
     from scipy.linalg import eigh
 
@@ -85,10 +88,12 @@ def _principal_components(points_ND: Floats, width: int) -> NDArray[np.float32]:
 
 
 def _umap(points_ND: NDArray[np.float32], width: int, seed: int) -> NDArray[np.float32]:
-    """UMAP on exact neighbours; it starts from PCA, as its spectral start fails on small and on disconnected graphs."""
+    """UMAP on exact neighbours, initialised by PCA, because spectral initialisation fails on small and on disconnected
+    graphs.
+    """
     _set_up_numba()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImportWarning)  # says that TensorFlow is not there, for a part not used
+        warnings.simplefilter("ignore", ImportWarning)  # warns that TensorFlow is missing, for an unused part
         warnings.filterwarnings("ignore", message=r"precomputed_knn\[2\]")  # new points cannot be added: none will be
         from sklearn.neighbors import NearestNeighbors
         from umap import UMAP
@@ -116,11 +121,11 @@ def _umap_start(points_ND: NDArray[np.float32], width: int) -> NDArray[np.float3
 
 
 def _set_up_numba() -> None:
-    """Sets the threads of UMAP's compiler, numba, and the folder that it caches in.
+    """Sets the threading layer and the cache folder of numba, the compiler that UMAP uses.
 
-    With OpenMP, which it prefers, it sets the number of threads of the whole process to that of the processors,
-    torch's included, and all later training is several times slower where torch was to use fewer. Its own work queue
-    leaves OpenMP alone; it is not for several UMAPs at once in threads of one process.
+    With OpenMP, its default, numba sets the number of threads of the whole process, including torch's, to the number of
+    processors, which makes later training several times slower if torch was limited to fewer. Numba's own work queue
+    does not change OpenMP; it does not support several UMAPs at once in threads of one process.
     """
     if "NUMBA_CACHE_DIR" not in os.environ:
         os.environ["NUMBA_CACHE_DIR"] = str(_numba_cache())
@@ -130,7 +135,7 @@ def _set_up_numba() -> None:
 
 
 def _numba_cache() -> Path:
-    """A writable folder: numba does not load without one, as in a read-only image or without a home."""
+    """A writable folder: without one, as in a read-only image or without a home folder, numba cannot be loaded."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "moe-asr" / "numba"
     try:
         folder.mkdir(parents=True, exist_ok=True)

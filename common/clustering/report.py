@@ -1,4 +1,4 @@
-"""How clear the clusters are, what they stand for, and whether they are too poor to train experts on.
+"""Quality of the clusters, their agreement with the corpus's groups, and whether they are good enough to train experts.
 
 Shapes: N utterances, P their reduced width, K clusters, V values of a property.
 """
@@ -21,13 +21,13 @@ CHANCE_RAND = 0.05  # three standard deviations of the adjusted Rand index of un
 def cluster_report(
     clustering: Clustering, points_reduced: Floats, *, groups: Mapping[str, Sequence[str]], seed: int
 ) -> dict[str, Any]:
-    """How clear the clusters are, and what they stand for.
+    """Quality of the clusters, and their agreement with the corpus's groups.
 
     Args:
         clustering: from `cluster`.
-        points_reduced: (N, P), as they were clustered.
-        groups: for each property its value for each utterance, {"speaker": […], "etiology": […]}.
-        seed: of the sample that stands for more than 5,000 points in the silhouette.
+        points_reduced: (N, P), in the space in which they were clustered.
+        groups: property → its value for each utterance, {"speaker": […], "etiology": […]}.
+        seed: random seed of the sample that is used for the silhouette if there are more than 5,000 points.
 
     Returns:
         Plain values. The share of noise is that of the utterances that were clustered. Purity is the share of
@@ -65,15 +65,15 @@ def shared_information(values: Sequence[str], labels_N: Ints) -> dict[str, float
 
 
 def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str]], wanted: int) -> str:
-    """What is poor about the clusters, beside what was asked for, and what to try; empty where nothing is poor.
+    """Description of poor clusters, with the requested values and advice; empty if the clusters are not poor.
 
     Clusters are poor when there are fewer than asked for, when more than half of the utterances were noise, or when
     they agree with none of the corpus's groups more than chance would.
 
     Args:
         report: from `cluster_report`.
-        groups: those of the report; one with a single value is not compared.
-        wanted: number of clusters that was asked for.
+        groups: groups of the report; a group with a single value is not compared.
+        wanted: number of clusters requested.
     """
     if wanted < 2:
         return ""

@@ -20,12 +20,13 @@ DENSE_UP_TO = 500  # utterances whose graph is decomposed whole
 def spectral_clusters(points_NP: Floats, num_clusters: int, seed: int) -> Ints:
     """Spectral clustering (Ng, Jordan & Weiss, NIPS 2001) of the neighbour graph.
 
-    The spanning tree makes the graph connected: groups without a link would otherwise be told apart by chance.
+    The spanning tree makes the graph connected: otherwise groups without a link would be separated arbitrarily.
 
     Args:
         points_NP: finite coordinates.
-        num_clusters: number of clusters; copies of one point stay together, so fewer distinct points make fewer.
-        seed: of the eigenvectors' start and of k-means.
+        num_clusters: number of clusters; fewer are found if there are fewer distinct points, since equal points stay
+            together.
+        seed: random seed of the eigenvectors' start and of k-means.
 
     Returns:
         labels_N, from 0.

@@ -1,1 +1,1 @@
-"""Speech on its way in: corpora, audio, log-mel features, batches."""
+"""Input data: corpora, audio, log-mel features, batches."""

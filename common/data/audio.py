@@ -1,4 +1,4 @@
-"""Reading and writing audio: what comes out is mono, 16 kHz and within [-1, 1], whatever goes in.
+"""Reading and writing audio. Audio of any format is read as mono, 16 kHz, within [-1, 1].
 
 Shape letters: T samples of the result, N frames of a block, C channels.
 """
@@ -36,14 +36,14 @@ class AudioInfo(NamedTuple):
 
 @dataclass
 class Levels:
-    """What is known of a stretch once it is decoded.
+    """Statistics of a decoded stretch of audio.
 
     Attributes:
-        frames: how many there were, of C channels at `rate` Hz.
+        frames: number of frames, of C channels at `rate` Hz.
         finite: no sample is NaN or infinite.
-        power: sums of squares, of each channel and of their mean, shape (C + 1,).
-        low, high: extremes of the same, shape (C + 1,).
-        damage: what could not be decoded.
+        power: sums of squares of each channel and of the channels' mean, shape (C + 1,).
+        low, high: minimum and maximum of each channel and of their mean, shape (C + 1,).
+        damage: the part that could not be decoded.
     """
 
     rate: int
@@ -61,7 +61,7 @@ class Levels:
         self.high = np.full(self.channels + 1, -np.inf)
 
     def add(self, block_NC: Samples) -> Samples:
-        """Counts a block; returns the mean of its channels, shape (N,)."""
+        """Adds a block to the statistics; returns the mean of its channels, shape (N,)."""
         mean_N = block_NC[:, 0] if self.channels == 1 else block_NC.mean(axis=1)
         self.frames += len(block_NC)
         if not np.isfinite(mean_N).all():  # of finite channels, too, when their sum is beyond float32
@@ -75,12 +75,12 @@ class Levels:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration in seconds."""
         return self.frames / self.rate
 
     @property
     def channel(self) -> int | None:
-        """The loudest channel, where the channels cancel in their mean (opposite phase); None: the mean is good."""
+        """The loudest channel if the channels cancel in their mean (opposite phase); None if the mean can be used."""
         loudest = int(self.power[:-1].argmax())
         # One channel that speaks while the others are silent leaves this share of its power in the mean.
         least = CANCELLED * self.power[loudest] / self.channels**2
@@ -88,13 +88,13 @@ class Levels:
 
     @property
     def amplitude(self) -> float:
-        """Half of the distance between the extremes of what is read; a constant offset does not count."""
+        """Half of the difference between maximum and minimum of the result; a constant offset has no influence."""
         column = -1 if (channel := self.channel) is None else channel
         return float(self.high[column] - self.low[column]) / 2 if self.frames else 0.0
 
     @property
     def peak(self) -> float:
-        """The largest absolute value of what is read, before it is brought into [-1, 1]."""
+        """The largest absolute value of the result, before it is limited to [-1, 1]."""
         column = -1 if (channel := self.channel) is None else channel
         return max(-float(self.low[column]), float(self.high[column])) if self.frames else 0.0
 
@@ -108,18 +108,19 @@ def read_audio(
     name: str | None = None,
     on_damage: Callable[[str], object] | None = None,
 ) -> Samples:
-    """Decode audio to mono at one rate, block by block: memory is that of the result.
+    """Decode audio to mono at one rate, block by block, so that memory holds only the result.
 
-    Channels are averaged; where they cancel (opposite phase), the loudest one is taken. Peaks beyond full scale are
+    Channels are averaged; if they cancel (opposite phase), the loudest channel is used. Peaks beyond full scale are
     clipped; samples at another scale (over twice full scale) are scaled down to it.
 
     Args:
         source: a path, the bytes of a file, or an open binary file that can seek.
         offset: seconds to skip.
-        duration: seconds to read at most; None reads to the end.
+        duration: maximum number of seconds to read; None reads to the end.
         sample_rate: Hz of the result.
-        name: how errors call a source that is not a path.
-        on_damage: told what cannot be decoded, which is then silence; by default that is an error.
+        name: name in error messages of a source that is not a path.
+        on_damage: called with the part that cannot be decoded, which is replaced by silence; by default damage is an
+            error.
 
     Returns:
         samples in [-1, 1], float32, shape (T,), T >= 1.
@@ -149,7 +150,7 @@ def read_audio(
 def measure_audio(
     source: AudioSource, *, offset: float = 0.0, duration: float | None = None, name: str | None = None
 ) -> Levels:
-    """What `read_audio` would meet in a stretch, without keeping its samples.
+    """Levels of the audio that `read_audio` would read, without keeping its samples.
 
     Raises:
         DataError: a missing or undecodable file; it names the file.
@@ -164,7 +165,7 @@ def measure_audio(
 def check_levels(
     levels: Levels, label: str, offset: float = 0.0, on_damage: Callable[[str], object] | None = None
 ) -> None:
-    """Refuses what cannot be learnt from: no samples, samples that are no numbers, a damaged stretch.
+    """Refuses audio that cannot be used for training: no samples, NaN or infinite samples, a damaged stretch.
 
     Raises:
         DataError: naming the file.
@@ -183,7 +184,8 @@ def check_levels(
 
 
 def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
-    """Duration, rate and channels: by the header where it is exact (WAV, FLAC and the like), else by decoding.
+    """Duration, rate and channels: from the header if it is exact (WAV, FLAC and similar formats), otherwise by
+    decoding.
 
     Raises:
         DataError: a missing, damaged or undecodable file; it names the file.
@@ -223,7 +225,7 @@ def write_wav(path: str | Path, samples: npt.ArrayLike, rate: int = SAMPLE_RATE)
 
 
 def label_of(source: AudioSource, name: str | None) -> str:
-    """How errors call a source."""
+    """Name of a source in error messages."""
     if name is not None:
         return name
     if isinstance(source, (str, Path)):
@@ -232,7 +234,7 @@ def label_of(source: AudioSource, name: str | None) -> str:
 
 
 def _one_channel(stream: AudioStream, levels: Levels, channel: int | None) -> Iterator[Samples]:
-    """The mean of the channels, or one of them; `levels` counts them all."""
+    """The mean of the channels, or a single channel; `levels` is updated with all channels."""
     for block_NC in stream.blocks:
         mean_N = levels.add(block_NC)
         yield mean_N if channel is None else block_NC[:, channel]
@@ -249,7 +251,7 @@ def _at_rate(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samp
 
 
 def _collect(blocks: Iterator[Samples]) -> Samples:
-    """One array of all blocks, grown in place, so that nothing is ever there twice."""
+    """One array of all blocks, grown in place, so that no samples are held twice."""
     buffer = bytearray()
     for block_N in blocks:
         buffer += np.asarray(block_N, np.float32).tobytes()

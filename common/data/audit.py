@@ -1,4 +1,4 @@
-"""What is wrong with a corpus before anything is trained on it."""
+"""Checks a corpus for problems before training."""
 
 import hashlib
 import os
@@ -20,9 +20,9 @@ from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.progress import counted
 from common.text import odd_forms
 
-DURATION_TOLERANCE = 0.1  # s between what the index says and what the file holds
+DURATION_TOLERANCE = 0.1  # s between the index's duration and the file's
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
-MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 PLACEHOLDERS = frozenset({"nan", "null", "none", "n/a", "<na>"})  # in small letters; some are words, too
 
 
@@ -33,7 +33,9 @@ WARNING: Severity = "warning"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. An error stops or spoils training; a warning is handled, or needs a look."""
+    """One problem of a corpus. An error prevents or degrades training; a warning is handled automatically or should be
+    checked.
+    """
 
     kind: str
     utterance_id: str
@@ -47,9 +49,9 @@ def audit(
     """Read every audio file and compare it with the index.
 
     Args:
-        corpus: what to look at.
-        token_count: tokens that a text takes in the decoder, special tokens included; None skips that check.
-        threads: how many files are decoded at a time; None takes one for each processor.
+        corpus: the corpus to check.
+        token_count: number of tokens of a text in the decoder, including special tokens; None skips this check.
+        threads: number of files that are decoded at a time; None uses one thread per processor.
 
     Returns:
         Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty, no
@@ -81,7 +83,7 @@ def audit(
 
 
 def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str], int] | None) -> Iterator[Finding]:
-    """What the index alone gives away."""
+    """Problems that can be found from the index without reading audio."""
     seen: set[str] = set()
     for u in utterances:
         if u.id in seen:
@@ -100,7 +102,7 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
 
 
 def _odd_forms(utterances: Iterable[Utterance]) -> Iterator[Finding]:
-    """How many texts hold what Whisper writes otherwise: a model would learn to write it so."""
+    """Number of texts with characters that Whisper writes differently, which a model would learn to write."""
     counts: Counter[str] = Counter()
     first = ""
     for u in utterances:
@@ -125,7 +127,7 @@ def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
 
 
 def _bad_shards(corpus: Corpus) -> Iterator[Finding]:
-    """Tar shards on this machine that are not what the index says; of remote ones the audio alone is looked at."""
+    """Tar shards on this machine that differ from the index; of remote shards only the audio is checked."""
     by_shard: dict[str, list[Utterance]] = defaultdict(list)
     for u in corpus.utterances if corpus.remote is None else ():
         if place := corpus.places.get(u.audio_filepath):
@@ -138,7 +140,7 @@ def _bad_shards(corpus: Corpus) -> Iterator[Finding]:
 
 
 def _inspect_file(corpus: Corpus, utterances: list[Utterance]) -> tuple[str, list[Finding]]:
-    """The sha256 of one audio file (empty when it cannot be read), and what is wrong with its utterances."""
+    """The sha256 of one audio file (empty when it cannot be read), and the problems of its utterances."""
     try:
         source, digest = _source(corpus, utterances[0])
     except DataError as error:
@@ -163,7 +165,9 @@ def _source(corpus: Corpus, utterance: Utterance) -> tuple[bytes | Path, str]:
 
 
 def _inspect_stretch(source: bytes | Path, u: Utterance, *, whole: bool) -> Iterator[Finding]:
-    """Decode one utterance as training does. `whole`: it has its file to itself, so both must be equally long."""
+    """Decode one utterance as training does. `whole`: no other utterance uses the file, so both must have the same
+    length.
+    """
     name = u.audio_filepath
     try:
         levels = measure_audio(source, offset=u.offset, duration=None if whole else u.duration, name=name)
@@ -179,7 +183,7 @@ def _inspect_stretch(source: bytes | Path, u: Utterance, *, whole: bool) -> Iter
 
 
 def _length_findings(source: bytes | Path, levels: Levels, u: Utterance, *, whole: bool) -> Iterator[Finding]:
-    """The length of an utterance against its index and its file's header."""
+    """Compares the length of an utterance with the index and with the header of its file."""
     missing = u.duration - levels.seconds
     if abs(missing) > DURATION_TOLERANCE:
         start = f" from {u.offset:g} s on" if u.offset else ""
@@ -192,7 +196,7 @@ def _length_findings(source: bytes | Path, levels: Levels, u: Utterance, *, whol
 
 
 def _sound_findings(levels: Levels, u: Utterance) -> Iterator[Finding]:
-    """What the encoder would hear, and what was done to the file's samples for it."""
+    """Problems of the samples that the encoder receives, and of their conversion from the file's samples."""
     name, damage = u.audio_filepath, levels.damage
     loudest = min(levels.amplitude, levels.amplitude / levels.peak if levels.peak > OVERSHOOT else 1.0)
     if loudest < SILENCE_PEAK:

@@ -1,6 +1,7 @@
 """Augmentation of training audio, batched and on the device: speed perturbation and SpecAugment.
 
-Both draw from torch's global random state, which checkpoints keep: a resumed training sees what it would have seen.
+Both use torch's global random state, which checkpoints contain: a resumed training gets the same augmentation as an
+uninterrupted one.
 
 Shape letters: B utterances, S samples, M mel bands, F mel frames, N masks.
 """
@@ -18,12 +19,13 @@ from common.data.features import SAMPLES_PER_POSITION
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What is done to training batches; names as in `common.sections.AugmentConfig`.
+    """Augmentation of training batches; names as in `common.sections.AugmentConfig`.
 
     Attributes:
-        speeds: factors, one of which is drawn for each utterance; empty for none.
-        time_masks, time_width: masks per utterance, and the longest one as a share of its frames.
-        mel_masks, mel_width: masks per utterance, and the widest one in mel bands.
+        speeds: speed factors, one of which is drawn for each utterance; empty for no speed perturbation.
+        time_masks, time_width: number of masks per utterance, and the maximum length of a mask as a share of the
+            utterance's frames.
+        mel_masks, mel_width: number of masks per utterance, and the maximum width of a mask in mel bands.
     """
 
     speeds: tuple[float, ...] = ()
@@ -34,11 +36,11 @@ class Augmentation:
 
     @property
     def stretch(self) -> float:
-        """How much longer an utterance can become; batches must leave room for it."""
+        """The factor by which an utterance can become longer; batches must leave room for it."""
         return 1 / min((1.0, *self.speeds))
 
     def audio(self, audio_BS: Tensor, valid_B: Tensor) -> Tensor:
-        """Audio at random speeds, of the same shape; an utterance that would no longer fit keeps its own.
+        """Audio at random speeds, of the same shape; an utterance that would no longer fit keeps its speed.
 
         Args:
             audio_BS: samples, zero-padded.
@@ -73,10 +75,10 @@ def change_speed(audio_BS: Tensor, speed_B: Sequence[float]) -> Tensor:
 
     Args:
         audio_BS: samples, zero-padded; a slower utterance needs 1/speed of its length.
-        speed_B: factors; above 1 is faster and shorter. Met to within a sample of the row's length.
+        speed_B: speed factors; above 1 is faster and shorter. Exact to within one sample of the row's length.
 
     Returns:
-        The same shape; what no longer fits is cut, what is missing is zero.
+        Audio of the same shape; longer audio is cut, shorter audio is padded with zeros.
     """
     S = audio_BS.shape[1]
     out_BS = audio_BS.clone()
@@ -96,7 +98,7 @@ def change_speed(audio_BS: Tensor, speed_B: Sequence[float]) -> Tensor:
 def spec_augment(
     mel_BMF: Tensor, frames_B: Tensor, *, time_masks: int, time_width: float, mel_masks: int, mel_width: int
 ) -> Tensor:
-    """Stripes of time and of mel bands set to the utterance's mean (Park et al., Interspeech 2019; no warping).
+    """Sets stripes of time and of mel bands to the utterance's mean (Park et al., Interspeech 2019; no warping).
 
     Args:
         mel_BMF: log-mel spectrograms.

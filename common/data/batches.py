@@ -35,14 +35,14 @@ TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One utterance, ready to be batched.
+    """One tokenised utterance, ready for batching.
 
     Attributes:
         path: its audio; `offset` and `duration` in seconds choose a part.
-        clip: where the audio lies if not at `path`.
+        clip: location of the audio if it is not a plain file at `path`.
         positions: encoder length of its bucket.
         inputs, labels: decoder tokens (`TextCodec.pair`).
-        row: its row in tables that run beside the examples (embeddings).
+        row: its row in tables with one row per example (embeddings).
     """
 
     id: str
@@ -84,18 +84,20 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS})
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; torch's loader asks for it, and knows tensors and containers alone."""
+        """The same batch in page-locked memory; torch's loader calls this method, since it can pin only tensors and
+        containers.
+        """
         return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
 
     def part(self, start: int, stop: int) -> Batch:
-        """Utterances start…stop-1; their seconds in proportion."""
+        """The batch of utterances start…stop-1; seconds are divided in proportion."""
         share = (stop - start) / len(self.ids)
         parts = {name: getattr(self, name)[start:stop] for name in TENSORS}
         return replace(self, ids=self.ids[start:stop], seconds=self.seconds * share, **parts)
 
     @property
     def weight(self) -> Tensor:
-        """Tokens that carry loss: what the loss of this batch is divided by."""
+        """Number of tokens with loss, by which the loss of this batch is divided."""
         return (self.labels_BU != IGNORED).sum()
 
     @property
@@ -120,11 +122,11 @@ def make_examples(
     """Tokenises and buckets utterances.
 
     Args:
-        stretch: leave room for utterances that augmentation makes longer by this factor.
+        stretch: factor by which augmentation can lengthen utterances; buckets leave room for it.
 
     Raises:
-        DataError: an utterance is over 30 s, or its text over 448 tokens, or empty, or holds one of Whisper's own
-            tokens as `<|startoftranscript|>`.
+        DataError: an utterance is over 30 s, or its text is over 448 tokens, is empty, or contains one of Whisper's
+            special tokens, such as `<|startoftranscript|>`.
     """
     examples: list[Example] = []
     for utterance in utterances:
@@ -173,9 +175,11 @@ def epoch_batches(
     Args:
         batch_size: utterances per batch, unless `batch_seconds` is given.
         batch_seconds: padded seconds of audio per batch; at least one utterance. Buckets then have two dimensions:
-            utterances share a batch that also have texts of similar length.
-        batch_tokens: with `batch_seconds`, padded text tokens per batch at most, since long texts take memory too.
-        shuffle: else longest bucket first, so that a batch too large for the memory fails at once.
+            utterances in a batch also have texts of similar length.
+        batch_tokens: with `batch_seconds`, maximum number of padded text tokens per batch, since long texts need memory
+            too.
+        shuffle: random order; otherwise the longest bucket comes first, so that a batch too large for the memory fails
+            at once.
     """
     order = list(range(len(examples)))
     generator = random.Random(f"{seed}/{epoch}")
@@ -201,12 +205,12 @@ def epoch_batches(
 
 
 def text_bucket(tokens: int) -> int:
-    """The length that a text of `tokens` is counted as."""
+    """The bucket length of a text of `tokens` tokens."""
     return next((bucket for bucket in TEXT_BUCKETS if bucket >= tokens), MAX_TOKENS)
 
 
 def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: int) -> list[int]:
-    """Sorts by text length inside windows of the shuffled order: random enough, and little padding."""
+    """Sorts by text length within windows of the shuffled order, which keeps the order random and padding low."""
     windows = (numbers[i : i + window] for i in range(0, len(numbers), window))
     return [number for part in windows for number in sorted(part, key=lambda n: len(examples[n].inputs))]
 
@@ -237,7 +241,7 @@ class AudioDataset(Dataset["Loaded"]):
             return list(pool.map(self.__getitem__, numbers))
 
     def bring(self, numbers: Sequence[int]) -> None:
-        """Puts audio into the cache; what goes wrong will go wrong again when it is read."""
+        """Puts audio into the cache; errors are ignored, since they occur again when the audio is read."""
 
         def one(number: int) -> None:
             clip = self.examples[number].clip
@@ -284,9 +288,9 @@ class BatchLoader:
     """Reads batches ahead of time by processes that live as long as the loader.
 
     Args:
-        examples: what the batches' numbers refer to.
-        num_workers: loader processes, no more than there are cores; 0 reads in this one.
-        device: where the batches end up; pinned memory for CUDA.
+        examples: the examples to which the numbers in batches refer.
+        num_workers: number of loader processes, at most the number of cores; 0 reads in this process.
+        device: device of the batches; pinned memory is used for CUDA.
     """
 
     def __init__(self, examples: Sequence[Example], *, num_workers: int, device: torch.device) -> None:
@@ -303,7 +307,7 @@ class BatchLoader:
             prefetch_factor=4 if num_workers else None,
             persistent_workers=num_workers > 0,
             worker_init_fn=partial(_start_worker, dict(os.environ), os.getpid()),
-            generator=torch.Generator(),  # else every epoch and every resume would draw from the model's random state
+            generator=torch.Generator(),  # otherwise every epoch and resume would use the model's random state
             multiprocessing_context="forkserver" if num_workers else None,
         )
 
@@ -311,8 +315,8 @@ class BatchLoader:
         """Yields these batches in order, on the device.
 
         Raises:
-            DataError: an audio file cannot be read; the message is the reader's own.
-            StoreError, RetryableError: the store that holds it does not give it.
+            DataError: an audio file cannot be read; the message is that of the reader.
+            StoreError, RetryableError: the store cannot provide it.
             RetryableError: a loader process was killed.
         """
         self._batches[:] = batches
@@ -334,7 +338,7 @@ class BatchLoader:
             yield batch.to(self.device)
 
     def _with_next_brought(self, batches: Sequence[list[int]]) -> Iterator[Batch | MoeAsrError]:
-        """Without loader processes: brings a batch's audio from the store while the one before is in use."""
+        """Without loader processes: fetches a batch's audio from the store while the previous batch is in use."""
         loaded = iter(self._loader)
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self._dataset.bring, batches[0])
@@ -359,7 +363,9 @@ class _Replaceable(Sampler[list[int]]):
 
 
 def _start_worker(environment: Mapping[str, str], owner: int, _: int) -> None:
-    """One thread, and this process's environment: the server that forks workers has that of the first loader."""
+    """Sets one thread and this process's environment: the server that forks workers has the environment of the first
+    loader.
+    """
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Audio that is not a file of its own on this machine: ranges of tar shards, objects of a store, and their cache."""
+"""Audio that is not a separate local file: ranges of tar shards, objects of a store, and their cache."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ STALE_SECONDS = 3600  # a temporary file of this age has lost its writer
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an audio file's bytes lie in a packed corpus.
+    """Location of an audio file's bytes in a packed corpus.
 
     Attributes:
         shard: the tar's path, relative to the corpus.
-        byte_offset, byte_size: of the bytes in it.
+        byte_offset, byte_size: position and number of the bytes in the shard.
         sha256: of the bytes, in hex.
     """
 
@@ -45,10 +45,10 @@ class Place:
 
     @staticmethod
     def from_record(record: dict[str, Any], where: str) -> Place | None:
-        """The place that a line of an index names; None where it names no shard.
+        """The location given by a line of an index; None if the line names no shard.
 
         Raises:
-            DataError: one that cannot be; the message begins with `where`.
+            DataError: the location is invalid; the message begins with `where`.
         """
         if record.get("shard") is None:
             return None
@@ -68,21 +68,22 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class AudioCache:
-    """Audio of remote corpora on this machine's disk, for all processes together; the least recently used goes first.
+    """Cache of remote corpora's audio on this machine's disk, shared by all processes; the least recently used files
+    are removed first.
 
-    Every file ends in its own hash, so that one which a power cut tore counts as absent. What is in the way of keeping
-    a file (a full disk, missing rights) costs time, never the run.
+    Every file ends with its own hash, so that a file damaged by a power cut counts as absent. If a file cannot be
+    cached (a full disk, missing rights), the run is slower but does not fail.
 
     Attributes:
         folder: holds `<2 hex>/<64 hex>`, and `used`, the sum of their sizes, which is locked while it changes.
-        limit: bytes that all files together never exceed; 0 keeps none.
+        limit: maximum number of bytes of all files together; 0 disables the cache.
     """
 
     folder: Path
     limit: int
 
     def get(self, name: str, fetch: Callable[[], bytes]) -> bytes:
-        """What is kept under a name of 64 hex digits, or else what `fetch` returns, which is then kept."""
+        """The content cached under a name of 64 hex digits; otherwise the result of `fetch`, which is then cached."""
         path = self.folder / name[:2] / name
         data = self._load(path)
         if data is None:
@@ -128,7 +129,9 @@ class AudioCache:
             os.pwrite(counter, str(used + size).encode(), 0)
 
     def _shrink(self, target: int) -> int:
-        """Removes what was not used for the longest time until `target` bytes are left; returns how many are."""
+        """Removes the least recently used files until at most `target` bytes are left; returns the number of bytes
+        left.
+        """
         found = sorted(self._files())
         total = sum(size for _, size, _ in found)
         for _, size, path in found:
@@ -139,7 +142,7 @@ class AudioCache:
         return total
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every file; what killed writers left goes."""
+        """(last use, bytes, path) of every file; files left by killed writers are removed."""
         for folder in self.folder.iterdir():
             for entry in os.scandir(folder) if folder.is_dir() else ():
                 stat = entry.stat()
@@ -151,7 +154,7 @@ class AudioCache:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """A file that one process at a time holds open."""
+    """A locked file, which only one process at a time can hold open."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -162,11 +165,11 @@ def _locked(path: Path) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """The store in which a corpus lies.
+    """The store that contains a corpus.
 
     Attributes:
-        version: the corpus's digest: names cached files of which no hash is known. So the cache, like every key, takes
-            a corpus for the same as long as its index is.
+        version: the corpus's digest, which names cached files without a known hash. The cache, like every key,
+            therefore treats a corpus as unchanged as long as its index is unchanged.
     """
 
     url: str
@@ -182,7 +185,7 @@ class Clip:
     Attributes:
         root: the corpus's folder where it is local.
         name: the audio file's path in the corpus.
-        place: where it lies in a shard; None for a file of its own.
+        place: location in a shard; None for a separate file.
     """
 
     root: Path
@@ -192,7 +195,7 @@ class Clip:
 
     @property
     def label(self) -> str:
-        """How errors call it."""
+        """Name in error messages."""
         base = self.remote.url if self.remote else str(self.root)
         return f"{base}/{self.name}" + (f" (in {self.place.shard})" if self.place else "")
 
@@ -200,8 +203,8 @@ class Clip:
         """The whole file.
 
         Raises:
-            DataError: it is not there, or its bytes are not those that the index names.
-            StoreError, RetryableError: the store does not give it.
+            DataError: the file is missing, or its bytes do not match the index.
+            StoreError, RetryableError: the store cannot provide it.
         """
         if self.remote is None:
             return self._bring()
@@ -209,7 +212,7 @@ class Clip:
 
     @property
     def cache_name(self) -> str:
-        """Where a cache keeps it: packed audio by its content."""
+        """Name in the cache: packed audio is named by its content."""
         assert self.remote is not None
         if self.place:
             return self.place.sha256

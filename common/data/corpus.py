@@ -1,7 +1,7 @@
 """A corpus: audio files beside `index.jsonl`, one utterance a line, in NeMo's names where NeMo has one.
 
-The audio may lie packed in tar shards instead (`common.data.shards`): then each line also says in which and where.
-These fields are not part of the digest, so a corpus has the same keys packed and unpacked.
+The audio can instead be packed in tar shards (`common.data.shards`): each line then also gives the shard and the
+position. These fields are not part of the digest, so a corpus has the same keys packed and unpacked.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ GROUP_FIELDS = ("split", "speaker", "etiology", "severity")
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One stretch of speech and what was said in it.
+    """One stretch of speech and its transcript.
 
     Args:
         id: unique in the corpus.
         audio_filepath: relative to the corpus folder, or absolute.
         duration: seconds, from `offset` on.
-        text: what was said, as it should be recognised.
+        text: the transcript, as it should be recognised.
         split: train, dev or test.
         speaker, etiology, severity: empty where unknown.
         text_alt: a second acceptable reference.
-        offset: seconds into the audio file at which the utterance starts.
+        offset: start of the utterance, in seconds from the beginning of the audio file.
     """
 
     id: str
@@ -61,11 +61,12 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Utterances sorted by id, the folder their paths start from, and the digest that stands for them in keys.
+    """Utterances sorted by id, the folder to which their paths are relative, and the digest that identifies them in
+    keys.
 
     Attributes:
-        places: audio path → where it lies in a shard.
-        remote: the store with the audio, where it is not in the folder.
+        places: audio path → its location in a shard.
+        remote: the store that contains the audio, if it is not in the folder.
     """
 
     root: Path
@@ -76,7 +77,7 @@ class Corpus:
 
     @property
     def url(self) -> str:
-        """Where the corpus lies, for people."""
+        """Location of the corpus, for messages."""
         return self.remote.url if self.remote else str(self.root)
 
     def split(self, name: str) -> list[Utterance]:
@@ -84,11 +85,11 @@ class Corpus:
         return [u for u in self.utterances if u.split == name]
 
     def path(self, utterance: Utterance) -> Path:
-        """Where the utterance's audio lies, or would lie were it a file of its own."""
+        """Path of the utterance's audio, or the path that it would have as a separate file."""
         return self.root / utterance.audio_filepath
 
     def clip(self, utterance: Utterance) -> Clip | None:
-        """Where its audio lies in a shard or a store; None for a plain file."""
+        """Location of the utterance's audio in a shard or a store; None for a plain file."""
         name = utterance.audio_filepath
         place = self.places.get(name)
         if place is None and (self.remote is None or name.startswith("/")):
@@ -99,12 +100,12 @@ class Corpus:
         """The bytes of the utterance's audio file.
 
         Raises:
-            DataError: it is not there or damaged.
+            DataError: the audio is missing or damaged.
         """
         clip, path = self.clip(utterance), self.path(utterance)
         if clip is not None:
             return clip.read()
-        from common.data.decoders import check_regular  # brings decoders, which an index alone does not need
+        from common.data.decoders import check_regular  # imports decoders, which reading an index does not need
 
         check_regular(path, str(path))
         with explained(path):
@@ -112,7 +113,7 @@ class Corpus:
 
 
 def shared_speakers(utterances: Iterable[Utterance]) -> dict[str, dict[str, str]]:
-    """Speakers that are in more than one split: speaker → split → the first utterance there."""
+    """Speakers that are in more than one split: speaker → split → the speaker's first utterance in the split."""
     splits_of: dict[str, dict[str, str]] = {}
     for u in utterances:
         if u.speaker:
@@ -132,8 +133,8 @@ _encode_ascii = json.JSONEncoder(ensure_ascii=True).encode
 def read_corpus(path: str | Path) -> Corpus:
     """Read a corpus folder, or an index file by its own name (a NeMo manifest is one).
 
-    A line without `id` is known by its audio path. Fields that are not ours are ignored. Ids, speakers and groups are
-    brought to one form (`common.data.identities`), and spellings of one name are joined, which is logged as a warning.
+    A line without `id` gets its audio path as id. Unknown fields are ignored. Ids, speakers and groups are normalised
+    (`common.data.identities`), and different spellings of one name are merged, which is logged as a warning.
 
     Raises:
         DataError: a missing file, bad JSON, a missing or mistyped field, a duplicate id, no utterance at all;
@@ -165,7 +166,7 @@ def read_corpus(path: str | Path) -> Corpus:
 
 
 def join_identities(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[str]]:
-    """Utterances with one spelling for each speaker, etiology and severity, and what was joined, in words."""
+    """Utterances with one spelling for each speaker, etiology and severity, and messages about the merged spellings."""
     joined: dict[str, dict[str, str]] = {}
     remarks: list[str] = []
     for name in IDENTITIES:
@@ -223,7 +224,7 @@ def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) ->
 
 @contextmanager
 def new_corpus_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends well, and vanishes when it does not.
+    """A temporary folder that is renamed to `out` when the block succeeds, and deleted when it fails.
 
     Raises:
         UsageError: `out` exists and is not an empty folder.
@@ -248,7 +249,7 @@ def new_corpus_folder(out: Path) -> Iterator[Path]:
 
 
 def index_digest(utterances: Iterable[Utterance]) -> str:
-    """The sha256 (hex) of all fields of all utterances, whatever their order and wherever the folder lies."""
+    """The sha256 (hex) of all fields of all utterances, independent of their order and of the folder's location."""
     digest = hashlib.sha256()
     for u in sorted(utterances, key=lambda u: u.id):
         digest.update(_encode_ascii([getattr(u, name) for name in _FIELD_NAMES]).encode() + b"\n")
@@ -259,7 +260,7 @@ def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utte
     """Utterances by split, speaker, etiology or severity, groups in alphabetical order.
 
     Raises:
-        DataError: the corpus carries no such field; the message names those that it has.
+        DataError: the corpus has no such field; the message lists the available fields.
     """
     listed = list(utterances)
     if field not in available_fields(listed):
@@ -272,7 +273,7 @@ def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utte
 
 
 def available_fields(utterances: Iterable[Utterance]) -> list[str]:
-    """Which of split, speaker, etiology and severity at least one utterance has."""
+    """Those of the fields split, speaker, etiology and severity that at least one utterance has."""
     missing = set(GROUP_FIELDS)
     for u in utterances:
         missing -= {name for name in missing if getattr(u, name)}
@@ -328,7 +329,7 @@ def _split(name: str) -> str:
 
 
 def _is_missing(value: object, name: str) -> bool:
-    """Whether a field has no value: null or, but for numbers, NaN."""
+    """Whether a field has no value: null or, except in numeric fields, NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value) and name not in _NUMBER_FIELDS)
 
 

@@ -1,6 +1,7 @@
-"""Audio files as blocks of samples: libsndfile where a header says exactly what follows, PyAV for everything else.
+"""Audio files as blocks of samples: by libsndfile if the header is exact, otherwise by PyAV.
 
-Memory does not depend on a file's length, nor on what its header says of it. Shape letters: N frames, C channels.
+Memory use depends neither on a file's length nor on the length given in its header. Shape letters: N frames, C
+channels.
 """
 
 import io
@@ -26,12 +27,12 @@ Samples = npt.NDArray[np.float32]
 AudioSource = str | Path | bytes | BinaryIO
 
 BLOCK = 65536  # samples of all channels that are decoded at once
-RATES = (1_000, 1_000_000)  # Hz: a header that says less or more is damaged
+RATES = (1_000, 1_000_000)  # Hz: a header with a lower or higher rate is damaged
 LONGEST_HOURS = 24  # of audio in one file; longer ones are refused
 PREROLL = 10.0  # s before a stretch at which PyAV begins: by then every codec has forgotten where it started
 SEEK_ERROR = 60.0  # s: a seek that lands farther away than this landed by wrong timestamps
 GAP = 0.1  # s between the timestamps of two frames; less is rounding
-LONGEST_GAP = 60.0  # s of silence that stand for one gap
+LONGEST_GAP = 60.0  # s of silence that replace one gap
 # Their headers may lack a length, or estimate it; several files may be joined into one.
 ESTIMATED = ("MP3", "MPEG")
 CONTINUOUS = ("ogg", "flac", "mp3", "aac", "wav")  # PyAV's names; a gap in their timestamps is lost audio
@@ -46,18 +47,18 @@ AV_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
 
 @dataclass
 class Damage:
-    """Audio that a file should hold and that cannot be decoded.
+    """Audio that a file should contain but that cannot be decoded.
 
     Attributes:
-        seconds: how much of it, so far; silence takes its place.
-        first: seconds into the file at which it begins.
+        seconds: length of the damage found so far; it is replaced by silence.
+        first: position in the file at which it begins, in seconds.
     """
 
     seconds: float = 0.0
     first: float = 0.0
 
     def add(self, seconds: float, at: float) -> None:
-        """Counts some more."""
+        """Adds further damage."""
         self.first = self.first if self.seconds else at
         self.seconds += seconds
 
@@ -69,9 +70,9 @@ class AudioStream:
     Attributes:
         rate: Hz.
         channels: C.
-        frames: of the whole file, where its header says so exactly.
-        blocks: the wanted stretch, block_NC after block_NC.
-        damage: of what was read so far.
+        frames: number of frames of the whole file, if its header gives it exactly.
+        blocks: the requested stretch, as a sequence of block_NC.
+        damage: damage in the part read so far.
     """
 
     rate: int
@@ -89,11 +90,11 @@ def open_audio(
 
     Args:
         source: a path, the bytes of a file, or an open binary file that can seek.
-        label: how errors call it.
+        label: name in error messages.
         offset, duration: the stretch, in seconds; None is up to the end.
 
     Raises:
-        DataError: a file that is missing, empty, not regular, or no audio; while reading, one that is too long.
+        DataError: the file is missing, empty, not regular, or not audio; while reading, it is too long.
     """
     with ExitStack() as stack:
         sound, problem = _open_sound(source, label, stack)
@@ -117,10 +118,10 @@ def open_audio(
 
 
 def check_regular(path: Path, label: str) -> int:
-    """The bytes of a file that may be opened.
+    """The size in bytes of a file, after checks that it may be opened.
 
     Raises:
-        DataError: there is none, it is empty, or it is a pipe, a device or a folder.
+        DataError: the file is missing or empty, or is a pipe, a device or a folder.
     """
     try:
         found = path.stat()
@@ -141,7 +142,7 @@ def check_regular(path: Path, label: str) -> int:
 
 
 def binary_file(source: AudioSource, label: str, stack: ExitStack) -> BinaryIO:
-    """A source as an open file at its beginning; what is opened here is closed with the stack."""
+    """A source as an open file at its beginning; a file that is opened here is closed with the stack."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, (str, Path)):
@@ -152,7 +153,7 @@ def binary_file(source: AudioSource, label: str, stack: ExitStack) -> BinaryIO:
 
 
 class _Forgiving:
-    """A file for libsndfile, which in a damaged one may seek to before its beginning: that changes nothing."""
+    """A file for libsndfile that ignores seeks to before its beginning, which libsndfile attempts in damaged files."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.tell, self.file = file.read, file.tell, file
@@ -165,7 +166,7 @@ class _Forgiving:
 
 
 def _open_sound(source: AudioSource, label: str, stack: ExitStack) -> tuple[soundfile.SoundFile | None, str]:
-    """The file by libsndfile; None where that does not know its length exactly, and why."""
+    """The file opened by libsndfile, or None if libsndfile does not know its length exactly, with the reason."""
     file = binary_file(source, label, stack)
     head = file.read(4)
     file.seek(0)
@@ -194,7 +195,9 @@ def _sound_blocks(
     damage: Damage,
     resume: Callable[[int, int], Iterator[Samples]],
 ) -> Iterator[Samples]:
-    """By libsndfile; where that gives up, what `resume` makes of the rest (its first frame, the number of frames)."""
+    """Blocks decoded by libsndfile; if it fails, `resume` decodes the rest (given its first frame and number of
+    frames).
+    """
     rate = sound.samplerate
     place = min(round(offset * rate), sound.frames)
     end = sound.frames if duration is None else min(sound.frames, place + round(duration * rate))
@@ -233,7 +236,7 @@ def _open_av(
     *,
     may_seek: bool = True,
 ) -> AudioStream:
-    """The stretch by PyAV. `problem`: what libsndfile said of the file."""
+    """The stretch decoded by PyAV. `problem`: libsndfile's message about the file."""
     damage = Damage() if damage is None else damage
     seek = may_seek and offset > 2 * PREROLL
     unusable = DataError(f"{label} cannot be decoded ({problem}): it is damaged or no audio file")
@@ -285,7 +288,7 @@ def _decoded(container: Any, damage: Damage, since: float) -> Iterator[tuple[Any
     """Each frame of the first audio stream, and the seconds that are missing before it.
 
     Args:
-        since: the time from which what is missing counts as damage.
+        since: the time from which missing audio counts as damage.
     """
     stream = container.streams.audio[0]
     continuous = container.format.name in CONTINUOUS
@@ -311,7 +314,7 @@ def _decoded(container: Any, damage: Damage, since: float) -> Iterator[tuple[Any
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of a stream up to its end, or to where the container is broken."""
+    """The packets of a stream up to its end, or up to the point at which the container is damaged."""
     packets = container.demux(stream)
     while True:
         try:
@@ -323,7 +326,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _av_blocks(frames: Iterable[tuple[Any, float]], rate: int, layout: Any, channels: int) -> Iterator[Samples]:
-    """Frames as samples of one rate and layout, whatever a later frame has; silence where some are missing."""
+    """Frames converted to samples of one rate and layout, with silence in place of missing frames."""
     resampler: Any = None
     form = None
     for frame, gap in frames:
@@ -334,7 +337,7 @@ def _av_blocks(frames: Iterable[tuple[Any, float]], rate: int, layout: Any, chan
             form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if gap:
             yield np.zeros((round(gap * rate), channels), np.float32)
-        frame.pts = None  # else the resampler fills gaps, too
+        frame.pts = None  # otherwise the resampler fills gaps too
         for block in resampler.resample(frame):
             yield block.to_ndarray().T
     if resampler is not None:

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper wants them, batched and on the device, and the lengths of audio context.
+"""Log-mel spectrograms for Whisper, batched and on the device, and the lengths of audio context.
 
 Constants and units follow openai/whisper's `audio.py`. Shape letters: B utterances, S samples, F mel frames, M mel
 bands, T encoder positions.
@@ -33,19 +33,19 @@ def valid_positions(seconds: float) -> int:
 
 
 def describe_context(context: str, margin: int) -> str:
-    """An audio context in words, for reports."""
+    """A description of an audio context, for reports."""
     return "30 s" if context == "30s" else f"the utterance's own length and {margin / POSITIONS_PER_SECOND:.2g} s"
 
 
 def context_positions(seconds: float, *, context: str, margin: int) -> int:
     """The bucket length that an utterance is encoded at.
 
-    It depends on the utterance alone, never on its batch, so that results do not depend on batching.
+    It depends only on the utterance, not on its batch, so that results do not depend on batching.
 
     Args:
         seconds: duration.
         context: `dynamic`, or `30s` for Whisper's own padding.
-        margin: positions of silence to leave after the last sample; the encoder decodes badly without.
+        margin: positions of silence after the last sample, without which accuracy is poor.
     """
     if context == "30s":
         return MAX_POSITIONS

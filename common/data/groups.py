@@ -1,4 +1,4 @@
-"""The groups that a table routes by: a column of the corpus, or one of the benchmark's two controls."""
+"""The groups for routing by a table: a column of the corpus, or one of the benchmark's two controls."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 from common.data.corpus import Utterance
 
-ONE, SHUFFLED = "none", "shuffled"  # the controls: one group for everybody; groups drawn by speaker
+ONE, SHUFFLED = "none", "shuffled"  # the controls: one group for all; groups drawn by speaker
 EVERYBODY = "everybody"
 
 
 def shuffled_names(count: int, seed: int) -> tuple[str, ...]:
-    """The names of groups that are drawn; the seed that they are drawn with is in them."""
+    """The names of randomly drawn groups; the names contain the seed."""
     return tuple(f"{seed}-{number}" for number in range(count))
 
 
 def group_values(utterances: Sequence[Utterance], column: str, groups: Sequence[str] = ()) -> list[str]:
     """The group of each utterance.
 
-    A group that is drawn depends on seed and speaker alone (on the id of an utterance without one), so that a speaker
-    has the same one in every split, and a speaker whom training did not hear has one too.
+    A randomly drawn group depends only on seed and speaker (or on the id of an utterance without a speaker), so that a
+    speaker has the same group in every split, and speakers who are not in the training data have a group too.
 
     Args:
         column: etiology, severity or speaker, or a control.

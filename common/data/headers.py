@@ -1,4 +1,4 @@
-"""What a file's header promises against what it holds: recordings that were cut short, joined, or never closed."""
+"""Compares a file's header with its content, to find recordings that were cut short, joined, or not closed."""
 
 import mmap
 import os
@@ -16,12 +16,12 @@ from common.data.ogg import MARK, inspect_ogg
 TOLERANCE = 0.25  # s by which promised and decoded length may differ: codecs pad
 # PyAV's names of formats whose header has a length that is no estimate.
 PROMISING = ("wav", "aiff", "au", "flac", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "tta", "wv", "ape")
-UNKNOWN = 0x7FFF0000  # bytes: data sizes from here on stand for a length that was unknown, as 0 does
+UNKNOWN = 0x7FFF0000  # bytes: larger data sizes mean an unknown length, as 0 does
 HEAD = 1 << 16  # bytes in which an MP3's first frame is looked for
 
 
 class HeaderFault(NamedTuple):
-    """How a file differs from what its header promises, in words, and whether audio is lost for certain."""
+    """Description of how a file differs from its header, and whether audio is certainly lost."""
 
     detail: str
     certain: bool = True
@@ -34,11 +34,11 @@ OGG_FAULTS = {
 
 
 def header_fault(source: AudioSource, label: str, seconds: float) -> HeaderFault | None:
-    """How a file differs from what its header promises; None where it does not.
+    """How a file differs from its header; None if it does not.
 
     Args:
         source: a file that could be decoded.
-        label: how it is called.
+        label: name of the file in messages.
         seconds: its length as decoded.
     """
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def _shorter(promised: float, seconds: float) -> HeaderFault | None:
 
 
 def _riff_fault(file: BinaryIO, size: int) -> HeaderFault | None:
-    """Of a WAV file: its `data` chunk against the file's size."""
+    """Compares the `data` chunk of a WAV file with the file's size."""
     place, bytes_per_second, blocks = 12, 0, 1
     while place + 8 <= size:
         file.seek(place)
@@ -94,7 +94,7 @@ def _chunk_follows(file: BinaryIO, place: int, rest: int) -> bool:
 
 
 def _occurs_again(file: BinaryIO, size: int, mark: bytes) -> bool:
-    """Whether a file's first bytes stand in it once more."""
+    """Whether a file's first bytes occur in it again."""
     try:
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
             return content.find(mark, len(mark)) > 0
@@ -104,7 +104,7 @@ def _occurs_again(file: BinaryIO, size: int, mark: bytes) -> bool:
 
 
 def _mp3_seconds(head: bytes) -> float | None:
-    """By the Xing or Info header in an MP3's first frame; joined files have more, which is no fault."""
+    """Length from the Xing or Info header in an MP3's first frame; joined files are longer, which is not an error."""
     mark = max(head.find(b"Xing"), head.find(b"Info"))
     for depth in (36, 21, 13):  # bytes from the frame's header to the mark: by version and channels
         start = mark - depth
@@ -133,7 +133,7 @@ def _av_seconds(source: AudioSource, label: str, stack: ExitStack) -> float | No
 
 
 def guess_seconds(path: Path) -> float:
-    """A file's length by its header, for a progress bar: quick, and 0 where only decoding could tell."""
+    """A quick estimate of a file's length from its header, for a progress bar; 0 if only decoding gives the length."""
     if not path.is_file():
         return 0.0
     with path.open("rb") as file:

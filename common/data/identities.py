@@ -1,4 +1,4 @@
-"""Names of speakers, etiologies, severities and utterances: one form for each, wherever they are read."""
+"""Normalisation of the names of speakers, etiologies, severities and utterances."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ MISSING = frozenset({"nan", "<na>", "#n/a", "n/a", "null"})
 
 
 def identifier(text: str) -> str:
-    """An utterance's id in one form: composed (NFC), no line ends or other odd white space in it."""
+    """An utterance's id in normalised form: composed (NFC), without line ends or other unusual white space."""
     if text.isascii() and text.isprintable() and " " not in text:
         return text
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def identity(text: str) -> str:
-    """The name of a speaker or group in one form, as `identifier`; empty for what stands for a missing value."""
+    """The name of a speaker or group in normalised form, as `identifier`; empty for words that stand for a missing
+    value.
+    """
     name = identifier(text)
     return "" if name.lower() in MISSING else name
 
 
 def identity_key(name: str) -> str:
-    """What is equal for two spellings of one name: case, width, kinds of apostrophe, and 7.0 for 7 do not count."""
+    """A key that is equal for all spellings of one name: it ignores case, width, kinds of apostrophe, and 7.0 for 7."""
     plain = unicodedata.normalize("NFKC", mend(name)).casefold()
     whole = re.fullmatch(r"(\d+)\.0+", plain)
     return whole[1] if whole else plain
 
 
 def join_spellings(counts: Mapping[str, int]) -> dict[str, str]:
-    """Each of the names that is to be written otherwise → its one form (`identity`), in the commonest spelling.
+    """Each name whose spelling is to be replaced → the most frequent spelling in normalised form (`identity`).
 
     Args:
-        counts: of the names as they were read, how many utterances have each.
+        counts: name as read → number of utterances that have it.
     """
     form_of = {name: identity(name) for name in counts}
     common: Counter[str] = Counter()
@@ -51,10 +53,10 @@ def join_spellings(counts: Mapping[str, int]) -> dict[str, str]:
 
 
 def joined_in_words(field: str, joined: Mapping[str, str], names: Iterable[str]) -> list[str]:
-    """What `join_spellings` did to a field, a sentence for each spelling that is taken for another one or for none.
+    """Messages about the replacements of `join_spellings` in a field, one sentence for each replaced spelling.
 
     Args:
-        names: those that occur, each once.
+        names: all names that occur, each once.
     """
     spellings = Counter(joined.get(name, name) for name in {" ".join(name.split()) for name in names})
     remarks = []

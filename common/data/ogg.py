@@ -1,6 +1,6 @@
-"""The pages of an Ogg file: whether it is one stream without a fault, which libsndfile decodes exactly.
+"""Inspects the pages of an Ogg file: libsndfile decodes a file exactly only if it is one stream without damage.
 
-Decoders pass over damaged pages, and over all streams after the first, without a word. Format: RFC 3533.
+Decoders skip damaged pages, and all streams after the first, without a message. Format: RFC 3533.
 """
 
 import struct
@@ -20,7 +20,7 @@ def inspect_ogg(file: BinaryIO) -> Wholeness:
 
     Returns:
         `whole`: one stream, its pages complete, in order, with right checksums, up to one that is marked as the last.
-        `unended`: the same without the last page. `several`: undamaged streams one after the other, or side by side.
+        `unended`: the same without the last page. `several`: undamaged streams one after the other, or interleaved.
         `damaged`: anything else.
     """
     file.seek(0)
@@ -48,6 +48,6 @@ def inspect_ogg(file: BinaryIO) -> Wholeness:
 
 
 def _checksum(page: bytes) -> int:
-    """Ogg's CRC is zlib's with the bits of all bytes the other way round, and without inversions."""
+    """Ogg's CRC, which is zlib's with the bits of all bytes reversed, and without inversions."""
     value = zlib.crc32(page.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)

@@ -1,10 +1,10 @@
-"""Packing a corpus: its audio in uncompressed tar shards, and an index that says where each file's bytes lie.
+"""Packs a corpus: its audio in uncompressed tar shards, and an index that gives the location of each file's bytes.
 
     index.jsonl                                 written last; each line also has shard, byte_offset, byte_size, sha256
     shards/000000-<16 hex of its sha256>.tar    plain tar: `tar x` gives the audio back
 
-The same corpus gives the same shards, so a packing that was killed goes on where it was. Nothing here or in the
-loaders unpacks a tar: readers take the ranges that the index names, each checked by its hash, and decode them as audio.
+The same corpus gives the same shards, so a killed packing can be continued. Neither this module nor the loaders unpack
+a tar: readers read the ranges that the index names, check each by its hash, and decode them as audio.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "g
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What a packing made: audio files, shards, and their bytes; `stored` of the shards were not there yet."""
+    """Result of a packing: numbers of audio files and shards, and their bytes; `stored` shards were newly written."""
 
     files: int
     shards: int
@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
     """`256MB`, `1GiB` or a number of bytes.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
@@ -67,14 +67,14 @@ def pack_corpus(
     """Writes a corpus's audio as shards, and then its index.
 
     Args:
-        store: of the packed corpus, at its root.
-        shard_bytes: a shard is closed before it would be larger; a file that is larger gets one of its own.
+        store: store of the packed corpus, at its root.
+        shard_bytes: maximum size of a shard; a larger file gets a separate shard.
         scratch: a folder for the shard that is being made.
-        progress: told how many more audio files are packed.
+        progress: called with the number of audio files packed since the last call.
 
     Raises:
-        UsageError: the store holds another index already; nothing is written then.
-        DataError: an audio file cannot be read; nothing but whole shards is left, and no index.
+        UsageError: the store already contains another index; nothing is written.
+        DataError: an audio file cannot be read; only whole shards are left, and no index.
     """
     existing = {entry.key: entry.size for entry in store.list("")}
     before = store.read(INDEX_NAME, MAX_FILE) if INDEX_NAME in existing else None
@@ -131,7 +131,7 @@ Members = dict[str, tuple[int, int, str]]  # audio path → offset, size, sha256
 
 
 def _shards(files: Iterable[tuple[str, bytes]], shard_bytes: int, folder: Path) -> Iterator[tuple[Path, Members]]:
-    """Fills one tar after the other and yields each when it is closed."""
+    """Writes one tar after the other and yields each when it is closed."""
     path = folder / "shard.tar"
     writer = _Writer(path)
     try:
@@ -148,7 +148,7 @@ def _shards(files: Iterable[tuple[str, bytes]], shard_bytes: int, folder: Path) 
 
 
 class _Writer:
-    """One tar; nothing in it depends on this machine or this hour."""
+    """Writer of one tar, whose content does not depend on the machine or the time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.members = path, Members()
@@ -174,7 +174,9 @@ class _Writer:
 
 
 def member_name(name: str, sha256: str) -> str:
-    """An audio path as a name inside a tar; one that would leave the folder gets a name by its content."""
+    """An audio path as a name inside a tar; a path that would leave the folder is replaced by a name made from its
+    content.
+    """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return f"elsewhere/{sha256[:16]}{path.suffix}"
@@ -182,7 +184,7 @@ def member_name(name: str, sha256: str) -> str:
 
 
 def check_shard(path: Path, places: Iterable[Place]) -> None:
-    """Compares a local shard, member by member, with what the index says of it.
+    """Compares a local shard, member by member, with the index.
 
     Raises:
         DataError: the tar is damaged; a member is a link, a device or of a sparse file, has a name that leads out of

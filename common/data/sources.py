@@ -1,7 +1,7 @@
-"""The two things a run starts from, corpus and base model: found and digested.
+"""Finds the two inputs of a run, corpus and base model, and computes their digests.
 
-A model from a store is brought to a local folder. Of a corpus in a store only the index is; audio comes when it is
-needed (`common.data.clips`).
+A model from a store is downloaded to a local folder. Of a corpus in a store, only the index is downloaded; audio is
+fetched when it is needed (`common.data.clips`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cache_bytes: int = 0) -> Corpus:
-    """A corpus in a folder, or in a store, from which its index alone is brought.
+    """Opens a corpus in a folder, or in a store, from which only the index is downloaded.
 
     Args:
         path: a folder, an index file, or the `s3://` address of either.
-        cache: where the index and audio of a remote corpus are kept, the latter for all corpora together.
-        cache_bytes: of audio at most.
+        cache: folder for the index and audio of a remote corpus; all corpora share the audio cache.
+        cache_bytes: maximum size of the audio cache.
 
     Raises:
-        DataError: it cannot be found or read.
+        DataError: the corpus cannot be found or read.
     """
     if not path.startswith("s3://"):
         return read_corpus(path)
@@ -57,13 +57,13 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
 
 
 def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoint_url: str | None = None) -> Path:
-    """A local folder that holds the base model, brought from the hub or a store where it is not one already.
+    """A local folder that contains the base model, downloaded from the hub or a store if necessary.
 
     Args:
         name: a folder, a hub name or the `s3://` address of a folder.
-        cache: where what comes from a store is kept.
+        cache: folder for downloads from a store.
         revision: commit of a hub model.
-        endpoint_url: of an S3-compatible store.
+        endpoint_url: address of an S3-compatible store.
 
     Raises:
         DataError: there is no such model.
@@ -81,12 +81,12 @@ def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoin
 
 
 def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
-    """The folder where what lies at an address is kept: one bucket's name may stand for two, at two servers."""
+    """The cache folder of an address at an endpoint, since two servers may have buckets of the same name."""
     return cache / hashlib.sha256(f"{endpoint_url}\0{address}".encode()).hexdigest()[:16]
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model's name is looked up on the hub: no such folder, and of the form organisation/model."""
+    """Whether a model's name is looked up on the hub: no such folder exists, and it has the form organisation/model."""
     return not name.startswith("s3://") and not Path(name).is_dir() and HUB_NAME.match(name) is not None
 
 
@@ -106,10 +106,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def model_digest(name: str, cache: Path, *, revision: str | None = None, endpoint_url: str | None = None) -> str:
-    """What the base model contributes to keys: its content, or hub name and revision.
+    """The base model's part of keys: its content, or hub name and revision.
 
-    A folder counts by the bytes of its weights and configuration, so that a laptop's folder and a cluster's store URI
-    of the same checkpoint give the same keys.
+    A folder is identified by the bytes of its weights and configuration, so that a local folder and a store address of
+    the same checkpoint give the same keys.
     """
     if is_hub_name(name):
         return f"hub:{name}@{revision or 'main'}"
@@ -121,7 +121,7 @@ def folder_digest(folder: Path) -> str:
     """sha256 over the names and contents of a checkpoint's weights and configuration.
 
     Raises:
-        DataError: the folder holds no safetensors.
+        DataError: the folder contains no safetensors.
     """
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if not weights:

@@ -1,4 +1,4 @@
-"""Parts of a corpus that are trained on and evaluated: nested subsets of train, capped dev and test."""
+"""Subsets of a corpus for training and evaluation: nested subsets of train, and dev and test of limited size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def training_subset(corpus: Corpus, *, samples: int | None, percent: float, seed
     """A stratified part of `train`, sorted by id.
 
     Args:
-        samples: number of utterances at most; None for `percent` of them.
+        samples: maximum number of utterances; None for `percent` of them.
 
     Raises:
         DataError: the corpus has no such utterances.
@@ -33,10 +33,11 @@ def training_subset(corpus: Corpus, *, samples: int | None, percent: float, seed
 def evaluation_subset(
     corpus: Corpus, split: Literal["dev", "test"], *, samples: int | None, seed: int
 ) -> list[Utterance]:
-    """The evaluated part of dev or test, sorted by id; of test the same for every seed, so that runs can be compared.
+    """The evaluated part of dev or test, sorted by id; the part of test does not depend on the seed, so that runs can
+    be compared.
 
     Args:
-        samples: number of utterances at most; None for all.
+        samples: maximum number of utterances; None for all.
 
     Raises:
         DataError: the corpus has no such utterances.
@@ -59,15 +60,15 @@ def _usable(corpus: Corpus, split: str) -> list[Utterance]:
 def stratified_subset(
     utterances: Sequence[Utterance], *, percent: float | None = None, count: int | None = None, seed: int
 ) -> list[Utterance]:
-    """A share of the utterances with the etiologies in proportion; smaller subsets lie inside larger ones.
+    """A subset of the utterances with proportional etiologies; larger subsets contain the smaller ones.
 
-    Within an etiology of n utterances the one of rank r (by a hash of seed and id) stands at (r + 1/2) / n; all
-    etiologies are merged in order of these positions, and a subset is the first part of that one order. So it is
-    nested for percents and counts alike, proportional, and independent of the order of `utterances`.
+    Within an etiology of n utterances, the utterance of rank r (by a hash of seed and id) gets the position (r + 1/2) /
+    n; all etiologies are merged in order of these positions, and a subset is the first part of this order. Subsets are
+    therefore nested for percents and counts, proportional, and independent of the order of `utterances`.
 
     Args:
         percent: above 0, up to 100; or
-        count: at least 1; more than there are gives all.
+        count: number of utterances, at least 1; if there are fewer, all are returned.
         seed: another seed gives another subset.
 
     Returns:
@@ -89,7 +90,7 @@ def stratified_subset(
 
 
 def _subset_order(utterances: Sequence[Utterance], seed: int) -> list[int]:
-    """The positions of `utterances` in the one order whose beginnings are the subsets."""
+    """The order of `utterances` whose first parts are the subsets."""
     prefix = f"{seed}\0"
     rank_keys = np.fromiter((_hash64(prefix + u.id) for u in utterances), np.uint64, len(utterances))
     stratum_of = {name: i for i, name in enumerate(sorted({u.etiology for u in utterances}))}

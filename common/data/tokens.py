@@ -22,7 +22,7 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     """The values of a Whisper checkpoint's config.json.
 
     Raises:
-        DataError: the folder is no such checkpoint.
+        DataError: the folder is not a Whisper checkpoint.
     """
     config = Path(folder) / "config.json"
     if not config.is_file():
@@ -37,7 +37,7 @@ def whisper_config(folder: Path) -> dict[str, Any]:
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
-    """The values of a checkpoint's generation_config.json; none where it has no such file.
+    """The values of a checkpoint's generation_config.json; empty if it has no such file.
 
     Raises:
         DataError: it cannot be read.
@@ -48,16 +48,16 @@ def generation_settings(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TextCodec:
-    """Text ↔ tokens by one contract for training, evaluation and transcription.
+    """Conversion between text and tokens, the same for training, evaluation and transcription.
 
     Attributes:
         tokenizer: the checkpoint's own.
         prompt: start of transcript, language and task (multilingual models), no timestamps.
         end: end-of-text token.
         suppressed: tokens that decoding never emits.
-        suppressed_first: tokens that it does not begin with.
-        timestamp_begin: the timestamp <|0.00|>, right after <|notimestamps|>; None where there are none.
-        no_speech: the token for audio without speech; None where the tokenizer has none.
+        suppressed_first: tokens with which decoding does not begin.
+        timestamp_begin: the timestamp <|0.00|>, right after <|notimestamps|>; None if there are no timestamp tokens.
+        no_speech: the token for audio without speech; None if the tokenizer has no such token.
     """
 
     tokenizer: Tokenizer
@@ -79,14 +79,14 @@ class TextCodec:
         return text.strip()
 
     def pair(self, text: str) -> tuple[list[int], list[int]]:
-        """(decoder inputs, labels) of equal length; the prompt carries no loss, the end token does."""
+        """(decoder inputs, labels) of equal length; the prompt has no loss, the end token does."""
         tokens = self.encode(text)
         inputs = [*self.prompt, *tokens]
         labels = [IGNORED] * (len(self.prompt) - 1) + [*tokens, self.end]
         return inputs, labels
 
     def length(self, text: str) -> int:
-        """Decoder positions that a transcript takes."""
+        """Number of decoder positions of a transcript."""
         return len(self.encode(text)) + len(self.prompt) + 1
 
 
@@ -122,10 +122,10 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
-    """A checkpoint's tokenizer, without truncation and padding, which some are saved with.
+    """A checkpoint's tokenizer, without the truncation and padding with which some are saved.
 
     Raises:
-        DataError: it is missing or damaged, or has tokens that the model has not.
+        DataError: it is missing or damaged, or has tokens that the model does not have.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():

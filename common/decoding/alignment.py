@@ -1,8 +1,8 @@
-"""When each word of a text is said: the model reads the text, and its attention to the audio says where it is.
+"""Times of the words of a text, from the model's cross-attention to the audio.
 
-The text is given to the decoder as it is (teacher forcing); the weights of its cross-attention are normalised, smoothed
-and averaged over heads, and dynamic time warping finds the monotone path of most attention. The method is that of word
-timestamps in openai/whisper (`timing.py`); the code is our own.
+The text is passed through the decoder (teacher forcing); the weights of its cross-attention are normalised, smoothed
+and averaged over heads, and dynamic time warping finds the monotone path with the highest attention. The method is that
+of word timestamps in openai/whisper (`timing.py`); the code is our own.
 
 Shape letters: B utterances, U tokens, T encoder positions, H attention heads, D model width, W one head's width.
 """
@@ -33,7 +33,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokens decode to that hold par
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One word of a text and when it is said, in seconds."""
+    """One word of a text with its start and end, in seconds."""
 
     text: str
     start: float
@@ -41,10 +41,10 @@ class Word:
 
 
 def alignment_heads(model: WhisperForConditionalGeneration) -> dict[int, list[int]]:
-    """Layer → heads whose attention follows the audio: those that the checkpoint names, or all of the upper half.
+    """Layer → heads whose attention follows the audio: those named by the checkpoint, or all heads of the upper half.
 
     Raises:
-        DataError: it names heads that it does not have.
+        DataError: the checkpoint names heads that it does not have.
     """
     named = getattr(model.generation_config, "alignment_heads", None)
     config = model.config
@@ -68,10 +68,10 @@ def align(
     codec: TextCodec,
     texts: Sequence[Sequence[int]],
 ) -> list[NDArray[np.float64]]:
-    """The moment at which each token begins, and the end of the last.
+    """The time at which each token begins, and the end of the last token.
 
     Args:
-        hidden_BTD: encoder output, its routing set.
+        hidden_BTD: encoder output; the slot must hold its routing.
         valid_B: positions that hold audio.
         texts: tokens of each utterance, without prompt, timestamps and end token.
 
@@ -86,7 +86,7 @@ def align(
         model.model.decoder(input_ids=inputs_BU, encoder_hidden_states=hidden_BTD, use_cache=False)
     times = []
     for number, (tokens, valid) in enumerate(zip(texts, valid_B, strict=True)):
-        # The query at a token predicts the next one: so the last of the prompt stands for the first of the text.
+        # The query at a token predicts the next token: that of the prompt's last token belongs to the text's first.
         weights_HUT = torch.cat([_weights(q[number], k[number], valid) for q, k in seen])
         score_UT = attention_score(weights_HUT[:, : prompt + len(tokens) + 1])[prompt - 1 : prompt + len(tokens)]
         times.append(monotone_path(score_UT.double().cpu().numpy()) / POSITIONS_PER_SECOND)
@@ -123,12 +123,12 @@ def _watched(model: WhisperForConditionalGeneration) -> Iterator[list[tuple[Tens
 
 
 def _weights(query_HUW: Tensor, key_HTW: Tensor, valid: int) -> Tensor:
-    """Attention to the audio alone, not to the padding behind it."""
+    """Attention weights over the audio only, without the padding after it."""
     return (query_HUW @ key_HTW[:, :valid].transpose(1, 2)).softmax(2)
 
 
 def attention_score(weights_HUT: Tensor) -> Tensor:
-    """How much each token attends to each position, against what all tokens do there; smoothed. score_UT."""
+    """Attention of each token to each position, normalised over all tokens and smoothed: score_UT."""
     deviation_H1T, mean_H1T = torch.std_mean(weights_HUT, dim=1, keepdim=True, unbiased=False)
     scaled_HUT = (weights_HUT - mean_H1T) / deviation_H1T.clamp_min(1e-9)
     if (positions := scaled_HUT.shape[2]) > SMOOTHING // 2:
@@ -139,10 +139,11 @@ def attention_score(weights_HUT: Tensor) -> Tensor:
 
 
 def monotone_path(score_UT: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Dynamic time warping: the monotone path of the highest sum from the first corner to the last.
+    """Dynamic time warping: the monotone path with the highest sum from the first corner to the last.
 
-    A step goes to the next position, the next token, or both. The best way to be at token u and position t is the best
-    moment to have entered token u, plus its scores since: so each token takes one pass of running maxima.
+    A step goes to the next position, the next token, or both. The best score at token u and position t is the maximum
+    over the positions at which the path can enter token u, plus the scores since then: each token needs one pass of
+    running maxima.
 
     Returns:
         The first position of each token.
@@ -169,7 +170,7 @@ def monotone_path(score_UT: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def words_of(codec: TextCodec, tokens: Sequence[int], times_U: NDArray[np.float64], language: str) -> list[Word]:
-    """Groups tokens into words; punctuation belongs to the word before, an opening quote to the one after.
+    """Groups tokens into words; punctuation belongs to the preceding word, an opening quote to the following word.
 
     Args:
         times_U: from `align`.
@@ -202,7 +203,7 @@ def _word_starts(codec: TextCodec, tokens: Sequence[int], *, spaced: bool) -> li
 
 
 def _whole_characters(codec: TextCodec, tokens: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """(number of the first token, text) of the shortest runs of tokens that hold no part of a character."""
+    """(number of the first token, text) of the shortest runs of tokens that contain only whole characters."""
     first = 0
     for last in range(1, len(tokens) + 1):
         piece: str = codec.tokenizer.decode(list(tokens[first:last]), skip_special_tokens=False)

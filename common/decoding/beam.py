@@ -1,4 +1,4 @@
-"""Beam search over a batch whose utterances leave it as they end.
+"""Beam search over a batch from which finished utterances are removed.
 
 The candidates, the scores and the end of the search are those of `generate(num_beams=…)` in transformers, so that texts
 are equal. Shape letters: B utterances, K beams, R = B·K rows, T encoder positions, D model width, V vocabulary.
@@ -22,7 +22,7 @@ class _Search:
     """The search for the text of one utterance.
 
     Attributes:
-        number: of the utterance in the batch.
+        number: position of the utterance in the batch.
         running: tokens and summed log-probability of each open beam, the best first.
         ended: (score, tokens, mean log-probability) of complete texts, the best first, at most K.
     """
@@ -34,7 +34,9 @@ class _Search:
     def extend(
         self, candidates: list[tuple[float, int, int]], step: int, *, end: int, beams: int, penalty: float, last: bool
     ) -> list[tuple[int, int]]:
-        """Takes the 2K best (log-probability, beam, token), the best first; returns (beam, token) of the new K."""
+        """Extends the search by the 2K best (log-probability, beam, token), the best first; returns (beam, token) of
+        the new K.
+        """
         following: list[tuple[list[int], float]] = []
         origins: list[tuple[int, int]] = []
         for rank, (total, beam, token) in enumerate(candidates):
@@ -67,12 +69,12 @@ def beam_search(
     max_new_tokens: int,
     slot: RoutingSlot | None = None,
 ) -> list[Found]:
-    """The best text that `num_beams` hypotheses at a time find.
+    """The best text of each utterance by beam search with `num_beams` hypotheses.
 
     Args:
         hidden_BTD: encoder output.
         length_penalty: texts are compared by log-probability / length ** this, the end token counted.
-        slot: holds the batch's routing; each beam has its utterance's.
+        slot: contains the batch's routing; each beam uses that of its utterance.
 
     Returns:
         (tokens without the end token, mean log-probability of tokens and end token) of each utterance.
@@ -127,9 +129,9 @@ def _best(log_probabilities_RV: Tensor, searches: list[_Search], beams: int) -> 
 
 
 def _reorder(cache: EncoderDecoderCache, index_R: Tensor, *, own_audio: bool) -> None:
-    """Gives each row the past of the row that it continues.
+    """Reorders the cache so that each row has the cache of the row that it continues.
 
-    `own_audio`: each continues one of its own utterance's, so the large cache of the audio stays as it is.
+    `own_audio`: each row continues a row of the same utterance, so the large cache of the audio need not be reordered.
     """
     if own_audio:
         cache.self_attention_cache.reorder_cache(index_R)

@@ -22,7 +22,7 @@ from common.decoding.token_rules import Rules, make_rules
 from common.model.recogniser import Recogniser
 from common.model.routing import RoutingSlot
 
-SHRINK_AT = 0.75  # rows that must be alive for a batch to stay as it is
+SHRINK_AT = 0.75  # share of unfinished rows above which a batch is kept
 LOGPROB_THRESHOLD = -1.0  # mean log-probability of a text's tokens: below, it is a guess
 
 
@@ -31,18 +31,18 @@ class Decoding:
     """How text is decoded; names as in `common.sections.DecodeConfig`.
 
     Attributes:
-        batch_size: utterances that are decoded at once.
-        max_new_tokens: where a transcript that does not end is cut.
+        batch_size: number of utterances that are decoded at once.
+        max_new_tokens: maximum number of tokens; longer transcripts are cut.
         num_beams: 1 is greedy.
         length_penalty: beams are compared by log-probability / length ** this.
-        temperatures: the first is used; the next ones for texts that come out as loops or guesses (Radford et al. 2022,
-            section 4.5). 0 is greedy or beam search, above 0 tokens are drawn. Of texts that are all doubtful, the most
-            probable one that is no loop is taken.
+        temperatures: the first is used; the following ones are used for texts that are loops or have a low probability
+            (Radford et al. 2022, section 4.5). 0 is greedy or beam search; above 0, tokens are sampled. If all texts
+            are doubtful, the most probable text that is not a loop is used.
         timestamps: decode with Whisper's timestamp tokens.
-        seed: of drawn tokens.
+        seed: random seed of sampled tokens.
         normaliser: how texts are compared afterwards: `unified`, or `published`, Whisper's normaliser alone.
-        no_speech_threshold: above it, a text that is a guess is taken for one of silence, and not decoded again; None
-            does not ask the model whether somebody speaks.
+        no_speech_threshold: above this probability of no speech, a text with a low probability is treated as silence
+            and is not decoded again; None does not compute the probability.
     """
 
     batch_size: int
@@ -63,13 +63,13 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What was heard in one utterance.
+    """Decoded text of one utterance.
 
     Attributes:
         tokens: without prompt and end token; timestamps included.
-        mean_log_probability: of its tokens, the end token included.
+        mean_log_probability: mean over its tokens, including the end token.
         temperature: at which it was decoded.
-        no_speech_probability: that nobody speaks; None where the model was not asked, or has no token for it.
+        no_speech_probability: probability of no speech; None if it was not computed, or the model has no token for it.
     """
 
     text: str
@@ -80,24 +80,25 @@ class Decoded:
 
     @property
     def repetitive(self) -> bool:
-        """Whether it reads like a loop, by Whisper's limit."""
+        """Whether the text is repetitive, by Whisper's limit of compression."""
         return compression_ratio(self.text) > COMPRESSION_RATIO_THRESHOLD
 
     @property
     def guessed(self) -> bool:
-        """Whether its tokens are improbable, by Whisper's limit."""
+        """Whether the mean log-probability of its tokens is below Whisper's limit."""
         return self.mean_log_probability < LOGPROB_THRESHOLD
 
     @property
     def doubtful(self) -> bool:
-        """Whether it reads like a loop or a guess."""
+        """Whether the text is repetitive or has a low probability."""
         return self.repetitive or self.guessed
 
     def of_silence(self, threshold: float | None) -> bool:
-        """Whether it is a guess where probably nobody speaks: what Whisper leaves out.
+        """Whether the text has a low probability and the audio probably contains no speech; Whisper leaves out such
+        texts.
 
         Args:
-            threshold: of `no_speech_probability`; Whisper's is 0.6.
+            threshold: limit of `no_speech_probability`; Whisper's is 0.6.
         """
         if threshold is None or self.no_speech_probability is None:
             return False
@@ -112,11 +113,11 @@ def decode_hidden(
     decoding: Decoding,
     slot: RoutingSlot | None = None,
 ) -> list[Decoded]:
-    """Text of each utterance; the result depends neither on the others of its batch nor on their order.
+    """Text of each utterance; the result depends neither on the other utterances of the batch nor on their order.
 
     Args:
         hidden_BTD: encoder output.
-        slot: holds the batch's routing, before and after; in between the rows that are decoded.
+        slot: contains the batch's routing before and after the call, and during it that of the rows being decoded.
     """
     rules = make_rules(codec, model.config.vocab_size, hidden_BTD.device, timestamps=decoding.timestamps)
     asked = decoding.no_speech_threshold is not None and codec.no_speech is not None
@@ -137,7 +138,7 @@ def decode_hidden(
 
 
 def better(first: Decoded, second: Decoded) -> Decoded:
-    """Of two texts of one utterance the one to keep: one that is no loop, and then the more probable one."""
+    """The better of two texts of one utterance: a text that is not a loop is preferred, then the more probable text."""
     return max(first, second, key=lambda one: (not one.doubtful, not one.repetitive, one.mean_log_probability))
 
 
@@ -148,7 +149,7 @@ def _worth_another_try(one: Decoded, no_speech_threshold: float | None) -> bool:
 def no_speech_probabilities(
     model: WhisperForConditionalGeneration, hidden_BTD: Tensor, codec: TextCodec
 ) -> list[float]:
-    """How probable the model finds it that nobody speaks: its no-speech token after the start of a transcript."""
+    """Probability of no speech: that of the model's no-speech token after the start of a transcript."""
     start_B1 = torch.full((len(hidden_BTD), 1), codec.prompt[0], device=hidden_BTD.device)
     logits_BV, _ = decoder_step(model, start_B1, hidden_BTD, None)
     found: list[float] = logits_BV.softmax(1)[:, codec.no_speech].tolist()
@@ -183,7 +184,7 @@ def _decode_at(
 
 @contextmanager
 def routed_rows(slot: RoutingSlot | None, index_N: Tensor) -> Iterator[None]:
-    """Routes the utterances `index_N` of a batch, and afterwards the whole batch again."""
+    """Sets the routing of the utterances `index_N` of a batch, and restores that of the whole batch afterwards."""
     whole = slot.routing if slot is not None else None
     if slot is not None and whole is not None:
         slot.routing = whole.rows(index_N)
@@ -203,7 +204,7 @@ def _token_by_token(
     temperature: float = 0.0,
     drawn: Sequence[float] = (),
 ) -> list[Found]:
-    """The most probable token at each step, or a drawn one, until the end token."""
+    """Decodes token by token, the most probable or a sampled token at each step, until the end token."""
     device = hidden_RTD.device
     tokens: list[list[int]] = [[] for _ in range(len(hidden_RTD))]
     rows = list(range(len(hidden_RTD)))  # which utterance each row of the shrinking batch is; -1 once it has ended
@@ -236,7 +237,7 @@ def _token_by_token(
 
 
 def _means(chosen: Sequence[tuple[list[int], Tensor]], count: int) -> list[float]:
-    """The mean log-probability of each of `count` utterances, from those of all steps."""
+    """The mean log-probability of each of `count` utterances, from the log-probabilities of all steps."""
     sums, steps = [0.0] * count, [0] * count
     values = torch.cat([logs_R for _, logs_R in chosen]).tolist()  # once, at the end: each transfer waits for the GPU
     for row, value in zip((row for rows, _ in chosen for row in rows), values, strict=True):
@@ -254,7 +255,7 @@ def _draw(logits_RV: Tensor, number: float) -> Tensor:
 
 
 def decode_batch(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[Decoded]:
-    """What is heard in each utterance of a batch, routed by `Recogniser.encode_batch`."""
+    """Decoded text of each utterance of a batch, routed by `Recogniser.encode_batch`."""
     hidden_BTD = recogniser.encode_batch(batch)
     return decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding, recogniser.slot)
 

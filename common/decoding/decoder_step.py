@@ -1,4 +1,4 @@
-"""One step of Whisper's decoder, for every way of choosing tokens."""
+"""One step of Whisper's decoder, shared by greedy decoding, sampling and beam search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Found = tuple[list[int], float]  # tokens without the end token, mean log-probab
 def decoder_step(
     model: WhisperForConditionalGeneration, step_RU: Tensor, hidden_RTD: Tensor, cache: EncoderDecoderCache | None
 ) -> tuple[Tensor, EncoderDecoderCache]:
-    """Logits of the token after `step_RU`, in fp32, and the cache that holds all tokens so far. (logits_RV, cache)."""
+    """(logits_RV, cache): logits of the token after `step_RU`, in fp32, and the cache of all tokens so far."""
     out = model.model.decoder(
         input_ids=step_RU, encoder_hidden_states=hidden_RTD, past_key_values=cache, use_cache=True
     )

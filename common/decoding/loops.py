@@ -1,6 +1,7 @@
-"""Loops: phrases that a decoder repeats over and over, as no speaker does; how they are known, and cut.
+"""Detection and removal of loops: phrases that a decoder repeats more often than a speaker would.
 
-The limit of compression is Whisper's (Radford et al. 2022, section 4.5). It alone would also cut a list of numbers.
+The limit of compression is Whisper's (Radford et al. 2022, section 4.5). This limit alone would also cut a list of
+numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from common.text import LOOP_CHAR_REPEATS, LOOP_CHARS, LOOP_REPEATS, LOOP_WORDS
 
 COMPRESSION_RATIO_THRESHOLD = 2.4  # bytes of a text over bytes of its zlib compression: above, it is repetitive
-MAX_CHARACTERS_PER_SECOND = 40  # twice what a fast speaker says
+MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 LOOP_LETTERS = 40  # a loop's longest phrase where words are not spaced, in characters
 
 _LONG_WORD = re.compile(rf"(.{{1,{LOOP_CHARS}}}?)\1{{{LOOP_CHAR_REPEATS - 1},}}")
@@ -25,12 +26,12 @@ def compression_ratio(text: str) -> float:
 
 
 def is_loop(text: str, seconds: float, *, spaced: bool = True) -> bool:
-    """Whether a text repeats a phrase at least 4 times in a row, and is too repetitive or too fast to be said.
+    """Whether a text repeats a phrase at least 4 times in a row, and is too repetitive or too fast for speech.
 
-    So "no, no, no, no" in two seconds is none, and one sentence six times over is.
+    For example, "no, no, no, no" in two seconds is not a loop, and one sentence repeated six times is.
 
     Args:
-        seconds: of the audio that it was heard in.
+        seconds: duration of the audio.
         spaced: whether its language puts spaces between words.
     """
     keys = [key_of(item) for item in (text.split() if spaced else text)]
@@ -41,7 +42,7 @@ def is_loop(text: str, seconds: float, *, spaced: bool = True) -> bool:
 
 
 def kept_items(keys: Sequence[str], *, spaced: bool = True) -> list[int]:
-    """The numbers of the items that stay when each phrase that stands at least 4 times in a row is said once.
+    """The numbers of the items that are kept when each phrase that occurs at least 4 times in a row is reduced to one.
 
     Args:
         keys: words, or characters where words are not spaced, as `key_of` gives them.
@@ -56,7 +57,7 @@ def kept_items(keys: Sequence[str], *, spaced: bool = True) -> list[int]:
 
 
 def _run_at(keys: Sequence[str], place: int, longest: int) -> tuple[int, int]:
-    """(items of the phrase, items of all its repetitions) of a loop that begins at `place`; (1, 1) without one."""
+    """(items of the phrase, items of all its repetitions) of a loop that begins at `place`; (1, 1) without a loop."""
     for period in range(1, min(longest, (len(keys) - place) // LOOP_REPEATS) + 1):
         end = place + period
         while end < len(keys) and keys[end] == keys[end - period]:
@@ -72,5 +73,5 @@ def shortened(word: str) -> str:
 
 
 def key_of(word: str) -> str:
-    """A word as it is compared: without case and punctuation."""
+    """A word in the form used for comparison: without case and punctuation."""
     return "".join(c for c in word.casefold() if c.isalnum()) or word

@@ -1,4 +1,4 @@
-"""Where nobody speaks: pauses found by loudness, and windows of at most 30 s that are cut there.
+"""Finds pauses by loudness, and windows of at most 30 s that are cut at pauses.
 
 Shape letters: S samples, N frames of 10 ms.
 """
@@ -14,7 +14,7 @@ from common.data.audio import SAMPLE_RATE, Samples
 from common.limits import MAX_SECONDS
 
 FRAME = SAMPLE_RATE // 100  # samples: 10 ms
-BLOCK = 6000 * FRAME  # samples that are looked at at once: a minute
+BLOCK = 6000 * FRAME  # samples that are processed at once: one minute
 EMPHASIS = 0.97  # of the sample before, that is subtracted
 SMOOTH = 3  # frames whose power is averaged
 QUIET_SHARE = 0.3  # of the way from the room's loudness to the voice's, in dB: below is a pause
@@ -25,7 +25,7 @@ SILENCE_DB = -70.0  # of full scale: nothing is louder in a silent recording
 EARLIEST = 0.4  # of the longest window: where its cut may be at the earliest
 LONG_ENOUGH = 0.6  # s of pause: among such, the latest is taken
 OVERLAP = 5.0  # s that windows share where no pause is between them
-EDGE = 0.3  # s of a skipped silence that are kept beside speech
+EDGE = 0.3  # s of a skipped silence that are kept next to speech
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +37,22 @@ class Stretch:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration in seconds."""
         return self.end - self.start
 
     @property
     def middle(self) -> float:
-        """Its middle."""
+        """The middle of the stretch, in seconds."""
         return (self.start + self.end) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch that the model hears at once.
+    """A stretch of audio that the model processes at once.
 
     Attributes:
-        start, end: seconds; it may begin before `begins` and end after `ends`, where no pause is near.
-        begins, ends: what it is responsible for; the windows' responsibilities do not overlap.
+        start, end: seconds; the window may begin before `begins` and end after `ends` if no pause is near.
+        begins, ends: the part whose words are taken from this window; these parts do not overlap.
         paused: it ends in a pause, or with the audio.
     """
 
@@ -66,7 +66,7 @@ class Window:
 def loudness(samples: Samples) -> Samples:
     """dB of full scale of each 10 ms, smoothed over 30 ms. level_N.
 
-    Pre-emphasis takes away hum and rumble, and brings fricatives up.
+    Pre-emphasis attenuates hum and rumble, and amplifies fricatives.
     """
     power_N = np.concatenate([_power(samples, start) for start in range(0, max(1, len(samples)), BLOCK)])
     smooth_N = np.convolve(power_N, np.ones(SMOOTH) / SMOOTH, mode="same")
@@ -74,7 +74,7 @@ def loudness(samples: Samples) -> Samples:
 
 
 def _power(samples: Samples, start: int) -> Samples:
-    """Mean squares of the frames of one block: of a long recording, all at once would take its size twice more."""
+    """Mean squares of the frames of one block; computing a long recording at once would need three times its memory."""
     before = samples[start - 1 : start] if start else np.zeros(1, np.float32)
     block = samples[start : start + BLOCK]
     frames = max(1, -(-len(block) // FRAME))
@@ -85,15 +85,15 @@ def _power(samples: Samples, start: int) -> Samples:
 
 
 def is_silent(level_N: Samples) -> bool:
-    """Whether nothing is heard at all."""
+    """Whether the audio is silent."""
     return bool(level_N.max() < SILENCE_DB)
 
 
 def find_pauses(level_N: Samples, shortest: float = SHORTEST) -> list[Stretch]:
     """Stretches well below the voice's loudness, in order; those at the ends included.
 
-    What is quiet is decided against the loudest and the quietest of the recording (5th and 95th percentile of those
-    frames that are not digital silence), so that neither gain nor room matters.
+    The threshold is relative to the loudest and the quietest frames of the recording (5th and 95th percentile of the
+    frames that are not digital silence), so that it depends neither on gain nor on the noise of the room.
     """
     if is_silent(level_N):
         return [Stretch(0, len(level_N) / 100)]
@@ -114,15 +114,15 @@ def plan_windows(
     longest: float = MAX_SECONDS,
     overlap: float = OVERLAP,
 ) -> list[Window]:
-    """Windows of at most `longest` seconds over the whole audio, cut at pauses where there are any.
+    """Windows of at most `longest` seconds over the whole audio, cut at pauses if possible.
 
     Args:
         pauses: from `find_pauses`.
-        overlap: seconds that two windows share where there is no pause between them; their responsibilities then meet
-            at the quietest moment of what they share. 0: they are cut there.
+        overlap: seconds that two windows share if there is no pause between them; words are then divided at the
+            quietest moment of the shared part. 0: the windows are cut at the quietest moment.
 
     Returns:
-        One window for audio that is no longer than `longest`. Of longer audio, long silence is left out.
+        One window if the audio is not longer than `longest`. In longer audio, long silence is left out.
     """
     if seconds <= longest:
         return [Window(0, seconds, 0, seconds, True)]
@@ -130,7 +130,7 @@ def plan_windows(
     start = begins = 0.0
     while begins < seconds - 0.01:
         silence = next((p for p in pauses if p.start <= begins + 0.01 and p.end > begins + 2 * EDGE), None)
-        if silence is not None:  # nothing to hear before its end
+        if silence is not None:  # only silence before its end
             if silence.end >= seconds - 0.01:
                 break
             start = begins = max(begins, silence.end - EDGE)
@@ -150,7 +150,7 @@ def plan_windows(
 
 
 def _best_cut(pauses: Sequence[Stretch], earliest: float, latest: float) -> float | None:
-    """The middle of the latest long pause, or else of the longest one, between two moments."""
+    """The middle of the latest long pause, or otherwise of the longest pause, between two times."""
     fitting = [p for p in pauses if earliest <= p.middle <= latest]
     long_ones = [p for p in fitting if p.seconds >= LONG_ENOUGH]
     if long_ones:
@@ -159,6 +159,6 @@ def _best_cut(pauses: Sequence[Stretch], earliest: float, latest: float) -> floa
 
 
 def _quietest(level_N: Samples, start: float, end: float) -> float:
-    """The quietest moment between two, in seconds."""
+    """The quietest moment between two times, in seconds."""
     first, last = int(start * 100), max(int(start * 100) + 1, int(end * 100))
     return (first + int(level_N[first:last].argmin()) + 0.5) / 100

@@ -1,4 +1,4 @@
-"""Which tokens decoding may emit next: those that the checkpoint suppresses, and Whisper's rules for timestamps.
+"""Rules for the next token in decoding: tokens that the checkpoint suppresses, and Whisper's rules for timestamps.
 
 The rules for timestamps are those of Radford et al. 2022 (arXiv:2212.04356), section 4.5, as openai/whisper's decoding
 has them. Shape letters: R rows (utterances or beams), V vocabulary.
@@ -20,13 +20,13 @@ INITIAL_STEPS = 50  # a text begins within the first second: 50 timestamps of 20
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What decoding obeys.
+    """Rules of a checkpoint for decoding.
 
     Attributes:
-        prompt: what each text starts from.
+        prompt: tokens before each text.
         end: end-of-text token.
         silenced_V, silenced_first_V: 0, or minus infinity for tokens never emitted, and not emitted first.
-        timestamp_begin: the token <|0.00|>; None where texts carry no timestamps.
+        timestamp_begin: the token <|0.00|>; None if texts have no timestamps.
     """
 
     prompt: tuple[int, ...]
@@ -51,7 +51,7 @@ def make_rules(codec: TextCodec, vocabulary: int, device: torch.device, *, times
     """The rules of a checkpoint.
 
     Raises:
-        DataError: timestamps are wanted of a tokenizer that has none.
+        DataError: timestamps are requested from a tokenizer that has none.
     """
     if timestamps and codec.timestamp_begin is None:
         raise DataError("decode.timestamps: the model's tokenizer has no timestamp tokens; decode without them")
@@ -79,14 +79,15 @@ def timestamp_scores(
     end: int,
     initial: int = INITIAL_STEPS,
 ) -> Tensor:
-    """Whisper's rules: timestamps come in pairs, never go back, and the first is early.
+    """Scores after Whisper's rules: timestamps come in pairs, never decrease, and the first is early.
 
-    Where all timestamps together are more probable than any single token of text, a timestamp is next.
+    If all timestamps together are more probable than any single token of text, the next token is a timestamp.
 
     Args:
         scores_RV: logits or log-probabilities.
         histories: what each row has emitted, without the prompt.
-        timestamp_begin: the token <|0.00|>; <|notimestamps|> is the one before, and later times follow.
+        timestamp_begin: the token <|0.00|>; the token before it is <|notimestamps|>, the tokens after it are later
+            times.
         end: end-of-text token; tokens of text come before it.
         initial: the highest timestamp that a text may begin with, in steps of 20 ms.
 

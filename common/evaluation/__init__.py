@@ -1,1 +1,1 @@
-"""Word error rates, comparisons, and whether a gate can be believed."""
+"""Word error rates, comparisons, and the evaluation of gates."""

@@ -25,12 +25,12 @@ CELL = ("etiology", "severity", "duration")
 
 
 def references(u: Utterance) -> list[str]:
-    """What may have been said: one transcript, or two."""
+    """The reference transcripts of an utterance: one or two."""
     return [u.text, *([u.text_alt] if u.text_alt else [])]
 
 
 def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = ((), ())) -> Row:
-    """One utterance: who said what, what was heard, with how many errors, by which experts."""
+    """The row of one utterance: speaker, groups, references, hypothesis, errors and experts."""
     experts, weights = routing
     return {
         "id": u.id,
@@ -56,11 +56,11 @@ def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = (()
 
 
 def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis", *, published: bool = False) -> Score:
-    """The score of a row; counted anew from its texts where it does not hold all of it.
+    """The score of a row; computed again from its texts if the row lacks a part of it.
 
     Args:
-        hypothesis: which text of the row; the counts beside it are those of `hypothesis`.
-        published: where it is scored anew, by Whisper's normaliser alone.
+        hypothesis: column of the text to score; the counts stored in the row belong to `hypothesis`.
+        published: use only Whisper's normaliser if the score is computed again.
     """
     if hypothesis == "hypothesis" and "char_errors" in row:
         return Score(
@@ -78,7 +78,7 @@ def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis", *, 
 
 
 def speakers_of(rows: Iterable[Row]) -> dict[str, str]:
-    """Utterance id → speaker; an utterance of no known speaker is one of its own."""
+    """Utterance id → speaker; an utterance of an unknown speaker counts as a separate speaker."""
     return {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
 
 
@@ -86,11 +86,12 @@ def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 
     """Error rates overall, by etiology, severity, duration and speaker, and by the first three together.
 
     Args:
-        rows, scores: of the same utterances, in the same order.
-        resamples, seed: of the intervals, as for `wer.bootstrap_interval`.
+        rows, scores: rows and scores of the same utterances, in the same order.
+        resamples, seed: settings of the intervals, as in `wer.bootstrap_interval`.
 
     Returns:
-        `overall`, `by_etiology`, `by_severity`, `by_duration`, `by_speaker`, `cells`: each what `wer.summarise` gives.
+        `overall`, `by_etiology`, `by_severity`, `by_duration`, `by_speaker`, `cells`: each in the form of
+        `wer.summarise`.
     """
     speakers = speakers_of(rows)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
@@ -108,19 +109,19 @@ def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 
 
 def loops(rows: Sequence[Row]) -> list[Row]:
     """The utterances whose hypothesis is a hallucination loop, most inserted words first."""
-    found = [row for row in rows if row["loop"]]
-    return sorted(found, key=lambda row: (-row["insertions"], str(row["id"])))
+    looped = [row for row in rows if row["loop"]]
+    return sorted(looped, key=lambda row: (-row["insertions"], str(row["id"])))
 
 
 def named(group: Mapping[str, Any]) -> bool:
-    """Whether a breakdown says anything: more than one group, or one that has a name."""
+    """Whether a breakdown is informative: it has more than one group, or a group with a name."""
     return set(group) - {UNKNOWN} != set()
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """utterances.csv: a line for each row, lists with spaces between their values.
 
-    A text that a spreadsheet would take for a formula gets an apostrophe in front.
+    A text that a spreadsheet would interpret as a formula is prefixed with an apostrophe.
     """
 
     def cell(value: Any) -> Any:
@@ -137,10 +138,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of utterances.csv as they were written.
+    """The rows of utterances.csv, as they were written.
 
     Raises:
-        DataError: it is no such table.
+        DataError: the file is not such a table.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:

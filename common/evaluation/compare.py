@@ -1,4 +1,4 @@
-"""Runs and evaluations side by side: rates with intervals, and differences on the same draws of speakers.
+"""Compares runs and evaluations: rates with intervals, and differences on the same draws of speakers.
 
 Shape letters: M results, R resamples, S results (seeds) of one system.
 """
@@ -34,25 +34,25 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Row:
-    """Rates of systems, and how each differs from one of them.
+    """Rates of systems, and their differences from a reference.
 
-    A system with several results (seeds of one regime) counts by its mean over them; its intervals draw speakers and,
-    independently, results. All systems are on the same draws of speakers, so that differences are paired.
+    The rate of a system with several results (seeds of one regime) is their mean; its intervals resample speakers and,
+    independently, results. All systems use the same draws of speakers, so that differences are paired.
 
     Args:
         systems: name → its results.
-        reference: what the others are compared with; the first where it is not given.
-        shared_only: compare on the utterances that all have; else different sets are refused.
-        resamples: R, how often speakers are drawn.
-        seed: of the draws.
+        reference: the system with which the others are compared; by default the first.
+        shared_only: compare on the utterances that all systems share; otherwise different sets are refused.
+        resamples: R, number of draws of speakers.
+        seed: random seed of the draws.
 
     Returns:
-        Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that not all have),
-        `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference
-        (None for itself) and `facts` (means over its results). Intervals and p are None where there is one speaker.
+        Plain values for JSON: `reference`, `utterances`, `speakers`, `left_out` (utterances that some systems lack),
+        `notes`, and `systems`, each with rates, intervals, `runs`, `by_etiology`, `difference` from the reference (None
+        for itself) and `facts` (means over its results). Intervals and p are None if there is only one speaker.
 
     Raises:
-        UsageError: no system of the reference's name.
+        UsageError: there is no system with the reference's name.
         DataError: the systems were not tested on the same utterances.
     """
     names = list(systems)
@@ -93,12 +93,14 @@ def _described(
 
 
 def _shared(results: Sequence[Result], shared_only: bool) -> tuple[set[str], int]:
-    """Ids of the utterances that all results have with the same reference, and the number of the others."""
+    """Ids of the utterances that all results have with the same reference transcripts, and the number of other
+    utterances.
+    """
     sets = [{(str(row["id"]), row["reference"]) for row in result.rows} for result in results]
     shared, union = set.intersection(*sets), set.union(*sets)
     others = {name for name, _ in union - shared}
     if others and not shared_only:
-        first, other = results[0], next(r for r, mine in zip(results, sets, strict=True) if mine != sets[0])
+        first, other = results[0], next(r for r, ids in zip(results, sets, strict=True) if ids != sets[0])
         lacks, more = len(sets[0] - sets[results.index(other)]), len(sets[results.index(other)] - sets[0])
         raise DataError(
             f"{first.name} and {other.name} were not tested on the same utterances: {other.name} lacks {lacks} of "
@@ -117,10 +119,10 @@ def _restricted(result: Result, ids: set[str]) -> Result:
 
 def _etiologies(rows: Sequence[Row]) -> dict[str, set[str]]:
     """Etiology → ids of its utterances, in alphabetical order."""
-    found: dict[str, set[str]] = {}
+    ids_by_etiology: dict[str, set[str]] = {}
     for row in sorted(rows, key=lambda row: row.get("etiology") or UNKNOWN):
-        found.setdefault(row.get("etiology") or UNKNOWN, set()).add(str(row["id"]))
-    return found
+        ids_by_etiology.setdefault(row.get("etiology") or UNKNOWN, set()).add(str(row["id"]))
+    return ids_by_etiology
 
 
 def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamples: int, seed: int) -> dict[str, Row]:
@@ -129,7 +131,7 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
     means = {name: _mean_of([summary_of(one.scores.values()) for one in results]) for name, results in systems.items()}
     ids = next(iter(systems.values()))[0].scores
     size = {"utterances": len(ids), "speakers": len({speakers[name] for name in ids})}
-    found = {}
+    rates = {}
     for name, mean in means.items():
         several = size["speakers"] > 1  # all draws of one speaker are alike, and would make any difference certain
         bounds = {f"{metric}_interval": _bounds(draws[metric][name]) if several else None for metric in METRICS}
@@ -138,21 +140,22 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
             | (_against(draws[metric][name] - draws[metric][reference]) if several else UNTOLD)
             for metric in METRICS
         }
-        found[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
-    return found
+        rates[name] = {**mean, **bounds, **size, "difference": None if name == reference else differences}
+    return rates
 
 
 def _draws(
     systems: Systems, speakers: Mapping[str, str], metric: Metric, resamples: int, seed: int
 ) -> dict[str, Floats]:
-    """Each system's rate on R draws of speakers and, where it has S > 1 results, on as many draws of S of them.
+    """Each system's rate on R draws of speakers; with S > 1 results, each draw also resamples the results.
 
-    Draws of S out of S vary less than S new results would, by (S - 1) / S in variance: they are stretched accordingly.
+    Resampled results vary less than S new results would, by (S - 1) / S in variance: the draws are stretched
+    accordingly.
     """
     flat = [list(one.scores.values()) for results in systems.values() for one in results]
     rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
     generator = np.random.default_rng([seed, 1])  # apart from the speakers', so that single results pair as in `wer`
-    found: dict[str, Floats] = {}
+    rates: dict[str, Floats] = {}
     start = 0
     for name, results in systems.items():
         rates_SR = rates_MR[start : start + len(results)]
@@ -162,8 +165,8 @@ def _draws(
             drawn_SR = generator.integers(0, len(results), size=rates_SR.shape)
             drawn_R = np.take_along_axis(rates_SR, drawn_SR, axis=0).mean(axis=0)
             mean_R = mean_R + (drawn_R - mean_R) * math.sqrt(len(results) / (len(results) - 1))
-        found[name] = mean_R
-    return found
+        rates[name] = mean_R
+    return rates
 
 
 def _against(deltas_R: Floats) -> Row:
@@ -173,7 +176,7 @@ def _against(deltas_R: Floats) -> Row:
 
 
 def _facts(results: Sequence[Result]) -> Row:
-    """What is known of a system's results one by one, and of their training on average."""
+    """Rates of a system's single results, and means of the facts of their training."""
     every = [summary_of(one.scores.values()) for one in results]
     runs = [{"name": one.name, "wer": s["wer"], "cer": s["cer"]} for one, s in zip(results, every, strict=True)]
     spread = float(np.std([one["wer"] for one in every], ddof=1)) if len(every) > 1 else None
@@ -186,42 +189,43 @@ def _mean_of(rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def summary_of(scores: Iterable[Score]) -> dict[str, float]:
     """Rates and counts of a set of scores, without intervals."""
-    found = list(scores)
+    all_scores = list(scores)
     return {
-        "wer": wer(found),
-        "wer_unclipped": wer(found, clipped=False),
-        "cer": cer(found),
-        "insertions": sum(one.word_insertions for one in found),
-        "loops": sum(one.loop for one in found),
+        "wer": wer(all_scores),
+        "wer_unclipped": wer(all_scores, clipped=False),
+        "cer": cer(all_scores),
+        "insertions": sum(one.word_insertions for one in all_scores),
+        "loops": sum(one.loop for one in all_scores),
     }
 
 
 def _bounds(values_R: Floats) -> list[float]:
-    """Interval of a rate; none is below zero, though draws that were stretched may be."""
+    """Interval of a rate, limited to at least zero, since stretched draws may be negative."""
     low, high = np.quantile(values_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [max(0.0, float(low)), max(0.0, float(high))]
 
 
 def _mean_facts(facts: Sequence[Row]) -> Row:
-    """Means of what is a number in all, the value itself where all agree; expert loads are sorted first, since
-    experts of two seeds have nothing in common but their number."""
-    found: Row = {}
+    """Means of numeric facts, and values that are equal in all results; expert loads are sorted first, since the
+    experts' numbers in different trainings are unrelated.
+    """
+    means: Row = {}
     for key in dict.fromkeys(key for one in facts for key in one):
         values: list[Any] = [one.get(key) for one in facts]
         if key == "load" and all(values) and len({len(load) for load in values}) == 1:
-            found[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
+            means[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
         elif all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             mean = float(np.mean(values))
-            found[key] = int(mean) if mean.is_integer() and all(isinstance(v, int) for v in values) else mean
+            means[key] = int(mean) if mean.is_integer() and all(isinstance(v, int) for v in values) else mean
         elif all(value == values[0] for value in values):
-            found[key] = values[0]
+            means[key] = values[0]
         elif key == "collapsed":
-            found[key] = any(values)
-    return found
+            means[key] = any(values)
+    return means
 
 
 def _notes(results: Sequence[Result]) -> list[str]:
-    """What makes a comparison less fair than it looks."""
+    """Notes on circumstances that make a comparison less fair."""
     notes = []
     ways = {json.dumps(_plain_decoding(one.facts.get("decoding")), sort_keys=True) for one in results}
     if len(ways) > 1:
@@ -234,7 +238,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
 
 
 def _plain_decoding(decoding: Row | None) -> Row | None:
-    """What decides texts, batches and the seed of draws apart; an older run lacks what was added since."""
+    """The decoding options that influence texts, without batch size and random seed; older runs lack newer options."""
     if decoding is None:
         return None
     known = {key: value for key, value in decoding.items() if key in DecodeConfig.model_fields}

@@ -1,4 +1,4 @@
-"""A model's error rates on a split of a corpus: every utterance routed, decoded and scored, then the files of it."""
+"""A model's error rates on a split of a corpus: routes, decodes and scores every utterance, and writes the files."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
 def choose_utterances(
     corpus: Corpus, split: str, *, long_audio: str = "error", samples: int | None = None
 ) -> list[Utterance]:
-    """The utterances of a split, of test as the asr stage chooses them: a stratified part where `samples` is given.
+    """The utterances of a split; with `samples` a stratified part, for test the same as in the asr stage.
 
     Raises:
-        DataError: there is none.
+        DataError: the split has no utterances.
     """
-    found = list(corpus.utterances) if split == "all" else corpus.split(split)
-    if not found:
+    utterances = list(corpus.utterances) if split == "all" else corpus.split(split)
+    if not utterances:
         names = ", ".join(sorted({u.split for u in corpus.utterances}))
         raise DataError(f"corpus {corpus.url} has no utterances in split {split!r}: it has {names}")
     if long_audio == "drop":
-        found = [u for u in found if not is_too_long(u.duration)]
-    if not found:
+        utterances = [u for u in utterances if not is_too_long(u.duration)]
+    if not utterances:
         raise DataError(f"all utterances of split {split!r} last over {MAX_SECONDS:.0f} s")
-    return stratified_subset(found, count=min(samples or len(found), len(found)), seed=TEST_SEED)
+    return stratified_subset(utterances, count=min(samples or len(utterances), len(utterances)), seed=TEST_SEED)
 
 
 def decode_corpus(
@@ -63,10 +63,10 @@ def decode_corpus(
     """One row for each utterance (`breakdown.scored_row`), in their order.
 
     Args:
-        windows: hear what lasts over 30 s in windows, as `moe-asr transcribe` does.
+        windows: transcribe utterances over 30 s in windows, as `moe-asr transcribe` does.
 
     Raises:
-        DataError: audio that cannot be read, is over 30 s, or has no text to compare with.
+        DataError: audio cannot be read, lasts over 30 s, or has no reference text.
     """
     long = [u for u in utterances if windows and is_too_long(u.duration)]
     apart = {u.id for u in long}
@@ -80,18 +80,18 @@ def decode_corpus(
 
     def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
         choice = stacked([choices[name] for name in batch.ids]) if choices else None
-        found = transcribe_batch(opened, batch, decoding, choice, [added[name] for name in batch.ids])
-        routing = zip(*found.routing, strict=True) if found.routing else [((), ())] * len(batch)
-        return [(one.text, chosen) for one, chosen in zip(found.decoded, routing, strict=True)]
+        transcript = transcribe_batch(opened, batch, decoding, choice, [added[name] for name in batch.ids])
+        routing = zip(*transcript.routing, strict=True) if transcript.routing else [((), ())] * len(batch)
+        return [(one.text, chosen) for one, chosen in zip(transcript.decoded, routing, strict=True)]
 
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
-        found = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
+        decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
             own = replace(opened, voice=added[u.id])
-            found[u.id] = _transcribed_in_windows(own, corpus, u, decoding), ((), ())
+            decoded[u.id] = _transcribed_in_windows(own, corpus, u, decoding), ((), ())
             bar.update()
-    texts = {name: text for name, (text, _) in found.items()}
-    routing = {name: chosen for name, (_, chosen) in found.items()}
+    texts = {name: text for name, (text, _) in decoded.items()}
+    routing = {name: chosen for name, (_, chosen) in decoded.items()}
     return scored_rows(utterances, texts, routing, opened.language, published=decoding.published)
 
 
@@ -106,7 +106,7 @@ def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, d
 def fixed_choices(
     opened: OpenedModel, utterances: Sequence[Utterance], batches: Callable[[], Iterable[Batch]]
 ) -> dict[str, Choice]:
-    """id → what chooses its experts, where that is more than the utterance itself: its speaker, or a table."""
+    """id → choice of experts, if the choice depends on the speaker or on a table instead of the utterance alone."""
     info, gate = opened.info, opened.recogniser.gate
     if info is None or not utterances:
         return {}
@@ -117,12 +117,12 @@ def fixed_choices(
         return split_choice(utterances, logits_NE.to(device), known_N.to(device))
     if info.route_by != "speaker" or gate is None:
         return {}
-    found: dict[str, torch.Tensor] = {}
+    evidence: dict[str, torch.Tensor] = {}
     for batch in batches():
         evidence_BF = gate_evidence(opened, batch)
         assert evidence_BF is not None
-        found |= zip(batch.ids, evidence_BF, strict=True)
-    own_NF = torch.stack([found[u.id] for u in utterances])
+        evidence |= zip(batch.ids, evidence_BF, strict=True)
+    own_NF = torch.stack([evidence[u.id] for u in utterances])
     sums_NF = torch.from_numpy(speaker_sums(own_NF.cpu().numpy(), utterances)).to(own_NF.device)
     return split_choice(utterances, *gate.decide(sums_NF))
 
@@ -145,8 +145,8 @@ def describe_evaluation(
     """The object of evaluation.json: what was evaluated and how, and the rates (`breakdown.breakdown`).
 
     Args:
-        left_out: utterances of the split, all of it, over 30 s that were dropped.
-        seconds: that decoding took.
+        left_out: number of utterances over 30 s in the whole split, which were dropped.
+        seconds: duration of decoding.
     """
     info, audio = opened.info, sum(row["duration"] for row in rows)
     return {

@@ -1,4 +1,4 @@
-"""How well a gate tells groups apart, and whether its probabilities can be believed.
+"""Accuracy of a gate, and calibration of its probabilities.
 
 Calibration: Guo et al. 2017 (arXiv:1706.04599). Shape letters: N utterances, D embedding width, K groups, S speakers.
 """
@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 BINS = 10
 FOLDS = 5
-MOST_UTTERANCES = 5000  # of a sample that stands for all
+MOST_UTTERANCES = 5000  # size of a sample of the utterances
 SHRINKAGE = 0.1  # of the covariance, as the gate's own
 
 
@@ -25,7 +25,7 @@ def gate_report(
     """Accuracy, macro F1, confusion and calibration of predicted group probabilities.
 
     Args:
-        names: of the groups; clusters when left out.
+        names: names of the groups; clusters by default.
 
     Returns:
         accuracy, macro_f1, expected_calibration_error (fractions), labels, confusion (true × predicted counts),
@@ -49,10 +49,10 @@ def gate_report(
 def new_speakers_report(
     vectors_ND: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64], speakers: Sequence[str], *, seed: int
 ) -> dict[str, Any] | None:
-    """How well groups can be told from embeddings of speakers that were not fitted on, by one utterance and by all.
+    """Accuracy of predicting the groups of new speakers from embeddings, by one utterance and by all of a speaker's.
 
-    A linear discriminant on each fold's other speakers. For a speaker as a whole its log-probabilities are summed over
-    the speaker's utterances, as `asr.route_by: speaker` does.
+    A linear discriminant is fitted on the speakers outside of each fold. For the prediction by speaker, its
+    log-probabilities are summed over the speaker's utterances, as with `asr.route_by: speaker`.
 
     Returns:
         utterance_accuracy, speaker_accuracy, chance (share of the largest group), speakers, utterances; None where

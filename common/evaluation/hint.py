@@ -1,4 +1,4 @@
-"""Which kind of corpus a run had, and what to try with it: a sentence from the numbers in the stages' reports."""
+"""A hint on the routing that fits a run's corpus, from the numbers in the stages' reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from common.json_files import Row
 AUDIBLE = 0.9  # accuracy by one utterance from which a speaker's others add nothing
 KNOWN = 0.8  # accuracy by all of a speaker's utterances that is enough to route by
 GAIN = 0.05  # of accuracy, by a speaker's other utterances
-FOLLOWS = 0.5  # adjusted Rand index from which clusters stand for the corpus's groups
+FOLLOWS = 0.5  # adjusted Rand index from which clusters count as the corpus's groups
 
 
 def corpus_hint(
@@ -21,12 +21,12 @@ def corpus_hint(
     route_by: Literal["utterance", "speaker", "table"],
     routed: int,
 ) -> str:
-    """What the groups of the corpus are like for a mixture; empty for a model without routed experts.
+    """A hint on how well the corpus's groups suit a mixture; empty for a model without routed experts.
 
     Args:
         gate: report of the gating stage.
         clusters: report of the cluster stage.
-        judged: what each routed expert brings on dev (`stages.asr.ablation`).
+        judged: improvement on dev by each routed expert (`stages.asr.ablation`).
         routed: number of routed experts.
     """
     if routed < 2:
@@ -36,11 +36,11 @@ def corpus_hint(
 
 
 def _kind(gate: Row) -> Literal["audible", "alike", "hidden", ""]:
-    """Whether the corpus's groups are told from one utterance, from all of a speaker's, or from neither."""
-    told: Any = gate.get("held_out_speakers")
-    if not told or told["groups"] == "cluster":
+    """Whether the corpus's groups can be predicted from one utterance, from all of a speaker's, or from neither."""
+    accuracy: Any = gate.get("held_out_speakers")
+    if not accuracy or accuracy["groups"] == "cluster":
         return ""
-    utterance, speaker = told["utterance_accuracy"], told["speaker_accuracy"]
+    utterance, speaker = accuracy["utterance_accuracy"], accuracy["speaker_accuracy"]
     if utterance >= AUDIBLE or (speaker >= KNOWN and speaker - utterance < GAIN):
         return "audible"
     return "alike" if speaker >= KNOWN else "hidden"
@@ -50,8 +50,8 @@ def _groups(gate: Row, clusters: Row, route_by: str) -> str:
     kind = _kind(gate)
     if not kind:
         return ""
-    told = gate["held_out_speakers"]
-    column, utterance, speaker = told["groups"], told["utterance_accuracy"], told["speaker_accuracy"]
+    accuracy = gate["held_out_speakers"]
+    column, utterance, speaker = accuracy["groups"], accuracy["utterance_accuracy"], accuracy["speaker_accuracy"]
     seen = f"one utterance of a new speaker tells the {column} in {utterance:.0%} of cases, all of them together in "
     seen += f"{speaker:.0%}"
     rand = (clusters.get("adjusted_rand") or {}).get(column)
@@ -74,7 +74,7 @@ def _groups(gate: Row, clusters: Row, route_by: str) -> str:
 
 
 def _experts(judged: Sequence[Row], route_by: str, kind: str) -> str:
-    """Whether routed experts earn their place; nothing where none was judged, or other routing comes first."""
+    """Whether routed experts lower the loss; empty if none was evaluated, or if other routing should be tried first."""
     if not judged or any(row["gain_interval"] and row["gain_interval"][0] > 0 for row in judged):
         return ""
     if kind == "alike" and route_by == "utterance":

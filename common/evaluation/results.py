@@ -1,4 +1,4 @@
-"""What a model heard of a test set, read from a finished run or from a folder that `evaluate` wrote."""
+"""A model's results on a test set, read from a finished run or from a folder written by `evaluate`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BASE = "base"  # what the model before training is called
 
 @dataclass(frozen=True)
 class Result:
-    """What one model heard of a test set.
+    """Results of one model on a test set.
 
     Attributes:
         rows: of the utterances, as in predictions.jsonl and utterances.csv.
         scores: by utterance id.
-        facts: how it was trained, as far as known: seconds, samples_per_second, trained_parameters, experts, load, …;
-            steps are those of joint training and, before it, of experts alone.
+        facts: facts about the training, as far as known: seconds, samples_per_second, trained_parameters, experts,
+            load, …; steps are those of joint training and, before it, of experts alone.
     """
 
     name: str
@@ -33,14 +33,14 @@ class Result:
 
 
 def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
-    """What a finished run (by its name or folder) or a folder that `evaluate` wrote holds.
+    """Reads the result of a finished run (by its name or folder) or of a folder written by `evaluate`.
 
     Args:
-        store: where runs are looked up by name.
-        cache: where a remote store's artifacts are brought.
+        store: store in which runs are looked up by name.
+        cache: folder for artifacts downloaded from a remote store.
 
     Raises:
-        DataError: there is no such thing, or the run has not finished.
+        DataError: there is no such run or folder, or the run has not finished.
     """
     folder = Path(name)
     if (folder / "evaluation.json").is_file():
@@ -63,10 +63,10 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
 
 
 def before_training(result: Result) -> Result:
-    """What the base model heard of the same test set, as the run of `result` measured it.
+    """The base model's result on the same test set, as measured by the run of `result`.
 
     Raises:
-        DataError: it did not.
+        DataError: the run did not measure the base model.
     """
     if not all("hypothesis_before" in row for row in result.rows):
         raise DataError(f"{result.name} does not hold what its base model heard: name a run, or evaluate the base")
@@ -82,7 +82,7 @@ def _result(name: str, rows: list[Row], language: str, facts: Row) -> Result:
 
 
 def _published(facts: Row) -> bool:
-    """Whether texts were compared by Whisper's normaliser alone, as older versions did without a word of it."""
+    """Whether texts were compared by Whisper's normaliser alone, as in older versions, which did not record it."""
     return bool((facts.get("decoding") or {}).get("normaliser", "published") == "published")
 
 

@@ -1,4 +1,4 @@
-"""Decoding a set of utterances and scoring it: predictions.jsonl and summary.json.
+"""Decodes and scores a set of utterances: predictions.jsonl and summary.json.
 
 Rates are fractions. `wer_*` and `cer_*` clip each utterance at 100%; `*_unclipped` do not.
 """
@@ -38,7 +38,7 @@ def decode_set(
     bar: Bar | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
-    """id → text of every example, split over the processes and gathered on all of them.
+    """id → text of every example; the work is divided over the processes, and the result gathered on all of them.
 
     Args:
         loader: of these examples.
@@ -61,11 +61,11 @@ def decode_set(
     was_training = recogniser.training
     recogniser.eval()
     with accelerator.autocast():
-        found = decode_batches(
+        decoded = decode_batches(
             examples, loader, transcribe, accelerator, batch_size=decoding.batch_size, bar=bar, stopping=stopping
         )
     recogniser.train(was_training)
-    return {name: text for name, (text, _) in found.items()}
+    return {name: text for name, (text, _) in decoded.items()}
 
 
 def decode_batches(
@@ -78,12 +78,12 @@ def decode_batches(
     bar: Bar | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, tuple[str, Routing]]:
-    """id → text and routing of every example, split over the processes and gathered on all of them.
+    """id → text and routing of every example; the work is divided over the processes, and the result gathered on all.
 
     Args:
         loader: of these examples.
         transcribe: a batch → text and routing of each of its utterances.
-        bar: counts the examples, those of the other processes as far as this one can know.
+        bar: counts the examples; those of other processes are estimated.
         stopping: asked at every batch.
 
     Raises:
@@ -91,9 +91,9 @@ def decode_batches(
     """
     world, left = accelerator.num_processes, len(examples)
     batches = epoch_batches(examples, batch_size=batch_size, shuffle=False)
-    found: list[tuple[str, tuple[str, Routing]]] = []
+    decoded: list[tuple[str, tuple[str, Routing]]] = []
     for batch in loader(batches[accelerator.process_index :: world]):
-        found += zip(batch.ids, transcribe(batch), strict=True)
+        decoded += zip(batch.ids, transcribe(batch), strict=True)
         counted = min(left, len(batch) * world)
         left -= counted
         if bar:
@@ -102,7 +102,7 @@ def decode_batches(
             raise Preempted("told to stop while texts were decoded")
     if bar and left:
         bar.update(left)
-    return dict(gather_object(found) if world > 1 else found)
+    return dict(gather_object(decoded) if world > 1 else decoded)
 
 
 @torch.inference_mode()
@@ -125,11 +125,13 @@ def score_set(
 
 
 def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dict[str, list[Score]]:
-    """The scores of each etiology, in alphabetical order; those of none are "unknown" and come first."""
+    """The scores of each etiology, in alphabetical order; utterances without an etiology are "unknown" and come
+    first.
+    """
     groups: dict[str, list[Score]] = {}
     for name in sorted({u.etiology for u in utterances}):
-        mine = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
-        groups.setdefault(name or "unknown", []).extend(mine)
+        members = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
+        groups.setdefault(name or "unknown", []).extend(members)
     return groups
 
 
@@ -141,12 +143,12 @@ def scored_rows(
     *,
     published: bool = False,
 ) -> list[Row]:
-    """Rows of what a model wrote, each scored against the better of its references (`breakdown.scored_row`).
+    """Rows of a model's texts, each scored against the better of its references (`breakdown.scored_row`).
 
     Args:
         texts: by utterance id.
-        routing: likewise, of those that were routed.
-        published: as for `score_set`.
+        routing: routing by utterance id, if the utterance was routed.
+        published: as in `score_set`.
     """
     scores = score_set(utterances, texts, language, published=published)
     return [
@@ -155,12 +157,12 @@ def scored_rows(
 
 
 def rates_of(rows: Sequence[Row]) -> Row:
-    """Error rates of scored rows, overall and by groups: what the asr stage and `moe-asr evaluate` both write."""
+    """Error rates of scored rows, overall and by groups, as written by the asr stage and by `moe-asr evaluate`."""
     return breakdown(rows, [score_of(row) for row in rows])
 
 
 def prediction_rows(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """Rows of predictions.jsonl: those of the trained model, with text and errors of the base model."""
+    """Rows of predictions.jsonl: rows of the trained model, extended by text and errors of the base model."""
     return [
         new | {"hypothesis_before": old["hypothesis"], "errors_before": old["errors"]}
         for old, new in zip(before, after, strict=True)
@@ -168,7 +170,7 @@ def prediction_rows(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
 
 
 def summarise(before: Row, after: Row) -> dict[str, Any]:
-    """summary.json: the two sides of `rates_of`, overall and by etiology, beside each other."""
+    """The object of summary.json: `rates_of` before and after training, overall and by etiology."""
     old, new = before["overall"], after["overall"]
     return _beside(old, new) | {
         "wer_before_unclipped": old["wer_unclipped"],

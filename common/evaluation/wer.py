@@ -1,8 +1,8 @@
 """Word and character error rates of an evaluation, with intervals over speakers.
 
 Texts pass Whisper's normaliser, rates are micro-averaged (errors of all utterances over words of all references), and
-an utterance counts at most as many errors as its reference has words unless "unclipped" is asked for. So one endless
-hallucination cannot hide what a thousand other utterances did.
+an utterance counts at most as many errors as its reference has words, except in the "unclipped" rates. One endless
+hallucination therefore cannot dominate the rate of a thousand other utterances.
 
 Shape letters: N utterances, S speakers, R resamples.
 """
@@ -36,7 +36,7 @@ class Score:
         word_insertions: how many of them are insertions.
         chars: in the normalised reference, spaces included.
         char_errors: not clipped.
-        reference: which of the given references was used, from 0.
+        reference: number of the reference that was used, from 0.
         loop: the hypothesis is a hallucination loop.
     """
 
@@ -55,16 +55,16 @@ def score(
 ) -> Score:
     """Counts the errors of a hypothesis against the reference with the lowest word error rate (the first, if equal).
 
-    A reference can be empty, or become so (the normaliser removes "um" and what is in brackets). Its rate is 0 for an
-    empty hypothesis and worse than any other for one with words; in the averages it brings no words, and insertions to
-    the unclipped rates only.
+    A reference can be empty, or empty after normalisation (the normaliser removes "um" and text in brackets). Its rate
+    is then 0 for an empty hypothesis and worse than any other rate for a hypothesis with words; in the averages it adds
+    no words, and its insertions count only in the unclipped rates.
 
     Args:
         id: of the utterance, for the score and for messages.
-        hypothesis: what a model wrote, not normalised.
+        hypothesis: the model's text, not normalised.
         references: one or more transcripts, not normalised.
-        language: of all of them, as for `normalise`.
-        published: compare by Whisper's normaliser alone, as for `normalise`.
+        language: language of all texts, as in `normalise`.
+        published: compare by Whisper's normaliser alone, as in `normalise`.
 
     Raises:
         DataError: there is no reference.
@@ -110,13 +110,13 @@ def wer(scores: Sequence[Score], *, clipped: bool = True) -> float:
         clipped: an utterance's errors count up to the words of its reference.
 
     Returns:
-        The rate; without any word in the references, 0 if no error counts either and else 1.
+        The rate. If the references have no words: 0 without errors, otherwise 1.
     """
     return _rate_of(*_errors_and_lengths(scores, "wer" if clipped else "wer_unclipped"))
 
 
 def cer(scores: Sequence[Score], *, clipped: bool = True) -> float:
-    """Micro-averaged character error rate, as `wer`; the reference is the one that was chosen by words."""
+    """Micro-averaged character error rate, as `wer`; the reference is the one chosen by word error rate."""
     return _rate_of(*_errors_and_lengths(scores, "cer" if clipped else "cer_unclipped"))
 
 
@@ -131,19 +131,19 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of a rate, by drawing speakers with replacement.
 
-    Utterances of one speaker are alike, so drawing utterances would give intervals that are far too narrow. With fewer
-    than about 20 speakers these are too narrow as well, and with one speaker the interval is a single point: report
-    the number of speakers beside it.
+    Utterances of one speaker are similar, so drawing utterances would give intervals that are far too narrow. With
+    fewer than about 20 speakers the intervals are still too narrow, and with one speaker the interval is a single
+    point: report the number of speakers with it.
 
     Source: Bisani and Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation".
 
     Args:
         scores: of N utterances.
-        speakers: utterance id to speaker; an utterance that is not in it is a speaker of its own.
-        metric: which rate.
+        speakers: utterance id → speaker; an utterance that is missing counts as a separate speaker.
+        metric: the rate.
         level: of confidence, between 0 and 1.
-        resamples: R, how often speakers are drawn.
-        seed: the same seed gives the same interval.
+        resamples: R, number of draws of speakers.
+        seed: random seed; the same seed gives the same interval.
 
     Returns:
         Lower and upper end.
@@ -164,14 +164,14 @@ def paired_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Difference of two systems on the same utterances, both on the same draws of speakers.
+    """Difference of two systems on the same utterances, with the same draws of speakers for both.
 
     Args:
         scores_a, scores_b: of the same N utterances, in any order.
         speakers, metric, level, resamples, seed: as for `bootstrap_interval`.
 
     Returns:
-        `delta`, the rate of b less that of a (negative: b is better); `low` and `high`, its interval; `p`, two-sided:
+        `delta`, the rate of b minus that of a (negative: b is better); `low` and `high`, its interval; `p`, two-sided:
         twice the share of draws on the other side of zero, at least 2 / (R + 1).
 
     Raises:
@@ -197,7 +197,7 @@ def resampled_rates(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Floats:
-    """Rates of M systems, all on the same draws of speakers, of shape (M, R).
+    """Rates of M systems on the same draws of speakers, of shape (M, R).
 
     Args:
         systems: the scores of each, of the same utterances.
@@ -219,7 +219,7 @@ def interval_of_difference(deltas_R: Floats, level: float = 0.95) -> dict[str, f
 def summarise(
     scores: Sequence[Score], speakers: Mapping[str, str], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """What a report says of a set of utterances.
+    """Rates, intervals and counts of a set of utterances, for reports.
 
     Args:
         scores: of N utterances.
@@ -258,7 +258,7 @@ def group_report(
 
     Args:
         scores: of N utterances.
-        groups: utterance id to group; what is not in it is "unknown".
+        groups: utterance id → group; missing utterances are "unknown".
         speakers, level, resamples, seed: as for `bootstrap_interval`.
     """
     members: dict[str, list[Score]] = {}
@@ -269,7 +269,7 @@ def group_report(
 
 
 def duration_bucket(seconds: float) -> str:
-    """The group of a duration in reports, such as "05-10 s"; sorted by name they are sorted by duration."""
+    """The group of a duration in reports, such as "05-10 s"; the order of the names is the order of durations."""
     lower = max((edge for edge in (0, *DURATION_EDGES) if edge <= seconds), default=0)
     upper = next((edge for edge in DURATION_EDGES if edge > lower), None)
     return f"{lower:02}-{upper:02} s" if upper else f"{lower:02} s and more"
@@ -309,7 +309,7 @@ def _draw(rng: np.random.Generator, resamples: int, *sums_S: Floats) -> Iterator
 
 
 def _ratio(errors: Floats, lengths: Floats) -> Floats:
-    """Errors over lengths, elementwise; without length, 0 if there are no errors and else 1."""
+    """Errors divided by lengths, elementwise; for length 0, 0 if there are no errors and otherwise 1."""
     empty = lengths == 0
     return np.where(empty, np.minimum(errors, 1.0), errors / np.where(empty, 1.0, lengths))
 

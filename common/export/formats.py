@@ -1,7 +1,7 @@
 """Trained models in the formats of other tools: PEFT, a merged Hugging Face checkpoint, CTranslate2, vLLM.
 
-A mixture chooses its experts for each utterance; a dense model cannot. So what is merged has one fixed routing, which
-the caller names. Adapters keep the choice: whoever serves them asks the gate.
+A mixture chooses its experts for each utterance; a dense model cannot. A merged model therefore has one fixed routing,
+which the caller gives. Exported adapters keep the choice: the serving program applies the gate.
 
 Shape letters: E experts, R rank, M mel bands, F mel frames, U tokens, V vocabulary.
 """
@@ -31,7 +31,7 @@ from common.model.routing import Routing, route_to
 from common.model.whisper import encode, load_whisper
 
 MARK = "export.json"  # in every folder made here: what it is, and that it may be replaced
-# What belongs to a checkpoint beside its weights; copied from the base.
+# Files of a checkpoint other than its weights; copied from the base.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,14 +57,14 @@ def fixed_routing(
     weights: Sequence[float] | None = None,
     mean: bool = False,
 ) -> dict[int, float]:
-    """The weight of each routed expert in a merged model, to which the shared one always adds; none without experts.
+    """The weight of each routed expert in a merged model, in addition to the shared expert; empty without experts.
 
     Args:
-        info: of the trained model; None for a plain Whisper.
-        folder: of the trained model: its report.json knows the mean routing.
-        expert: this one alone.
-        weights: one of each expert, summing to 1.
-        mean: the mean routing weights over the test set.
+        info: description of the trained model; None for a plain Whisper.
+        folder: folder of the trained model, whose report.json contains the mean routing.
+        expert: number of a single expert.
+        weights: weight of each expert, summing to 1.
+        mean: use the mean routing weights over the test set.
 
     Raises:
         UsageError: the model is a mixture and none or several of the three are given, or they do not fit it.
@@ -115,16 +115,16 @@ def export_model(
     base_name: str | None = None,
     quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Writes a model into an empty folder as `peft`, `merged`, `ctranslate2` or `vllm`, and export.json beside it.
+    """Writes a model and export.json into an empty folder as `peft`, `merged`, `ctranslate2` or `vllm`.
 
     Args:
         opened: on the CPU in fp32; not to be used afterwards.
-        routing: of `fixed_routing`, for a merged model.
-        base_name: what adapters should name as their base; what the model says when None.
-        quantization: of CTranslate2.
+        routing: result of `fixed_routing`, for a merged model.
+        base_name: name of the base in the adapters' files; the name recorded in the model if None.
+        quantization: quantization of CTranslate2.
 
     Returns:
-        What export.json says.
+        The object of export.json.
     """
     said: dict[str, Any] = {"format": target, "model": opened.name}
     base_name = base_name or (opened.info.base if opened.info else str(opened.base))
@@ -152,10 +152,10 @@ def export_merged(opened: OpenedModel, routing: Mapping[int, float], folder: Pat
     """Writes a dense Hugging Face checkpoint with the experts of `routing` in its weights; `opened` becomes dense.
 
     Returns:
-        How far the logits of what was written are from the mixture's at this routing, on noise.
+        Largest difference between the logits of the written model and those of the mixture at this routing, on noise.
 
     Raises:
-        DataError: they differ: a merged model that decodes otherwise is worth nothing.
+        DataError: the logits differ, so that the merged model would give other texts.
     """
     recogniser = opened.recogniser
     expected_UV = probe(recogniser, opened.codec, routing, opened.voice)
@@ -178,10 +178,10 @@ def export_merged(opened: OpenedModel, routing: Mapping[int, float], folder: Pat
 
 @torch.inference_mode()
 def probe(recogniser: Recogniser, codec: TextCodec, routing: Mapping[int, float], voice: int = -1) -> Tensor:
-    """logits_UV of a few tokens after noise, at a fixed routing: a fingerprint of what a model computes.
+    """logits_UV of a few tokens for noise as audio, at a fixed routing, to compare the computation of two models.
 
     Args:
-        voice: number of an added expert in place of routed ones; -1 for none.
+        voice: number of an added expert to use instead of routed experts; -1 for none.
     """
     whisper = recogniser.whisper
     generator = torch.Generator().manual_seed(0)
@@ -204,12 +204,12 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
     """Turns a Hugging Face checkpoint into CTranslate2's format, by its own converter.
 
     Args:
-        folder: to make; the converter wants none to be there.
-        quantization: `int8`, `float16` …, as CTranslate2 calls them; as the checkpoint when None.
+        folder: folder to make; the converter requires that it does not exist.
+        quantization: `int8`, `float16` …, by CTranslate2's names; that of the checkpoint if None.
 
     Raises:
         UsageError: ctranslate2 is not installed.
-        DataError: it refuses the checkpoint.
+        DataError: the converter refuses the checkpoint.
     """
     try:
         from ctranslate2.converters import TransformersConverter
@@ -223,11 +223,11 @@ def export_ctranslate2(merged: Path, folder: Path, quantization: str | None) -> 
 
 
 def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
-    """Matrices of each adapter by name, complete in themselves: the shared expert's ranks stand beside a routed one's.
+    """Matrices of each adapter by name; each routed expert is concatenated with the shared expert.
 
     Returns:
-        `shared`, where there is a shared expert: what an utterance unlike all groups gets; `expert-0`, `expert-1`, …;
-        `adapter` alone for a dense model. Added experts follow under their own names.
+        `shared`, if there is a shared expert, for utterances that are far from all groups; `expert-0`, `expert-1`, …;
+        only `adapter` for a dense model. Added experts follow under their own names.
 
     Raises:
         UsageError: the model has no experts, or experts were added to a base that is not a plain Whisper.
@@ -248,7 +248,7 @@ def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
 
 
 def _beside(shared: Matrices, expert: Matrices) -> Matrices:
-    """Both adapters as one of their ranks together: exactly their sum."""
+    """Both adapters as one adapter whose rank is the sum of their ranks; it equals exactly their sum."""
     return {
         name: (torch.cat([shared[name][0], a_RI]), torch.cat([shared[name][1], b_OR], 1))
         for name, (a_RI, b_OR) in expert.items()
@@ -259,7 +259,7 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
     """Writes `shared`, `expert-0`, `expert-1`, … as PEFT adapters, and the gate.
 
     Returns:
-        What routing.json says too: the adapters of the gate's outputs in order, and what the gate listens to.
+        The content of routing.json: the adapters of the gate's outputs in order, and the input of the gate.
     """
     adapters = adapters_of(opened)
     info = opened.info or _plain_info(opened)
@@ -293,7 +293,7 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
 
 
 def _plain_info(opened: OpenedModel) -> BundleInfo:
-    """What a bundle would say of a plain Whisper that experts were added to."""
+    """The description, as in a bundle, of a plain Whisper to which experts were added."""
     return BundleInfo(
         base=str(opened.base),
         base_digest="",
@@ -316,17 +316,17 @@ def _plain_info(opened: OpenedModel) -> BundleInfo:
 
 
 def export_peft(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
-    """One PEFT adapter per expert, the gate, and a page that says how to load them."""
+    """Writes one PEFT adapter per expert, the gate, and a README with code to load them."""
     table = export_adapters(opened, folder, base_name)
     (folder / "README.md").write_text(peft_page(table), encoding="utf-8")
     return {"adapters": table["adapters"]}
 
 
 def export_vllm(opened: OpenedModel, folder: Path, base_name: str) -> dict[str, Any]:
-    """The same for vLLM's multi-LoRA serving, with the command that serves them.
+    """Writes the same files for vLLM's multi-LoRA serving, with a README that contains vLLM's serve command.
 
     Raises:
-        UsageError: the adapters' rank is more than vLLM takes.
+        UsageError: the adapters' rank exceeds vLLM's maximum.
     """
     table = export_adapters(opened, folder, base_name)
     fitting = [rank for rank in VLLM_RANKS if rank >= table["rank"]]

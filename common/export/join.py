@@ -1,4 +1,4 @@
-"""Several extensions of one model as that model with all their added experts."""
+"""Combines several extensions of one model into that model with all their added experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.model.added import read_added
 
 
 def join_extensions(models: Sequence[Path], added: Sequence[Sequence[Path]], out: Path) -> list[str]:
-    """Copies a model and the added experts of all its extensions into one folder; nothing is computed.
+    """Copies a model and the added experts of all its extensions into one folder, without any computation.
 
     Args:
         models: the folder of each extension's model.
@@ -23,7 +23,7 @@ def join_extensions(models: Sequence[Path], added: Sequence[Sequence[Path]], out
         The names of all added experts.
 
     Raises:
-        UsageError: they extend different models, or have two experts of one name or for one speaker or group.
+        UsageError: they extend different models, or two experts have the same name, speaker or group.
     """
     if any(model_content(model) != model_content(models[0]) for model in models):
         raise UsageError("these extend different models, and an added expert belongs to its own: extend one of them")

@@ -1,8 +1,8 @@
-"""Several trained models made one: their adapters averaged as what they add to the weights, W + Σ w·scale·B A.
+"""Merges several trained models: averages the deltas that their adapters add to the weights, W + Σ w·scale·B A.
 
-The mean of the products B A is not the product of the means of A and B. Put side by side, the matrices of n adapters
-are one adapter of n times the rank that adds exactly the weighted sum; a truncated singular value decomposition brings
-it back to a smaller rank, at an error that is told.
+The mean of the products B A is not the product of the means of A and B. Concatenated, the matrices of n adapters are
+one adapter of n times the rank that adds exactly the weighted sum; a truncated singular value decomposition reduces it
+to a smaller rank, with an error that is reported.
 
 Shape letters: I/O input/output features, R rank, C ranks of all adapters together.
 """
@@ -33,11 +33,11 @@ SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by")
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What became of a merge.
+    """Result of a merge.
 
     Attributes:
-        rank: of the adapters that were written.
-        error: ‖what they add − the exact sum‖ / ‖the exact sum‖ over all layers; 0 where nothing was cut.
+        rank: rank of the written adapters.
+        error: ‖delta − exact sum‖ / ‖exact sum‖ over all layers; 0 if the rank was not reduced.
     """
 
     rank: int
@@ -49,13 +49,13 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
 
     Args:
         folders: outputs of the asr stage.
-        weights: of each.
+        weights: weight of each model.
         out: an empty folder.
-        rank: of the result; the sum of theirs, which is exact, when None.
+        rank: rank of the result; if None, the sum of the models' ranks, which is exact.
 
     Raises:
-        UsageError: the models cannot be united.
-        DataError: one cannot be read.
+        UsageError: the models cannot be merged.
+        DataError: a model cannot be read.
     """
     infos = [read_info(folder) for folder in folders]
     _refuse_strangers(folders, infos)
@@ -82,7 +82,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
 
 
 def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> None:
-    """Raises where the models are no adapters of one base that listen alike and are routed alike."""
+    """Raises UsageError unless the models are adapters of the same base with the same audio context and routing."""
     first = infos[0]
     for folder, info in zip(folders, infos, strict=True):
         if info.adapt == "full":
@@ -108,7 +108,7 @@ def _gate(folder: Path) -> list[bytes]:
 
 
 def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matrices:
-    """One adapter of scale 1 that adds Σ scale · B A."""
+    """One adapter of scale 1, equal to Σ scale · B A."""
     for adapter in adapters:
         if strange := adapter.keys() ^ adapters[0].keys():
             raise DataError(f"the adapters differ in {min(strange)}: one of them is not whole")
@@ -133,7 +133,7 @@ def truncate(matrices: Matrices, rank: int) -> tuple[Matrices, float, float]:
     """The closest adapter of a smaller rank (Eckart and Young).
 
     Returns:
-        (adapter, squared Frobenius norm of what was cut off, of the whole).
+        (adapter, squared Frobenius norm of the removed part, squared Frobenius norm of the whole).
     """
     small: Matrices = {}
     lost = whole = 0.0
@@ -145,7 +145,9 @@ def truncate(matrices: Matrices, rank: int) -> tuple[Matrices, float, float]:
 
 
 def _truncate_layer(a_CI: Tensor, b_OC: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """By QR of both, so that nothing of the size O × I is ever made; values of all C ranks."""
+    """Truncates one layer by QR of both matrices, so that no matrix of size O × I is computed; returns the singular
+    values of all C ranks too.
+    """
     left_OC, up_CC = torch.linalg.qr(b_OC.double())
     right_IC, down_CC = torch.linalg.qr(a_CI.double().t())
     u_CC, value_C, v_CC = torch.linalg.svd(up_CC @ down_CC.t(), full_matrices=False)

@@ -1,4 +1,4 @@
-"""The README.md of exported folders."""
+"""README.md files of exported folders."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ ENCODER = """- These adapters change the encoder too. We found no documentation 
 
 
 def served(table: Mapping[str, Any]) -> list[str]:
-    """Names of all adapters that a request may ask for: those of the gate's outputs, then added ones."""
+    """Names of all adapters that a request may use: those of the gate's outputs, then added experts."""
     return list(dict.fromkeys([*table["adapters"], *table["added"]]))
 
 
@@ -134,7 +134,7 @@ def vllm_page(table: Mapping[str, Any], max_rank: int) -> str:
     """README.md of `--to vllm`.
 
     Args:
-        max_rank: the lowest --max-lora-rank that holds the adapters.
+        max_rank: the lowest --max-lora-rank that is sufficient for the adapters.
     """
     names = served(table)
     page = VLLM.format(
@@ -160,7 +160,7 @@ def _gate_choice(table: Mapping[str, Any]) -> str:
 
 
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
-    """What the lines from audio to text depend on: the encoder's lengths, language and task."""
+    """Values for the README's code from audio to text: the encoder's lengths, language and task."""
     dynamic = table["audio"]["context"] == "dynamic"
     wanted = f"language={json.dumps(table['language'])}, task={json.dumps(table['task'])}, "
     return {

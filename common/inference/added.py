@@ -1,4 +1,4 @@
-"""Who gets which added expert: by the table that a model carries, or by name."""
+"""Selection of added experts: by the model's table of speakers and groups, or by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHOWN = 12  # names in a message
 
 
 def added_folders(run: tuple[Store, dict[str, object]] | None, folder: Path, cache: Path) -> list[Path]:
-    """Folders of a model's added experts, in order: those that its run names, or those in its own folder."""
+    """Folders of a model's added experts, in order: those named by its run, or those in its own folder."""
     if run is not None:
         store, record = run
         tasks = record["tasks"]
@@ -49,16 +49,16 @@ def model_content(folder: Path) -> str:
 
 
 def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:
-    """The added expert of an utterance, by the table: its speaker's own before its group's; -1 for none."""
+    """Number of an utterance's added expert by the table: its speaker's expert, otherwise its group's; -1 for none."""
     found = [n for n, one in enumerate(added) if one.value and getattr(utterance, one.column, "") == one.value]
     return min(found, key=lambda n: (added[n].column != "speaker", n), default=-1)
 
 
 def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str | None = None) -> OpenedModel:
-    """The model with one added expert for all audio: the one of a speaker, or the one of a name.
+    """The model with one added expert for all audio, given by its speaker or by its name.
 
     Raises:
-        UsageError: it has none of that name; the nearest known ones are told.
+        UsageError: the model has no such expert; the message lists the nearest known names.
     """
     if speaker is not None and expert is not None:
         raise UsageError("--speaker and --expert: give one of them")
@@ -76,7 +76,7 @@ def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str |
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of a message: the known names most like one that is not known."""
+    """The end of an error message: the known names that are most similar to an unknown name."""
     if not known:
         return ": nothing was added to it (`moe-asr extend` does)"
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

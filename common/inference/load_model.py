@@ -1,4 +1,4 @@
-"""Any trained or untrained recogniser by its name, and the one way in which all of them are used on a batch of audio.
+"""Opens any trained or untrained model by its name, and transcribes batches of audio with it.
 
 Shape letters: B utterances, K experts per utterance, D embedding width.
 """
@@ -48,20 +48,20 @@ TIED = ("proj_out", "embed_tokens")  # layers that share one weight
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A recogniser that is ready for audio.
+    """A model that is ready for transcription.
 
     Attributes:
         recogniser: on the device, in evaluation mode.
         codec: text ↔ tokens, with the prompt of its language and task.
-        info: what a trained model says of itself; None for a plain Whisper and for a PEFT adapter.
-        folder: where it is on this machine.
+        info: description of a trained model; None for a plain Whisper and for a PEFT adapter.
+        folder: local folder of the model.
         base: folder of the base weights, tokenizer included.
-        name: as it was asked for.
-        context, margin: how audio becomes encoder input, as in training.
-        language: of its texts, for the normaliser of scores; English where it translates.
+        name: the name by which the model was opened.
+        context, margin: audio context and margin, as in training.
+        language: language of its texts, for the normaliser of scores; English if it translates.
         accelerator: its device and precision.
         added: experts that were added after training, in the order of their numbers.
-        voice: number of the one that all audio gets; -1 for none.
+        voice: number of the added expert that is used for all audio; -1 for none.
     """
 
     recogniser: Recogniser
@@ -92,20 +92,21 @@ def open_model(
     margin: int | None = None,
     endpoint_url: str | None = None,
 ) -> OpenedModel:
-    """Opens a model by what it is.
+    """Opens a model of any kind.
 
     Args:
-        name: in this order, a folder with recogniser.json (what the asr stage leaves), with adapter_config.json (PEFT),
+        name: in this order, a folder with recogniser.json (output of the asr stage), with adapter_config.json (PEFT),
             with config.json (a Hugging Face Whisper: base, merged or fully fine-tuned) or with run.json (a run's own
             folder); the name of a run in `store`; the address of such a folder in a store, or a hub name.
-        store: where runs are looked up by name.
-        cache: where what is remote is kept.
-        base: where the base weights are, instead of where the model says.
+        store: store in which runs are looked up by name.
+        cache: folder for downloads.
+        base: location of the base weights, instead of the location recorded in the model.
         device, precision: as in the configuration.
-        language, task: of a model that does not know its own.
-        context, margin: audio context to use instead of the one that the model was trained with. A model that does
-            not record one (a plain Whisper, somebody's adapter) gets 30 s: it never learned a shorter one.
-        endpoint_url: of an S3-compatible store, for addresses.
+        language, task: language and task of a model that does not record them.
+        context, margin: audio context to use instead of the one that the model was trained with. A model that does not
+            record a context (a plain Whisper, an adapter from elsewhere) gets 30 s, since it was not trained on a
+            shorter one.
+        endpoint_url: endpoint of an S3-compatible store, for addresses.
 
     Raises:
         DataError: there is no such model, or it does not fit its base.
@@ -138,7 +139,7 @@ def open_model(
 def _load(
     folder: Path, base: str | None, find_base: Callable[..., Path], device: torch.device
 ) -> tuple[Recogniser, Path, BundleInfo | None]:
-    """The model in a folder, the folder of its base, and what it says of itself."""
+    """The model in a folder, the folder of its base, and its description."""
     if (folder / DESCRIPTION).is_file():
         info = read_info(folder)
         revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
@@ -154,10 +155,10 @@ def _load(
 
 
 def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> Path:
-    """The local folder that a model's name stands for (see `open_model`), brought here where it is remote.
+    """The local folder of a model by its name (see `open_model`); remote models are downloaded.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such model.
     """
     return _find(name, store, cache, endpoint_url)[0]
 
@@ -172,7 +173,7 @@ def find_added(name: str, store: Store | None, cache: Path, endpoint_url: str | 
 
 
 def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None) -> tuple[Path, list[Path]]:
-    """The folder of a model, and those of its added experts."""
+    """The folder of a model, and the folders of its added experts."""
     folder = _unwrapped(Path(name))
     if any((folder / file).is_file() for file in (DESCRIPTION, ADAPTER, "config.json")):
         return folder, added_folders(None, folder, cache)
@@ -194,10 +195,10 @@ def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None)
 def _root(
     root: Mapping[str, str], store: Store | None, cache: Path, endpoint_url: str | None
 ) -> tuple[Path, list[Path]]:
-    """The model that experts were added to, where that is no run.
+    """The model to which experts were added, if this model is not a run.
 
     Raises:
-        DataError: it is not there, or is another one now.
+        DataError: the model is missing, or has changed.
     """
     folder, own = _find(root["name"], store, cache, endpoint_url)
     if model_content(folder) != root["digest"]:
@@ -206,7 +207,7 @@ def _root(
 
 
 def _unwrapped(folder: Path) -> Path:
-    """Of an artifact's folder, the attempt that its manifest names; any other folder itself."""
+    """For an artifact's folder, the attempt that its manifest names; otherwise the folder itself."""
     if not (folder / MANIFEST).is_file():
         return folder
     return folder / Manifest.from_json(read_document(folder / MANIFEST), str(folder / MANIFEST)).attempt
@@ -225,7 +226,7 @@ def _locate_base(
 
     Args:
         model: the model that needs it, for the message.
-        from_hub: whether it may be a hub name; a folder that was moved has the look of one.
+        from_hub: whether the name may be a hub name; the path of a moved folder can look like a hub name.
     """
     if name and (name.startswith("s3://") or Path(name).is_dir() or (from_hub and is_hub_name(name))):
         return locate_model(name, cache, revision=revision, endpoint_url=endpoint_url)
@@ -249,10 +250,11 @@ def _warn_of_other_context(name: str, info: BundleInfo, context: str | None, mar
 
 
 def _adapter_settings(folder: Path) -> Mapping[str, Any]:
-    """What adapter_config.json says.
+    """The settings in adapter_config.json.
 
     Raises:
-        DataError: it cannot be read, is of a kind that is more than matrices, or would make PEFT import a module.
+        DataError: the file cannot be read, describes an unsupported kind of adapter, or would make PEFT import a
+            module.
     """
     settings = read_object(folder / ADAPTER, "save the adapter with PEFT again")
     if (kind := settings.get("peft_type")) not in PEFT_TYPES:
@@ -269,7 +271,7 @@ def _adapter_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> WhisperForConditionalGeneration:
-    """The dense model that an adapter of PEFT makes of its base, by PEFT itself."""
+    """The dense model of a base and a PEFT adapter, merged by PEFT."""
     from peft import PeftModel, get_peft_model_state_dict
 
     wanted = set(read_adapter(folder))  # also refuses what PEFT would take a pickle for
@@ -294,7 +296,7 @@ def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> Whi
 
 @torch.inference_mode()
 def gate_evidence(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
-    """What each utterance says about its group (`Gate.evidence`); None for a model without a gate."""
+    """Evidence of each utterance about its group (`Gate.evidence`); None for a model without a gate."""
     gate = opened.recogniser.gate
     if gate is None or opened.info is None:
         return None
@@ -304,7 +306,7 @@ def gate_evidence(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
 
 
 def stacked(choices: Sequence[Choice]) -> Choice:
-    """The choices of single rows as that of a batch."""
+    """The choices of single rows, stacked to the choice of a batch."""
     return torch.cat([logits_1E for logits_1E, _ in choices]), torch.cat([known_1 for _, known_1 in choices])
 
 
@@ -312,16 +314,16 @@ def stacked(choices: Sequence[Choice]) -> Choice:
 def route_batch(
     opened: OpenedModel, batch: Batch, choice: Choice | None = None, added: Sequence[int] | None = None
 ) -> tuple[list[list[int]], list[list[float]]] | None:
-    """Routes audio that is in no table of embeddings: frozen encoder, pooled embedding, gate.
+    """Routes audio without stored embeddings: frozen encoder, pooled embedding, gate.
 
-    Afterwards the recogniser's logits are this batch's, in its order.
+    Afterwards the recogniser's logits are those of this batch, in its order.
 
     Args:
-        choice: (logits_BE, known_B) in place of the batch's own, for a decision by speakers or by a table.
-        added: number of each row's added expert, -1 for none; the model's `voice` for all when None.
+        choice: (logits_BE, known_B) to use instead of the batch's own, for routing by speakers or by a table.
+        added: number of each row's added expert, -1 for none; if None, the model's `voice` for all rows.
 
     Returns:
-        Experts and weights of each utterance (B lists of K); None where nothing chooses.
+        Experts and weights of each utterance (B lists of K); None if the model has no routing.
     """
     recogniser = opened.recogniser
     if choice is None and recogniser.gate is not None:
@@ -344,8 +346,8 @@ class Transcript:
     """The transcript of a batch.
 
     Attributes:
-        decoded: text and how sure it is, of each utterance.
-        hidden_BTD: encoder output, from which times of words are found.
+        decoded: text and probabilities of each utterance.
+        hidden_BTD: encoder output, from which the times of words are computed.
         routing: experts and weights of each utterance; None without a gate.
     """
 
@@ -362,9 +364,9 @@ def transcribe_batch(
     choice: Choice | None = None,
     added: Sequence[int] | None = None,
 ) -> Transcript:
-    """A batch routed (see `route_batch`), encoded, decoded: what evaluation and transcription both call.
+    """Routes (see `route_batch`), encodes and decodes a batch, for both evaluation and transcription.
 
-    The slot keeps its routing.
+    The slot keeps the batch's routing.
     """
     routing = route_batch(opened, batch, choice, added)
     recogniser = opened.recogniser

@@ -1,7 +1,7 @@
-"""What happens to utterances that Whisper cannot hear at once: an error, left out, or cut into pieces.
+"""Treatment of utterances that are too long for Whisper: they are an error, left out, or cut into pieces.
 
-It happens in one place, where a corpus is opened for a run: no later code meets a long utterance, and nothing is ever
-truncated. How they are cut is in `common.inference.segment`; here is what is kept of it, and where.
+This is done only when a corpus is opened for a run: later code never handles long utterances, and nothing is truncated.
+`common.inference.segment` cuts utterances; this module stores the resulting table of pieces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GROUP_SECONDS = 900.0  # of audio that are divided together: their windows fill 
 
 @dataclass(frozen=True, slots=True)
 class LongUtterance:
-    """What became of one long utterance: its pieces, or why there are none (see `segment.Division`)."""
+    """Result for one long utterance: its pieces, or the reason why there are none (see `segment.Division`)."""
 
     id: str
     pieces: tuple[Utterance, ...]
@@ -47,22 +47,22 @@ class LongUtterance:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> LongUtterance:
-        """The row that `asdict` made a record of."""
+        """The row of a record that `asdict` made."""
         return LongUtterance(**{**record, "pieces": tuple(Utterance(**piece) for piece in record["pieces"])})
 
 
 @dataclass(frozen=True, slots=True)
 class LongAudio:
-    """How long utterances are treated, and the model that finds the words of those that are cut.
+    """Treatment of long utterances, and the model that aligns the words of utterances that are cut.
 
     Attributes:
         treatment: `error`, `drop`, or `segment` (cut at pauses).
         model, revision: base model, as in `data.sources.locate_model`.
-        language, task: of the model's texts.
-        context, margin: how audio becomes encoder input.
+        language, task: language and task of the model's texts.
+        context, margin: audio context and margin.
         device, precision: as in the configuration.
-        store, endpoint_url: where the table of pieces is kept for all processes.
-        quiet: no progress bar.
+        store, endpoint_url: store of the table of pieces, for all processes.
+        quiet: show no progress bar.
     """
 
     treatment: str
@@ -79,15 +79,15 @@ class LongAudio:
     quiet: bool = False
 
     def model_folder(self, cache: Path) -> Path:
-        """The base model, brought here where it is remote."""
+        """The local folder of the base model; a remote model is downloaded."""
         return locate_model(self.model, cache, revision=self.revision, endpoint_url=self.endpoint_url)
 
 
 def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
-    """The corpus with no utterance over 30 s or 448 tokens.
+    """The corpus after treatment of utterances over 30 s or 448 tokens.
 
     Raises:
-        DataError: there are some, and they are an error.
+        DataError: there are long utterances, and they are to be treated as an error.
     """
     found = long_utterances(corpus.utterances, lambda: _token_counter(options, cache))
     if not found:
@@ -111,10 +111,10 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
 
 
 def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Callable[[str], int]]) -> list[Utterance]:
-    """Those over 30 s, or over 448 tokens.
+    """The utterances over 30 s or over 448 tokens.
 
     Args:
-        counter: makes what counts the tokens of a text; called only where a text is long enough to need it.
+        counter: makes the function that counts the tokens of a text; called only if a text may be too long.
     """
     count: Callable[[str], int] | None = None
     found = []
@@ -135,7 +135,7 @@ def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
 
 
 def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> Corpus:
-    """The corpus with pieces instead of its long utterances; those of which there are none are left out.
+    """The corpus with pieces instead of its long utterances; long utterances without pieces are left out.
 
     Raises:
         DataError: a piece's id is another utterance's.
@@ -152,7 +152,7 @@ def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, L
 
 
 def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> str:
-    """What segmentation did, in one line."""
+    """Result of the segmentation, in one line."""
     mine = [rows[u.id] for u in found]
     pieces = [piece for row in mine for piece in row.pieces]
     text = f"cut into {len(pieces)} pieces"
@@ -174,12 +174,12 @@ def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> st
 
 @lru_cache(maxsize=64)
 def _say_once(line: str) -> None:
-    """Every stage of a run opens the corpus; one line is enough."""
+    """Logs a message only once per process, since every stage of a run opens the corpus."""
     log.warning("%s", line)
 
 
 def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, LongUtterance]:
-    """The table of pieces: from the store, where it is; else made, and kept there for all other processes."""
+    """The table of pieces: from the store if it exists, otherwise computed and stored for all other processes."""
     settings = [options.language, options.task, options.context, options.margin]
     digest = model_digest(options.model, cache, revision=options.revision, endpoint_url=options.endpoint_url)
     key = table_key(corpus, digest, settings)
@@ -208,7 +208,7 @@ def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, c
 
 
 def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:
-    """Names the pieces of a corpus as a model finds them."""
+    """The key of a corpus's table of pieces, made with a given model."""
     ingredients = [FORMAT, corpus.digest, model, *settings]
     return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:32]
 
@@ -216,14 +216,14 @@ def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:
 def segment_long(
     opened: OpenedModel, corpus: Corpus, found: Sequence[Utterance], unfinished: Path, *, quiet: bool = False
 ) -> dict[str, LongUtterance]:
-    """Divides long utterances; goes on where it was interrupted.
+    """Divides long utterances; continues an interrupted segmentation.
 
     Args:
-        found: from `long_utterances`.
-        unfinished: the file that keeps what is done so far.
+        found: result of `long_utterances`.
+        unfinished: the file with the rows that are finished so far.
 
     Raises:
-        DataError: audio that cannot be read.
+        DataError: audio cannot be read.
     """
     from common.data.audio import read_audio
     from common.inference.segment import divide
@@ -276,7 +276,7 @@ def _append(path: Path, rows: Sequence[LongUtterance]) -> None:
 
 
 def _rows(text: str) -> Iterator[LongUtterance]:
-    """The rows of a table; a last line that a killed process left half written is made again."""
+    """The rows of a table, without a last line that a killed process left half written."""
     for line in text.split("\n"):  # `splitlines` would also cut at separators inside of a text
         with suppress(ValueError, TypeError, KeyError):
             yield LongUtterance.from_record(json.loads(line))

@@ -1,4 +1,4 @@
-"""The recordings that a command line names: files, folders of them, pipes and standard input."""
+"""The recordings given on a command line: files, folders, pipes and standard input."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Recording:
 
     Attributes:
         path: its file; `-` is standard input.
-        name: how it is called, printable whatever its bytes.
-        stem: the path of its transcripts below their folder, without an ending.
+        name: its name for messages, printable for any bytes.
+        stem: the path of its transcripts relative to their folder, without suffix.
     """
 
     path: Path
@@ -47,16 +47,16 @@ class Recording:
 
 
 def printable(path: Path) -> str:
-    """A path that can be printed: bytes that are no UTF-8 and control characters are escaped."""
+    """A printable form of a path: bytes that are not UTF-8 and control characters are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def find_recordings(paths: Iterable[Path]) -> list[Recording]:
-    """The recordings of a command line, those of a folder in the order of their paths.
+    """The recordings given on a command line; those of a folder are sorted by path.
 
     Raises:
-        UsageError: a folder without any.
+        UsageError: a folder contains no recordings.
     """
     found: list[Recording] = []
     for path in paths:
@@ -81,17 +81,19 @@ def _in_folder(folder: Path) -> list[Recording]:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """Regular files below a folder; names that begin with a dot are other programs' own (`._take.wav`)."""
+    """Regular files below a folder, without names that begin with a dot, which belong to other programs
+    (`._take.wav`).
+    """
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (path for name in names if not name.startswith(".") and (path := Path(place, name)).is_file())
 
 
 def check_recording(recording: Recording) -> None:
-    """Refuses what cannot be opened, without opening a pipe.
+    """Refuses a recording that cannot be opened, without opening a pipe.
 
     Raises:
-        DataError: a file that is missing, empty or may not be read; a device; a terminal.
+        DataError: the file is missing, empty or not readable, or is a device or a terminal.
     """
     if recording.path == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
@@ -102,10 +104,10 @@ def check_recording(recording: Recording) -> None:
 
 @contextmanager
 def opened_recording(recording: Recording) -> Iterator[Path | BinaryIO]:
-    """Something that can be decoded: the path of a file; of a pipe, which can be read once, a temporary copy.
+    """A source for decoding: the path of a file, or a temporary copy of a pipe, which can be read only once.
 
     Raises:
-        DataError: a pipe that gives nothing, or too much.
+        DataError: a pipe gives no data or too much.
     """
     if recording.path != STDIN and not _is_pipe(recording.path):
         yield recording.path
@@ -141,7 +143,7 @@ def _copy(source: BinaryIO, target: BinaryIO, name: str) -> None:
 
 @dataclass
 class LoadedRecording:
-    """A recording's audio, and what is to be said of it."""
+    """A recording's audio, and messages about it."""
 
     recording: Recording
     samples: Samples
@@ -150,14 +152,16 @@ class LoadedRecording:
     def treated(
         self, windows: Sequence[WindowTranscript], loops: str, no_speech: float | None, language: str
     ) -> list[WindowTranscript]:
-        """The windows with loops treated, and without guesses on silence; each of them is noted.
+        """The windows after treatment of loops and removal of improbable texts of silence; each change is noted.
 
         Args:
             loops: `cut` leaves one repetition, `drop` drops the window's text, `keep` changes nothing.
-            no_speech: probability of no speech above which a guess is left out; None leaves nothing out.
-            language: of the texts.
+            no_speech: probability of no speech above which an improbable text is left out; None leaves nothing out.
+            language: language of the texts.
         """
-        from common.inference.transcribe import without_loop  # not before paths are checked: it brings torch
+        from common.inference.transcribe import (
+            without_loop,
+        )  # imported after the check of paths, since it imports torch
 
         kept = []
         for window in windows:
@@ -177,11 +181,11 @@ class LoadedRecording:
 def load_groups(
     recordings: Iterable[Recording], faults: dict[str, str], seconds: float
 ) -> Iterator[list[LoadedRecording]]:
-    """The recordings' audio, in groups whose windows fill batches.
+    """The recordings' audio, in groups that are large enough to fill batches.
 
     Args:
-        faults: gets the reason for each recording that cannot be read, by its name.
-        seconds: of audio in a group, after which it ends.
+        faults: dictionary to which the reason for each unreadable recording is added, by name.
+        seconds: seconds of audio after which a group ends.
     """
     group: list[LoadedRecording] = []
     for one in recordings:

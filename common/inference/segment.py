@@ -1,4 +1,4 @@
-"""Long utterances cut into pieces that Whisper can hear, each with its part of the transcript.
+"""Cuts long utterances into pieces of at most 30 s, each with its part of the transcript.
 
 How a transcript is divided:
 
@@ -38,7 +38,7 @@ from common.text import unspaced
 
 REACH = 12.0  # s to each side of a cut that are aligned anew, at most
 CLEAR = 1.5  # s from a cut: an anchor nearer than that may be on the other side
-AROUND = 3  # words between a cut and the anchors beside it, at least
+AROUND = 3  # minimum words between a cut and its nearest anchors
 EARLY = 0.1  # s before a pause: attention may move to the next word while the last one ends
 ROUNDS = 4  # each halves the pieces, for texts of too many tokens
 DECODING = Decoding(batch_size=16, max_new_tokens=224)
@@ -46,14 +46,14 @@ DECODING = Decoding(batch_size=16, max_new_tokens=224)
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """What became of one long utterance.
+    """Result of dividing one long utterance.
 
     Attributes:
-        pieces: utterances `<id>-000`, …; empty where it could not be divided.
-        unspoken: seconds that are in no piece, since no text belongs to them.
-        matched: share of the transcript's words that were heard as they are written.
-        hard_cuts: cuts where no pause was near.
-        problem: why it could not be divided.
+        pieces: utterances `<id>-000`, …; empty if it could not be divided.
+        unspoken: seconds that are in no piece, because no text belongs to them.
+        matched: share of the transcript's words that were recognised as they are written.
+        hard_cuts: number of cuts without a pause nearby.
+        problem: the reason why it could not be divided.
     """
 
     pieces: tuple[Utterance, ...]
@@ -65,7 +65,7 @@ class Division:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
-    """A long utterance and what is known of its audio."""
+    """A long utterance and the results for its audio."""
 
     utterance: Utterance
     samples: Samples
@@ -84,11 +84,11 @@ def divide(
     audios: Sequence[Samples],
     progress: Callable[[float], object] = lambda seconds: None,
 ) -> list[Division]:
-    """Divides long utterances; their audio shares batches.
+    """Divides long utterances, whose windows share batches.
 
     Args:
-        audios: the samples of each, from its offset on.
-        progress: called with the seconds of audio that were just done.
+        audios: the samples of each utterance, from its offset.
+        progress: called with the seconds of audio processed since the last call.
     """
     divisions = []
     for utterance, samples, windows in zip(
@@ -119,7 +119,7 @@ def _divide(opened: OpenedModel, recording: _Recording) -> Division:
 def _division(
     recording: _Recording, windows: Sequence[Window], parts: Sequence[Sequence[str]], matched: float
 ) -> Division:
-    """Pieces of the windows in which something is said."""
+    """Pieces of the windows that contain speech."""
     utterance = recording.utterance
     pieces: list[Utterance] = []
     for number, window in enumerate(windows):
@@ -144,7 +144,9 @@ def _division(
 
 
 def split_words(text: str, language: str) -> list[str]:
-    """The words of a transcript as they are written; where words are not spaced, characters, after a space if any."""
+    """The words of a transcript as written; in languages without spaces its characters, each with a preceding space if
+    any.
+    """
     return re.findall(r" ?\S", " ".join(text.split())) if unspaced(language) else text.split()
 
 
@@ -153,7 +155,7 @@ def _matched(written: Sequence[str], heard: Sequence[Word]) -> float:
 
 
 def anchors(written: Sequence[str], heard: Sequence[Word]) -> list[tuple[int, Word]]:
-    """(number of a written word, the heard one) of words that were heard as they are written, in order."""
+    """(number of the written word, recognised word) of words that were recognised as written, in order."""
     blocks = Levenshtein.opcodes([key_of(word) for word in written], [key_of(word.text) for word in heard])
     return [
         (block.src_start + step, heard[block.dest_start + step])
@@ -176,7 +178,7 @@ def _parts(opened: OpenedModel, recording: _Recording, written: Sequence[str], c
 
 
 def estimate_starts(written: Sequence[str], known: Sequence[tuple[int, Word]], seconds: float) -> NDArray[np.float64]:
-    """When each written word begins: as heard where it was, by the letters between anchors elsewhere."""
+    """Start of each written word: from the recognised word at anchors, interpolated by letters between anchors."""
     letters_U = np.cumsum([0, *(len(word) + 1 for word in written)]).astype(float)
     places = [-1.0, *(letters_U[number] for number, _ in known), letters_U[-1]]
     times = [0.0, *(word.start for _, word in known), seconds]
@@ -186,7 +188,9 @@ def estimate_starts(written: Sequence[str], known: Sequence[tuple[int, Word]], s
 def _uncertain(
     written: Sequence[str], heard: Sequence[Word], starts_U: NDArray[np.float64], cut: float
 ) -> tuple[int, int]:
-    """Which words may lie on either side of a cut: those between two anchors that are clear of it."""
+    """The words that may be on either side of a cut: those between the two nearest anchors clearly before and
+    after it.
+    """
     known = anchors(written, heard)
     middle = bisect_left(starts_U.tolist(), cut)
     first = bisect_left(starts_U.tolist(), cut - REACH)
@@ -203,14 +207,14 @@ def _uncertain(
 def _words_before(
     opened: OpenedModel, recording: _Recording, words: Sequence[str], starts_U: NDArray[np.float64], cut: float
 ) -> int:
-    """How many of some words around a cut begin before it, by the model's attention to the audio around it."""
+    """Number of the given words around a cut that begin before it, by the model's attention to the audio around it."""
     if not words:
         return 0
     space = "" if unspaced(opened.language) else " "
     tokens = [opened.codec.tokenizer.encode(space + word, add_special_tokens=False).ids for word in words]
     start = max(0.0, min(float(starts_U[0]), cut - CLEAR) - 0.3)
     end = min(recording.seconds, max(float(starts_U[-1]) + 1.0, cut + CLEAR), start + MAX_SECONDS)
-    if sum(len(one) for one in tokens) > MAX_TOKENS - 8:  # more text than can be heard in this time
+    if sum(len(one) for one in tokens) > MAX_TOKENS - 8:  # more text than can be spoken in this time
         return int((starts_U < cut).sum())
     samples = recording.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
     length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)

@@ -1,4 +1,4 @@
-"""Transcripts as files: plain text, SubRip, WebVTT, JSON, and one table of all that a person can correct."""
+"""Transcripts as files: plain text, SubRip, WebVTT, JSON, and one table of all segments for correction."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from common.inference.transcribe import Segment
 EDGE = 0.2  # s of audio around a segment, as far as its neighbours leave it
 FORMULA = "=+-@"  # how a formula begins in a spreadsheet: such a text gets a space in front
 
-Facts = dict[str, Any]  # what JSON says beside the segments: file, seconds, model, language
+Facts = dict[str, Any]  # JSON values other than segments: file, seconds, model, language
 
 
 def as_text(segments: Sequence[Segment], facts: Facts) -> str:
-    """One segment a line."""
+    """Plain text, one segment per line."""
     return "".join(f"{segment.text}\n" for segment in segments)
 
 
@@ -34,13 +34,13 @@ def as_srt(segments: Sequence[Segment], facts: Facts) -> str:
 
 
 def as_vtt(segments: Sequence[Segment], facts: Facts) -> str:
-    """WebVTT, the web's own."""
+    """WebVTT: times and text."""
     cues = (f"{clock(one.start, '.')} --> {clock(one.end, '.')}\n{_escaped(one.text)}\n\n" for one in segments)
     return "WEBVTT\n\n" + "".join(cues)
 
 
 def as_json(segments: Sequence[Segment], facts: Facts) -> str:
-    """All that is known: segments and words with times, the window's experts and how sure the model was."""
+    """JSON with all results: segments and words with times, the window's experts and probabilities."""
     rows = ",\n  ".join(json.dumps(_rounded(asdict(one)), ensure_ascii=False) for one in segments)  # one a line
     head = "".join(f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)},\n" for name, value in facts.items())
     return f'{{\n{head} "segments": [\n  {rows}\n ]\n}}\n'
@@ -58,9 +58,9 @@ COLUMNS = ("audio_filepath", "offset", "end", "text", "speaker", "split", UNTOUC
 
 
 def table_rows(segments: Sequence[Segment], loaded: LoadedRecording, speaker: str) -> list[dict[str, str]]:
-    """One row for each segment, as `corpus import` reads them: where it is, what was written, by whom.
+    """One row for each segment, in a form for `corpus import`: recording, stretch, text and speaker.
 
-    The text is there twice: a row whose `text` is still that of the other column was not corrected.
+    The text is in two columns: in rows that were not corrected, both are equal.
     """
     seconds = len(loaded.samples) / SAMPLE_RATE
     path, rows = str(loaded.recording.path.resolve()), []

@@ -1,6 +1,6 @@
-"""Audio of any length as text with times: windows cut at pauses, each routed by the gate, decoded, its words aligned.
+"""Transcribes audio of any length with times: cuts windows at pauses, routes, decodes and aligns each window.
 
-A file of 30 s or less is one window, transcribed just as `moe-asr evaluate` transcribes it.
+A file of 30 s or less is one window, transcribed exactly as by `moe-asr evaluate`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class WindowTranscript:
     """The transcript of one window.
 
     Attributes:
-        words: those that it is responsible for, with times in the whole audio.
-        experts, weights: its routing; empty without a gate.
-        loop: its text repeats a phrase as no speaker does (see `decoding.loops.is_loop`).
+        words: words in the window's own part of the audio, with times in the whole audio.
+        experts, weights: routing of the window; empty without a gate.
+        loop: the text is a loop (see `decoding.loops.is_loop`).
     """
 
     window: Window
@@ -54,7 +54,7 @@ class WindowTranscript:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A few words that are shown together; all but text, times and words are those of its window."""
+    """A few words that are shown together; all values except text, times and words are those of its window."""
 
     start: float
     end: float
@@ -70,7 +70,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One window of one audio, waiting for its batch."""
+    """One window of one audio, before batching."""
 
     audio: int
     window: Window
@@ -86,15 +86,15 @@ def transcribe_audio(
     *,
     longest: float | None = None,
 ) -> list[list[WindowTranscript]]:
-    """The transcript of each audio, window by window, in order; windows of all of them share batches.
+    """Transcribes each audio, window by window, in order; windows of all audios share batches.
 
     Args:
         audios: mono samples at 16 kHz.
-        progress: called with the seconds of audio that were just done.
-        longest: seconds of a window; by default those of `usual_window`, for audio over 30 s alone.
+        progress: called with the seconds of audio processed since the last call.
+        longest: maximum seconds of a window; by default 30 s for audio up to 30 s, and `usual_window` for longer audio.
 
     Returns:
-        For each audio its windows; none for silence.
+        The windows of each audio; empty for silence.
     """
     pauses, pieces = [], []
     for number, samples in enumerate(audios):
@@ -122,9 +122,10 @@ def transcribe_audio(
 
 
 def usual_window(opened: OpenedModel) -> float:
-    """Seconds of audio that a model hears best at once.
+    """Length of window, in seconds, at which a model is most accurate.
 
-    Whisper was trained on 30 s. What was trained on short utterances is best at such: its gate, too, saw nothing else.
+    Whisper was trained on 30 s. A model trained on short utterances is most accurate on short windows, also because its
+    gate was trained on short utterances only.
     """
     if opened.info is None:
         return MAX_SECONDS
@@ -132,7 +133,7 @@ def usual_window(opened: OpenedModel) -> float:
 
 
 def _batches(pieces: Sequence[_Piece], size: int) -> Iterator[list[_Piece]]:
-    """Pieces of equal encoder length together, the longest first."""
+    """Batches of pieces with equal encoder length, the longest first."""
     buckets: dict[int, list[_Piece]] = defaultdict(list)
     for piece in pieces:
         buckets[piece.positions].append(piece)
@@ -141,7 +142,7 @@ def _batches(pieces: Sequence[_Piece], size: int) -> Iterator[list[_Piece]]:
 
 
 def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Batch:
-    """A batch without texts, padded as those of corpora are.
+    """A batch without texts, padded like the batches of corpora.
 
     Args:
         parts: samples and encoder length of each row; the lengths are equal.
@@ -159,7 +160,7 @@ def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Bat
 
 
 def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, Choice]:
-    """The experts of each recording, by all of its windows: a recording is taken for one speaker."""
+    """The choice of experts for each recording by all of its windows: a recording is treated as one speaker."""
     found: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
@@ -189,7 +190,7 @@ def _transcribe_pieces(
         window = piece.window
         words = words_of(opened.codec, texts[row], times[row] + window.start, opened.language)
         words = snap(words, pauses[piece.audio])
-        if window.start < window.begins or window.end > window.ends:  # the neighbour says the rest
+        if window.start < window.begins or window.end > window.ends:  # the rest belongs to the neighbouring window
             words = [word for word in words if window.begins <= word.start < window.ends]
         routing = transcript.routing
         experts, weights = ([], []) if routing is None else (routing[0][row], routing[1][row])
@@ -199,7 +200,7 @@ def _transcribe_pieces(
 
 
 def without_loop(transcript: WindowTranscript, language: str) -> WindowTranscript:
-    """The transcript with each looped phrase once; one that is no loop as it is."""
+    """The transcript with each looped phrase once; a transcript without loops is unchanged."""
     if not transcript.loop:
         return transcript
     words = [replace(word, text=shortened(word.text)) for word in transcript.words]
@@ -208,7 +209,7 @@ def without_loop(transcript: WindowTranscript, language: str) -> WindowTranscrip
 
 
 def snap(words: Sequence[Word], pauses: Sequence[Stretch]) -> list[Word]:
-    """The words without the pauses at their ends: attention alone often takes silence for a part of a word."""
+    """The words without the pauses at their ends: attention alone often includes silence in a word."""
     starts = np.array([pause.start for pause in pauses])
     snapped = []
     for word in words:
@@ -228,12 +229,12 @@ def snap(words: Sequence[Word], pauses: Sequence[Stretch]) -> list[Word]:
 
 
 def join_words(words: Sequence[str], language: str) -> str:
-    """A text from its words; where they are not spaced, each brings the space before it, if there is one."""
+    """A text from its words; in languages without spaces, a word contains the space before it, if there is one."""
     return "".join(words).strip() if unspaced(language) else " ".join(words)
 
 
 def segments_of(windows: Sequence[WindowTranscript], language: str) -> list[Segment]:
-    """Words grouped to be read: a segment ends at a pause, at the end of a sentence or window, or when it is long."""
+    """Groups words into segments: a segment ends at a pause, at the end of a sentence or window, or when it is long."""
     segments = []
     for window in windows:
         for words in _grouped(window.words):

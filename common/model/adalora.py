@@ -1,4 +1,5 @@
-"""AdaLoRA: one adapter P Λ Q per layer, whose ranks move to the layers where they matter while their number falls.
+"""AdaLoRA: one adapter P Λ Q per layer, whose ranks are reallocated to the most important layers as their number
+decreases.
 
 Zhang et al. 2023 (arXiv:2303.10512). PEFT has it too, but keeps importances and masks outside of any state that could
 be saved, so that a training could not go on where it was interrupted. What differs from PEFT here: P and Q start
@@ -6,7 +7,7 @@ orthonormal, where the penalty would bring them, and the singular values have a 
 number by about its rate per step: a column of LoRA's B by √O times that, but a single value by no more, so that with
 one rate for all the values would hardly leave zero in the steps that the other regimes need.
 
-When the training is over, `to_lora` leaves plain LoRA adapters: for files, evaluation and export there is no AdaLoRA.
+After the training, `to_lora` converts the adapters to plain LoRA, so that files, evaluation and export need no AdaLoRA.
 
 Shape letters: B utterances, T positions, I/O input/output features, R ranks of a layer, L layers, N = L·R ranks of all.
 """
@@ -28,13 +29,13 @@ SMOOTHING = 0.85  # β₁ and β₂ of the paper
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """How many ranks there are, and when; names as in `common.sections.AdaloraConfig`.
+    """Schedule of the number of ranks; names as in `common.sections.AdaloraConfig`.
 
     Attributes:
-        init_rank: of each layer at the start.
-        target_rank: mean over the layers at the end.
-        warmup, final: shares of all steps before the first and after the last change.
-        interval: steps between two allocations.
+        init_rank: rank of each layer at the start.
+        target_rank: mean rank over the layers at the end.
+        warmup, final: share of all steps before the first change, and after the last change.
+        interval: number of steps between two allocations.
     """
 
     init_rank: int
@@ -55,13 +56,13 @@ class SvdLinear(nn.Module):
 
     Args:
         base: the layer to adapt; its parameters are frozen.
-        slot: where its routing is None, the layer is the base alone.
+        slot: if its routing is None, the layer computes only the base.
         rank: R at the start.
-        scaling: of the adapter's output.
-        dropout: probability of zeroing an input feature on the adapter's way.
+        scaling: factor of the adapter's output.
+        dropout: probability of zeroing an input feature of the adapter.
 
     Shape:
-        x_BTI → y_BTO. `kept_R` says which ranks are in use; values of the others are 0.
+        x_BTI → y_BTO. `kept_R` marks the ranks in use; the values of other ranks are 0.
     """
 
     kept_R: Tensor
@@ -112,7 +113,8 @@ class SvdLinear(nn.Module):
 def add_adalora(
     model: nn.Module, *, targets: Sequence[str], rank: int, scaling: float, dropout: float = 0.0, within: str = ""
 ) -> RoutingSlot:
-    """Replaces the linear layers named in `targets` by `SvdLinear`, and freezes all else; as `mixture.add_mixture`.
+    """Replaces the linear layers named in `targets` by `SvdLinear`, and freezes all other parameters, as
+    `mixture.add_mixture`.
 
     Raises:
         ValueError: no layer matches.
@@ -133,7 +135,7 @@ def svd_layers(model: nn.Module) -> Iterator[tuple[str, SvdLinear]]:
 
 
 def importance_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What `allocate` goes by and changes, by name: to be checkpointed."""
+    """Tensors that `allocate` uses and changes, by name, for checkpoints."""
     return {
         f"{name}.{key}": value for name, layer in svd_layers(model) for key, value in layer.named_buffers(recurse=False)
     }
@@ -153,11 +155,11 @@ def orthogonality(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def allocate(model: nn.Module, step: int, total: int, plan: RankPlan) -> None:
-    """What is done after each optimiser step, with its gradients still there: measure importance, take ranks away.
+    """Measures importance and removes ranks; called after each optimiser step, before its gradients are cleared.
 
     Args:
-        step: how many steps are done, this one included.
-        total: of the training.
+        step: number of finished steps, including this one.
+        total: number of steps of the training.
     """
     layers = [layer for _, layer in svd_layers(model)]
     first, last = int(plan.warmup * total), plan.last(total)
@@ -185,7 +187,7 @@ def _measure(layer: SvdLinear) -> None:
 
 
 def _choose(layers: Sequence[SvdLinear], budget: int) -> None:
-    """Keeps the `budget` most important ranks of all layers; of equal ones, those of earlier layers."""
+    """Keeps the `budget` most important ranks of all layers; of equally important ranks, those of earlier layers."""
     score_N = torch.cat([layer.scores() for layer in layers])
     kept_N = torch.zeros_like(score_N, dtype=torch.bool)
     kept_N[score_N.argsort(descending=True, stable=True)[:budget]] = True
@@ -196,7 +198,7 @@ def _choose(layers: Sequence[SvdLinear], budget: int) -> None:
 
 @torch.no_grad()
 def to_lora(model: nn.Module) -> dict[str, int]:
-    """Turns the adapters into LoRA of one rank, that of the largest: B = scale · P Λ and A = Q, padded with zeros.
+    """Converts the adapters to LoRA of the largest layer's rank: B = scale · P Λ and A = Q, padded with zeros.
 
     Returns:
         Layer → ranks in use.
@@ -216,7 +218,7 @@ def to_lora(model: nn.Module) -> dict[str, int]:
 
 
 def rank_budget(step: int, *, start: int, target: int, first: int, last: int) -> int:
-    """How many ranks all layers share: `start` until step `first`, then a cubic fall to `target` at step `last`.
+    """Number of ranks of all layers: `start` until step `first`, then decreasing cubically to `target` at step `last`.
 
     Zhang et al. 2023 (arXiv:2303.10512), eq. 13.
     """

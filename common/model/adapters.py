@@ -1,4 +1,4 @@
-"""Experts on disk, in PEFT's format: one folder per expert that PEFT and vLLM load unchanged."""
+"""Experts on disk, in PEFT's format: one folder per expert, which PEFT and vLLM can load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Matrices = dict[str, tuple[Tensor, Tensor]]  # layer name → (A (R, I), B (O, R
 
 
 def expert_stack(layer: MixtureLinear, expert: int | None) -> tuple[LoraStack, int]:
-    """Where a layer keeps an expert: (stack, number in it).
+    """Location of an expert in a layer: (stack, number in the stack).
 
     Args:
         expert: number of a routed expert, or None for the shared one.
@@ -49,7 +49,7 @@ def save_expert(model: nn.Module, expert: int | None, folder: Path, *, base_mode
     """Writes a routed expert, or the shared one (None), as a plain PEFT LoRA adapter.
 
     Args:
-        base_model: what PEFT should load it on: hub name or folder.
+        base_model: base model for PEFT: hub name or folder.
     """
     stack, _ = expert_stack(next(layer for _, layer in mixture_layers(model)), expert)
     save_adapter(expert_matrices(model, expert), folder, base_model=base_model, alpha=stack.scaling * stack.rank)
@@ -98,11 +98,11 @@ def check_patterns(settings: Mapping[str, Any], path: Path) -> None:
     """Refuses regular expressions that may take long to match: PEFT tries them on each layer's name.
 
     Args:
-        settings: of adapter_config.json.
-        path: where that is, for the message.
+        settings: content of adapter_config.json.
+        path: its path, for the message.
 
     Raises:
-        DataError: names the setting.
+        DataError: a pattern may be slow; the message names the setting.
     """
     given = [(name, settings.get(name)) for name in (*_PATTERN_OR_NAMES, *_PATTERNS)]
     texts = [(name, value) for name, value in given if isinstance(value, str)]
@@ -120,7 +120,7 @@ def load_expert(model: nn.Module, expert: int | None, folder: Path) -> None:
     """Reads a PEFT LoRA adapter into a routed expert of the model's mixtures, or into the shared one (None).
 
     Raises:
-        DataError: the folder is no such adapter, or its layers, rank or shapes are not the model's.
+        DataError: the folder is not such an adapter, or its layers, rank or shapes differ from the model's.
     """
     tensors = read_adapter(folder)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def merge_experts(model: nn.Module, weights: Mapping[int, float]) -> None:
     """Adds the shared expert and a weighted sum of routed ones to the base weights, leaving a plain dense model.
 
     Args:
-        weights: of routed experts, as a fixed routing would give them.
+        weights: weights of routed experts, as in a fixed routing.
     """
     untie(model, [layer.base for _, layer in mixture_layers(model)])
     for name, layer in list(mixture_layers(model)):

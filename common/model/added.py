@@ -1,4 +1,4 @@
-"""Experts that a person or a group got after training, each in a folder of its own beside a model that stays as it is.
+"""Experts added after training for a person or a group, each in a separate folder; the model is not changed.
 
 added.json                                   whose it is, how it was made, what it brought
 adapter_config.json adapter_model.safetensors   its low-rank adapter, in PEFT's format (`expert`, `neighbour`)
@@ -39,20 +39,20 @@ Terms = dict[str, AddedTerm]  # layer name → what is added to it
 
 @dataclass(frozen=True, slots=True)
 class AddedExpert:
-    """What added.json says.
+    """Content of added.json.
 
     Attributes:
-        name: by which the expert is asked for.
-        column, value: of the corpus, whose utterances get it: `speaker` F07, `etiology` ataxia.
-        method: `none` where nothing beat the model as it was.
-        rank: of its adapter; 0 where it has none.
+        name: name of the expert.
+        column, value: column and value of the corpus whose utterances use it: `speaker` F07, `etiology` ataxia.
+        method: `none` if no method was better than the unchanged model.
+        rank: rank of its adapter; 0 without an adapter.
         weights: (number, weight) of the routed experts that it uses.
-        start: of `neighbour`, the routed expert that it began as a copy of.
-        utterances, seconds: of speech that it learned from.
-        wer_before, wer_after: expected, from cross-validation; None where nothing was held out.
-        interval: of the expected gain, 95%.
+        start: for `neighbour`, the routed expert from which it was initialised.
+        utterances, seconds: amount of speech used for training.
+        wer_before, wer_after: estimates from cross-validation; None if nothing was held out.
+        interval: 95% interval of the expected gain.
         parent: digest of the model that it was made for.
-        version: of moe-asr.
+        version: version of moe-asr.
     """
 
     name: str
@@ -82,8 +82,8 @@ def save_added(info: AddedExpert, terms: Terms, folder: Path, *, base_model: str
     """Writes an added expert.
 
     Args:
-        terms: of all layers.
-        base_model: what PEFT should load its adapter on.
+        terms: terms of all layers.
+        base_model: base model for PEFT.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stacks = {name: term.stack for name, term in terms.items() if term.stack is not None}
@@ -102,10 +102,10 @@ def _on_cpu(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def read_added(folder: Path) -> AddedExpert:
-    """What an added expert says of itself.
+    """The description of an added expert.
 
     Raises:
-        DataError: the folder holds none, or a damaged one.
+        DataError: the folder contains no added expert, or a damaged one.
     """
     path = folder / ADDED
     try:
@@ -125,7 +125,7 @@ def read_added(folder: Path) -> AddedExpert:
 
 
 def prepare(recogniser: Recogniser) -> None:
-    """Gives a model without adapters (a plain Whisper, or one with all weights fine-tuned) layers to add experts to."""
+    """Inserts layers for added experts into a model without adapters (a plain Whisper, or a fully fine-tuned model)."""
     if recogniser.slot is None:
         recogniser.slot = add_mixture(
             recogniser.whisper, targets=TARGETS, num_experts=0, rank=1, alpha=SCALING, magnitude=False
@@ -133,7 +133,7 @@ def prepare(recogniser: Recogniser) -> None:
 
 
 def new_stack(layer: MixtureLinear, rank: int) -> LoraStack:
-    """One adapter for a layer, at the layer's own scaling, adding nothing yet."""
+    """A new adapter for a layer, with the layer's scaling, initialised to add nothing."""
     shape, scaling = (layer.base.in_features, layer.base.out_features), layer.routed.scaling
     return LoraStack(1, rank, *shape, scaling=scaling, magnitude=False, device=layer.base.weight.device)
 
@@ -148,16 +148,16 @@ def append_terms(recogniser: Recogniser, terms: Terms) -> int:
 
 
 def remove_last(recogniser: Recogniser) -> None:
-    """Takes the expert away that was added last."""
+    """Removes the expert that was added last."""
     for _, layer in mixture_layers(recogniser.whisper):
         del layer.added[-1]
 
 
 def attach(recogniser: Recogniser, folders: Sequence[Path]) -> tuple[AddedExpert, ...]:
-    """Reads added experts into a model, in this order.
+    """Reads added experts into a model, in the given order.
 
     Raises:
-        DataError: one is damaged, does not fit the model, or two have one name.
+        DataError: an expert is damaged or does not fit the model, or two experts have the same name.
     """
     found: list[AddedExpert] = []
     for folder in folders:
@@ -223,9 +223,9 @@ def _read_magnitudes(path: Path) -> dict[str, Tensor]:
 
 
 def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
-    """All that a row with an added expert gets, as one plain LoRA at the layers' scaling: exactly the sum.
+    """The total delta of a row with an added expert, as one plain LoRA at the layers' scaling, which is exact.
 
-    That is the shared expert (or the only routed one, where it is always on) and the added expert's own parts.
+    It consists of the shared expert (or a single, always active routed expert) and the added expert's own parts.
     """
     found: Matrices = {}
     for name, layer in mixture_layers(recogniser.whisper):
@@ -242,7 +242,7 @@ def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
 
 
 def merge_added(recogniser: Recogniser, number: int) -> None:
-    """Adds all that a row with an added expert gets to the base weights, leaving a plain dense model."""
+    """Adds the total delta of a row with an added expert to the base weights, which gives a plain dense model."""
     matrices = added_matrices(recogniser, number)
     whisper = recogniser.whisper
     untie(whisper, [layer.base for _, layer in mixture_layers(whisper)])

@@ -1,4 +1,4 @@
-"""Trained models on disk: gate, experts and what is needed to use them, in one folder.
+"""Trained models on disk: gate, experts and their description, in one folder.
 
 recogniser.json   base model, mixture, audio context, LoRA shape
 gate.safetensors gate.json
@@ -33,18 +33,18 @@ DESCRIPTION = "recogniser.json"
 
 @dataclass(frozen=True, slots=True)
 class BundleInfo:
-    """What recogniser.json says.
+    """Content of recogniser.json.
 
     Attributes:
-        base: name of the base model as configured; `base_digest` what its key was.
-        layer, pooling: which embedding the gate was trained on.
+        base: name of the base model as configured; `base_digest` is its digest in keys.
+        layer, pooling: encoder layer and pooling of the gate's embeddings.
         context, margin: audio context of training, to be used in transcription too.
         num_experts, rank: routed experts and their rank; num_experts is 0 for a dense adapter.
-        shared_rank: of the shared expert; 0 where there is none.
-        route_by: whether the gate decides for an utterance or for a speaker, or a table decides.
-        column: of the corpus that a table routes by; empty otherwise.
+        shared_rank: rank of the shared expert; 0 without a shared expert.
+        route_by: routing by the gate for each utterance or each speaker, or by a table.
+        column: column of the corpus for routing by a table; empty otherwise.
         groups: values of that column, in the order of the routed experts.
-        seconds: what 19 of 20 training utterances do not exceed; None in what older versions wrote.
+        seconds: duration that 19 of 20 training utterances do not exceed; None in models of older versions.
     """
 
     base: str
@@ -85,7 +85,7 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
     """Reads a gate.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: the gate is missing or damaged.
     """
     try:
         sizes = read_object(folder / "gate.json")
@@ -97,11 +97,11 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         check_weights({name: value for name, value in tensors.items() if name != "limit"}, "gate.safetensors")
         gate = Gate(dim, hidden, experts, dropout)
         gate.load_state_dict(tensors)
-        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that nobody set is infinite
+        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that was not set is infinite
             raise ValueError("a standard deviation in std_D, or limit, is not above 0")
         return gate
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
-        # A missing key or tensor alone would say no more than its name.
+        # The message of a missing key or tensor would be only its name.
         message = " ".join(str(error).split())[:300]
         raise DataError(f"gate in {folder} cannot be read: {type(error).__name__}: {message}") from None
 
@@ -122,10 +122,10 @@ def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> N
 
 
 def read_info(folder: Path) -> BundleInfo:
-    """What a trained model says of itself.
+    """The description of a trained model.
 
     Raises:
-        DataError: the folder holds no trained model.
+        DataError: the folder contains no trained model.
     """
     try:
         values = json.loads(read_document(folder / DESCRIPTION))
@@ -145,7 +145,7 @@ def read_info(folder: Path) -> BundleInfo:
 
 
 def _find_problem(info: BundleInfo) -> str:
-    """What of a bundle's values, each of the right type, no training can have written; empty where nothing is wrong."""
+    """A problem of a bundle's values that no training can have written; empty if the values are consistent."""
     checks = {
         "alpha": math.isfinite(info.alpha) and info.alpha > 0,
         "rank": info.rank > 0,
@@ -165,10 +165,10 @@ def _find_problem(info: BundleInfo) -> str:
 
 
 def _check_experts(info: BundleInfo, folder: Path) -> None:
-    """Compares the experts that are there with the description, before a mixture of its sizes takes memory.
+    """Compares the existing experts with the description, before memory is allocated for the mixture.
 
     Raises:
-        DataError: one is missing, one too many, or of another rank.
+        DataError: an expert is missing or superfluous, or has another rank.
     """
     count = len(list((folder / "experts").glob("*")))
     if count != info.num_experts:

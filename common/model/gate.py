@@ -16,7 +16,7 @@ FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an u
 
 
 class Gate(nn.Module):
-    """A small MLP over standardised embeddings, which also knows where its groups lie.
+    """A small MLP over standardised embeddings, with the means and the covariance of its groups.
 
     Args:
         dim: D, width of the embedding.
@@ -25,9 +25,9 @@ class Gate(nn.Module):
         dropout: on the hidden layer.
 
     Shape:
-        embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED`
-        are the groups' means in that scale, `whiten_DD` makes the deviations within groups white, and `limit` is the
-        distance beyond which an utterance is unlike all groups (`NO_LIMIT` until `calibrate`).
+        embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED` are
+        the groups' means in that scale, `whiten_DD` whitens the deviations within groups, and `limit` is the distance
+        beyond which an utterance belongs to no group (`NO_LIMIT` until `calibrate`).
     """
 
     mean_D: Tensor
@@ -47,12 +47,12 @@ class Gate(nn.Module):
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
 
     def fit_scale(self, embeddings_ND: Tensor) -> None:
-        """Takes mean and standard deviation from embeddings, so that the MLP sees unit scale."""
+        """Sets mean and standard deviation from embeddings, so that the input of the MLP has unit scale."""
         self.mean_D.copy_(embeddings_ND.mean(0))
         self.std_D.copy_(embeddings_ND.std(0, correction=0).clamp_min(1e-6))
 
     def fit_centers(self, embeddings_ND: Tensor, label_N: Tensor) -> None:
-        """Takes the groups' means, and the covariance within them, from embeddings and their groups."""
+        """Sets the groups' means, and the covariance within groups, from embeddings and their groups."""
         scaled_ND = self.standardise(embeddings_ND)
         for expert in range(self.num_experts):
             if (members_N := label_N == expert).any():
@@ -81,7 +81,8 @@ class Gate(nn.Module):
             return torch.cdist(white_BD, center_ED).min(1).values / math.sqrt(self.dim)
 
     def evidence(self, embedding_BD: Tensor) -> Tensor:
-        """What an utterance says about its group, so that sums over a speaker's utterances say it of the speaker.
+        """Evidence of an utterance about its group; sums over a speaker's utterances are the evidence about the
+        speaker.
 
         Returns:
             evidence_BF, F = E + 2: log-probabilities, distance to the nearest group, and 1 as the count.
@@ -96,7 +97,7 @@ class Gate(nn.Module):
         return logits_BE, distance_B <= self.limit * count_B
 
     def forward(self, embedding_BD: Tensor) -> Tensor:
-        # Always in fp32: half precision would give some utterances other experts than the report says.
+        # Always in fp32: with half precision, some utterances would get other experts than in the report.
         with torch.autocast(embedding_BD.device.type, enabled=False):
             logits_BE: Tensor = self.net(self.standardise(embedding_BD))
         return logits_BE

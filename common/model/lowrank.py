@@ -17,7 +17,7 @@ Columns = tuple[Tensor, Tensor, Tensor | None]  # a_GCI, b_GCO, scale_B1C: delta
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes `x` in: autocast's dtype inside of it."""
+    """The dtype in which a linear layer computes `x`: autocast's dtype if autocast is active."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -42,9 +42,9 @@ def low_rank_linear(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, col
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """The delta is added inside the product that makes it, and both ways' gradients of x meet in one buffer.
+    """Adds the delta within its matrix product, and accumulates both gradients of x in one buffer.
 
-    Autograd's own way writes and reads several more tensors of the size of x and y.
+    The same computation by autograd writes and reads several more tensors of the size of x and y.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The mixture: in every adapted layer a shared LoRA expert, always on, and routed experts that add to it.
+"""The mixture: every adapted layer has a shared LoRA expert, which is always active, and routed experts.
 
 Shape letters: B utterances (rows) of a batch, T positions, I/O input/output features of a layer, E routed experts,
 K experts per utterance, R rank; G groups of rows (1 or B) that share C columns of experts.
@@ -64,20 +64,20 @@ class LoraStack(nn.Module):
         return self.lora_A[expert] * (1 + self.magnitude[expert]).unsqueeze(1), self.lora_B[expert]
 
     def delta_weight(self, expert: int) -> Tensor:
-        """The dense weight (O, I) that one expert adds to the base layer's."""
+        """The dense weight (O, I) that one expert adds to the base layer's weight."""
         a_RI, b_OR = self.plain(expert)
         return self.scaling * (b_OR @ a_RI)
 
 
 class AddedTerm(nn.Module):
-    """What an expert that was added later adds to one layer of a mixture that stays as it is.
+    """The term of an expert that was added after training, in one layer of an unchanged mixture.
 
-    The term is a sum of up to three parts: routed experts at fixed weights, the shared expert's ranks at magnitudes
-    of one's own, and a low-rank adapter.
+    The term is a sum of up to three parts: routed experts with fixed weights, the shared expert's ranks with the added
+    expert's own magnitudes, and a low-rank adapter.
 
     Args:
-        weights: of routed experts, by number.
-        magnitude_1R: what each rank of the shared expert is multiplied by, beside the 1 that everybody gets.
+        weights: weights of routed experts, by number.
+        magnitude_1R: factor of each rank of the shared expert, in addition to the factor 1 of all utterances.
         stack: one adapter.
     """
 
@@ -121,15 +121,15 @@ class MixtureLinear(nn.Module):
 
     y = W x + b + delta_shared x + Σ_k weight_k · delta_{e_k} x
 
-    Rows that use an added expert (`Routing.added`) get its term on top. Rows that use none compute what they did
-    before it was there, to the last bit.
+    For rows that use an added expert (`Routing.added`), its term is added. The result of other rows does not change by
+    adding an expert, to the last bit.
 
-    With no routed experts it is dense LoRA; with no shared one, a mixture of routed experts alone. Where the routing
-    has K = 0 or weights of 0, an utterance gets the shared expert alone.
+    Without routed experts, this is dense LoRA; without a shared expert, a mixture of routed experts only. If the
+    routing has K = 0 or weights of 0, an utterance uses the shared expert alone.
 
     Args:
         base: the layer to adapt; its parameters are frozen.
-        slot: where the model puts the batch's routing.
+        slot: contains the batch's routing, set by the model.
         num_experts: E, routed experts.
         rank: R of each routed expert.
         alpha: every delta is scaled by alpha / rank, the shared one too.
@@ -200,7 +200,7 @@ class MixtureLinear(nn.Module):
         return y_BTO
 
     def _terms(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[list[Columns], Tensor | None]:
-        """Low-rank pairs whose deltas add up, and the routed experts' delta where it is computed in groups."""
+        """Low-rank pairs whose deltas are summed, and the routed experts' delta if it is computed in groups."""
         shared: Columns | None = None
         if self.shared is not None:
             a_1RI, b_1OR = self.shared.factors(dtype)
@@ -219,7 +219,7 @@ class MixtureLinear(nn.Module):
 
 
 def _side_by_side(shared: Columns, routed: Columns) -> Columns:
-    """Shared and routed columns as one pair: one product in place of two."""
+    """Shared and routed columns as one pair, for one product instead of two."""
     (a_1RI, b_1RO, _), (a_1CI, b_1CO, scale_B1C) = shared, routed
     assert scale_B1C is not None
     ones_B1R = scale_B1C.new_ones(len(scale_B1C), 1, a_1RI.shape[1])
@@ -248,7 +248,7 @@ def mixture_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing,
 
 
 def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["masked", "gathered"]:
-    """The kernel that measures fastest for a shape (`bench/kernels.py`)."""
+    """The kernel that is fastest for a shape, as measured by `bench/kernels.py`."""
     experts, rank, _ = a_ERI.shape
     wanted = routing.topk_ids_BK.shape[1] * rank
     if x_BTI.shape[1] == 1 and not torch.is_grad_enabled():  # decoding step by step: the fewest launches
@@ -306,13 +306,14 @@ def add_mixture(
     magnitude: bool = True,
     within: str = "",
 ) -> RoutingSlot:
-    """Replaces the linear layers named in `targets` by mixtures around them, and freezes all else.
+    """Replaces the linear layers named in `targets` by mixtures around them, and freezes all other parameters.
 
     Args:
         model: any module; changed in place.
         targets: last parts of module names, as PEFT's `target_modules` (`q_proj`, `fc1`, …).
         num_experts, rank, alpha, shared_rank, dropout, magnitude: as in `MixtureLinear`.
-        within: only layers whose full name holds this (`encoder.layers` or `decoder.layers`); everywhere when empty.
+        within: only layers whose full name contains this text (`encoder.layers` or `decoder.layers`); all layers if
+            empty.
 
     Returns:
         The slot that decides the routing of all replaced layers.
@@ -344,23 +345,23 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def untie(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Gives linear layers weights of their own where an embedding uses the same ones.
+    """Copies the weights of linear layers that share them with an embedding.
 
-    Whisper's output projection is its token embedding: what is merged into one must not change the other.
+    Whisper's output projection shares its weights with the token embedding: merging into one must not change the other.
     """
     shared = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
     for layer in layers:
         if isinstance(layer, nn.Linear) and id(layer.weight) in shared:
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
             config: Any = model.config
-            config.tie_word_embeddings = False  # else saving or loading would tie them again
+            config.tie_word_embeddings = False  # otherwise saving or loading would tie them again
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") -> list[tuple[str, nn.Linear]]:
-    """(name, layer) of the linear layers that `targets` and `within` mean, as in `add_mixture`.
+    """(name, layer) of the linear layers selected by `targets` and `within`, as in `add_mixture`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no layer matches.
     """
     found = [
         (name, layer)

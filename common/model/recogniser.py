@@ -1,4 +1,4 @@
-"""The model that is trained: Whisper, the mixture in its layers, the gate before it, in one module.
+"""The trained model: Whisper, the mixture in its layers and the gate, in one module.
 
 Shape letters: B utterances, K experts per utterance, E experts, D embedding width, T encoder positions, N table rows.
 """
@@ -35,7 +35,7 @@ Mixture = Literal["blend", "loss", "hard"]
 
 @dataclass(frozen=True, slots=True)
 class RouterOptions:
-    """How utterances are given to experts; names as in `common.sections.AsrConfig`."""
+    """Options of the assignment of utterances to experts; names as in `common.sections.AsrConfig`."""
 
     mixture: Mixture = "blend"
     top_k: int = 2
@@ -49,13 +49,13 @@ class Recogniser(nn.Module):
 
     Args:
         whisper: the base; its linear layers may be mixtures (`moe.add_mixture`).
-        slot: of these mixtures; None for a model without (full fine-tune, or the base itself).
-        gate: chooses among several routed experts; None where there are none, or a table chooses.
+        slot: slot of these mixtures; None for a model without mixtures (full fine-tune, or the base itself).
+        gate: chooses among several routed experts; None without routed experts, or with routing by a table.
         embeddings_ND: pooled embeddings of the frozen encoder for `Batch.row_B`; never trained.
-        options: of the router.
+        options: options of the router.
         gradient_checkpointing: recompute encoder blocks in the backward pass.
-        augmentation: of the audio, while training.
-        orthogonality: AdaLoRA's penalty and its weight; added to the loss per token while training.
+        augmentation: augmentation of the audio during training.
+        orthogonality: AdaLoRA's penalty and its weight; added to the loss per token during training.
     """
 
     embeddings_ND: Tensor | None
@@ -90,7 +90,7 @@ class Recogniser(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """E, routed experts; 0 for a dense adapter, and for none."""
+        """E, the number of routed experts; 0 for a dense adapter or without adapters."""
         return next((layer.num_experts for _, layer in mixture_layers(self.whisper)), 0)
 
     def choose_by(
@@ -101,14 +101,15 @@ class Recogniser(nn.Module):
         known_N: Tensor | None = None,
         added_N: Tensor | None = None,
     ) -> None:
-        """Sets what chooses the experts of the utterances `Batch.row_B`: the gate's embeddings, or fixed logits.
+        """Sets how experts are chosen for the utterances `Batch.row_B`: by the gate's embeddings, or by fixed logits.
 
         Args:
-            embeddings_ND: for the gate, which then learns with the experts.
-            logits_NE: instead of the gate's; of speakers or of a table.
-            known_N: false for utterances unlike all groups, which get the shared expert alone; None: all are known.
-            added_N: number of the added expert that each utterance uses in place of routed ones, -1 for none; None:
-                nobody uses one.
+            embeddings_ND: input of the gate, which is then trained with the experts.
+            logits_NE: logits to use instead of the gate's, for routing by speakers or by a table.
+            known_N: false for utterances that belong to no group, which use the shared expert alone; None: all belong
+                to a group.
+            added_N: number of the added expert that each utterance uses instead of routed experts, -1 for none; None:
+                no utterance uses an added expert.
         """
         device = self.whisper.device
         self.embeddings_ND, self.logits_NE, self.known_N, self.added_N = (
@@ -182,7 +183,7 @@ class Recogniser(nn.Module):
         return loss_BK.sum(), count_N.reshape(-1, topk)[:, 0], routing.topk_ids_BK
 
     def all_choices(self) -> tuple[Tensor | None, Tensor | None]:
-        """(logits_NE, known_N) of all rows that the model routes now; None where nothing is to be chosen."""
+        """(logits_NE, known_N) of all rows that the model currently routes; None if there is no choice of experts."""
         if self.logits_NE is None and (self.gate is None or self.embeddings_ND is None):
             return None, None
         size = len(self.logits_NE if self.logits_NE is not None else self.embeddings_ND)  # type: ignore[arg-type]
@@ -191,16 +192,16 @@ class Recogniser(nn.Module):
             return self.gate_logits(rows_N), self.known_N
 
     def utterance_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(loss_B, tokens_B): each utterance's summed cross-entropy and the tokens that carry it."""
+        """(loss_B, tokens_B): each utterance's summed cross-entropy and its number of labelled tokens."""
         row_B = batch.row_B
         self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
         return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
 
     def known(self, row_B: Tensor) -> Tensor | None:
-        """Which rows get routed experts; None where all do.
+        """The rows that use routed experts; None if all rows do.
 
-        These are the utterances that are like one of the groups. In training, a share of them is left to the shared
-        expert alone (`RouterOptions.routed_dropout`), so that it can do without the others.
+        These are the utterances that belong to a group. In training, a share of them uses the shared expert alone
+        (`RouterOptions.routed_dropout`), so that it learns to work without routed experts.
         """
         known_B = None if self.known_N is None else self.known_N[row_B]
         if not self.training or not self.options.routed_dropout:
@@ -209,11 +210,11 @@ class Recogniser(nn.Module):
         return kept_B if known_B is None else known_B & kept_B
 
     def added(self, row_B: Tensor) -> Tensor | None:
-        """Numbers of the added experts of rows, -1 for none; None where nobody uses one."""
+        """Numbers of the added experts of rows, -1 for none; None if no row uses an added expert."""
         return None if self.added_N is None else self.added_N[row_B]
 
     def gate_logits(self, row_B: Tensor) -> Tensor | None:
-        """Logits over routed experts for rows of the table; None where nothing is to be chosen."""
+        """Logits over routed experts for rows of the table; None if there is no choice of experts."""
         if self.logits_NE is not None:
             return self.logits_NE[row_B]
         if self.gate is None:
@@ -225,10 +226,10 @@ class Recogniser(nn.Module):
     def set_routing(
         self, logits_BE: Tensor | None, rows: int, known_B: Tensor | None = None, added_B: Tensor | None = None
     ) -> Routing:
-        """Puts the routing of a batch into the slot: by logits, or to the only routed expert, if there is one.
+        """Puts the routing of a batch into the slot: by logits, or to the single routed expert, if there is one.
 
-        A mixture trained with `loss` runs one expert at a time, so it decodes with the most probable one. Rows with an
-        added expert get the shared expert and that one: what is added stands on what is the same for everybody.
+        A mixture trained with `loss` uses one expert at a time, so it decodes with the most probable expert. Rows with
+        an added expert use only the shared expert and the added expert.
         """
         device = self.whisper.device
         if added_B is not None:
@@ -245,13 +246,13 @@ class Recogniser(nn.Module):
         return routing
 
     def encode_batch(self, batch: Batch) -> Tensor:
-        """Encoder output of a batch, its routing set: what decoding starts from. hidden_BTD."""
+        """Sets the routing of a batch and returns its encoder output, the input of decoding: hidden_BTD."""
         row_B = batch.row_B
         self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
     def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:
-        """What the base encoder makes of a batch, no expert added: (pooled_BD, frames_BTD)."""
+        """Embeddings of a batch by the base encoder without experts: (pooled_BD, frames_BTD)."""
         if self.slot is not None:
             self.slot.routing = None
         hidden_BTD = encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands), layer=layer)

@@ -1,4 +1,4 @@
-"""Which experts an utterance uses: routing from logits, its losses, and how a set of utterances used the experts.
+"""Routing: the choice of experts from logits, its losses, and statistics of the use of experts.
 
 Shape letters: B utterances (rows) of a batch, N utterances of a set, E routed experts, K experts per utterance.
 
@@ -18,13 +18,13 @@ NEVER = -1e4  # logit of an expert that a table does not choose
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which routed experts each utterance uses, and how much. The shared expert is on for every utterance.
+    """Routed experts and their weights for each utterance. The shared expert is active for every utterance.
 
     Attributes:
-        topk_ids_BK: int64 expert numbers, in 0…E-1; K is 0 where there are no routed experts.
-        topk_weights_BK: weights, summing to 1 in each row, or to 0 where the router abstains; they carry the gate's
-            gradient.
-        added: (number of an added expert, the rows that use it), for each that is used.
+        topk_ids_BK: int64 expert numbers, in 0…E-1; K is 0 without routed experts.
+        topk_weights_BK: weights, summing to 1 in each row, or to 0 if the router abstains; the gate's gradient passes
+            through them.
+        added: (number of an added expert, the rows that use it), for each added expert in use.
     """
 
     topk_ids_BK: Tensor
@@ -39,9 +39,9 @@ class Routing:
 
 
 class RoutingSlot:
-    """Holds the routing of the running batch; every layer of one model reads the same slot.
+    """Contains the routing of the current batch; all layers of a model read the same slot.
 
-    `None` means that no expert adds anything, not even the shared one: the frozen base model.
+    `None` disables all experts, including the shared expert: the model is the frozen base.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class RoutingSlot:
 
 
 def route_to(expert: int | None, rows: int, device: torch.device) -> Routing:
-    """All rows to one routed expert at unit weight, or (None) to the shared expert alone."""
+    """Routes all rows to one routed expert with weight 1, or (None) to the shared expert alone."""
     ids_BK = torch.full((rows, 0 if expert is None else 1), expert or 0, dtype=torch.int64, device=device)
     return Routing(ids_BK, torch.ones_like(ids_BK, dtype=torch.float32))
 
@@ -64,7 +64,8 @@ def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routi
     """The K experts of highest probability, with their softmax weights renormalised to sum to 1.
 
     Args:
-        known_B: false for utterances unlike all groups: their weights are 0, so that they get the shared expert alone.
+        known_B: false for utterances that belong to no group: their weights are 0, so that they use the shared expert
+            alone.
     """
     top_k = min(top_k, logits_BE.shape[1])
     best_BK, ids_BK = logits_BE.float().topk(top_k, dim=1)
@@ -73,14 +74,14 @@ def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routi
 
 
 def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Fixed logits that give each utterance its group's expert.
+    """Fixed logits that route each utterance to the expert of its group.
 
     Args:
         values: group of each of N utterances, by the corpus.
         groups: the groups that have an expert, in the experts' order.
 
     Returns:
-        (logits_NE, known_N); an utterance of another group is not known, and gets the shared expert alone.
+        (logits_NE, known_N); an utterance of another group is not known, and uses the shared expert alone.
     """
     number_of = {group: number for number, group in enumerate(groups)}
     logits_NE = torch.full((len(values), len(groups)), NEVER)
@@ -126,15 +127,15 @@ def router_entropy(logits_BE: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """How a set of utterances used the experts.
+    """Statistics of the use of experts by a set of utterances.
 
     Attributes:
-        load: share of the total weight that each expert got; sums to 1 (0 where all utterances abstain).
+        load: share of the total weight of each expert; sums to 1 (0 if the router abstains for all utterances).
         entropy: mean entropy of the router, in nats.
         top1_share: mean weight of the first choice.
-        abstained: share of utterances that got the shared expert alone.
-        collapsed: one expert took over 90% of the weight although there are several, or half the experts got under
-            a tenth of their fair share.
+        abstained: share of utterances that used the shared expert alone.
+        collapsed: one of several experts has over 90% of the weight, or half of the experts have less than a tenth of
+            an equal share.
     """
 
     load: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Whisper around its transformers modules: loading, encoding at short context, text ↔ tokens, pooled embeddings.
+"""Functions on the transformers modules of Whisper: loading, encoding at short context, losses, pooled embeddings.
 
 Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U text tokens, D model width, V vocabulary.
 """
@@ -22,11 +22,11 @@ from common.tensors import check_names, check_weights, file_shapes
 
 
 def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> WhisperForConditionalGeneration:
-    """A Whisper checkpoint in Hugging Face's format.
+    """Loads a Whisper checkpoint in Hugging Face's format.
 
     Raises:
-        DataError: the folder is not one; its weights are damaged, lack a tensor of the model, have another one, or are
-            not all finite.
+        DataError: the folder is not such a checkpoint, or its weights are damaged, have missing or additional tensors,
+            or are not all finite.
     """
     transformers_logging.disable_progress_bar()
     config, source = whisper_config(folder), f"model {folder}"
@@ -68,7 +68,7 @@ _SIZES = {
 
 
 def _check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
-    """Compares config.json with the headers of the weights, before a model of those sizes takes memory.
+    """Compares config.json with the headers of the weights, before memory is allocated for the model.
 
     Raises:
         DataError: they differ, or a tensor is missing.
@@ -108,7 +108,8 @@ def encode(
         mel_BMF: F a multiple of 2, at most 3000.
         layer: -1 all layers and the final norm; 0 the convolutions alone; n the output of the n-th block, unnormed.
         gradient_checkpointing: recompute blocks in the backward pass (gradient checkpointing).
-        copies: of each utterance, side by side, for experts of their own; the convolutions, which have none, run once.
+        copies: number of copies of each utterance, for separate experts; the convolutions, which have no experts, run
+            once.
 
     Returns:
         hidden_BTD with T = F / 2, of B · copies rows.
@@ -133,10 +134,10 @@ def encode(
 
 
 def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
-    """What `encode` returns for each of several layers, in one pass.
+    """The result of `encode` for each of several layers, in one pass.
 
     Raises:
-        DataError: the encoder has not all of them.
+        DataError: the encoder does not have all of these layers.
     """
     encoder = model.model.encoder
     _check_layers(model, layers)
@@ -152,7 +153,7 @@ def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layer
 
 
 def _check_layers(model: WhisperForConditionalGeneration, layers: Sequence[int]) -> None:
-    """Raises DataError where the encoder has not all of these layers."""
+    """Raises DataError if the encoder does not have all of these layers."""
     count = len(model.model.encoder.layers)
     for layer in layers:
         if not -1 <= layer <= count:

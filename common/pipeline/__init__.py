@@ -1,1 +1,1 @@
-"""What runs a stage: its contract, keys, plan, run records, and everything that surrounds its function."""
+"""The pipeline: contracts of stages, keys, plans, run records, and the execution of stages."""

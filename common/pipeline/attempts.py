@@ -1,8 +1,8 @@
-"""Attempts at one piece of work: how far the present one is, and how long it and those before it took.
+"""Attempts at one task: progress of the current attempt, and durations of all attempts.
 
-Each attempt keeps a small record beside the checkpoints of its stage, `checkpoints/attempt-<id>.json`. It is renewed
-every half minute and when the attempt ends, so that `moe-asr status` shows what a stage does now, and so that one that
-was interrupted reports the time of all its attempts. The records go when the stage is done.
+Each attempt writes a small record next to the checkpoints of its stage, `checkpoints/attempt-<id>.json`. It is updated
+every half minute and when the attempt ends, so that `moe-asr status` shows the current activity of a stage, and an
+interrupted stage reports the time of all its attempts. The records are deleted when the stage is done.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FAR = 1e11  # seconds; what is beyond is no time of an attempt
 
 @dataclass
 class Activity:
-    """What a stage does now: `name` ("training", "scoring the trained model"), `done` of `total` units."""
+    """Current activity of a stage: `name` ("training", "scoring the trained model"), `done` of `total` units."""
 
     name: str = ""
     done: int = 0
@@ -38,13 +38,13 @@ class Activity:
     unit: str = ""
 
     def begin(self, name: str, done: int, total: int, unit: str) -> None:
-        """Starts something else."""
+        """Begins another activity."""
         self.name, self.done, self.total, self.unit = name, done, total, unit
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A progress bar that keeps an activity up to date."""
+    """A progress bar that updates an activity."""
 
     bar: Bar
     activity: Activity
@@ -64,20 +64,20 @@ class Counted:
 
 
 def counted_bar(activity: Activity, total: int, name: str, *, unit: str, hidden: bool) -> Counted:
-    """Begins an activity, with a progress bar of its name."""
+    """Begins an activity, with a progress bar of the same name."""
     activity.begin(name, 0, total, unit)
     return Counted(progress(total, name, unit=unit, hidden=hidden), activity)
 
 
 @dataclass
 class Attempt:
-    """One try at a piece of work.
+    """One attempt at a task.
 
     Attributes:
-        first: when the first attempt at it began, in seconds since 1970.
-        number: of this attempt, from 1.
-        earlier: seconds that the attempts before this one took.
-        activity: what it does now; the stage keeps it up to date.
+        first: start of the first attempt at the task, in seconds since 1970.
+        number: number of this attempt, from 1.
+        earlier: total duration of the earlier attempts, in seconds.
+        activity: current activity, updated by the stage.
     """
 
     first: float
@@ -89,7 +89,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """Wall time of all attempts; what lay between them does not count."""
+        """Wall time of all attempts, without the time between them."""
         return self.earlier + time.monotonic() - self.clock
 
     def record(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Attempt:
 
 @contextmanager
 def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
-    """Records an attempt while the block runs, and how it ended."""
+    """Records an attempt while the block runs, and its end."""
     earlier = attempts_at(store, key)
     seconds = sum(float(one["seconds"]) for one in earlier)
     first = min((float(one["started"]) for one in earlier), default=time.time())
@@ -125,7 +125,7 @@ def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
         yield attempt
     except BaseException as error:
         over.set()
-        # Neither a store that fails nor a user who asks twice to end is kept waiting for a record.
+        # A record must not delay a failing store or the end after a second signal.
         if not isinstance(error, KeyboardInterrupt | StoreError | RetryableError):
             thread.join()
             write()
@@ -135,7 +135,7 @@ def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
 
 
 def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
-    """The records of the attempts at a piece of work that is not done, oldest first; damaged ones are left out."""
+    """The records of the attempts at an unfinished task, oldest first; damaged records are left out."""
     found = []
     for entry in store.list(_prefix(key)):
         try:
@@ -150,7 +150,9 @@ def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
 
 
 def describe_attempt(record: dict[str, Any], *, now: float) -> str:
-    """An attempt in a phrase: `scoring the trained model: 40 of 72 utterances`, with its age where it is silent."""
+    """A description of an attempt: `scoring the trained model: 40 of 72 utterances`, with its age if it is not
+    updated.
+    """
     name, done, total, unit = (record.get(key, "") for key in ("name", "done", "total", "unit"))
     text = f"{name}: {done} of {total} {unit}" if total else str(name or "started")
     silent = now - record["updated"]

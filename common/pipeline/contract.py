@@ -1,6 +1,6 @@
-"""What a stage declares of itself, once and without torch.
+"""The declaration of a stage: a single source that does not import torch.
 
-The local runner, the workflow, the help texts, the dry run and the drift tests all read these declarations.
+The local runner, the workflow, the help texts, the dry run and the drift tests read these declarations.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ VOLATILE = ("*.png", "*.svg", "*.log", "throughput.json", "*adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Contract:
-    """One stage.
+    """Contract of one stage.
 
     Attributes:
-        name: of the stage and of its folder in the store.
+        name: name of the stage and of its folder in the store.
         summary: one line for help texts.
-        output: name of the folder that it writes, and of the argument by which later stages get it.
-        inputs: outputs of earlier stages that it reads; one that is not active for a configuration is left out.
+        output: name of the folder that it writes, and of the argument by which later stages receive it.
+        inputs: outputs of earlier stages that it reads; outputs of inactive stages are left out.
         sources: `corpus` and/or `model`, fetched by the pipeline.
         reads: sections or keys of the configuration that its result depends on.
-        format: raised when the same inputs give another output.
-        fan_out: (config, corpus, manifests of finished stages) → number of shards, None while unknown; a stage
-            without is one piece.
+        format: version of the output format; incremented when the same inputs give another output.
+        fan_out: (config, corpus, manifests of finished stages) → number of shards, None while unknown; a stage without
+            this function is one piece.
         active: whether a configuration needs the stage.
-        gpus: GPUs that it asks for on a cluster; 0 runs on CPU nodes.
-        together: whether `runtime.processes` processes work on it together, with a GPU each.
-        part_of: the stage whose folder, image and section of the configuration it shares; empty for its own.
+        gpus: number of GPUs that it requests on a cluster; 0 runs on CPU nodes.
+        together: whether `runtime.processes` processes work on it together, with one GPU each.
+        part_of: the stage whose folder, image and section of the configuration it shares; empty if it has its own.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Contract:
         return self.part_of or self.name
 
     def processes(self, config: Config) -> int:
-        """How many processes work on one piece of it."""
+        """Number of processes that work together on one piece."""
         return config.runtime.processes if self.together else 1
 
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What this machine offers a run: versions, device, memory, cores, disk, decoding, compiler."""
+"""Checks of this machine: versions, device, memory, cores, disk, decoding, compiler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHOWN = ("torch", "transformers", "peft", "accelerate", "soundfile", "numpy")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: whether it held (`ok`), held with something to know (`note`), or stops runs (`fail`)."""
+    """Result of one check: passed (`ok`), passed with a remark (`note`), or preventing runs (`fail`)."""
 
     name: str
     state: Literal["ok", "note", "fail"]
@@ -33,13 +33,13 @@ class Check:
 
 
 def check_machine(folder: Path) -> Iterator[Check]:
-    """Tries what runs on this machine rely on.
+    """Checks everything that runs on this machine rely on.
 
     Args:
-        folder: where unfinished work will lie; it need not exist.
+        folder: folder for unfinished work; it need not exist.
 
     Yields:
-        One finding per check, in the order in which a reader wants them.
+        One result per check, in the order of display.
     """
     for check in (_python, _packages, _device, _arithmetic, _memory, _shared_memory, _cores):
         yield check()
@@ -56,7 +56,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    """Installed versions against the ranges of our own distribution."""
+    """Compares installed versions with the ranges required by this distribution."""
     from packaging.requirements import Requirement
 
     try:
@@ -92,7 +92,7 @@ def _device() -> Check:
 
 
 def _arithmetic() -> Check:
-    """A product on the device against one on the CPU in double precision: a broken driver shows here."""
+    """Compares a matrix product on the device with one on the CPU in double precision, to detect a broken driver."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,7 @@ def _arithmetic() -> Check:
 
 
 def _memory() -> Check:
-    """The machine's, or what a container may have of it."""
+    """Memory of the machine, or the limit of the container."""
     info = {}
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, amount = line.partition(":")
@@ -157,7 +157,7 @@ def _disk(folder: Path) -> Check:
 
 
 def _decoding(format_: str, subtype: str | None) -> Check:
-    """A tone, encoded and decoded in this process: no ffmpeg, no program of the system."""
+    """Encodes and decodes a tone in this process, without ffmpeg or other programs of the system."""
     import numpy as np
     import soundfile
 

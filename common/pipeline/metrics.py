@@ -1,4 +1,4 @@
-"""Metrics of a stage: rows of metrics.jsonl, and the same values live for Prometheus."""
+"""Metrics of a stage: rows of metrics.jsonl, and the same values as live metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LIVE: dict[str, Metric] = {
 
 
 class MetricsLog:
-    """Appends rows to a JSON Lines file as they come.
+    """Appends rows to a JSON Lines file.
 
     Args:
-        path: the file; none keeps the rows in memory only.
-        live: where the values go besides; by default nobody sees them.
-        activity: what the stage does now; `progress` keeps it up to date.
+        path: the file; None keeps the rows in memory only.
+        live: live metrics that also receive the values; by default none.
+        activity: current activity of the stage, updated by `progress`.
     """
 
     def __init__(self, path: Path | None, live: StageTelemetry | None = None, activity: Activity | None = None) -> None:
@@ -48,11 +48,11 @@ class MetricsLog:
                 file.write(json.dumps(row) + "\n")
 
     def progress(self, done: int, total: int, *, name: str = "training", unit: str = "steps") -> None:
-        """Says how many units are done of how many; in a workflow's pod also to Argo, which sums up its pods.
+        """Reports the number of finished and of all units; in a workflow's pod also to Argo, which sums over its pods.
 
         Args:
-            name: what the stage does, for `moe-asr status`.
-            unit: what is counted, in the plural.
+            name: name of the activity, for `moe-asr status`.
+            unit: name of the counted units, in the plural.
         """
         self.activity.begin(name, done, total, unit)
         self.live.progress(done, total)
@@ -61,13 +61,13 @@ class MetricsLog:
                 Path(path).write_text(f"{done}/{total}\n", encoding="utf-8")
 
     def event(self, name: str) -> None:
-        """Counts something that should be rare."""
+        """Counts a rare event."""
         self.events[name] += 1
         if name == "nonfinite_steps":
             self.live.add(telemetry.NONFINITE)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Starts from the rows of an interrupted run."""
+        """Restores the rows of an interrupted run."""
         self.rows = list(rows)
         if self.path is not None:
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What a run has to do: the keys of its stages, what is done of them, and why the rest is not.
+"""The plan of a run: the keys of its stages, which of them are done, and why the others are not.
 
-Nothing here runs a stage or imports torch; on a cluster this is the first step, on a CPU.
+This module neither runs stages nor imports torch; on a cluster, planning is the first step, on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Task:
     """One stage or one shard of it.
 
     Attributes:
-        shard: None where the stage is one piece.
+        shard: number of the shard; None if the stage is one piece.
         inputs: output name of each earlier stage → keys of its pieces.
     """
 
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Planned:
-    """A task with what is known of it: `done`, `todo` (never made) or `stale` (made, but not usable as it is)."""
+    """A task and its state: `done`, `todo` (never made) or `stale` (made, but not usable)."""
 
     task: Task
     status: Literal["done", "todo", "stale"]
@@ -49,7 +49,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks that can be named yet; `open_ended` stages fan out over something not made yet."""
+    """All tasks that are known so far; the fan-out of `open_ended` stages depends on results that do not exist yet."""
 
     planned: tuple[Planned, ...]
     open_ended: tuple[Contract, ...]
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to do."""
+        """Whether nothing is left to do."""
         return not self.open_ended and all(p.status == "done" for p in self.planned)
 
 
@@ -70,7 +70,7 @@ def group_keys(contracts: Sequence[Contract], config: Config, sources: Mapping[s
     """Output name → key of the stage as a whole, for every active stage.
 
     Args:
-        contracts: in order.
+        contracts: contracts of the stages, in order.
         sources: digests of `corpus` and `model`.
     """
     keys: dict[str, Key] = {}
@@ -92,10 +92,10 @@ def make_plan(
     before: Mapping[str, Any] | None = None,
     deep: bool = False,
 ) -> Plan:
-    """Looks at the store and says for each task whether it is done, and why not.
+    """Reads the state of each task from the store: whether it is done, and if not, why.
 
     Args:
-        before: stage → key ingredients of the run as it was last; names what changed.
+        before: stage → key ingredients of the previous state of the run, to name the changes.
         deep: also re-hash every file.
     """
     groups = group_keys(contracts, config, sources)
@@ -147,7 +147,7 @@ def _look(
 
 
 def _changed_input(state: State, task: Task, earlier: Sequence[Planned]) -> str:
-    """Says which input has other content now than when this was made; its key alone would not tell."""
+    """The input whose content differs from the content when this artifact was made, which the key does not show."""
     assert state.manifest is not None
     now = {p.task.key.digest: p for p in earlier if p.manifest and p.status == "done"}
     for name, used in state.manifest.inputs.items():

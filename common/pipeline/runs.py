@@ -115,7 +115,7 @@ def read_record(store: Store, name: str) -> dict[str, Any] | None:
         raise _damaged(where, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     except (ValueError, RecursionError):
         raise _damaged(where, "it is not JSON") from None
-    return {**record, "name": name}  # whatever it calls itself
+    return {**record, "name": name}  # whatever name the record contains
 
 
 def _damaged(where: str, reason: str) -> DataError:
@@ -123,10 +123,10 @@ def _damaged(where: str, reason: str) -> DataError:
 
 
 def settings_alone(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run without places and `runtime`: what comes from a store says what, never where or how.
+    """The configuration of a run without locations and `runtime`, which are not taken from a store.
 
     Args:
-        record: the run's.
+        record: the run's record.
     """
     tree: dict[str, Any] = copy.deepcopy({n: v for n, v in record["config"].items() if n not in ("runtime", *PLACES)})
     for path in PLACES:
@@ -156,11 +156,11 @@ def run_record(store: Store, name: str) -> dict[str, Any]:
 
 
 def find_run(name: str, store: Store | None) -> tuple[Store, dict[str, Any]] | None:
-    """Store and record of the run that a name or its own folder stands for; None where it stands for no run.
+    """Store and record of the run given by its name or folder; None if there is no such run.
 
     Args:
-        name: a folder with run.json; or `demo` and, in the store `runs`, `runs/demo`: not what has the look of a hub
-            name or of an address.
+        name: a folder with run.json, or `demo` and, in the store `runs`, `runs/demo`, but no name that can be a hub
+            name or an address.
     """
     folder = Path(name)
     if (folder / "run.json").is_file():
@@ -174,12 +174,12 @@ def find_run(name: str, store: Store | None) -> tuple[Store, dict[str, Any]] | N
 def recorded_states(
     store: Store, record: Mapping[str, Any], stage: str | None = None, *, deep: bool = False
 ) -> Iterator[tuple[str, Key, State]]:
-    """Label, key and state of each piece of a run, as it was recorded: the corpus may have changed since.
+    """Label, key and state of each piece of a run as recorded; the corpus may have changed since.
 
     Args:
-        record: the run's.
-        stage: whose pieces; those of all when left out.
-        deep: as of `inspect`.
+        record: the run's record.
+        stage: stage of the pieces; all stages if None.
+        deep: as in `inspect`.
     """
     for label, task in record["tasks"].items():
         if stage in (None, task["stage"]):
@@ -191,8 +191,8 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path)
     """Local folders of a stage's finished pieces.
 
     Args:
-        record: the run's.
-        cache: where those of a remote store are brought.
+        record: the run's record.
+        cache: folder for downloads from a remote store.
 
     Raises:
         DataError: the run has no such stage, or it is not done.

@@ -1,4 +1,4 @@
-"""Results that runs share although no stage names them: artifacts of the store under keys of their own."""
+"""Results that are shared by runs and belong to no stage: artifacts of the store with separate keys."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SharedResults:
-    """Finds and adds such results in one store.
+    """Finds and adds shared results in one store.
 
     Attributes:
-        scratch: folder for what is brought from a remote store.
+        scratch: folder for downloads from a remote store.
     """
 
     store: Store
     scratch: Path
 
     def find(self, key: Key) -> Path | None:
-        """The folder of a result, each file checked by its hash; None where it was never made or is damaged."""
+        """The folder of a result, after a check of each file's hash; None if the result does not exist or is
+        damaged.
+        """
         state = inspect(self.store, key)
         if state.status == "damaged":
             log.warning("%s/%s: %s; it is made again", key.stage, key.digest[:8], state.reason)
@@ -44,10 +46,10 @@ class SharedResults:
             return None
 
     def add(self, key: Key, fill: Callable[[Path], None], *, started: float) -> None:
-        """Commits what `fill` writes into an empty folder, unless another process was faster.
+        """Commits the files that `fill` writes into an empty folder, unless another process was faster.
 
         Args:
-            started: when the work for it began, in seconds since 1970.
+            started: start of the computation, in seconds since 1970.
         """
         folder = new_attempt(self.store, key, self.scratch)
         try:

@@ -1,6 +1,6 @@
-"""What surrounds a stage: fetches its inputs, offers checkpoints and metrics, commits its output.
+"""Execution of a stage: fetches its inputs, provides checkpoints and metrics, commits its output.
 
-A stage's `run` knows neither stores nor workflows: it is a function over folders and a corpus.
+A stage's `run` uses neither stores nor workflows: it is a function over folders and a corpus.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ log = logging.getLogger(__name__)
 
 
 class Parts:
-    """Finished parts of a stage, in its store, each whole or absent: what a killed extraction goes on from."""
+    """Finished parts of a stage, in its store, each whole or absent, from which a killed extraction continues."""
 
     def __init__(self, store: Store, prefix: str) -> None:
         self.store, self.prefix = store, prefix
 
     def names(self) -> list[str]:
-        """Parts that are there, without their digests."""
+        """Names of existing parts, without their digests."""
         return [entry.key.rpartition("/")[2].split(".")[0] for entry in self.store.list(self.prefix)]
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Stores a part under a name that carries its digest."""
+        """Stores a part under a name that contains its digest."""
         from safetensors.torch import save
 
         data = save(dict(tensors))
         self.store.write(f"{self.prefix}{name}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """A part, or None when its bytes are not those that were written."""
+        """A part, or None if its bytes are not those that were written."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -79,18 +79,18 @@ class Parts:
 
 @dataclass
 class Context:
-    """What the pipeline offers to a running stage.
+    """Services of the pipeline for a running stage.
 
     Attributes:
         shard: number of the shard, None for a stage in one piece.
-        parts: finished parts of an earlier try.
-        results: what several runs of a store share.
+        parts: finished parts of an earlier attempt.
+        results: results that several runs of a store share.
         checkpointer: opens the stage's checkpoints.
         metrics: rows for metrics.jsonl and Prometheus.
-        attempt: this try; its activity is what `moe-asr status` shows.
-        stopping: true once the process was told to end.
-        summary: small results that go into the manifest (and are never part of the content).
-        scratch: a folder that goes away.
+        attempt: the current attempt; `moe-asr status` shows its activity.
+        stopping: true after the process received a signal to stop.
+        summary: small results that are written to the manifest (and are not part of the content).
+        scratch: a temporary folder.
     """
 
     shard: int | None
@@ -104,7 +104,7 @@ class Context:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def check_stop(self) -> None:
-        """Raises Preempted when the process was told to end; what is saved by then is kept."""
+        """Raises Preempted if the process received a signal to stop; saved parts are kept."""
         if self.stopping():
             raise Preempted("told to stop; finished parts are saved")
 
@@ -121,21 +121,21 @@ def execute(
     notes: Mapping[str, Any] | None = None,
     telemetry: Telemetry | None = None,
 ) -> Manifest:
-    """Runs one task if its output is not there yet, and commits it.
+    """Runs one task if its output does not exist yet, and commits it.
 
     Args:
         run: the stage's function: (config, context, *, corpus, model, <inputs>, output).
-        corpus: the run's, its long utterances treated.
-        scratch: where inputs from a remote store and unfinished work go.
+        corpus: the run's corpus, after treatment of long utterances.
+        scratch: folder for inputs from a remote store and unfinished work.
         notes: further values for the manifest's metrics.
-        telemetry: the process's live metrics; their last values go into the manifest too.
+        telemetry: the process's live metrics, whose last values are written to the manifest too.
 
     Returns:
-        The manifest, of this run or of the one that was faster.
+        The manifest, of this run or of another run that was faster.
 
     Raises:
-        RetryableError: an input turned out damaged and is quarantined.
-        MoeAsrError: as the stage raises.
+        RetryableError: an input is damaged and was quarantined.
+        MoeAsrError: as raised by the stage.
     """
     live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
     measured = MeasuredStore(store, live)
@@ -164,7 +164,7 @@ def _make(
     notes: Mapping[str, Any],
     live: StageTelemetry,
 ) -> Manifest:
-    """Runs the stage's function and commits what it wrote."""
+    """Runs the stage's function and commits its output."""
     with _workplace(task, scratch) as work:
         folders, used = _fetch_inputs(task, config, store, corpus, scratch)
         output = new_attempt(store, task.key, work)
@@ -200,7 +200,7 @@ def follow(
     scratch: Path,
     stopping: Callable[[], bool],
 ) -> None:
-    """Runs a task beside the process that `execute`s it: the same inputs, but what it writes is thrown away."""
+    """Runs a task together with the process that `execute`s it: with the same inputs, but its output is discarded."""
     with _workplace(task, scratch) as work:
         folders, _ = _fetch_inputs(task, config, store, corpus, scratch)
         output = work / "output"
@@ -212,20 +212,20 @@ def follow(
 
 @contextmanager
 def _workplace(task: Task, scratch: Path) -> Iterator[Path]:
-    """A folder for one try of a task, which goes away with it."""
+    """A temporary folder for one attempt at a task."""
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{task.contract.name}-") as temporary:
         yield Path(temporary)
 
 
 def last_values(live: StageTelemetry) -> dict[str, float | None]:
-    """The stage's metrics for its manifest, None for what is not finite, which JSON cannot say."""
+    """The stage's metrics for its manifest; None for values that are not finite, which JSON cannot represent."""
     values = {name: value for name, value in live.values().items() if not name.startswith("moe_asr_stage_")}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def hand_out(manifest: Manifest) -> None:
-    """Writes a task's last values as JSON into $MOE_ASR_METRICS_FILE, where a workflow engine picks them up."""
+    """Writes a task's last values as JSON into $MOE_ASR_METRICS_FILE, from which a workflow engine reads them."""
     if path := os.environ.get("MOE_ASR_METRICS_FILE"):
         values = {"stage": manifest.stage, "seconds": manifest.seconds, **manifest.metrics}
         Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -262,7 +262,7 @@ def _context(
 def _fetch_inputs(
     task: Task, config: Config, store: Store, corpus: Corpus, scratch: Path
 ) -> tuple[dict[str, Corpus | Path | list[Path]], dict[str, list[dict[str, str]]]]:
-    """Corpus and folders of all inputs by argument name, and what the manifest records of them."""
+    """Corpus and folders of all inputs by argument name, and the inputs' entries in the manifest."""
     folders: dict[str, Corpus | Path | list[Path]] = {}
     if "corpus" in task.contract.sources:
         folders["corpus"] = corpus

@@ -1,4 +1,4 @@
-"""compare.html: systems side by side, the difference of each from the reference, by etiology, and their training."""
+"""compare.html: rates of systems, their differences from the reference, rates by etiology, and costs of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULT, PAGE = "comparison.json", "compare.html"
 
 
 def render_comparison(comparison: Row) -> str:
-    """The page as one HTML string, from what `compare.compare` gives."""
+    """The page as one HTML string, from the result of `compare.compare`."""
     systems: Sequence[Row] = comparison["systems"]
     etiologies = [name for name in systems[0]["by_etiology"] if name != UNKNOWN]
     ends = [end for one in systems for end in (one["wer"], *(one["wer_interval"] or ()))]
@@ -46,7 +46,7 @@ def _etiology(systems: Sequence[Row], name: str) -> Row:
 
 
 def _verdict(comparison: Row) -> str:
-    """Which systems are told apart from the reference, in words."""
+    """A description of the systems that differ significantly from the reference."""
     reference = comparison["reference"]
     if comparison["speakers"] == 1:
         return "Whether a difference is more than chance cannot be said: that takes two or more speakers."
@@ -105,7 +105,7 @@ def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) 
     """Writes comparison.json and compare.html into a folder, both or none.
 
     Raises:
-        UsageError: something is in the way.
+        UsageError: the folder exists and may not be replaced.
     """
     with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
         (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -33,10 +33,10 @@ def render_evaluation(result: Row, rows: Sequence[Row], corpus: Corpus, out: Pat
 
     Args:
         result: evaluation.json's object.
-        rows: of the utterances (`breakdown.scored_row`).
-        corpus: where their audio is.
-        out: the folder that the page will lie in; audio in files is pointed at from there, other audio is embedded
-            as far as it is small.
+        rows: rows of the utterances (`breakdown.scored_row`).
+        corpus: the corpus with their audio.
+        out: the folder of the page; audio files are linked by paths relative to it, other audio is embedded up to a
+            limit.
     """
     worst, looping = worst_section(rows, None), [dict(row) for row in loops(rows)]
     listed = [*(worst["lines"] if isinstance(worst, dict) else ()), *looping]
@@ -62,20 +62,20 @@ def render_evaluation(result: Row, rows: Sequence[Row], corpus: Corpus, out: Pat
 
 
 def audio_sources(ids: Sequence[str], corpus: Corpus, out: Path) -> dict[str, str]:
-    """id → address of its audio, for a page in the folder `out`; without those that a page cannot play."""
+    """id → address of its audio, for a page in the folder `out`; without audio that a page cannot play."""
     by_id = {u.id: u for u in corpus.utterances}
     room = EMBED_BYTES
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name in dict.fromkeys(ids):
         u = by_id[name]
-        part = f"#t={u.offset:.3f},{u.offset + u.duration:.3f}"  # the file may go on after it
+        part = f"#t={u.offset:.3f},{u.offset + u.duration:.3f}"  # the file may be longer
         if corpus.clip(u) is None:
             path = os.path.relpath(corpus.path(u), out.resolve())
-            found[name] = quote(Path(path).as_posix()) + part
+            sources[name] = quote(Path(path).as_posix()) + part
         elif embedded := _embedded(u, corpus, room):
             room -= len(embedded)
-            found[name] = embedded + part
-    return found
+            sources[name] = embedded + part
+    return sources
 
 
 def _embedded(u: Utterance, corpus: Corpus, room: int) -> str | None:
@@ -97,7 +97,7 @@ def _about(result: Row) -> list[str]:
 
 
 def _tables(result: Row) -> list[Row]:
-    """One table for each way of grouping that tells something: worst group first, durations in their order."""
+    """One table for each informative grouping: worst group first, durations in order."""
     tables = []
     for name, title in TITLES.items():
         groups: Mapping[str, Row] = result[f"by_{name}"]
@@ -116,7 +116,9 @@ def _tables(result: Row) -> list[Row]:
 
 
 def _matrix(cells: Sequence[Row]) -> Row | None:
-    """WER by etiology and severity (rows) and duration (columns); None where the corpus names neither."""
+    """WER by etiology and severity (rows) and duration (columns); None if the corpus has neither etiologies nor
+    severities.
+    """
     wanted = [name for name in ("etiology", "severity") if any(cell[name] != UNKNOWN for cell in cells)]
     if not wanted:
         return None
@@ -167,16 +169,17 @@ def evaluate_to_folder(
     """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
 
     Args:
-        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or hear them in `windows`.
-        samples: of a stratified part of the split, the same for every model.
-        overwrite: replace an evaluation that is there.
+        long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or transcribe them in
+            `windows`.
+        samples: size of a stratified part of the split, the same for every model.
+        overwrite: replace an existing evaluation.
 
     Returns:
         The object of evaluation.json.
 
     Raises:
-        UsageError: something is in the way of `out`.
-        DataError: as `choose_utterances` and `decode_corpus`.
+        UsageError: `out` exists and may not be replaced.
+        DataError: as in `choose_utterances` and `decode_corpus`.
     """
     with new_folder(out, overwrite=overwrite, mark=RESULT) as folder:
         utterances = choose_utterances(corpus, split, long_audio=long_audio, samples=samples)

@@ -1,5 +1,6 @@
-"""report.html of an extension: what an added expert brings, the ways that were tried, confusions, and who else was
-checked."""
+"""report.html of an extension: gain by the added expert, the compared methods, confusions, and the check of other
+speakers.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def render_extension(info: AddedExpert, details: Row, page: Mapping[str, Any], *
 
     Args:
         details: extension.json.
-        page: `rows` of the held-out utterances without and with the expert; nothing where they are not known.
-        model, run: names.
+        page: `rows` of the held-out utterances without and with the expert; empty if they are not known.
+        model, run: names of the model and the run.
     """
     before, after = page.get("rows") or ((), ())
     return render_page(
@@ -48,14 +49,14 @@ def render_extension(info: AddedExpert, details: Row, page: Mapping[str, Any], *
 
 
 def confusion_table(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
-    """The most frequent confusions of the model as it is, and how often each happens with the expert."""
+    """The most frequent confusions of the unchanged model, and how often each occurs with the expert."""
     old, new = confusions(before), confusions(after)
     shown = [pair for pair, _ in (old + new).most_common(CONFUSIONS)]
     return [{"said": a, "written": b, "before": old[a, b], "after": new[a, b]} for a, b in shown]
 
 
 def confusions(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
-    """How often a word was written for another one; an empty word is one that is missing."""
+    """How often a word was written instead of another; an empty word stands for a missing word."""
     found: Counter[tuple[str, str]] = Counter()
     for row in rows:
         for kind, said, written in align_words(row["reference"], row["hypothesis"]):

@@ -1,4 +1,6 @@
-"""The model card of a finished run, in Hugging Face's format: only what the run itself measured or was told."""
+"""The model card of a finished run, in Hugging Face's format, with facts from the run's results and
+configuration only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from common.markdown import Markdown, code, escape, shell_word
 from common.report.page import clock, percent
 from common.storage.manifest import Manifest
 
-SMALL_SAMPLE = 10  # speakers; below this, an interval over them says little
+SMALL_SAMPLE = 10  # speakers; below this, an interval over them is unreliable
 HUB = "hub:"  # prefix of a base model's digest where it was looked up on the hub
 
 
@@ -34,9 +36,9 @@ def model_card(
         summary: `summary.json` of the run.
         report: `report.json` of the asr stage.
         manifest: of the asr stage's artifact.
-        model_digest: what the base model contributes to keys.
-        corpus_digest: the same of the corpus.
-        utterances: of the corpus, all splits.
+        model_digest: the base model's digest in keys.
+        corpus_digest: the corpus's digest in keys.
+        utterances: number of utterances of the corpus in all splits.
     """
     import jinja2
 
@@ -129,7 +131,7 @@ def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _facts(
     config: Config, summary: Mapping[str, Any], report: Mapping[str, Any], manifest: Manifest
 ) -> list[tuple[str, str]]:
-    """What was trained and how, from configuration and report."""
+    """Facts about the training, from configuration and report."""
     lora, asr = config.lora, config.asr
     facts = []
     if asr.adapt != "full":
@@ -167,7 +169,7 @@ def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
 
 
 def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
-    """What keeps a reader from taking the figures for more than they are."""
+    """Limits of the reported figures."""
     groups, language = summary["by_etiology"], config.model.language
     limits = []
     if summary["speakers"] < SMALL_SAMPLE:

@@ -1,4 +1,4 @@
-"""Pieces of a page: figures as inline SVG, numbers as text, word alignments and the geometry of a timeline."""
+"""Parts of a page: figures as inline SVG, numbers as text, word alignments and the geometry of a timeline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def render_page(template: str, **values: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("common.report"),
         autoescape=True,  # transcripts and names come from a corpus
-        undefined=jinja2.ChainableUndefined,  # a number that nobody reported is a dash, not an error
+        undefined=jinja2.ChainableUndefined,  # a number that is missing is a dash, not an error
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -42,8 +42,8 @@ def inline_svg(draw: Callable[[], Figure], name: str, label: str) -> Markup:
 
     Args:
         draw: makes the figure.
-        name: unique on the page.
-        label: the text that stands for the figure where it cannot be seen.
+        name: name that is unique on the page.
+        label: alternative text of the figure.
     """
     svg = render_svg(draw)
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
@@ -82,9 +82,9 @@ def clock(seconds: float | None) -> str:
 
 
 def axis_of_time(spans: Sequence[tuple[float, float]]) -> tuple[Callable[[float], float], float, list[Row]]:
-    """Seconds on an axis whose long pauses are cut short, its length, and where the cuts are.
+    """Seconds on an axis whose long pauses are shortened, the axis's length, and the positions of the shortened pauses.
 
-    A run that is resumed the next day would otherwise show two slivers.
+    Otherwise the bars of a run that is resumed the next day would be too narrow to see.
     """
     busy: list[list[float]] = []
     for start, end in sorted(spans):
@@ -104,7 +104,7 @@ def axis_of_time(spans: Sequence[tuple[float, float]]) -> tuple[Callable[[float]
 
 
 def lanes(events: Sequence[Row], place: Callable[[float], float], span: float) -> list[Row]:
-    """Bars of one stage, those that overlap on lanes of their own."""
+    """Bars of one stage; overlapping bars are on separate lanes."""
     ends: list[float] = []
     bars = []
     for event in events:
@@ -131,7 +131,7 @@ def _compact(svg: str, name: str) -> str:
 
 
 def _hoist_style(match: re.Match[str]) -> str:
-    """Thousands of markers that share one style say it once, on their group."""
+    """Moves a style that many markers share to their group."""
     styles = set(re.findall(r'style="([^"]*)"', match[2]))
     if len(styles) != 1 or "style=" in match[1]:
         return match[0]

@@ -29,7 +29,7 @@ Step = tuple[str, str, str]  # kind, words of the reference, words of the hypoth
 
 
 def scored_rows(asr: Path | None) -> list[Row]:
-    """The rows of predictions.jsonl that the summary is about: of the test split where there is one."""
+    """The rows of predictions.jsonl that the summary describes: those of the test split, if there is one."""
     if asr is None or not (asr / "predictions.jsonl").is_file():
         return []
     rows = read_rows(asr / "predictions.jsonl")
@@ -37,7 +37,7 @@ def scored_rows(asr: Path | None) -> list[Row]:
 
 
 def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
-    """The headline: rates before and after, and whether the difference is more than chance."""
+    """The main result: rates before and after, and whether the difference is significant."""
     before, after, speakers = summary.get("wer_before"), summary.get("wer_after"), summary.get("speakers")
     if not is_number(after):
         return "Result: the run has no error rate yet; the asr stage measures it."
@@ -57,7 +57,7 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
 
 
 def difference_interval(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """95% interval of WER after less WER before, both on the same draws of speakers; None without two speakers."""
+    """95% interval of WER after minus WER before, on the same draws of speakers; None without two speakers."""
     speakers = {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
     if len(set(speakers.values())) < 2:
         return None
@@ -148,11 +148,11 @@ def _unclipped_rose(summary: Row) -> bool:
 
 
 def caution(speakers: int | None, named: bool, chosen: str = "held out") -> str:
-    """What weakens the intervals; empty where nothing does.
+    """Limitations of the intervals; empty if there are none.
 
     Args:
-        named: the corpus names speakers.
-        chosen: what was done with these speakers.
+        named: whether the corpus names speakers.
+        chosen: use of these speakers.
     """
     if not named:
         return (
@@ -170,7 +170,7 @@ def caution(speakers: int | None, named: bool, chosen: str = "held out") -> str:
 
 
 def _slices(rows: Sequence[Row]) -> list[Row]:
-    """Rates by what the summary does not break down by."""
+    """Rates by the groupings that the summary does not contain."""
     keys: dict[str, Callable[[Row], str]] = {name: GROUPS[name] for name in ("severity", "duration")}
     keys["etiology, severity and duration"] = lambda row: ", ".join(GROUPS[name](row) for name in CELL)
     keys["speaker"] = GROUPS["speaker"]

@@ -1,7 +1,7 @@
-"""`report.html`: what a run did and what came of it, in one file that needs no network and runs no script.
+"""`report.html`: the stages and results of a run, in one file that needs no network and runs no script.
 
-Every section is built from the plain files of a stage. A stage that the run lacks leaves its section out, with the
-reason in one line.
+Every section is built from the files of a stage. The section of a stage that the run lacks is left out, with the reason
+in one line.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class RunView:
-    """What a report is made from.
+    """Inputs of a report.
 
     Args:
         name: the run's name.
@@ -54,9 +54,9 @@ class RunView:
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
         cluster, gate, asr: a stage's output folder; None where the run has no such stage.
-        experts: one output folder per expert, the shared one first where it was trained before.
+        experts: one output folder per expert, beginning with the shared expert if it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
-        audio_root: where the corpus lies, shown beside the utterances.
+        audio_root: location of the corpus, shown with the utterances.
     """
 
     name: str
@@ -75,7 +75,7 @@ def render_report(view: RunView) -> str:
     """The report as one self-contained HTML string; the same view gives the same string.
 
     Raises:
-        DataError: a stage's file is there but cannot be read.
+        DataError: a stage's file exists but cannot be read.
     """
     predictions = scored_rows(view.asr)
     sections: dict[str, Row | str] = {
@@ -136,7 +136,7 @@ def _clusters(folder: Path | None) -> Row | str:
 
 
 def _cluster_reading(report: Row) -> str:
-    """What the clusters follow, by the index that corrects for chance."""
+    """Description of the clusters' agreement with groups, by the adjusted Rand index."""
     rand = {name: value for name, value in (report.get("adjusted_rand") or {}).items() if is_number(value)}
     if len(rand) < 2 or max(rand.values()) < 0.1:
         return "The clusters agree with neither etiology nor speaker much more than chance would."
@@ -148,7 +148,7 @@ def _cluster_reading(report: Row) -> str:
 
 
 def _composition(rows: Sequence[Row]) -> Row:
-    """How many utterances of each etiology a cluster holds."""
+    """Number of utterances of each etiology in a cluster."""
     counts = Counter((row["cluster"], _field(row, "etiology")) for row in rows)
     clusters = sorted({cluster for cluster, _ in counts})
     totals = Counter({c: sum(n for (cluster, _), n in counts.items() if cluster == c) for c in clusters})
@@ -198,7 +198,7 @@ def _experts(folders: Sequence[Path]) -> Row | str:
     shown = curves[: plots.PANELS]
     highest = max((row["loss"] for _, rows in shown for row in rows if is_number(row.get("loss"))), default=None)
     figures: list[Drawing] = []
-    for i in range(0, len(shown), 4):  # four panels a figure, so that figures stand side by side
+    for i in range(0, len(shown), 4):  # four panels per figure, so that figures fit side by side
         part = shown[i : i + 4]
         names = ", ".join(title for title, _ in part)
         more = f" ({len(curves)} in all)" if len(curves) > len(shown) else ""
@@ -260,12 +260,12 @@ def _timeline(events: Sequence[Row]) -> Row | str:
     place, span, cuts = page.axis_of_time([(e["started"], e["started"] + e["seconds"]) for e in worked])
     stages = []
     for stage in dict.fromkeys(e["stage"] for e in sorted(events, key=lambda e: e["started"])):
-        mine = [e for e in worked if e["stage"] == stage]
-        bars = page.lanes(mine, place, span)
+        entries = [e for e in worked if e["stage"] == stage]
+        bars = page.lanes(entries, place, span)
         skipped = sum(e["stage"] == stage and e["status"] != "run" for e in events)
-        seconds = sum(e["seconds"] for e in mine)
+        seconds = sum(e["seconds"] for e in entries)
         height = 1 + max((bar["lane"] for bar in bars), default=0)
-        counts = {"ran": len(mine), "skipped": skipped}
+        counts = {"ran": len(entries), "skipped": skipped}
         stages.append({"name": stage, "bars": bars, "lanes": height, "seconds": seconds} | counts)
     more = max(0, len(worked) - EVENTS)
     return {

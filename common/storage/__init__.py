@@ -1,4 +1,4 @@
-"""Where results are kept: folders and buckets, artifacts and checkpoints in them."""
+"""Storage of results: folders and buckets, with artifacts and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
     """The store at a folder's path or an `s3://bucket/prefix`.
 
     Args:
-        endpoint_url: of an S3-compatible server; AWS and the AWS variables and profiles where it is not given.
+        endpoint_url: endpoint of an S3-compatible server; by default AWS, or that of the AWS variables and profiles.
 
     Raises:
-        ConfigError: another scheme, no bucket, a malformed address, or credentials in it.
+        ConfigError: the address has another scheme, no bucket or credentials, or is malformed.
     """
     text = str(url)
     _check_endpoint(endpoint_url or "")
@@ -38,7 +38,7 @@ def open_store(url: str | Path, *, endpoint_url: str | None = None) -> Store:
 
 
 def _check_endpoint(url: str) -> None:
-    """An address alone, whatever the store: it is recorded."""
+    """Checks that the endpoint is a plain address, for any kind of store, since it is recorded."""
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Artifacts of stages: named by what goes in, committed by a manifest written last, checked before they are used.
+"""Artifacts of stages: named by their inputs, committed by a manifest written last, checked before use.
 
     artifacts/<stage>/<key>/manifest.json          create-only; without it the stage is not done
     artifacts/<stage>/<key>/<attempt>/<files…>     what one attempt wrote; the manifest names the attempt that won
 
-Writers of one key work in attempts of their own, so neither a race nor a killed process can mix two outputs.
+Writers of the same key use separate attempts, so that neither a race nor a killed process can mix two outputs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TRIES = 5  # of a commit that meets damaged manifests
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Name of an artifact: known before anything runs.
+    """Name of an artifact, which is known before anything runs.
 
     Attributes:
         digest: 32 hex digits.
-        ingredients: what the digest was made of, in plain JSON values.
+        ingredients: values from which the digest is computed, as plain JSON values.
     """
 
     stage: str
@@ -47,17 +47,17 @@ class Key:
 
     @property
     def prefix(self) -> str:
-        """Where the artifact lies in its store."""
+        """Prefix of the artifact in its store."""
         return f"{ROOT}{self.stage}/{self.digest}/"
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is known of a key.
+    """State of the artifact of a key.
 
     Attributes:
-        reason: of `missing` and `damaged`.
-        raw: the manifest's bytes as they were judged.
+        reason: reason of `missing` and `damaged`.
+        raw: bytes of the manifest that was checked.
     """
 
     status: Literal["done", "missing", "damaged"]
@@ -70,7 +70,7 @@ def make_key(stage: str, format_version: int, values: Mapping[str, Any], inputs:
     """The key of a stage.
 
     Args:
-        format_version: of the stage's output.
+        format_version: format version of the stage's output.
         values: every configuration value that the stage reads, by its dotted path.
         inputs: name → key or digest of each input.
     """
@@ -86,12 +86,12 @@ def shard_key(group: Key, index: int) -> Key:
 
 
 def _canonical(value: Mapping[str, Any]) -> bytes:
-    """One text for equal values, whatever the order of names."""
+    """A text that is the same for equal values, independent of the order of names."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def inspect(store: Store, key: Key, *, deep: bool = False) -> State:
-    """Whether an artifact is there and whole; `damaged` only where a second look has found damage too.
+    """Whether an artifact exists and is whole; `damaged` only if a second check confirms the damage.
 
     Args:
         deep: re-hash all files; otherwise names and sizes are compared.
@@ -122,7 +122,7 @@ def _inspect_once(store: Store, key: Key, deep: bool) -> State:
 
 
 def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> str:
-    """The first file that is not as the manifest says; empty when all are."""
+    """The first file that differs from the manifest; empty if there is none."""
     sizes = {entry.key[len(folder) :]: entry.size for entry in store.list(folder)}
     for name, file in sorted(manifest.files.items()):
         if name not in sizes:
@@ -140,7 +140,7 @@ def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> s
 
 
 def _stored_hash(store: Store, key: str, size: int) -> str:
-    """sha256 of a stored file; empty where it is gone, or shorter, since it was listed."""
+    """sha256 of a stored file; empty if it was removed or shortened since it was listed."""
     path = store.local_path(key)
     digest = hashlib.sha256()
     try:
@@ -154,7 +154,7 @@ def _stored_hash(store: Store, key: str, size: int) -> str:
 
 
 def new_attempt(store: Store, key: Key, scratch: Path) -> Path:
-    """An empty folder for the outputs: in the store itself where that is a folder, else under `scratch`."""
+    """An empty folder for the outputs: in the store if the store is a folder, otherwise in `scratch`."""
     attempt = secrets.token_hex(6)
     folder = store.local_path(f"{key.prefix}{attempt}", to_write=True) or scratch / attempt
     with explained(folder):
@@ -176,15 +176,15 @@ def commit(
     seconds: float,
     metrics: Mapping[str, Any],
 ) -> Manifest:
-    """Makes an attempt the artifact: hashes and stores its files, then its manifest, unless another one was faster.
+    """Commits an attempt as the artifact: hashes and stores its files, then its manifest, unless another was faster.
 
     Args:
-        folder: from `new_attempt`.
-        volatile: patterns of files that are no part of the content digest.
+        folder: result of `new_attempt`.
+        volatile: patterns of files that are not part of the content digest.
         inputs: argument name → key and digest of each artifact that was read.
 
     Returns:
-        The manifest that counts: this one, or that of the writer who won (then this attempt is deleted).
+        The valid manifest: of this attempt, or of another writer that was faster (this attempt is then deleted).
     """
     paths = {name: folder / name for name in folder_files(folder)}
     files = {name: FileRecord(path.stat().st_size, file_hash(path)) for name, path in paths.items()}
@@ -212,7 +212,7 @@ def commit(
             return manifest
         state = inspect(store, key)
         if state.manifest and state.manifest.attempt == folder.name:
-            return state.manifest  # written, but a network file system or a repeated request said that it was taken
+            return state.manifest  # written, but a network file system or a retry reported that it exists
         if state.status == "done" and state.manifest:
             log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
             remove_all(store, own)
@@ -224,13 +224,13 @@ def commit(
 
 
 def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
-    """Brings an artifact's files here, each with its hash checked.
+    """Downloads an artifact's files and checks the hash of each.
 
     Args:
-        into: for a remote store; files that are there and right are not brought again.
+        into: target folder for a remote store; correct files that exist already are not downloaded again.
 
     Returns:
-        The folder with the files: the store's own where that is a folder, else `into`.
+        The folder with the files: that of the store if the store is a folder, otherwise `into`.
 
     Raises:
         RetryableError: a file is damaged; the artifact is quarantined and will be made again.
@@ -239,7 +239,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
     folder = store.local_path(prefix) or into
 
     def bring(name: str) -> str:
-        """Empty when the file is right."""
+        """Downloads a file; returns an empty text if it is correct."""
         for _ in range(2):  # what is wrong once may have suffered on its way
             if _is_right(folder / name, manifest.files[name]):
                 return ""
@@ -253,7 +253,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
     if damage:
         state = inspect(store, key)
-        if state.manifest == manifest:  # else somebody has already put it right
+        if state.manifest == manifest:  # otherwise another process has already repaired it
             quarantine(store, key, state)
         name = f"{key.stage}/{key.digest[:8]} in {store.url}"
         raise RetryableError(f"{name} is damaged ({damage}): it is quarantined and has to be made again")
@@ -265,13 +265,13 @@ def _is_right(path: Path, expected: FileRecord) -> bool:
 
 
 def quarantine(store: Store, key: Key, state: State) -> None:
-    """Renames the manifest that was judged, if it is still the same one: the key counts as missing from then on."""
+    """Renames the checked manifest if it is unchanged, so that the key then counts as missing."""
     aside = f"{key.prefix}manifest.{hashlib.sha256(state.raw).hexdigest()[:8]}.damaged.json"
     store.move_aside(key.prefix + MANIFEST, aside, state.raw)
 
 
 def verify(store: Store) -> Iterator[tuple[str, State]]:
-    """Re-hashes every artifact of a store; yields `stage/key` and what was found."""
+    """Re-hashes every artifact of a store; yields `stage/key` and the result."""
     for entry in store.list(ROOT):
         parts = entry.key.split("/")
         if len(parts) == 4 and parts[3] == MANIFEST:

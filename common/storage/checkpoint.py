@@ -1,8 +1,8 @@
-"""Checkpoints of a training, in the stage's own store: written off the training thread, checked when read.
+"""Checkpoints of a training, in the stage's store: written by a background thread, checked when they are read.
 
     <prefix><step>-<time>/state.safetensors, state.json, manifest.json      the manifest is written last
 
-Every checkpoint gets a folder of its own, so that none is ever overwritten and two processes never mix theirs.
+Every checkpoint has a separate folder, so that no checkpoint is overwritten and processes cannot mix their files.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Checkpointer:
         """
         Args:
             prefix: ends with `/`.
-            keep: how many of the newest are kept.
-            scratch: a folder for files on their way to and from a remote store.
+            keep: number of newest checkpoints to keep.
+            scratch: a folder for uploads to and downloads from a remote store.
             live: counts checkpoints, their seconds and errors.
         """
         assert keep >= 1
@@ -68,9 +68,9 @@ class Checkpointer:
         """Copies the state to CPU memory and returns; it is written in the background.
 
         Args:
-            tensors: by name, on any device; they may change as soon as this returns.
+            tensors: by name, on any device; they may be changed after this call returns.
             state: JSON values.
-            wait: return when it is written.
+            wait: return only after the checkpoint is written.
 
         Raises:
             MoeAsrError: this or an earlier write failed.
@@ -88,14 +88,14 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything is written. Raises what a write raised."""
+        """Waits until everything is written; raises the error of a failed write."""
         thread = self._thread
         if thread is not None:
             thread.join()
         self._raise_error()
 
     def close(self) -> None:
-        """The same; the checkpointer may be used again afterwards."""
+        """Waits until everything is written; the checkpointer can be used again afterwards."""
         self.wait()
 
     def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
@@ -111,7 +111,7 @@ class Checkpointer:
         return None
 
     def clear(self) -> None:
-        """Deletes all checkpoints, as far as the store allows it."""
+        """Deletes all checkpoints, if the store allows it."""
         with self._lock:
             self._waiting = None
         self.wait()
@@ -216,7 +216,7 @@ class _TornError(DataError):
 
 
 def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in CPU memory; those from a GPU all at once, through pinned memory."""
+    """Copies of tensors in CPU memory; tensors of a GPU are copied together, through pinned memory."""
     copies = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -246,7 +246,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(data: bytes) -> dict[str, Any]:
-    """Raises DataError where a newer version wrote it."""
+    """Reads a manifest; raises DataError if a newer version wrote it."""
     try:
         manifest = json.loads(data)
         if manifest["schema"] > SCHEMA:

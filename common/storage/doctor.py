@@ -1,4 +1,4 @@
-"""Tries on a store what the pipeline relies on, and says what the store promises."""
+"""Tests the operations of a store on which the pipeline relies."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Check = Callable[[Store, str], str]  # (store, prefix) → what it promises
 
 
 def check_store(store: Store) -> Iterator[tuple[str, State, str]]:
-    """Runs all checks under a name of their own, which is removed afterwards where the store allows it.
+    """Runs all checks under a separate prefix, which is removed afterwards if the store allows it.
 
     Yields:
-        Name of the check, `ok`, `fail`, or `note` for what runs can do without, and what was found.
+        Name of the check, `ok`, `fail`, or `note` for features that runs do not require, and the result.
     """
     prefix = f"doctor-{secrets.token_hex(6)}/"
     cleaned = True
@@ -114,7 +114,7 @@ def _ranges(store: Store, prefix: str) -> str:
 
 
 def _race(store: Store, prefix: str) -> str:
-    """Two writers at once, again and again: the first manifest must win."""
+    """Repeated races of two writers, of which exactly one must win."""
     for number in range(RACES):
         bodies = [f"{number} {who}".encode() for who in ("a", "b")]
         with ThreadPoolExecutor(2) as pool:

@@ -1,4 +1,4 @@
-"""What nothing in a store refers to."""
+"""Files of a store to which nothing refers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from common.storage.store import Entry, Store, warn_once
 
 def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
     """Files that nothing refers to: attempts that lost or were killed, quarantined manifests, checkpoints and parts of
-    finished stages, temporary files. A link is one of them itself; what it points to is not looked at.
+    finished stages, temporary files. A link counts as a file itself; its target is not followed.
 
     Args:
-        older_than_hours: by the store's clock; a key under which something was written since is left alone: an attempt
-            may be running.
+        older_than_hours: minimum age by the store's clock; a key with newer files is left alone, since an attempt may
+            be running.
     """
     before = store.now() - 3600 * older_than_hours
     by_key: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
@@ -34,7 +34,7 @@ def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
 
 
 def _leftovers(store: Store) -> list[Entry]:
-    """Unfinished writes; none, with a warning, where a server does not list them."""
+    """Unfinished writes; empty, with a warning, if a server does not list them."""
     try:
         return list(store.leftovers())
     except MoeAsrError as error:
@@ -43,7 +43,7 @@ def _leftovers(store: Store) -> list[Entry]:
 
 
 def _unreferenced(store: Store, key: Key, entries: Iterable[Entry]) -> Iterator[Entry]:
-    kept = {"checkpoints", "parts"}  # what an interrupted stage goes on from
+    kept = {"checkpoints", "parts"}  # from which an interrupted stage continues
     try:
         kept = {MANIFEST, Manifest.from_json(store.read(key.prefix + MANIFEST), key.prefix).attempt}
     except NotFound:

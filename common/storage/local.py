@@ -1,4 +1,4 @@
-"""A folder as a store: whole files only, that outlive a power cut."""
+"""A folder as a store, with atomic and durable writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TRIES = 5  # how often a folder may be removed by another process while we write
 
 
 class LocalStore:
-    """A folder as a store. Writes go to a temporary name, reach the disk, and get their name by link or rename."""
+    """A folder as a store. Files are written under a temporary name, synced to the disk, and renamed or linked."""
 
     def __init__(self, root: str | Path) -> None:
         self.url = str(root)
@@ -54,7 +54,7 @@ class LocalStore:
         """See Store."""
         path = self.local_path(key)
         with explained(path), _regular(path).open("rb") as file:
-            # Before asking for memory: a length may lie.
+            # Before memory is allocated, since the length may be wrong.
             whole = os.fstat(file.fileno()).st_size >= start + length
             file.seek(start)
             data = file.read(length) if whole else b""
@@ -138,7 +138,9 @@ class LocalStore:
             return None
 
     def now(self) -> float:
-        """See Store: a folder of another machine has that machine's clock, as a file that is written there shows."""
+        """See Store. The clock is read from a newly written file, since a mounted folder uses the clock of its
+        server.
+        """
         with suppress(OSError), tempfile.TemporaryFile(dir=self.root) as file:
             return os.fstat(file.fileno()).st_mtime
         return time.time()
@@ -185,12 +187,12 @@ class LocalStore:
                 try:
                     write_lasting(path, fill, name)
                     return
-                except FileNotFoundError:  # the folder was empty for a moment, and somebody removed it
+                except FileNotFoundError:  # the folder was empty for a moment, and another process removed it
                     continue
             write_lasting(path, fill, name)
 
     def _refuse_links(self, path: Path) -> None:
-        """A store may come from anybody: a link in it must not lead what we write or delete to another place.
+        """Refuses links in a store, which is not trusted: a link could redirect writes and deletes to another folder.
 
         Raises:
             StoreError: a folder below the store's own, or the path itself, is a link.
@@ -212,7 +214,7 @@ def folder_files(folder: Path) -> list[str]:
 
 
 def remove_others(folder: Path, names: set[str]) -> None:
-    """Deletes the files of a folder that are not among `names`; of links, the links themselves."""
+    """Deletes the files of a folder that are not among `names`; links are deleted, not their targets."""
     for entry in LocalStore(folder).list("", follow=False):
         if entry.key not in names:
             (folder / entry.key).unlink(missing_ok=True)
@@ -226,7 +228,7 @@ def _below(path: Path, root: Path) -> Iterator[Path]:
 
 
 def _regular(path: Path) -> Path:
-    """The path itself; what is no plain file counts as absent: a pipe or a device may never come to an end."""
+    """The path itself; anything but a plain file counts as absent, since reading a pipe or a device may never end."""
     try:
         plain = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -242,7 +244,7 @@ def _walk(folder: Path, prefix: str, start: str, follow: bool) -> Iterator[Entry
     """Files below a folder whose first part begins with `start`, in the order of their keys.
 
     Raises:
-        StoreError: more links to folders than anybody makes on purpose; few can have endlessly many ways through them.
+        StoreError: there are too many links to folders, which can form an endless number of paths.
     """
     links = iter(range(MOST_LINKS))
 
@@ -264,7 +266,7 @@ def _walk(folder: Path, prefix: str, start: str, follow: bool) -> Iterator[Entry
 
 
 def _items(folder: Path, start: str, follow: bool) -> list[tuple[os.DirEntry[str], bool]]:
-    """What a folder holds, in the order of keys, and whether each is a folder."""
+    """The content of a folder, in the order of keys, and whether each item is a folder."""
     try:
         with explained(folder), os.scandir(folder) as found:
             items = [(item, _is_folder(item, follow)) for item in found if item.name.startswith(start)]
@@ -280,7 +282,7 @@ def _is_folder(item: os.DirEntry[str], follow: bool) -> bool:
 
 
 def _entry(item: os.DirEntry[str], prefix: str, follow: bool) -> Iterator[Entry]:
-    """One, or none for what is no plain file; a link is an entry where links are not followed."""
+    """The entry of a plain file, otherwise nothing; a link is an entry if links are not followed."""
     with suppress(OSError):  # deleted while we look, or a link to nothing
         status = item.stat(follow_symlinks=follow)
         if stat.S_ISREG(status.st_mode) or not follow:

@@ -1,4 +1,4 @@
-"""A store that counts what it is asked for: calls, seconds, bytes and errors by operation."""
+"""A store that counts its calls, seconds, bytes and errors by operation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPERATIONS = (
 
 
 class MeasuredStore:
-    """Passes every call on to `inner` (see Store); what is not found is no error."""
+    """Forwards every call to `inner` (see Store); NotFound is not counted as an error."""
 
     def __init__(self, inner: Store, live: StageTelemetry) -> None:
         self.inner, self.live = inner, live

@@ -1,8 +1,8 @@
 """A bucket of AWS S3 or of an S3-compatible server as a store.
 
-Endpoint, region and credentials come from the usual AWS variables, profile or role. Requests are repeated with backoff
-on throttling, server errors and dropped connections; what cannot be mended by repeating becomes one clear line, built
-from the error's code alone so that no credential can be in it.
+Endpoint, region and credentials come from the usual AWS variables, profile or role. Requests are retried with backoff
+on throttling, server errors and dropped connections; other errors become one clear line, built only from the error's
+code so that it cannot contain credentials.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class S3Store:
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """See Store.
 
-        An answer may be lost on its way while the write was done. The repeated request then meets its own result, so
-        after a repetition the bytes that are there decide.
+        A reply may be lost although the write was done. The repeated request then finds its own result, so after a
+        retry the stored bytes are compared.
         """
         from botocore.exceptions import ClientError
 
@@ -177,7 +177,7 @@ class S3Store:
                 yield Entry(f"{key}{UPLOAD_MARK}{item['UploadId']}", 0, item["Initiated"].timestamp())
 
     def _pages(self, key: str, ask: Callable[..., Any], markers: Mapping[str, str]) -> Iterator[Any]:
-        """All pages of a listing; botocore's paginator would end early where a page has to be asked for again.
+        """All pages of a listing; botocore's paginator would end early if a page has to be requested again.
 
         Args:
             markers: argument for the next page → field of the page before that has its value.
@@ -255,7 +255,9 @@ class S3Store:
 
     @property
     def _pool(self) -> ThreadPoolExecutor:
-        """For the parts of large files; whole files have pools of their own, so that none waits for itself."""
+        """Thread pool for the parts of large files; whole files use other pools, so that no thread waits for its own
+        pool.
+        """
         return self._open()[2]
 
     @property
@@ -282,7 +284,9 @@ class S3Store:
                 self._opening.release()
 
     def _connect(self) -> tuple[int, S3Client, ThreadPoolExecutor]:
-        """Opens connections, and asks a first time with little patience: a typing error is told in seconds."""
+        """Opens connections, and makes a first request with short timeouts, so that a wrong address is reported in
+        seconds.
+        """
         import boto3
 
         session = boto3.session.Session()
@@ -297,7 +301,8 @@ class S3Store:
         return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
-        """The reply to a request, made again where the reply broke off after it began: this botocore does not repeat.
+        """The reply to a request; if the reply breaks off after it began, which botocore does not retry, the request is
+        repeated.
 
         Raises:
             MoeAsrError: as `explain` says.
@@ -331,8 +336,8 @@ def make_client(
     """A client with settings that S3-compatible servers understand, where the server is not AWS itself.
 
     Args:
-        attempts: at each request; by default AWS_MAX_ATTEMPTS, else ten.
-        session: where clients share one, only the first takes long to make.
+        attempts: number of attempts of each request; by default AWS_MAX_ATTEMPTS, otherwise ten.
+        session: boto3 session; if clients share a session, only the first takes long to make.
     """
     import boto3
     from botocore.config import Config

@@ -1,4 +1,6 @@
-"""Errors of an S3 server as one line that says what to do, made from their codes alone: no credential can be in it."""
+"""Errors of an S3 server as one line that says what to do, made only from their codes, so that it contains no
+credentials.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
     """One line that says what is wrong with which key at which server, and what to do.
 
     Args:
-        error: of botocore.
+        error: botocore's error.
         name: full name of the key.
     """
     from botocore import exceptions as boto
@@ -91,7 +93,7 @@ def _no_s3(error: Exception, where: str) -> StoreError:
 
 
 def malformed(where: str) -> ConfigError:
-    """What no request can be made of."""
+    """The error for an address or name of which no request can be made."""
     return ConfigError(f"{where}: endpoint_url, AWS_REGION or the bucket's name is malformed")
 
 
@@ -111,7 +113,7 @@ def _explain_answer(error: Any, where: str) -> MoeAsrError:
 
 
 def error_code(error: Any) -> str:
-    """The server's own word for an error, or the HTTP status where it gave none."""
+    """The server's error code, or the HTTP status if there is none."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -132,7 +134,7 @@ def broke_off(error: Exception) -> bool:
 
 
 def is_connection(error: Exception) -> bool:
-    """Whether no connection came about, or it was lost before an answer."""
+    """Whether the connection failed, or was lost before a reply."""
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.exceptions import HTTPClientError
 
@@ -140,7 +142,9 @@ def is_connection(error: Exception) -> bool:
 
 
 def _is_unknown_host(error: Exception) -> bool:
-    """Whether a name has no address; not a name server that does not answer now, as one that is just being replaced."""
+    """Whether a host name does not exist; false if the name server does not answer at present, for example during a
+    restart.
+    """
     from urllib3.exceptions import NameResolutionError
 
     return isinstance(error, NameResolutionError) and getattr(error.__cause__, "errno", None) != socket.EAI_AGAIN

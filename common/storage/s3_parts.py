@@ -1,7 +1,7 @@
 """Large files to and from S3 in parts, several at once.
 
-Parts are plain bytes, not file objects: Python then hands each to the socket in one call instead of thousands, which
-leaves more of the processor to the training than s3transfer does (docs/reliability.md).
+Parts are plain bytes, not file objects: Python then passes each to the socket in one call instead of thousands, which
+uses less processor time than s3transfer (docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Patient = Callable[[Callable[[], None]], None]  # runs a request again when its 
 
 
 def upload(client: S3Client, pool: ThreadPoolExecutor, bucket: str, key: str, path: Path) -> None:
-    """Stores a file: in one request up to two parts' size, else in parts, which are given up together."""
+    """Stores a file: in one request up to the size of two parts, otherwise in parts, which are all aborted on
+    failure.
+    """
     size = path.stat().st_size
     if size <= 2 * PART_BYTES:
         client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
@@ -52,7 +54,9 @@ def upload(client: S3Client, pool: ThreadPoolExecutor, bucket: str, key: str, pa
 
 
 def _complete(client: S3Client, target: dict[str, Any], sent: list[Any], size: int) -> None:
-    """Makes one file of the parts. Where the answer was lost, the repeated request finds no such upload any more."""
+    """Completes an upload in parts. If the reply was lost, the repeated request finds that the upload no longer
+    exists.
+    """
     try:
         client.complete_multipart_upload(**target, MultipartUpload={"Parts": sent})
     except client.exceptions.ClientError as error:
@@ -64,7 +68,7 @@ def _complete(client: S3Client, target: dict[str, Any], sent: list[Any], size: i
 
 
 def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucket: str, key: str, path: Path) -> None:
-    """Brings a file: all parts are of one version of it, or the server refuses with a failed precondition."""
+    """Downloads a file: all parts are of the same version, otherwise the server refuses with a failed precondition."""
     first: dict[str, Any] = {}
 
     def start() -> None:
@@ -91,7 +95,9 @@ def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucke
 
 
 def all_or_none(pool: ThreadPoolExecutor, act: Callable[[int], Any], items: range) -> list[Any]:
-    """Results in order; after the first failure what has not begun is dropped, and what has is waited for."""
+    """Results in order; after the first failure, tasks that have not begun are cancelled, and running tasks are
+    awaited.
+    """
     futures = [pool.submit(act, item) for item in items]
     try:
         return [future.result() for future in futures]

@@ -1,8 +1,8 @@
-"""Replies of an S3 server that prove that they are whole.
+"""Detection of incomplete replies of an S3 server.
 
-Python's HTTP client takes the end of a connection for the end of the headers, and botocore takes a body that is shorter
-than announced where it is no object's. A reply that was cut off would then be an empty listing, an empty file or a
-write that may not have happened. Connections made here end such a reply with an error, which is retried.
+Python's HTTP client treats the end of a connection as the end of the headers, and botocore accepts a body that is
+shorter than announced unless it is that of an object. A truncated reply would then be an empty listing, an empty file
+or a write that may not have happened. Connections made here raise an error for such a reply, which is retried.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def whole(reply: Reply, *fields: str) -> Reply:
     """The reply itself.
 
     Args:
-        reply: botocore's parsed one.
-        fields: that every whole reply of this kind has.
+        reply: reply as parsed by botocore.
+        fields: fields that every complete reply of this kind has.
 
     Raises:
-        IncompleteReplyError: one is missing.
+        IncompleteReplyError: a field is missing.
     """
     missing = [field for field in fields if field not in reply]  # type: ignore[operator]
     if missing:
@@ -45,7 +45,7 @@ def whole(reply: Reply, *fields: str) -> Reply:
 
 
 def refuse_cut_replies(client: S3Client) -> None:
-    """Makes a client take a reply only when headers and body are as long as the server says."""
+    """Makes a client accept a reply only if headers and body have the length announced by the server."""
     session: Any = client._endpoint.http_session  # type: ignore[attr-defined] # botocore has no option for this
     session._pool_classes_by_scheme.update(http=_Pool, https=_SecurePool)
 

@@ -1,7 +1,7 @@
-"""Stores of bytes under keys, two kinds behind one interface: a folder, or a bucket of an S3-compatible server.
+"""Interface of stores of bytes under keys, with two implementations: a folder, or a bucket of an S3-compatible server.
 
-A key is a relative path with `/` between its parts. Nothing is ever seen half written: a reader finds the whole bytes
-of some write, or nothing. What is written survives a power cut once the call has returned.
+A key is a relative path with `/` between its parts. Writes are atomic: a reader finds all bytes of one write, or
+nothing. Written data survives a power cut after the call has returned.
 """
 
 from __future__ import annotations
@@ -28,77 +28,81 @@ class Entry:
 
 
 class Store(Protocol):
-    """What the pipeline asks of a place for its files.
+    """Operations that the pipeline requires of a store.
 
-    Every method raises StoreError where trying again is of no use (rights, a full disk, a missing bucket) and
-    RetryableError where it may be (a server that does not answer).
+    Every method raises StoreError if a retry cannot help (rights, a full disk, a missing bucket) and RetryableError if
+    it may (a server that does not answer).
     """
 
     url: str
 
     def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
-        """The whole content. Raises NotFound, and DataError where it has more than `limit` bytes."""
+        """The whole content. Raises NotFound, and DataError if it has more than `limit` bytes."""
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Exactly `length` bytes from `start` on. Raises NotFound, and DataError where the file ends before."""
+        """Exactly `length` bytes from `start`. Raises NotFound, and DataError if the file is too short."""
 
     def get(self, key: str, path: Path) -> None:
-        """Copies to a local file, which is there wholly or not at all. Raises NotFound."""
+        """Copies to a local file, atomically. Raises NotFound."""
 
     def put(self, key: str, path: Path) -> None:
         """Stores a local file."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Stores bytes, over what may be there."""
+        """Stores bytes and replaces existing content."""
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Stores bytes unless something is there; False: somebody else's is. Of many racing calls one gets True."""
+        """Stores bytes if the key does not exist; returns False if it exists. Of many racing calls exactly one returns
+        True.
+        """
 
     def move_aside(self, key: str, to: str, data: bytes) -> bool:
-        """Renames `key` to `to` if it still holds `data`; False: it does not."""
+        """Renames `key` to `to` if it still contains `data`; returns False if it does not."""
 
     def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
         """All files whose keys start with `prefix`, sorted by key.
 
         Args:
-            follow: look into folders that are links. Without it a link is an entry itself, and a prefix behind a link
-                has none: what is going to be deleted is listed so.
+            follow: list the content of folders that are links. Otherwise a link is an entry itself, and a prefix behind
+                a link has no entries; this form is used before deleting.
         """
 
     def leftovers(self) -> Iterator[Entry]:
-        """What killed writers left behind and no listing shows: `delete` takes these keys."""
+        """Keys of unfinished writes that killed writers left behind and listings do not show; `delete` accepts these
+        keys.
+        """
 
     def delete(self, key: str) -> None:
-        """Removes a file, or a link itself; one that is not there is fine."""
+        """Removes a file, or a link itself; a missing file is not an error."""
 
     def size(self, key: str) -> int | None:
-        """Bytes, None where there is no such file."""
+        """Size in bytes; None if there is no such file."""
 
     def now(self) -> float:
-        """Seconds since 1970 by the clock that `Entry.modified` is of."""
+        """Current time in seconds since 1970, by the clock of `Entry.modified`."""
 
     def local_path(self, key: str, *, to_write: bool = False) -> Path | None:
-        """Where the file lies on this machine, None for a remote store.
+        """Local path of the file; None for a remote store.
 
         Args:
-            to_write: raise StoreError where a link below the store's own folder leads there.
+            to_write: raise StoreError if the path contains a link below the store's folder.
         """
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        """Copies all files below a prefix, except those that `into` has already with equal size and time.
+        """Copies all files below a prefix, except files that exist in `into` with equal size and time.
 
         Args:
-            exact: also delete what `into` has and the store has not.
+            exact: also delete files in `into` that the store does not have.
         """
 
     def put_folder(self, folder: Path, prefix: str) -> None:
-        """Stores all files of a folder; a folder that lies in the store already is only made to last."""
+        """Stores all files of a folder; a folder that is already in the store is only synced."""
 
 
 def remove_all(store: Store, prefix: str) -> None:
-    """Deletes all files below a prefix that no link leads to.
+    """Deletes all files below a prefix, without following links.
 
-    A store that refuses is told in one warning per process: what stays there costs space, not the work that is done.
+    If a store refuses, one warning per process is logged: remaining files use space but do not affect results.
     """
     try:
         for entry in list(store.list(prefix, follow=False)):
@@ -108,7 +112,7 @@ def remove_all(store: Store, prefix: str) -> None:
 
 
 def warn_once(store: Store, error: MoeAsrError) -> None:
-    """Logs that a store cannot be cleaned up, the first time that it happens."""
+    """Logs once that a store cannot be cleaned up."""
     if store.url not in _warned:
         _warned.add(store.url)
         log.warning("what is no longer needed stays in the store, and the work goes on: %s", error)
@@ -121,7 +125,7 @@ def check_key(key: str) -> str:
     """The key itself.
 
     Raises:
-        DataError: it would lead out of its store.
+        DataError: the key would lead out of the store.
     """
     if key.startswith("/") or "\0" in key or "\\" in key or any(part in ("..", ".") for part in key.split("/")):
         raise DataError(f"{key!r} cannot be a key of a store: it must be a plain relative path")
@@ -129,7 +133,7 @@ def check_key(key: str) -> str:
 
 
 def is_current(entry: Entry, path: Path) -> bool:
-    """Whether a local file has the size and time of a store's."""
+    """Whether a local file has the size and time of a store's entry."""
     try:
         found = path.stat()
     except OSError:

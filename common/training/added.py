@@ -1,7 +1,7 @@
-"""An expert for a new speaker or group, fitted on few utterances beside a model that stays as it is.
+"""Training of an expert for a new speaker or group from few utterances, without changing the model.
 
 Shape letters: B utterances of a batch, N of the enrolment, E routed experts, C = E + 1 candidates: every routed expert
-beside the shared one, and the shared one alone.
+with the shared expert, and the shared expert alone.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Utterances with text, and the model that an expert is added to.
+    """Utterances with text, and the model to which an expert is added.
 
     Attributes:
         recogniser: frozen by `fit`; its added experts, if any, are not used.
         examples: their rows are 0 … N-1.
-        loader: of the examples.
-        own: how the model routes them as it is; None where nothing chooses.
+        loader: loader of the examples.
+        own: routing of the examples by the unchanged model; None if the model has no routing.
         checkpointer: opens the checkpoints of one training, by its name.
         stopping: asked at every step.
     """
@@ -60,19 +60,19 @@ class Enrolment:
     quiet: bool = True
 
     def route_own(self) -> None:
-        """Lets the model route the utterances as it does without an added expert."""
+        """Sets the routing of the utterances to that of the model without an added expert."""
         logits_NE, known_N = self.own or (None, None)
         self.recogniser.choose_by(logits_NE=logits_NE, known_N=known_N)
 
     def route_to(self, number: int) -> None:
-        """Gives all utterances an added expert."""
+        """Sets the routing of all utterances to an added expert."""
         logits_NE, _ = self.own or (None, None)
         added_N = torch.full((len(self.examples),), number)
         self.recogniser.choose_by(logits_NE=logits_NE, added_N=added_N)
 
     @contextmanager
     def using(self, terms: Terms) -> Iterator[None]:
-        """Gives all utterances an expert while the block runs."""
+        """Routes all utterances to an expert while the block runs."""
         self.route_to(append_terms(self.recogniser, terms))
         try:
             yield
@@ -96,9 +96,9 @@ def rank_for(utterances: int) -> int:
 
 
 def ways_for(recogniser: Recogniser) -> list[Method]:
-    """The ways that a model allows, the simplest first.
+    """The methods that a model allows, the simplest first.
 
-    Without a shared expert there are no gates of it; without several routed experts none can be chosen or copied.
+    `gates` requires a shared expert; `choose` and `neighbour` require several routed experts.
     """
     layer = next((layer for _, layer in mixture_layers(recogniser.whisper)), None)
     several = recogniser.num_experts > 1
@@ -107,7 +107,7 @@ def ways_for(recogniser: Recogniser) -> list[Method]:
 
 
 def losses(enrolment: Enrolment, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(summed cross-entropy, tokens) of utterances, as the model routes them now."""
+    """(summed cross-entropy, tokens) of utterances, with the current routing of the model."""
     loss_N, tokens_N = np.zeros(len(enrolment.examples)), np.zeros(len(enrolment.examples))
     for batch in _batches(enrolment, numbers):
         loss_B, count_B = enrolment.recogniser.utterance_losses(batch)
@@ -125,7 +125,9 @@ def _batches(enrolment: Enrolment, numbers: Sequence[int]) -> Iterator[Batch]:
 
 
 def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray:
-    """loss_NC: cross-entropy of texts with each routed expert beside the shared one, and with the shared one alone."""
+    """loss_NC: cross-entropy of texts with each routed expert and the shared expert, and with the shared expert
+    alone.
+    """
     experts, size = enrolment.recogniser.num_experts, len(enrolment.examples)
     columns = []
     for candidate in range(experts + 1):
@@ -140,7 +142,7 @@ def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray
 def choose_weights(loss_NC: np.ndarray) -> dict[int, float]:
     """Weights of routed experts by the likelihood of the texts: the posterior of a uniform prior over C candidates.
 
-    What the shared expert alone gets is nobody's weight; small weights are left out.
+    The weight of the shared expert alone is not assigned to any routed expert; small weights are left out.
     """
     total_C = loss_NC.sum(0)
     share_C = np.exp(total_C.min() - total_C)
@@ -154,12 +156,12 @@ def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.n
     """An expert fitted on some of the utterances.
 
     Args:
-        numbers: of these utterances.
+        numbers: numbers of these utterances.
         loss_NC: `candidate_losses` of all utterances, for `choose` and `neighbour`.
-        name: of the training, for its checkpoints and progress bar.
+        name: name of the training, for its checkpoints and progress bar.
 
     Raises:
-        Preempted: told to stop; a checkpoint is written.
+        Preempted: the process received a signal to stop; a checkpoint is written.
     """
     recogniser = enrolment.recogniser
     recogniser.requires_grad_(False)
@@ -211,7 +213,7 @@ class _Training(nn.Module):
 
 
 def _train(enrolment: Enrolment, terms: Terms, way: Method, numbers: Sequence[int], name: str) -> None:
-    """Trains an expert's parameters; there is no selection: the weights after the last step count."""
+    """Trains an expert's parameters; the weights after the last step are used, without selection."""
     examples, steps = [enrolment.examples[number] for number in numbers], steps_for(len(numbers))
     parameters = []
     for term in terms.values():
@@ -273,10 +275,10 @@ def folds_of(groups: Sequence[str], most: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Trial:
-    """What cross-validation found of one way.
+    """Result of cross-validation of one method.
 
     Attributes:
-        terms: of each fold, fitted on the other folds.
+        terms: terms of each fold, fitted on the other folds.
         loss_N: held-out cross-entropy per token of each utterance's text.
     """
 
@@ -291,10 +293,10 @@ def try_way(
     loss_NC: np.ndarray | None,
     size: int | None = None,
 ) -> Trial:
-    """Fits a way on all folds but one, each in turn, and measures it on that one.
+    """Cross-validates a method: fits it on all folds except one, and measures it on that fold, for each fold.
 
     Args:
-        size: utterances to fit on at most, for a learning curve.
+        size: maximum number of utterances to fit on, for a learning curve.
     """
     loss_N, fitted = np.zeros(len(enrolment.examples)), []
     for number, held_out in enumerate(folds):
@@ -310,13 +312,13 @@ def try_way(
 
 
 def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: Sequence[str]) -> Method:
-    """The simplest way within one standard error of the best, `none` where that is what is there.
+    """The simplest method within one standard error of the best; `none` if this is the unchanged model.
 
     The error is that of the paired difference, over groups of utterances.
 
     Args:
-        before_N: cross-entropy per token of the model as it is.
-        trials: the ways, the simplest first.
+        before_N: cross-entropy per token of the unchanged model.
+        trials: the methods, the simplest first.
     """
     sides: dict[Method, np.ndarray] = {"none": before_N}
     sides.update({way: trial.loss_N for way, trial in trials.items()})
@@ -329,7 +331,7 @@ def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: 
 
 
 def paired_difference(difference_N: np.ndarray, groups: Sequence[str]) -> tuple[float, float]:
-    """Mean and standard error of a difference; over groups where they are enough, else over utterances."""
+    """Mean and standard error of a difference, over groups if there are enough, otherwise over utterances."""
     names = sorted(set(groups))
     values = np.array(
         [np.mean([d for d, group in zip(difference_N, groups, strict=True) if group == name]) for name in names]

@@ -1,4 +1,4 @@
-"""The gradients of one optimiser step, computed in as many parts as memory needs."""
+"""The gradients of one optimiser step, computed in as many parts as the memory requires."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from common.training.throughput import TrainBatch
 def forward_backward(
     model: nn.Module, micro: Sequence[TrainBatch], weight: Tensor, accelerator: Accelerator, split: int
 ) -> tuple[Tensor, dict[str, Tensor], bool]:
-    """Gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether it fitted)."""
+    """Computes the gradients of one step, each batch in `split` parts; returns (loss of this process, logs, whether
+    memory was sufficient).
+    """
     total = torch.zeros((), device=accelerator.device)
     logs: dict[str, Tensor] = {}
     parts = [part for batch in micro for part in halves(batch, split)]
@@ -28,7 +30,7 @@ def forward_backward(
             total += loss.detach().float() / weight
             logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
     except torch.OutOfMemoryError:
-        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a fresh start can mend it
+        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a restart helps
             raise RetryableError("out of memory on one of several processes; lower the batch size") from None
         torch.cuda.empty_cache()
         return total, logs, False
@@ -36,7 +38,7 @@ def forward_backward(
 
 
 def no_sync(model: nn.Module, wanted: bool) -> Any:
-    """Leaves out the gradient exchange of all but a step's last part."""
+    """Disables the gradient exchange for all parts of a step except the last."""
     if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
     return torch.enable_grad()

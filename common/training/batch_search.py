@@ -1,4 +1,4 @@
-"""How large a batch a machine's memory can train: found by trying, not by formula.
+"""Search for the largest batch that fits into a machine's memory, by trial steps.
 
 Shape letters: B utterances, S samples, U text tokens.
 """
@@ -19,11 +19,11 @@ RESERVE = 0.9  # of the memory is used at most: buckets of other shapes leave ho
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest size in 1…limit that fits, to within an eighth; 0 if not even 1 does.
+    """The largest size in 1…limit that fits, to within an eighth; 0 if 1 does not fit.
 
     Args:
-        fits: tried with growing sizes first; must not leave memory behind.
-        limit: never tried beyond.
+        fits: called with growing sizes first; must release its memory.
+        limit: maximum size to try.
     """
     good, bad = 0, limit + 1
     while good < limit and bad > limit:
@@ -39,7 +39,7 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def hardest_batch(rows: int, *, seconds: float, tokens: int, device: torch.device) -> Batch:
-    """Noise of the greatest length with texts of the greatest length: what memory must suffice for."""
+    """A batch with the highest memory use: noise of the maximum length with texts of the maximum length."""
     samples = round(seconds * POSITIONS_PER_SECOND) * SAMPLES_PER_POSITION
     audio_BS = 0.1 * torch.randn(rows, samples)
     tokens_BU = torch.randint(0, 200, (rows, tokens))
@@ -56,7 +56,7 @@ def hardest_batch(rows: int, *, seconds: float, tokens: int, device: torch.devic
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that a training may take: of the GPU, or of the machine's (or container's) memory."""
+    """Bytes that a training may use: of the GPU's memory, or of the machine's (or container's)."""
     if device.type == "cuda":
         return int(RESERVE * torch.cuda.get_device_properties(device).total_memory)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -69,10 +69,10 @@ def memory_limit(device: torch.device) -> int:
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that the process held at most while `work` ran.
+    """Peak memory of the process in bytes while `work` ran.
 
     Raises:
-        torch.OutOfMemoryError: on a GPU that had not enough.
+        torch.OutOfMemoryError: the GPU did not have enough memory.
     """
     gc.collect()
     if device.type == "cuda":
@@ -90,14 +90,14 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 def training_rows(
     step: Callable[[Batch], object], device: torch.device, *, tokens: int, memory: int, limit: int
 ) -> int:
-    """Utterances of 30 s that a training step can take.
+    """Maximum number of utterances of 30 s in a training step.
 
     Args:
         step: forward, backward and optimiser step of one batch.
-        device: where the model is.
+        device: device of the model.
         tokens: text tokens of each utterance.
-        memory: bytes that may be held at most.
-        limit: utterances, never tried beyond.
+        memory: maximum number of bytes to use.
+        limit: maximum number of utterances to try.
     """
     held: list[tuple[int, int]] = []  # (rows, bytes)
 

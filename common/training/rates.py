@@ -1,7 +1,7 @@
-"""Groups of parameters with the learning rates that belong to their rank and part.
+"""Parameter groups with learning rates that depend on rank and part.
 
-An adapter's output moves by about scaling · √rank · rate with each step of Adam. One base rate therefore serves every
-rank and alpha when it is multiplied by what the reference adapter's product is to the adapter's own.
+An adapter's output changes by about scaling · √rank · rate with each step of Adam. One base rate therefore suits every
+rank and alpha if it is multiplied by the ratio of the reference adapter's scaling · √rank to that of the adapter.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Group = dict[str, Any]
 
 
 def rank_factor(rank: int, scaling: float) -> float:
-    """What the base learning rate is multiplied by for an adapter of this rank and scaling (alpha / rank)."""
+    """Factor of the base learning rate for an adapter with this rank and scaling (alpha / rank)."""
     factor = REFERENCE_SCALING / scaling * math.sqrt(REFERENCE_RANK / rank)
     return min(LARGEST_FACTOR, max(1 / LARGEST_FACTOR, factor))
 
 
 def adapter_groups(model: nn.Module, *, routed_rate: float, magnitude_rate: float, weight_decay: float) -> list[Group]:
-    """AdamW groups of a mixture's trainable experts, their rates as multiples of the base learning rate.
+    """AdamW groups of a mixture's trainable experts, with rates as multiples of the base learning rate.
 
-    That is the rate of a shared expert of rank 48 at scaling 2.
+    The base learning rate is that of a shared expert of rank 48 at scaling 2.
 
     Args:
-        routed_rate: of routed experts beside a shared one, as a multiple of the shared one's.
-        magnitude_rate: of the magnitudes, as a multiple of their expert's; they are not decayed.
+        routed_rate: rate of routed experts that are used with a shared expert, as a multiple of the shared expert's.
+        magnitude_rate: rate of the magnitudes, as a multiple of their expert's; they have no weight decay.
     """
     layers = [layer for _, layer in mixture_layers(model)]
     groups: list[Group] = []

@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a training."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str = "cosine") -> float:
-    """Linear warm-up to 1, then half a cosine to 0, a line to 0 (`linear`), or 1 to the end (`none`)."""
+    """Linear warm-up to 1, then a half cosine to 0 (`cosine`), linear decay to 0 (`linear`), or constant 1 (`none`)."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup

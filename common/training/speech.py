@@ -1,4 +1,4 @@
-"""What training an expert and training all of them have in common."""
+"""Functions shared by the training of single experts and joint training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.json_files import read_rows
 def mean_loss(
     model: nn.Module, examples: Sequence[Example], loader: BatchLoader, accelerator: Accelerator, batch_seconds: float
 ) -> float:
-    """Cross-entropy per token over a set, split over the processes."""
+    """Cross-entropy per token over a set, computed by all processes together."""
     batches = epoch_batches(examples, batch_size=1, batch_seconds=batch_seconds, shuffle=False)
     total = torch.zeros(2, device=accelerator.device)
     with torch.no_grad(), accelerator.autocast():

@@ -1,4 +1,4 @@
-"""What a training keeps beside its step: checkpointed state, copies of weights, and their averages."""
+"""State of a training: checkpointed values, copies of weights, and their averages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from common.training.throughput import TOTALS
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Weights, on the CPU, that an evaluation has judged; they may take part in an average.
+    """Evaluated weights, on the CPU, that can be averaged.
 
     Attributes:
-        value: the evaluation's WER or loss; inf where it did not look at it.
+        value: WER or loss of the evaluation; inf if it was not computed.
     """
 
     step: int
@@ -31,7 +31,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The weights at the end of an epoch, and their scores or the function that waits for them."""
+    """The weights at the end of an epoch, and their scores or a function that waits for the scores."""
 
     step: int
     epoch: int
@@ -42,16 +42,16 @@ class Evaluation:
 
 @dataclass
 class LoopState:
-    """Where a training stands, beside its weights, moments and random states (`snapshot`): saved and restored as such.
+    """Progress of a training, in addition to weights, moments and random states (`snapshot`); saved in checkpoints.
 
     Attributes:
         step: optimiser steps done.
-        best, best_step, best_value: the selected weights so far, on the CPU; the figure is a loss or an error rate.
-        evals_without_improvement: full evaluations since the best one.
+        best, best_step, best_value: the best weights so far, on the CPU; the value is a loss or an error rate.
+        evals_without_improvement: full evaluations since the best evaluation.
         epochs_evaluated: epochs whose evaluation has begun.
-        split: batches are computed in 2 ** split parts since memory ran out.
+        split: batches are computed in 2 ** split parts, after memory ran out.
         kept: weights that may be averaged at the end.
-        pending: an evaluation whose scores are not known yet.
+        pending: an evaluation whose scores are not available yet.
     """
 
     best: dict[str, Tensor]
@@ -65,7 +65,9 @@ class LoopState:
     pending: Evaluation | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its weights by name; a best or pending one that equals the present weights is not written twice."""
+        """The weights of the state by name; best or pending weights that equal the current weights are not written
+        twice.
+        """
         found = {f"best.{name}": value for name, value in self.best.items()} if self.best_step != self.step else {}
         for number, one in enumerate(self.kept):
             found |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
@@ -74,7 +76,7 @@ class LoopState:
         return found
 
     def record(self) -> dict[str, Any]:
-        """Its numbers, as JSON."""
+        """The numbers of the state, as JSON."""
         numbers = ("best_step", "best_value", "evals_without_improvement", "epochs_evaluated", "split")
         return {name: getattr(self, name) for name in numbers} | {
             "kept": [(one.step, one.value) for one in self.kept],
@@ -103,7 +105,7 @@ class LoopState:
 
 
 def keep(kept: Sequence[Kept], new: Kept, count: int, which: Literal["best", "last"]) -> list[Kept]:
-    """The `count` best or last of them; of equal ones the earlier are better."""
+    """The `count` best or last weights; of equal weights, the earlier are better."""
     if which == "last":
         return [*kept, new][-count:]
     return sorted([*kept, new], key=lambda one: one.value)[:count]
@@ -115,7 +117,7 @@ def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def copies(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as they are now, on the CPU."""
+    """Copies of the current weights, on the CPU."""
     return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
 
@@ -133,7 +135,7 @@ def snapshot(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on: weights, moments, random states, scaler.
 
-    The random states are those of rank 0, which alone writes: after a resume several processes draw alike.
+    The random states are those of rank 0, since only rank 0 writes: after a resume, all processes have the same states.
     """
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     moments = optimizer.state
@@ -151,15 +153,15 @@ def check_checkpoint(
     found: tuple[int, Mapping[str, Tensor], Mapping[str, Any]],
     source: str,
 ) -> None:
-    """Refuses a checkpoint that lacks something of this training, or is of another one.
+    """Refuses a checkpoint that is incomplete or belongs to another training.
 
     Args:
-        trained, extra: the tensors that it has to hold, by name and shape.
-        found: step, tensors and record, as `Checkpointer.latest` gives them.
-        source: where it is from, for the message.
+        trained, extra: the tensors that it must contain, by name and shape.
+        found: step, tensors and record, as returned by `Checkpointer.latest`.
+        source: origin of the checkpoint, for the message.
 
     Raises:
-        DataError: names the first thing that does not fit.
+        DataError: the checkpoint does not fit; the message names the first difference.
     """
     step, tensors, record = found
     remedy = "delete it to train from the start, or use the version of moe-asr that wrote it"

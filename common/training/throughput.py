@@ -1,4 +1,4 @@
-"""What passes through a training loop, and how long the device waited for it."""
+"""Throughput of a training loop, and the time in which the device waited for data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.telemetry import StageTelemetry
 
 
 class TrainBatch(Protocol):
-    """What the loop needs to know of a batch."""
+    """Interface of batches for the training loop."""
 
     @property
     def seconds(self) -> float: ...
@@ -38,12 +38,12 @@ TOTALS = (
 
 
 class Throughput:
-    """Counts what passed through the loop and how long the device waited for data, over all attempts of a training.
+    """Counts the data that passed through the loop and the time of waiting for data, over all attempts of a training.
 
-    An interrupted training goes on counting from its checkpoint (`totals`, `restore`). Evaluation is not counted.
+    An interrupted training continues counting from its checkpoint (`totals`, `restore`). Evaluation is not counted.
 
     Args:
-        processes: how many train together. They do as much as this one, nearly: what passes through it counts for all.
+        processes: number of processes that train together; their throughput is assumed to equal that of this process.
     """
 
     def __init__(self, device: torch.device, live: StageTelemetry | None = None, processes: int = 1) -> None:
@@ -98,19 +98,19 @@ class Throughput:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, this attempt's and those before it, without evaluations."""
+        """Seconds of training in this and earlier attempts, without evaluations."""
         paused = self.paused + (time.monotonic() - self._since if self._is_paused else 0.0)
         return self.earlier + max(1e-9, time.monotonic() - self.started - paused)
 
     def totals(self) -> dict[str, float]:
-        """What a checkpoint records, as JSON: the counts so far."""
+        """The counts so far, as JSON, for checkpoints."""
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         peak = max(self.peak_memory, float(memory))
         counts = (self.samples, self.audio, self.slots, self.waited, self.seconds, peak)
         return dict(zip(TOTALS, counts, strict=True))
 
     def restore(self, totals: Mapping[str, float]) -> None:
-        """Goes on from the counts of a checkpoint; what this process has counted by then (nothing yet) is dropped."""
+        """Restores the counts of a checkpoint; earlier counts of this process are discarded."""
         self.samples, self.audio = int(totals["samples"]), totals["audio_seconds"]
         self.slots, self.waited = totals["padded_audio_seconds"], totals["data_wait_seconds"]
         self.earlier, self.peak_memory = totals["training_seconds"], totals["peak_memory_bytes"]

@@ -1,7 +1,7 @@
-"""The training loop, once, for gate, experts, joint training and recipes.
+"""The training loop, shared by gate, experts, joint training and recipes.
 
-It reads top to bottom: load the step's batches, forward, backward, clip, step, log, evaluate, checkpoint. What differs
-between tasks comes in as plain functions. One process or several (torchrun), by accelerate.
+It reads from top to bottom: load the step's batches, forward, backward, clip, step, log, evaluate, checkpoint. The
+parts that differ between tasks are passed as plain functions. One process or several (torchrun), by accelerate.
 
 A step's loss is the sum over its micro-batches and processes divided by their common weight (tokens), so that the same
 utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory. One
@@ -53,7 +53,7 @@ B = TypeVar("B", bound=TrainBatch)
 
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
-    """Plain numbers of one training; names as in `common.sections.TrainConfig` and `RuntimeConfig`."""
+    """Options of one training; names as in `common.sections.TrainConfig` and `RuntimeConfig`."""
 
     epochs: int
     learning_rate: float  # at its highest, of a parameter group whose `rate` is 1
@@ -65,7 +65,7 @@ class TrainOptions:
     patience: int = 3
     eval_every_n_epochs: int = 1
     select_by: str = "loss"
-    select_from: float = 0.0  # share of the steps before which evaluations look at the loss only
+    select_from: float = 0.0  # share of the steps before which only the loss is evaluated
     average: int = 1  # how many evaluated weights are averaged at the end
     average_of: Literal["best", "last"] = "best"
     save_every_n_epochs: int = 5
@@ -76,14 +76,14 @@ class TrainOptions:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What became of a training; the model holds the selected weights.
+    """Result of a training; the model contains the selected weights.
 
     Attributes:
-        value: the WER or loss of the weights that are left in the model.
-        parameters: how many were trained.
-        averaged: how many evaluated weights the result is the mean of; 0 where the best alone was kept.
+        value: WER or loss of the selected weights.
+        parameters: number of trained parameters.
+        averaged: number of evaluated weights of which the result is the mean; 0 if the best weights were kept.
         throughput: `Throughput.rates`: totals and rates of all attempts, those before a resume included, and of all
-            processes. What an attempt did after its last checkpoint is done again and counts once.
+            processes. Steps that were repeated after a checkpoint count once.
     """
 
     steps: int
@@ -95,11 +95,11 @@ class TrainResult:
 
 
 def make_accelerator(precision: str, device: str = "auto", *, unused_parameters: bool = False) -> Accelerator:
-    """An accelerator for this process; several stages may follow each other in one.
+    """An accelerator for this process; several stages may run one after the other in the same process.
 
     Args:
-        precision: `auto` (bf16 where the device has it, fp16 on older GPUs, fp32 on CPU), fp32, fp16 or bf16.
-        device: `auto`, `cpu`, `cuda`, or one GPU as `cuda:1`.
+        precision: `auto` (bf16 if the device supports it, fp16 on older GPUs, fp32 on CPU), fp32, fp16 or bf16.
+        device: `auto`, `cpu`, `cuda`, or a single GPU such as `cuda:1`.
 
     Raises:
         UsageError: the machine has no such device.
@@ -134,7 +134,7 @@ def make_accelerator(precision: str, device: str = "auto", *, unused_parameters:
 
 
 def _choose_gpu(device: str) -> None:
-    """Makes `cuda:1` this process's GPU; plain `cuda` leaves the choice as it is."""
+    """Makes, for example, `cuda:1` this process's GPU; plain `cuda` does not change the choice."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise UsageError(f"--device {device}: this machine offers no CUDA device; use cpu or auto")
@@ -167,24 +167,25 @@ def train(
     Args:
         model: `model(batch)` returns (summed loss, {name: summed value} to log); its loss is divided by `batch.weight`.
         groups: AdamW parameter groups, each with `params`, `weight_decay` and `rate`, a multiple of the learning rate.
-        plan_epoch: epoch → its batches, as lists of example numbers; the same for the same epoch, always of one count.
+        plan_epoch: epoch → its batches, as lists of example numbers; deterministic, and with the same number of batches
+            in each epoch.
         load: yields the batches of such lists, on the device.
-        evaluate: (model, full) → metrics of dev: `loss` always, `wer` too when `full` and decoded selection is wished.
-            Called by all processes. It may return a function that gives them instead: then the next epoch goes on
-            meanwhile, and the outcome is the same but for steps after the one that should have been the last.
-        options: numbers.
-        checkpointer: where the state goes and comes from; none for throw-away trainings.
+        evaluate: (model, full) → metrics of dev: always `loss`, and `wer` if `full` and checkpoints are selected by
+            WER. Called by all processes. It may return a function that returns the metrics instead: the next epoch is
+            then trained meanwhile, with the same result except for steps after the one that should have been the last.
+        options: options of the training.
+        checkpointer: saves and restores the state; None for trainings without checkpoints.
         metrics: rows for metrics.jsonl.
         stopping: asked at every step; true ends the training with a checkpoint.
-        after_step: told the number of the step just done and of all, its gradients still there if they were finite.
+        after_step: called with the number of the finished step and of all steps, before finite gradients are cleared.
         extra: tensors that `after_step` changes in place and the next step depends on: checkpointed too.
-        label: of the progress bar.
+        label: label of the progress bar.
 
     Raises:
         Preempted: `stopping` became true; a checkpoint is written.
         UsageError: a step's batches cannot be shared equally among the processes.
-        RetryableError: memory does not suffice for one utterance.
-        DataError: no evaluation gave a finite figure to select by: the training diverged.
+        RetryableError: memory is not sufficient for one utterance.
+        DataError: no evaluation gave a finite value for selection, because the training diverged.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     fused = device.type == "cuda"
@@ -211,7 +212,7 @@ def train(
     meter = Throughput(device, metrics.live if metrics else None, world)
 
     def start_evaluation(at: int, epoch: int) -> Evaluation:
-        """Begins to evaluate the weights as they are, those of step `at`."""
+        """Begins an evaluation of the current weights, which are those of step `at`."""
         due = (epoch + 1) % options.eval_every_n_epochs == 0 and at >= options.select_from * total
         full = due or at >= total
         model.eval()
@@ -264,7 +265,7 @@ def train(
                 micro = [b for b in (next(loaded, None) for _ in range(per_step // world)) if b is not None]
             counts = not (filler and state.step + 1 == (epoch + 1) * steps_per_epoch)
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
-            wishes = None  # several processes stop together: one that is told to tells all with this exchange
+            wishes = None  # several processes stop together: the one that got the signal informs the others
             if world > 1:
                 both = torch.stack([weight, torch.full_like(weight, float(stopping()))])
                 weight, wishes = accelerator.reduce(both, "sum").unbind()
@@ -325,7 +326,7 @@ def train(
                 saved_at = time.monotonic()
 
         meter.pause()
-        improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed beside this one
+        improved = finish_evaluation(state, options, metrics)  # of the epoch before, if computed during this one
         if state.evals_without_improvement >= options.patience:
             meter.resume()
             save()
@@ -364,7 +365,7 @@ def train(
 
 
 def finish_evaluation(state: LoopState, options: TrainOptions, metrics: MetricsLog | None) -> bool:
-    """Takes in the pending evaluation, if there is one, waiting for its scores; tells whether it is the best so far."""
+    """Waits for the scores of the pending evaluation, if there is one; returns whether it is the best so far."""
     if state.pending is None:
         return False
     seen, state.pending = state.pending, None

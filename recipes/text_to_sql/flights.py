@@ -1,6 +1,6 @@
 """A flights-like database and questions about it with their queries, from the grammar in flights.yaml.
 
-The schema is normalised as an airline's would be: a simple question joins five tables, a forgotten condition is a
+The schema is normalised like that of an airline: a simple question joins five tables, and a missing condition causes a
 cross join.
 """
 
@@ -25,7 +25,7 @@ def grammar() -> dict[str, Any]:
 
 
 def make_database(path: Path, *, flights: int, seed: int) -> None:
-    """Writes an SQLite database with so many flights to a file that does not exist yet."""
+    """Writes an SQLite database with the given number of flights to a new file."""
     chance, words = random.Random(f"database/{seed}"), grammar()
     slots, airports = words["slots"], {code: f"C{city[:3]}" for code, city in words["airports"].items()}
     rows: dict[str, list[tuple[Any, ...]]] = {"flight": [], "flight_day": [], "fare": []}
@@ -74,12 +74,12 @@ def make_pair(chance: random.Random) -> tuple[str, str]:
 
 
 def draw(values: dict[str, Any] | list[str], chance: random.Random) -> tuple[str, Any]:
-    """One value of a slot, as it is spoken and as it is written in a query."""
+    """A random value of a slot: its text in the question and its text in the query."""
     return chance.choice(list(values.items()) if isinstance(values, dict) else [(one.lower(), one) for one in values])
 
 
 def make_pairs(count: int, *, seed: int) -> list[tuple[str, str]]:
-    """So many questions with their queries, no question twice."""
+    """The given number of distinct questions with their queries."""
     chance = random.Random(f"pairs/{seed}")
     pairs: dict[str, str] = {}
     while len(pairs) < count:

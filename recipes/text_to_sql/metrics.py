@@ -1,4 +1,4 @@
-"""How well predicted queries do: by their records, which is what a user of the answer sees, and by their text."""
+"""Scores of predicted queries, by the records that they return and by their text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def score(predicted: Sequence[str], gold: Sequence[str], outcomes: Mapping[str, 
 
     Args:
         predicted, gold: queries, in the same order.
-        outcomes: of each of them.
+        outcomes: outcome of each query.
 
     Returns:
         record_f1: mean F1 of the records; 0 where a query or its gold query failed.
         record_em: share of queries with exactly the gold records.
-        sql_em: share that is the gold query letter by letter, but for spaces.
+        sql_em: share of queries whose text equals the gold query except for spaces.
         error_rate: share of predicted queries that failed.
     """
     f1 = []

@@ -1,4 +1,4 @@
-"""A process that answers queries that nobody has vetted: `recipes.text_to_sql.sql` starts it, and kills it when late.
+"""A process that runs untrusted queries: `recipes.text_to_sql.sql` starts it, and kills it after the time limit.
 
     python -I -S query_process.py DATABASE '{"rows": …, "bytes": …, "heap": …}'
 
@@ -38,7 +38,7 @@ SIZES = {
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-BESIDE_HEAP = 2**29  # bytes of address space for Python and its rows, beside SQLite's heap
+BESIDE_HEAP = 2**29  # bytes of address space for Python and its rows, in addition to SQLite's heap
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -65,10 +65,10 @@ def authorize(action: int, _: str | None, function: str | None, *rest: str | Non
 
 
 def answer(connection: sqlite3.Connection, query: str, rows: int, size: int) -> Any:
-    """The rows of a query, blobs as hex text, or {"error": …}; never raises for what the query does.
+    """The rows of a query, blobs as hex text, or {"error": …}; errors of the query are not raised.
 
     Args:
-        rows, size: how many rows and bytes they may be.
+        rows, size: maximum number of rows and of bytes.
     """
     try:
         cursor = connection.execute(query)
@@ -91,7 +91,7 @@ def answer(connection: sqlite3.Connection, query: str, rows: int, size: int) -> 
 
 
 def read_queries(into: SimpleQueue[str]) -> None:
-    """Reads the standard input; ends the process with it, since then nobody waits for an answer."""
+    """Reads queries from the standard input; ends the process at its end, since no one waits for an answer then."""
     for line in sys.stdin.buffer:
         into.put(json.loads(line))
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Training, prediction and evaluation: what holds the parts together."""
+"""Training, prediction and evaluation, from the parts of this package."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ Scores = dict[str, float]
 def train(settings: Settings) -> Scores:
     """Trains; leaves `model/`, `metrics.jsonl` and `result.json` in the experiment's folder and returns the result.
 
-    An interrupted training goes on from its last checkpoint; a finished one is not repeated.
+    An interrupted training continues from its last checkpoint; a finished training is not repeated.
 
     Raises:
-        UsageError, DataError: settings or data that cannot be used.
-        Preempted: told to stop; a checkpoint is written.
+        UsageError, DataError: settings or data are invalid.
+        Preempted: the process received a signal to stop; a checkpoint is written.
     """
     settings.check()
     done = settings.folder / "result.json"
@@ -103,7 +103,7 @@ def train(settings: Settings) -> Scores:
 
 
 def open_model(settings: Settings, questions: Sequence[str], queries: Sequence[str]) -> tuple[TextToSql, Any]:
-    """The model that training starts from, with its tokenizer."""
+    """The initial model of the training, with its tokenizer."""
     if not settings.finetune:
         texts = [*questions, *queries]
         return from_scratch(texts, width=settings.width, layers=settings.layers, seed=settings.seed)
@@ -117,7 +117,7 @@ def open_model(settings: Settings, questions: Sequence[str], queries: Sequence[s
 
 
 def loop_options(settings: Settings) -> TrainOptions:
-    """The loop's numbers."""
+    """Options of the training loop."""
     skip = settings.skip_record_computation
     return TrainOptions(
         learning_rate=settings.learning_rate,
@@ -138,8 +138,8 @@ def make_judge(
     """A function that scores queries by their records.
 
     Args:
-        gold: the right queries, in order.
-        stopping: ends queries that run when it is true.
+        gold: the correct queries, in order.
+        stopping: ends running queries when it is true.
     """
     limits, threads = Limits(settings.sql_timeout), settings.sql_threads
     cache = settings.output / "gold"
@@ -164,12 +164,12 @@ def make_evaluate(
     settings: Settings,
     beside: Executor,
 ) -> Callable[[nn.Module, bool], Scores | Callable[[], Scores]]:
-    """A function for the loop that looks at dev: at its loss, and when `full` at the records of the queries it gets.
+    """The evaluation function for the loop: loss on dev and, if `full`, scores of the records of generated queries.
 
     Args:
-        examples: dev.
-        judge: scores queries; none where only the loss counts.
-        beside: where records are computed while training goes on, if the settings say so.
+        examples: examples of dev.
+        judge: scores queries; None if only the loss is used.
+        beside: executor that computes records during training, if the settings request it.
     """
     batches = epoch_batches(examples, settings.eval_batch_size, 0, 0)
     load = make_loader(examples, accelerator.device)
@@ -198,7 +198,7 @@ def predict(settings: Settings, split: str) -> list[str]:
     """Writes the queries and records of a split with the trained model; returns the queries.
 
     Raises:
-        DataError: nothing is trained, or there are no questions.
+        DataError: there is no trained model, or there are no questions.
     """
     settings.check()
     if not (settings.folder / "result.json").is_file():
@@ -215,7 +215,7 @@ def predict(settings: Settings, split: str) -> list[str]:
 
 
 def evaluate(settings: Settings, split: str, predicted: Path | None) -> Scores:
-    """Scores of a file of queries, or of those that the trained model gives now."""
+    """Scores of a file of queries, or of new queries from the trained model."""
     settings.check()
     gold = read_lines(settings.data, split, "sql")
     queries = file_lines(predicted, "--predicted names a file of queries") if predicted else predict(settings, split)

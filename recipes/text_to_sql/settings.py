@@ -1,4 +1,4 @@
-"""The options of a training, once: names, types, help texts and defaults, without torch."""
+"""The single definition of the options of a training: names, types, help texts and defaults, without torch."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """Where the experiment lies."""
+        """Folder of the experiment."""
         return self.output / self.experiment_name
 
     def check(self) -> None:
-        """Raises UsageError for values that make no sense, or none together."""
+        """Raises UsageError for invalid values or combinations of values."""
         for name, value in asdict(self).items():
             least = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-9
             if type(value) in (int, float) and not value >= least:
@@ -74,7 +74,9 @@ class Settings:
             )
 
     def claim(self) -> None:
-        """Writes settings.json; raises UsageError where the experiment was begun with other settings that matter."""
+        """Writes settings.json; raises UsageError if the experiment was begun with other settings that affect the
+        result.
+        """
         ours = {name: str(value) for name, value in asdict(self).items() if name not in FREE}
         path = self.folder / "settings.json"
         theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
@@ -88,7 +90,7 @@ class Settings:
 
 
 def settings_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds these settings as options of a command, all of them when none is named."""
+    """Adds the named settings as options of a command, or all settings if none is named."""
     hints = get_type_hints(Settings, include_extras=True)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""Runs queries that nobody has vetted: read-only, in processes of their own, each with a deadline and limits.
+"""Runs untrusted queries: read-only, in separate processes, each with a deadline and limits.
 
-A query is one SELECT. Whatever else it tries (a write, ATTACH, a PRAGMA, two statements), however long, large or
-broken it is: the outcome is an error of that query, and nothing else notices.
+A query is one SELECT. Anything else (a write, ATTACH, a PRAGMA, two statements) and queries that are too long, too
+large or malformed are an error of that query only, without effect on others.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ResultRow = tuple[Cell, ...]
 
 PROGRAM = Path(__file__).with_name("query_process.py")
 HEAP_BYTES = 2**28  # of SQLite's memory for each running query: sorting a cross join would take all (or the disk)
-START_SECONDS = 60.0  # that a process may take before it answers: it takes 0.02 where nothing else runs
-CHECK_SECONDS = 0.25  # how often a waiting thread asks whether it should stop
+START_SECONDS = 60.0  # maximum until a process answers: 0.02 on an idle machine
+CHECK_SECONDS = 0.25  # interval at which a waiting thread checks for a stop
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one query may take: seconds from its start, rows and bytes of its result."""
+    """Limits of one query: seconds from its start, rows and bytes of its result."""
 
     seconds: float = 60.0
     rows: int = 50_000
@@ -45,16 +45,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A query's rows, or why it has none. Blobs are given as hex text."""
+    """A query's rows, or its error. Blobs are given as hex text."""
 
     rows: tuple[ResultRow, ...] = ()
     error: str = ""
 
 
 class QueryProcess:
-    """Answers queries in a process of its own, one after another. A late query ends the process; the next starts one.
+    """Runs queries in a separate process, one after another. A late query ends the process; the next query starts a new
+    one.
 
-    A query cannot be interrupted otherwise: one step of SQLite's (`instr` on long texts) can take minutes.
+    A query cannot be interrupted otherwise: a single step of SQLite (`instr` on long texts) can take minutes.
     """
 
     def __init__(self, database: Path, limits: Limits, stopping: Callable[[], bool]) -> None:
@@ -77,7 +78,7 @@ class QueryProcess:
         deadline = time.monotonic() + self.limits.seconds
         try:
             assert process.stdin
-            with suppress(BrokenPipeError):  # it has ended: reading says so
+            with suppress(BrokenPipeError):  # it has ended, which reading reports
                 process.stdin.write(json.dumps(query).encode() + b"\n")
                 process.stdin.flush()
             line = self._read_line(process, deadline)
@@ -91,7 +92,7 @@ class QueryProcess:
         return self._outcome(outcome)
 
     def kill(self) -> int | None:
-        """Ends the process, whatever it does, and returns its exit code."""
+        """Kills the process and returns its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -117,7 +118,7 @@ class QueryProcess:
         return process
 
     def _read_line(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
-        """A line that the process writes. Raises TimeoutError, EOFError, or Preempted when told to stop."""
+        """A line from the process. Raises TimeoutError, EOFError, or Preempted if `stopping` is true."""
         assert process.stdout
         waiting, pieces = select.poll(), [b""]
         waiting.register(process.stdout, select.POLLIN)
@@ -153,8 +154,8 @@ def run_queries(
     """Runs each distinct query once, several at a time.
 
     Args:
-        threads: how many.
-        known: outcomes of an earlier time that are taken over.
+        threads: number of queries at a time.
+        known: earlier outcomes that are reused.
         stopping: true ends all queries at once.
 
     Returns:

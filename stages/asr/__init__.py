@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=3,  # a shared expert beside routed ones; the base is scored with 30 s of audio
+    format=3,  # a shared expert and routed experts; the base is scored with 30 s of audio
     reads=(
         "seed",
         "precision",

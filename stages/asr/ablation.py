@@ -1,4 +1,4 @@
-"""Whether each routed expert earns its place: dev's loss with it, and with the shared expert alone.
+"""Evaluation of each routed expert: loss on dev with the expert, and with the shared expert alone.
 
 Shape letters: E experts.
 """
@@ -22,7 +22,7 @@ RESAMPLES = 1000
 
 @torch.inference_mode()
 def utterance_losses(joint: Joint) -> dict[str, tuple[float, int]]:
-    """id → (summed cross-entropy, tokens) of each utterance of dev, as the model is routed now."""
+    """id → (summed cross-entropy, tokens) of each utterance of dev, with the current routing of the model."""
     dev, accelerator = joint.sets["dev"], joint.accelerator
     batches = epoch_batches(
         dev.examples, batch_size=1, batch_seconds=joint.config.runtime.extract_batch_seconds, shuffle=False
@@ -36,10 +36,11 @@ def utterance_losses(joint: Joint) -> dict[str, tuple[float, int]]:
 
 
 def judge_experts(joint: Joint) -> list[dict[str, Any]]:
-    """What each routed expert brings to the dev utterances that choose it first; drops those that do not help.
+    """Evaluates each routed expert on the dev utterances that choose it first; drops experts that do not lower the
+    loss.
 
-    An expert that is dropped adds nothing any more: its utterances get the shared expert alone. Without a shared expert
-    the experts are judged against the base model, and none is dropped.
+    A dropped expert has no effect any more: its utterances use the shared expert alone. Without a shared expert the
+    experts are compared with the base model, and none is dropped.
 
     Returns:
         For each expert: its utterances, cross-entropy per token with and without it, the gain with a bootstrap interval
@@ -96,6 +97,6 @@ def _has_shared(recogniser: Recogniser) -> bool:
 
 @torch.no_grad()
 def drop_expert(recogniser: Recogniser, expert: int) -> None:
-    """Takes an expert's effect away, wherever it is chosen."""
+    """Disables the effect of an expert in all layers."""
     for _, layer in mixture_layers(recogniser):
         layer.routed.lora_B[expert].zero_()

@@ -1,4 +1,4 @@
-"""What the base model makes of the test set: decoded once in a store, whatever is trained on it."""
+"""The base model's transcripts of the test set, which are decoded once per store and shared by runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def base_key(config: Config, corpus: str, utterances: Sequence[Utterance], model
     """The key of the base model's transcripts of these utterances in 30 s of audio.
 
     Args:
-        corpus: digest of its index, which says what the utterances are.
+        corpus: digest of its index, which describes the utterances.
         model: digest of the base model.
-        precision: that the device computes in.
+        precision: precision of the device's computation.
     """
     decode = config.decode.model_dump(mode="json", exclude={"normaliser"})  # which changes a score, and no text
     values = {f"decode.{name}": value for name, value in decode.items()}
@@ -48,10 +48,10 @@ def base_transcripts(
     decode: Callable[[], Mapping[str, str]],
     accelerator: Accelerator,
 ) -> tuple[dict[str, str], bool]:
-    """(id → text, whether it was decoded now) of the base model, from the store where an earlier run decoded it.
+    """(id → text, whether it was decoded now) of the base model; from the store if an earlier run decoded it.
 
     Args:
-        key: asked in the main process alone, which looks for all.
+        key: used in the main process only, which reads the store for all processes.
         decode: decodes the utterances, in all processes together.
     """
     started, main = time.time(), accelerator.is_main_process
@@ -72,7 +72,7 @@ def _write(folder: Path, utterances: Sequence[Utterance], texts: Mapping[str, st
 
 
 def _read(folder: Path | None, utterances: Sequence[Utterance]) -> dict[str, str] | None:
-    """The texts of exactly these utterances; None where the file holds anything else."""
+    """The texts of exactly these utterances; None if the file contains other utterances."""
     if folder is None:
         return None
     try:

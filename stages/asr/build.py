@@ -1,4 +1,4 @@
-"""The model that joint training starts from, its parameter groups, and what its bundle says of it."""
+"""The initial model of joint training, its parameter groups, and its description for the bundle."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def build(
     groups: Sequence[str] = (),
     fit: Sequence[str] | None = None,
 ) -> Recogniser:
-    """The model to train: pre-trained gate and experts where they are given, new ones otherwise.
+    """The model to train, with pre-trained gate and experts if they are given, otherwise with new ones.
 
     Args:
-        experts: of the clusters, in their order; of a single cluster without a shared expert, the one for everybody.
+        experts: experts of the clusters, in order; for a single cluster without a shared expert, one common expert.
         shared: the shared expert, if it was pre-trained.
-        table: embeddings of the utterances that a gate chooses experts for.
-        groups: values of the corpus's column that a table routes by, one routed expert for each.
-        fit: the utterances that a random gate takes its scale from; all of the table when None.
+        table: embeddings of the utterances for which a gate chooses experts.
+        groups: values of the corpus's column for routing by a table, one routed expert for each.
+        fit: the utterances from which the scale of a random gate is computed; all of the table if None.
     """
     options = config.asr
     torch.manual_seed(config.seed)
@@ -87,7 +87,9 @@ def build(
 
 
 def experts_and_shared_rank(config: Config, count: int, *, routed: bool) -> tuple[int, int]:
-    """(routed experts, rank of the shared one). A single adapter for everybody is a shared expert without others."""
+    """(number of routed experts, rank of the shared expert). A single adapter is a shared expert without routed
+    experts.
+    """
     if routed:
         return count, config.lora.shared_rank if config.asr.shared_expert else 0
     return 0, config.lora.shared_rank if config.asr.shared_expert else config.lora.rank
@@ -123,7 +125,7 @@ def _gate(
 
 
 def rank_plan(config: Config) -> adalora.RankPlan:
-    """AdaLoRA's numbers; a mean rank of `lora.rank` unless another is set."""
+    """AdaLoRA's schedule of ranks; the mean rank is `lora.rank` unless another is set."""
     options = config.adalora
     target = options.target_rank or config.lora.rank
     first = options.init_rank or math.ceil(1.5 * target)
@@ -161,11 +163,11 @@ def parameter_groups(recogniser: Recogniser, config: Config) -> list[dict[str, A
 def describe(
     config: Config, recogniser: Recogniser, base_digest: str, *, groups: Sequence[str], seconds: float
 ) -> BundleInfo:
-    """What has to be known to use the trained model.
+    """The description that is required to use the trained model.
 
     Args:
-        groups: that a table routes by.
-        seconds: what 19 of 20 training utterances do not exceed.
+        groups: groups for routing by a table.
+        seconds: duration that 19 of 20 training utterances do not exceed.
     """
     layer = next((layer for _, layer in mixture_layers(recogniser)), None)  # none after a full fine-tune
     shared = layer.shared if layer is not None else None

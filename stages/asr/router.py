@@ -1,4 +1,4 @@
-"""What chooses the experts of each split's utterances: the gate by utterance or by speaker, or a table."""
+"""The choice of experts for each split's utterances: by the gate per utterance or per speaker, or by a table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from common.model.routing import route_by_table
 
 @dataclass(frozen=True)
 class Router:
-    """How utterances get their experts.
+    """The router of a run.
 
     Attributes:
         by: `utterance`, `speaker` or `table`.
-        table: pooled embeddings of all splits; None where no gate chooses.
-        column: of the corpus that a table routes by.
-        groups: its values that have an expert.
+        table: pooled embeddings of all splits; None without a gate.
+        column: column of the corpus for routing by a table.
+        groups: values of the column that have an expert.
     """
 
     by: Literal["utterance", "speaker", "table"]
@@ -42,9 +42,9 @@ class Router:
         return torch.from_numpy(self.table.rows([u.id for u in utterances]))
 
     def point_at(self, recogniser: Recogniser, utterances: Sequence[Utterance], *, training: bool = False) -> None:
-        """Lets the model route a split: a batch's rows are places in it.
+        """Sets the routing of a split in the model: the rows of a batch are positions in the split.
 
-        In training every utterance counts as known, since the groups were found in what is trained on.
+        In training every utterance belongs to a group, since the groups were computed from the training utterances.
         """
         if self.by == "table" and self.groups:
             values = group_values(utterances, self.column, self.groups)
@@ -71,20 +71,22 @@ class Router:
 
 
 def gate_groups(gate: Sequence[Path]) -> tuple[str, ...]:
-    """The names of the routed experts by what the gate was trained to tell apart; none for clusters or no gate."""
+    """The names of the routed experts: the groups on which the gate was trained; empty for clusters or without
+    a gate.
+    """
     report = read_object(gate[0] / "report.json") if gate else {}
     return tuple(report["labels"]) if report.get("target", "cluster") != "cluster" else ()
 
 
 def table_groups(utterances: Sequence[Utterance], column: str, *, count: int, seed: int) -> tuple[str, ...]:
-    """The groups of a table, one routed expert for each: the values of a column in training, or a control's.
+    """The groups of a table, one routed expert for each: the values of a column in training, or those of a control.
 
     Args:
-        count: of groups that are drawn.
-        seed: that they are drawn with.
+        count: number of randomly drawn groups.
+        seed: random seed of the groups.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no groups.
     """
     names = shuffled_names(count, seed) if column == SHUFFLED else ()
     groups = names or tuple(sorted(set(group_values(utterances, column)) - {""}))

@@ -55,7 +55,7 @@ from stages.settings import decoding_options, epoch_planner, speech_examples, tr
 
 @dataclass(frozen=True)
 class SpeechSet:
-    """One split, ready to be loaded."""
+    """One split, ready for loading."""
 
     utterances: list[Utterance]
     examples: list[Example]
@@ -68,7 +68,7 @@ class SpeechSet:
 
 @dataclass(frozen=True)
 class Joint:
-    """What joint training works on, from its first step to the scores of the test set."""
+    """Objects shared by the steps of joint training, from the first step to the scores of the test set."""
 
     config: Config
     context: Context
@@ -82,7 +82,7 @@ class Joint:
     accelerator: Accelerator
 
     def point_at(self, split: str) -> None:
-        """Lets the model route the utterances of a split."""
+        """Sets the routing of the utterances of a split in the model."""
         self.router.point_at(self.recogniser, self.sets[split].utterances, training=split == "train")
 
 
@@ -178,10 +178,10 @@ def _speech_set(
 
 
 def _prepare_gate(joint: Joint) -> None:
-    """Calibrates on dev which utterances are unlike all groups; a gate that was pre-trained is trained no further.
+    """Calibrates on dev the distance beyond which utterances belong to no group; freezes a pre-trained gate.
 
-    The load-balance loss of a few utterances is noise to a gate that knows its groups, and AdamW moves it at the full
-    rate however small its gradient is (docs/regimes.md has the figures).
+    For a pre-trained gate, the load-balance loss of a few utterances is only noise, and AdamW changes the gate at the
+    full rate even if its gradient is small (docs/regimes.md has the figures).
     """
     gate, router = joint.recogniser.gate, joint.router
     if gate is None:
@@ -229,7 +229,9 @@ def _next_draw(draw: torch.Tensor, step: int, total: int) -> None:
 
 
 def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]]:
-    """A function for the loop: dev's loss, and the WER of a part of it where checkpoints are selected by that."""
+    """The evaluation function for the loop: loss on dev, and WER of a part of dev if checkpoints are selected
+    by WER.
+    """
     config, dev, live = joint.config, joint.sets["dev"], joint.context.metrics.live
     seconds, decoding = config.runtime.extract_batch_seconds, decoding_options(config)
     decoded = dev.some(config.asr.select_samples, config.seed)
@@ -261,7 +263,7 @@ def _top_k(config: Config) -> int:
 
 
 def _show_routing(joint: Joint) -> None:
-    """Puts the experts' load on the split that the model routes into the live metrics."""
+    """Sets the experts' load on the currently routed split in the live metrics."""
     logits_NE, known_N = joint.recogniser.all_choices()
     if logits_NE is not None:
         found = routing_report(logits_NE, _top_k(joint.config), known_N)
@@ -317,7 +319,7 @@ def _base_texts(joint: Joint, model: Path) -> tuple[dict[str, str], bool]:
         return base_key(config, joint.corpus_digest, utterances, digest, accelerator.mixed_precision)
 
     def decode() -> dict[str, str]:
-        # A mixture's base model is itself without its experts; after a full fine-tune it is a model of its own.
+        # The base of a mixture is the mixture without experts; after a full fine-tune it is a separate model.
         own = Recogniser(load_whisper(model)).to(accelerator.device) if config.asr.adapt == "full" else None
         name = "scoring the base model"
         return _decode(joint, name, own or joint.recogniser, joint.base_test, base=own is None)
@@ -345,7 +347,7 @@ def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *,
 
 @contextmanager
 def _training_is_saved() -> Iterator[None]:
-    """Says what is kept where the work after training is interrupted."""
+    """Logs what is saved if the work after training is interrupted."""
     try:
         yield
     except Preempted:
@@ -354,12 +356,12 @@ def _training_is_saved() -> Iterator[None]:
 
 
 def audio_context(config: Config) -> tuple[str, int]:
-    """(context, margin) that the model is trained and scored with."""
+    """(context, margin) of the model in training and scoring."""
     return config.audio.context, config.audio.margin
 
 
 def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], dict[str, Any]]:
-    """Experts and weights of each test utterance, and the summary of them; lets the model route the test set."""
+    """Experts and weights of each test utterance, and their summary; sets the routing of the test set in the model."""
     joint.point_at("test")
     logits_NE, known_N = joint.recogniser.all_choices()
     if logits_NE is None:

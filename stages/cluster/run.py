@@ -1,4 +1,4 @@
-"""Clusters the embeddings of the subset, and says how the groups relate to etiologies and speakers."""
+"""Clusters the embeddings of the subset, and reports the agreement of the clusters with etiologies and speakers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""experts: what is trained on speech before joint training.
+"""experts: training of experts before joint training.
 
 `asr.pretrain: alone` trains one LoRA adapter per group of the gate, each on its own utterances. `asr.pretrain: experts`
 trains the shared expert on all utterances first (contract `shared`), then one routed expert per group on top of it.
@@ -31,7 +31,7 @@ READS = (
 
 
 def count_groups(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
-    """One expert per group of the gate; not known before there is one."""
+    """One expert per group of the gate; unknown until the gate exists."""
     found = manifests.get("gate")
     return int(found.metrics["groups"]) if found else None
 

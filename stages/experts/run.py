@@ -1,6 +1,6 @@
-"""Trains one expert on the utterances that the gate gives to its group; embeddings are cached, not computed.
+"""Trains one expert on the utterances that the gate assigns to its group, using the stored embeddings.
 
-It is trained alone, or on top of a shared expert that stays as it is.
+It is trained alone, or on top of a frozen shared expert.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(
     """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`.
 
     Args:
-        shared: the shared expert that this one is trained on top of, as it is; none for an expert alone.
+        shared: the frozen shared expert on top of which this expert is trained; None for an expert alone.
     """
     expert = context.shard or 0
     mine, dev = _utterances(config, corpus, embeddings, gate[0], expert)
@@ -86,10 +86,10 @@ def train_adapter(
     output: Path,
     group: str = "",
 ) -> None:
-    """Trains what is trainable of one expert, and writes it with its report.
+    """Trains the trainable parameters of one expert, and writes the expert and its report.
 
     Args:
-        dev: what the weights are selected by.
+        dev: utterances for the selection of weights.
         expert: number of a group, whose expert is the model's only routed one; None for the shared expert.
         group: its name.
     """
@@ -148,7 +148,7 @@ def train_adapter(
 def _utterances(
     config: Config, corpus: Corpus, embeddings: Sequence[Path], gate: Path, expert: int
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """What the expert is trained on, and what of dev it is judged by."""
+    """The expert's training utterances, and the dev utterances of its evaluation."""
     table, router = read_tables(embeddings), load_gate(gate).eval()
     mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
     if not mine:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
@@ -177,7 +177,7 @@ def new_adapter(config: Config, model: Path, *, routed: int, shared_rank: int, s
 
 
 def freeze_shared(recogniser: Recogniser) -> None:
-    """Leaves the shared expert as it is; routed experts are trained beside it."""
+    """Freezes the shared expert; routed experts are trained in addition to it."""
     for _, layer in mixture_layers(recogniser):
         assert layer.shared is not None
         layer.shared.requires_grad_(False)

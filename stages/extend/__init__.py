@@ -1,7 +1,7 @@
-"""extend: an expert for a new speaker or group, beside a model that stays as it is.
+"""extend: an expert for a new speaker or group, added to an unchanged model.
 
-It is no stage of a run: `moe-asr extend` makes it for a finished model. What surrounds a stage surrounds it too: a key,
-checkpoints, a manifest that names the model's artifact.
+It is not a stage of a run: `moe-asr extend` makes it for a finished model. It is executed like a stage, with a key,
+checkpoints, and a manifest that names the model's artifact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The existing experts chosen for one use by a few utterances with text; nothing is written."""
+"""Choice of weights over existing experts by a few utterances with text, for one command; nothing is stored."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from stages.extend.enrolment import audible
 
 
 def read_enrolment(folder: Path) -> Corpus:
-    """A corpus, or a folder of recordings with their texts beside them: `take.wav` and `take.txt`.
+    """Reads a corpus, or a folder of recordings with text files of the same names: `take.wav` and `take.txt`.
 
     Raises:
-        DataError: it is neither, or a text is missing.
+        DataError: the folder is neither, or a text is missing.
     """
     if (folder / INDEX_NAME).is_file():
         return read_corpus(folder)
@@ -43,11 +43,11 @@ def _utterance(path: Path) -> Utterance:
 
 
 def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
-    """The model with weights over its experts that make the texts of a folder most likely, for all audio.
+    """The model with weights over its experts for all audio, chosen by the likelihood of the texts of a folder.
 
     Raises:
         UsageError: the model has no experts to choose from.
-        DataError: the folder holds no speech with text.
+        DataError: the folder contains no speech with text.
     """
     if opened.recogniser.num_experts < 2:
         raise UsageError(f"--enrol: model {opened.name} has no experts to choose from; `moe-asr extend` adds one")

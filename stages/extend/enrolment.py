@@ -1,4 +1,4 @@
-"""The utterances that an added expert learns from: found in a corpus, and checked."""
+"""Finds and checks the utterances of a corpus on which an added expert is trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parse_where(text: str) -> tuple[str, str]:
     """`etiology=ataxia` → ("etiology", "ataxia").
 
     Raises:
-        UsageError: it is no such condition.
+        UsageError: the text is not such a condition.
     """
     column, equals, value = text.partition("=")
     if not equals or not value:
@@ -35,7 +35,7 @@ def enrolled(corpus: Corpus, column: str, value: str) -> list[Utterance]:
     """The utterances of a speaker or group outside of test, sorted by id.
 
     Raises:
-        DataError: there is none, or test holds the same stretch of the same recording.
+        DataError: there are no such utterances, or test contains the same stretch of the same recording.
     """
     own = [u for u in corpus.utterances if getattr(u, column) == value]
     chosen, held_out = [u for u in own if u.split != "test"], [u for u in corpus.utterances if u.split == "test"]
@@ -66,7 +66,7 @@ def _refuse_overlap(chosen: Sequence[Utterance], held_out: Sequence[Utterance]) 
 
 
 def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
-    """Those with sound, the others named in a warning.
+    """The utterances that are not silent; silent utterances are named in a warning.
 
     Raises:
         DataError: all are silent.
@@ -90,9 +90,9 @@ def samples_of(corpus: Corpus, u: Utterance) -> Samples:
 
 
 def groups_of(utterances: Sequence[Utterance]) -> list[str]:
-    """What must not be on both sides of cross-validation: speakers where there are several, else sessions.
+    """Groups that cross-validation must not divide: speakers if there are several, otherwise sessions.
 
-    A session is a folder of recordings where there are several folders, else a recording.
+    A session is a folder of recordings if there are several folders, otherwise a recording.
     """
     speakers = [u.speaker for u in utterances]
     if len(set(speakers)) > 1:
@@ -102,10 +102,10 @@ def groups_of(utterances: Sequence[Utterance]) -> list[str]:
 
 
 def warn_of_strange_texts(utterances: Sequence[Utterance], gains: Sequence[float]) -> None:
-    """Names utterances whose text is no likelier with their own audio than with another utterance's.
+    """Logs the names of utterances whose text is not more likely with their own audio than with another utterance's.
 
     Args:
-        gains: by how much it is likelier, in nats per token.
+        gains: gain in log-likelihood by the own audio, in nats per token.
     """
     strange = [u for u, gain in zip(utterances, gains, strict=True) if gain <= 0]
     if strange:
@@ -117,7 +117,7 @@ def warn_of_strange_texts(utterances: Sequence[Utterance], gains: Sequence[float
 
 
 def rotation(utterances: Sequence[Utterance]) -> list[int]:
-    """For each utterance the number of another one with another text; its own where there is none."""
+    """For each utterance, the number of another utterance with another text; its own number if there is none."""
     count = len(utterances)
     found = []
     for number, u in enumerate(utterances):

@@ -1,7 +1,7 @@
-"""Added experts of models in a store: made, listed, removed, joined.
+"""Makes, lists, removes and joins added experts of models in a store.
 
-A run's record names the artifacts of its added experts beside those of its stages. An extension is a run record that
-names one more: the model's own files are shared, none is copied.
+A run's record names the artifacts of its added experts in addition to those of its stages. An extension is a run record
+with one more such artifact: the model's files are shared, not copied.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from stages.extend.run import DETAILS, Request, run
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for.
+    """The user's request for an added expert.
 
     Attributes:
-        name: of the expert.
-        column, value: whose utterances it learns from and will get.
-        method: a way, or `auto`.
-        run: name of the run that will name it; by default that of the model and the expert.
-        replace: an expert of this name that is there gives way.
+        name: name of the expert.
+        column, value: column and value of the utterances on which it is trained and for which it is used.
+        method: a method, or `auto`.
+        run: name of the run that will contain it; by default made from the names of the model and the expert.
+        replace: replace an existing expert of this name.
         curve: measure a learning curve too.
     """
 
@@ -62,13 +62,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Extension:
-    """What came of it.
+    """Result of an extension.
 
     Attributes:
-        run: name of the run that names it; empty where none does, or nothing was added.
-        info: of the expert.
+        run: name of the run that contains it; empty if there is none, or if nothing was added.
+        info: description of the expert.
         details: extension.json.
-        page: what only a report shows (`Request.page`); empty where the artifact was there already.
+        page: data for the report only (`Request.page`); empty if the artifact existed already.
     """
 
     run: str
@@ -79,7 +79,7 @@ class Extension:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned extension: what it is made from, under which key, and whether that is there."""
+    """A planned extension: its inputs, its key, and whether its artifact exists."""
 
     task: Task
     request: Request
@@ -94,11 +94,11 @@ def make_plan(
     """Finds the enrolment and the key of an extension; runs nothing.
 
     Args:
-        check_run: refuse a run of this name that is something else.
+        check_run: refuse an existing run of this name that is not this extension.
 
     Raises:
-        UsageError: a name that cannot be used, or is there already.
-        DataError: the corpus has no utterance to learn from.
+        UsageError: a name is invalid or already exists.
+        DataError: the corpus has no utterances for training.
     """
     _check_name(wish.name)
     record = parent_record(opened, config, store)
@@ -138,7 +138,7 @@ def make(
     stopping: Callable[[], bool],
     notes: Mapping[str, Any] | None = None,
 ) -> Extension:
-    """Makes an added expert, unless it is there; no run names it yet (`join`).
+    """Makes an added expert unless it exists; it is not yet part of a run (see `join`).
 
     Args:
         notes: further values for the manifest's metrics.
@@ -147,7 +147,7 @@ def make(
         MoeAsrError: as `run` raises; a checkpoint is kept.
     """
     for _ in opened.added:
-        remove_last(opened.recogniser)  # the expert is fitted on what is the same for everybody
+        remove_last(opened.recogniser)  # the expert is fitted on the parts shared by all utterances
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
     manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
@@ -157,13 +157,14 @@ def make(
 
 
 def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
-    """Writes the run that names the added experts of plans for one model, beside those that the model has.
+    """Writes the run with the added experts of plans for one model, in addition to those that the model has.
 
     Returns:
-        Those that were added; those of which nothing came are left out, and where all are, no run is written.
+        The added experts; plans whose result is that nothing is added are left out, and without any added expert no run
+        is written.
 
     Raises:
-        DataError: one is not made yet.
+        DataError: an expert is not made yet.
     """
     made = []
     for plan in plans:
@@ -183,13 +184,13 @@ def _same(one: AddedExpert, other: AddedExpert) -> bool:
 
 
 def parent_digest(opened: OpenedModel) -> str:
-    """What a model contributes to the keys of its added experts: all weights, those of its base too."""
+    """The model's part of the keys of its added experts: a digest of all weights, including those of its base."""
     base = opened.info.base_digest if opened.info else model_content(opened.base)
     return hashlib.sha256(f"{model_content(opened.folder)}/{base}".encode()).hexdigest()
 
 
 def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str, Any]:
-    """The record of the model's run; of a model that is no run of this store, one that names where it lies."""
+    """The record of the model's run; for a model that is not a run of this store, a record of its location."""
     found = find_run(opened.name, store)
     if found and found[0].url == store.url:
         return found[1]
@@ -222,7 +223,7 @@ def _slug(text: str) -> str:
 
 
 def _check_target(store: Store, name: str, record: Mapping[str, Any], key: Key, *, in_place: bool) -> None:
-    """Refuses a run that is something else; the same extension once more, or its parent itself, is fine."""
+    """Refuses an existing run unless it is the same extension or its parent."""
     there = read_record(store, name)
     if there is None or in_place:
         if in_place and not _added_tasks(record):
@@ -241,7 +242,7 @@ def added_of(store: Store, record: Mapping[str, Any], cache: Path) -> list[tuple
     """The added experts of a run and their keys, in order.
 
     Raises:
-        DataError: one is not there.
+        DataError: an added expert is missing.
     """
     found = []
     for label, task in _added_tasks(record).items():
@@ -259,7 +260,7 @@ def _made(store: Store, key: Key, label: str) -> Manifest:
 
 
 def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Sequence[Key]) -> None:
-    """Writes the run that has a model's stages and these added experts."""
+    """Writes a run with a model's stages and these added experts."""
     tasks = {label: task for label, task in parent["tasks"].items() if task["stage"] != STAGE}
     tasks |= {f"{STAGE}[{number}]": {"key": key.digest, "stage": STAGE} for number, key in enumerate(keys)}
     now = time.time()
@@ -270,7 +271,7 @@ def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Seque
 
 
 def _write_card(store: Store, name: str, root: str, count: int) -> None:
-    """The model's own card with the number of its added experts: who they are for is nobody else's business."""
+    """Writes the model's card with the number of its added experts, without their speakers, for privacy."""
     card = f"# {name}\n"
     if root:  # the model is a run
         with suppress(NotFound):
@@ -283,7 +284,7 @@ def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
     """Store and record of a run with added experts.
 
     Raises:
-        DataError: it is no run.
+        DataError: there is no such run.
     """
     found = find_run(name, store)
     if found is None:
@@ -292,10 +293,10 @@ def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
 
 
 def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
-    """Takes an added expert out of a run; deletes its files unless another run names them.
+    """Removes an added expert from a run; deletes its files unless another run uses them.
 
     Returns:
-        The other runs that name it.
+        The other runs that use it.
 
     Raises:
         UsageError: the run has no such expert.
@@ -317,13 +318,13 @@ def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
 def _names_key(store: Store, name: str, key: Key) -> bool:
     try:
         record = read_record(store, name)
-    except (DataError, NotFound):  # a damaged record: nobody can tell, so nothing of it is deleted
+    except (DataError, NotFound):  # a damaged record: its use is unknown, so nothing is deleted
         return True
     return record is not None and key.digest in (task["key"] for task in _added_tasks(record).values())
 
 
 def _delete_artifact(store: Store, key: Key, cache: Path) -> None:
-    """Deletes an artifact, its manifest first, and what was brought here of it."""
+    """Deletes an artifact, beginning with its manifest, and its downloaded files."""
     remove_all(store, f"{key.prefix}{MANIFEST}")
     remove_all(store, key.prefix)
     shutil.rmtree(cache / "inputs" / key.stage / key.digest, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""What the pods of the extending workflow do: the table of speakers as a fan-out, one added expert, the run of all.
+"""Commands of the pods of the extending workflow: the fan-out over the speakers, one added expert, the run of all
+experts.
 
-They are configured by variables as those of the pipeline (`stages.pod`), and by MOE_ASR_PARENT (a run), _CORPUS,
-_SPEAKERS (a JSON list) and _METHOD. All else is as the parent's run had it.
+They are configured by variables like the pods of the pipeline (`stages.pod`), and by MOE_ASR_PARENT (a run), _CORPUS,
+_SPEAKERS (a JSON list) and _METHOD. All other settings are those of the parent run.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Work:
-    """What the variables say, opened."""
+    """The objects described by the variables."""
 
     config: Config
     store: Store
@@ -76,10 +77,10 @@ def _work() -> _Work:
 
 
 def speakers() -> list[str]:
-    """The table of speakers and groups.
+    """The list of speakers and groups.
 
     Raises:
-        UsageError: it is no JSON list of names, is empty, or names one twice.
+        UsageError: the variable is not a JSON list of names, is empty, or contains a name twice.
     """
     text = pod.variable("SPEAKERS")
     try:
@@ -94,7 +95,7 @@ def speakers() -> list[str]:
 
 
 def plan_all() -> None:
-    """Writes one small item for each speaker or group; what is wrong with one is told before any is made."""
+    """Writes one small item for each speaker or group; errors are reported before any expert is made."""
     work, items = _work(), []
     lanes = max(1, int(pod.variable("PARALLELISM", "1")))
     for number, who in enumerate(speakers()):
@@ -109,7 +110,7 @@ def plan_all() -> None:
 
 
 def make_one(who: str) -> None:
-    """Makes one added expert, unless it is there."""
+    """Makes one added expert unless it exists."""
     work = _work()
     memo = pod.variable("MEMO")
     with handle_signals() as stopping:
@@ -127,7 +128,7 @@ def make_one(who: str) -> None:
 
 
 def join_all() -> None:
-    """Writes the run that names all added experts."""
+    """Writes the run that contains all added experts."""
     work = _work()
     plans = [work.plan(who) for who in speakers()]
     pod.write_output("added", [info.name for info in join(plans, work.store, work.cache)])

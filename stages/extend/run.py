@@ -1,5 +1,6 @@
-"""An expert for a new speaker or group: the ways are tried on held-out parts of the enrolment, the simplest good one
-is fitted on all of it."""
+"""Makes an expert for a new speaker or group: compares the methods by cross-validation on the enrolment, and fits the
+selected method on the whole enrolment.
+"""
 
 from __future__ import annotations
 
@@ -59,15 +60,15 @@ DETAILS = "extension.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What is wanted.
+    """Request for an added expert.
 
     Attributes:
         name, column, value: as in `AddedExpert`.
-        method: a way, or `auto` to choose one by cross-validation.
+        method: a method, or `auto` to choose one by cross-validation.
         curve: measure a learning curve too.
-        utterances: of the enrolment.
+        utterances: utterances of the enrolment.
         parent: digest of the model.
-        page: filled with what a report shows and a store does not keep: the held-out texts.
+        page: receives data for the report that the store does not contain: the held-out texts.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Request:
 def run(
     config: Config, context: Context, *, corpus: Corpus, output: Path, opened: OpenedModel, request: Request, **_: Any
 ) -> None:
-    """Writes the added expert and extension.json: figures alone, no audio and no text."""
+    """Writes the added expert and extension.json, which contains only figures, no audio and no text."""
     utterances = audible(corpus, request.utterances)
     work = _Work(config, context, corpus, opened, utterances, groups_of(utterances))
     enrolment = _enrolment(work)
@@ -105,7 +106,7 @@ def run(
 
 @dataclass
 class _Work:
-    """What the steps of one extension share."""
+    """Objects shared by the steps of one extension."""
 
     config: Config
     context: Context
@@ -146,7 +147,7 @@ def _enrolment(work: _Work) -> Enrolment:
 
 
 def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -> Choice | None:
-    """How the model routes the utterances as it is: by table, speaker or gate; None where nothing chooses."""
+    """Routing of the utterances by the unchanged model: by table, speaker or gate; None if the model has no routing."""
     opened, utterances = work.opened, work.utterances
     batches = epoch_batches(examples, batch_size=work.config.decode.batch_size, shuffle=False)
     choices = fixed_choices(opened, utterances, lambda: loader(batches))
@@ -164,7 +165,7 @@ def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -
 
 @torch.inference_mode()
 def check_texts(work: _Work, enrolment: Enrolment) -> None:
-    """Warns of texts that do not belong to their audio, as far as the model can tell."""
+    """Logs a warning for texts that do not seem to belong to their audio, according to the model."""
     if len(work.utterances) < 2:
         return
     own_N, tokens_N = losses(enrolment, enrolment.all())
@@ -185,7 +186,7 @@ def check_texts(work: _Work, enrolment: Enrolment) -> None:
 
 
 def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method, dict[str, Any]]:
-    """The way that is taken, and what is known of all of them."""
+    """The selected method, and the results of all methods."""
     wanted, allowed = request.method, ways_for(enrolment.recogniser)
     if wanted not in (*allowed, "auto"):
         raise DataError(f"--method {wanted}: model {work.opened.name} allows {', '.join(allowed)}")
@@ -215,7 +216,7 @@ def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method
 
 
 def _candidates(enrolment: Enrolment) -> np.ndarray:
-    """`candidate_losses` of all utterances, 0 for those beyond the first that `choose` listens to."""
+    """`candidate_losses` of the utterances that `choose` uses, and 0 for the others."""
     heard = enrolment.all()[:CHOOSING]
     loss_NC = np.zeros((len(enrolment.examples), enrolment.recogniser.num_experts + 1))
     loss_NC[heard] = candidate_losses(enrolment, heard)
@@ -225,7 +226,9 @@ def _candidates(enrolment: Enrolment) -> np.ndarray:
 def _held_out_rows(
     work: _Work, enrolment: Enrolment, trial: Trial, folds: Sequence[Sequence[int]]
 ) -> tuple[list[Row], list[Row]]:
-    """Scored rows of each utterance by the model as it is, and by the expert that was fitted without it."""
+    """Scored rows of each utterance with the unchanged model, and with the expert that was fitted without the
+    utterance.
+    """
     before = _decode(work, enrolment, enrolment.all(), "decoding as it is")
     after: dict[str, str] = {}
     for number, (terms, fold) in enumerate(zip(trial.terms, folds, strict=True)):
@@ -237,7 +240,7 @@ def _held_out_rows(
 
 
 def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str) -> dict[str, str]:
-    """id → text of some of the utterances, as the model routes them now."""
+    """id → text of some of the utterances, with the current routing of the model."""
     examples = [enrolment.examples[number] for number in numbers]
     loader = BatchLoader(examples, num_workers=0, device=work.opened.accelerator.device)
     with closing(counted_bar(work.context.attempt.activity, len(examples), name, unit="utterances",
@@ -255,7 +258,7 @@ def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str
 
 
 def _curve(work: _Work, enrolment: Enrolment, method: Method) -> list[dict[str, float]]:
-    """Held-out cross-entropy per token by the number of utterances that the expert was fitted on."""
+    """Held-out cross-entropy per token for different numbers of training utterances."""
     folds = folds_of(work.groups, FOLDS)
     smallest = len(work.utterances) - max(len(fold) for fold in folds)
     found = []
@@ -267,14 +270,14 @@ def _curve(work: _Work, enrolment: Enrolment, method: Method) -> list[dict[str, 
 
 @torch.inference_mode()
 def others_unchanged(work: _Work, terms: Terms, request: Request) -> int:
-    """Compares some utterances of others, to the last bit of their losses, without and with the expert beside one of
-    the enrolment.
+    """Checks that the losses of some utterances of other speakers are bit-identical without and with the expert, in a
+    batch with an utterance of the enrolment.
 
     Returns:
-        How many were compared; 0 where the corpus has nobody else.
+        The number of compared utterances; 0 if the corpus has no other speakers.
 
     Raises:
-        AssertionError: one changed, which no input can bring about.
+        AssertionError: a loss changed, which no input can cause.
     """
     others = [
         u

@@ -1,4 +1,4 @@
-"""Encodes every utterance that the run needs, a hundred at a time, and goes on where it was killed."""
+"""Encodes every utterance that the run needs, in parts of a hundred, and continues after a kill."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output
 
 
 def part_name(every: int, number: int) -> str:
-    """Of a part among parts of `every` utterances: a try with other parts must not take these for its own."""
+    """Name of a part of `every` utterances, so that an attempt with parts of another size does not use it."""
     return f"part-{every}-{number:06d}"
 
 

@@ -1,4 +1,4 @@
-"""The groups that a gate learns from: clusters, or the values of a column of the corpus."""
+"""The groups on which a gate is trained: clusters, or the values of a column of the corpus."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Groups:
     """Utterances with the group of each.
 
     Attributes:
-        numbers: of the groups, one for each utterance.
-        names: of the groups, by number.
+        numbers: number of each utterance's group.
+        names: names of the groups, by number.
     """
 
     utterances: tuple[Utterance, ...]
@@ -37,10 +37,10 @@ def clustered_groups(train: Sequence[Utterance], assignments: Sequence[Row]) -> 
 
 
 def labelled_groups(train: Sequence[Utterance], embedded: Collection[str], column: str) -> Groups:
-    """The values of a column: of all embedded training utterances that have one, not only of those that were clustered.
+    """The values of a column, for all embedded training utterances with a value, not only for clustered utterances.
 
     Raises:
-        DataError: none has one.
+        DataError: no utterance has a value.
     """
     known = set(embedded)
     utterances = tuple(u for u in train if u.id in known and getattr(u, column))

@@ -1,4 +1,4 @@
-"""Trains the gate to predict groups, keeping a tenth of each group aside to measure it honestly."""
+"""Trains the gate to predict groups, and measures it on a held-out tenth of each group."""
 
 from __future__ import annotations
 
@@ -128,9 +128,11 @@ def run(
 
 
 def split_held_out(label_N: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to fit on and to measure on: a tenth of each group, nothing of groups under four.
+    """Row numbers for training and for measurement: a tenth of each group is held out, none of groups with under four
+    rows.
 
-    When no group is that large, the rows to fit on are measured too (the report says how many it saw).
+    If all groups are smaller, the training rows are measured (the report gives the number of rows that were trained
+    on).
     """
     generator = np.random.default_rng(seed)
     held: list[int] = []
@@ -155,14 +157,16 @@ def _report(gate: Gate, embedding_ND: Tensor, label_N: Tensor, names: Sequence[s
 
 
 def _against_clusters(groups: Groups, assignments: Sequence[Row]) -> dict[str, float]:
-    """What the corpus's groups and the clusters share, on the utterances that have both."""
+    """Agreement of the corpus's groups and the clusters, on the utterances that have both."""
     cluster_of = {row["id"]: int(row["cluster"]) for row in assignments}
     both = [(n, cluster_of[u.id]) for u, n in zip(groups.utterances, groups.numbers, strict=True) if u.id in cluster_of]
     return shared_information([groups.names[n] for n, _ in both], np.array([c for _, c in both], np.int64))
 
 
 def _held_out_speakers(groups: Groups, vectors_ND: np.ndarray, target: str, seed: int) -> dict[str, Any] | None:
-    """How well groups are told apart for new speakers: of the target, or of the etiologies beside clusters."""
+    """Accuracy of predicting the groups of new speakers: for the target, or for the etiologies if the target is
+    clusters.
+    """
     column, numbers = target, list(groups.numbers)
     etiologies = sorted({u.etiology for u in groups.utterances})
     if target == "cluster" and len(etiologies) > 1 and "" not in etiologies:

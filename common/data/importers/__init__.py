@@ -1,4 +1,4 @@
-"""Corpora from what people have.
+"""Importers: corpora from tables, folders and published releases.
 
 tables.py       a table with audio paths: CSV, JSON Lines, JSON (a NeMo manifest is one)
 audiofolder.py  a Hugging Face audiofolder

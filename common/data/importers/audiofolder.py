@@ -56,7 +56,7 @@ def import_audiofolder(
 
 
 def _metadata(source: Path) -> list[Path]:
-    """The metadata files that are read: at the top, and in folders with a split's name."""
+    """The metadata files to read: in the top folder, and in folders with a split's name."""
     parts = [source, *(path for path in _folders(source) if path.name.lower() in SPLIT_NAMES)]
     return [path for part in parts for path in _metadata_in(part)]
 
@@ -71,7 +71,9 @@ def _metadata_in(folder: Path) -> list[Path]:
 
 
 def _splits_of_paths(rows: list[TableRow]) -> list[TableRow]:
-    """Metadata at the top whose audio lies in folders with the names of splits: these are the rows' splits."""
+    """Splits of the rows from the folders of their audio, if the metadata is in the top folder and the folders have the
+    names of splits.
+    """
     tops = [Path(row.values["audio_filepath"].replace("\\", "/")).parts[0].lower() for row in rows]
     if any(row.values["split"] for row in rows) or not set(tops) <= SPLIT_NAMES.keys():
         return rows
@@ -79,7 +81,7 @@ def _splits_of_paths(rows: list[TableRow]) -> list[TableRow]:
 
 
 def _passed_over(source: Path, rows: Sequence[TableRow]) -> list[str]:
-    """What lies in the folder and is not in the corpus: folders with another name, audio that no row names."""
+    """Content of the folder that is not in the corpus: folders with other names, audio that no row names."""
     notes = []
     other = [path for path in _folders(source) if path.name.lower() not in SPLIT_NAMES and _metadata_in(path)]
     for folder in other:

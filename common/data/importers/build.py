@@ -1,4 +1,6 @@
-"""From rows to a corpus folder: audio measured, identities joined, speakers dealt to splits, all faults listed."""
+"""From rows to a corpus folder: measures audio, merges spellings of names, assigns speakers to splits, lists all
+faults.
+"""
 
 from __future__ import annotations
 
@@ -50,19 +52,19 @@ def build_corpus(
     notes: Sequence[str] = (),
     skipped: Mapping[str, int] | None = None,
 ) -> Imported:
-    """Measures the audio, deals speakers to splits where rows name none, and writes the corpus with its provenance.
+    """Measures the audio, assigns speakers to splits if rows name none, and writes the corpus with its provenance.
 
     Args:
-        source: what the corpus is made of, for its provenance: format, path, options.
-        skip_bad: leave out the rows with a fault; otherwise they are an error, all of them in one message.
+        source: the source of the corpus, for its provenance: format, path, options.
+        skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
         mend_text: bring texts into the form that Whisper writes (`common.text.mend`).
-        faults: of rows that could not even be read.
-        fault_reason: how rows with a fault are counted among those that are left out.
-        notes: what to say of the source.
+        faults: faults of rows that could not be read.
+        fault_reason: the reason under which rows with a fault are counted among the rows left out.
+        notes: messages about the source.
         skipped: recordings that were left out already, by reason.
 
     Raises:
-        DataError: rows with a fault; nothing that can be used.
+        DataError: there are rows with a fault, or no usable rows.
         UsageError: `out` exists.
         StoreError: `out` cannot be written.
     """
@@ -183,7 +185,7 @@ def _mend(utterances: Sequence[Utterance]) -> tuple[list[Utterance], int]:
 
 
 def _remarks(named: Sequence[tuple[TableRow, Utterance]], utterances: Sequence[Utterance]) -> list[str]:
-    """What the user should know of a corpus that is no fault."""
+    """Messages about properties of a corpus that are not faults."""
     remarks = []
     silent = sum(not u.speaker for u in utterances)
     if silent == len(utterances):
@@ -203,7 +205,7 @@ def _remarks(named: Sequence[tuple[TableRow, Utterance]], utterances: Sequence[U
 
 
 def _differing_durations(named: Sequence[tuple[TableRow, Utterance]]) -> list[str]:
-    """Rows of whole files of which the table says another duration: the files may be cut short."""
+    """Rows of whole files for which the table gives another duration: the files may be cut short."""
     found = []
     for row, u in named:
         said = seconds(row.values.get("duration", ""))

@@ -1,4 +1,4 @@
-"""Which column of a table is which of our fields."""
+"""Finds the columns of a table that correspond to the fields of an utterance."""
 
 from __future__ import annotations
 
@@ -47,21 +47,23 @@ AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|oga|opus|m4a|mp4|webm|aac|wma|ai
 
 
 class Column(NamedTuple):
-    """A table's column, and what its numbers are multiplied by to be seconds."""
+    """A table's column, and the factor by which its numbers are multiplied to give seconds."""
 
     name: str
     scale: float = 1.0
 
 
 def name_key(name: str) -> tuple[str, str]:
-    """A column's name as it is compared (small letters and digits alone), and the unit at its end, if it has one."""
+    """A column's name in the form used for comparison (lower-case letters and digits only), and the unit at its end, if
+    any.
+    """
     words = [word for word in re.split(r"[\W_]+", re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name)) if word]
     unit = words[-1].lower() if len(words) > 1 and words[-1].lower() in UNITS else ""
     return "".join(words[:-1] if unit else words).lower(), unit
 
 
 def check_mapping(columns: Mapping[str, str]) -> None:
-    """Refuses fields that we do not have."""
+    """Refuses unknown fields."""
     unknown = sorted(set(columns) - set(KNOWN_COLUMNS))
     if unknown:
         raise UsageError(f"no field {unknown[0]!r} to take from a column: the fields are {', '.join(KNOWN_COLUMNS)}")
@@ -70,15 +72,15 @@ def check_mapping(columns: Mapping[str, str]) -> None:
 def choose_columns(
     table: Path, present: Sequence[str], records: Sequence[Mapping[str, Any]], mapping: Mapping[str, str]
 ) -> tuple[dict[str, Column], list[str]]:
-    """Each of our fields that the table has → its column; and what to say of the others.
+    """Each field that the table has → its column; and messages about the other columns.
 
     Args:
-        present: the columns' names in order, one that stands twice also here.
-        records: the rows, to see whether a column's values fit.
-        mapping: field → column, as the user wants it; an empty name takes none.
+        present: the columns' names in order, including duplicates.
+        records: the rows, to check whether a column's values fit.
+        mapping: field → column, as given by the user; an empty name uses no column.
 
     Raises:
-        DataError: no column for the audio or the text, a name that is not there or stands twice.
+        DataError: there is no column for the audio or the text, or a name is missing or occurs twice.
     """
     keys = {name_key(name)[0]: name for name in reversed(present)}
     if keys.keys() >= {"onset", "offset"}:  # then `offset` is where the stretch ends
@@ -117,7 +119,7 @@ def _column(field: str, name: str) -> Column:
 
 
 def _candidates(field: str, known: Sequence[str], present: Sequence[str]) -> list[str]:
-    """The present columns that may be a field, best first: exact names, then others, in the order of `known`."""
+    """The columns that may correspond to a field, best first: exact names, then others, in the order of `known`."""
     exact = [name for name in known if name in present]
     keys = {name.replace("_", ""): i for i, name in enumerate(known)}
     loose: list[tuple[int, str]] = []
@@ -131,7 +133,7 @@ def _candidates(field: str, known: Sequence[str], present: Sequence[str]) -> lis
 
 
 def _misfit(field: str, name: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """Why a column with a likely name is not this field after all; empty where its values fit."""
+    """The reason why a column with a matching name is not this field; empty if its values fit."""
     if field not in ("id", "split", *TIMES):
         return ""
     try:
@@ -172,7 +174,7 @@ _NO_HEADING = "name its columns by --heading, as in --heading audio_filepath,tex
 
 
 def _advice(present: Sequence[str]) -> str:
-    """How to go on with a table whose columns are not known."""
+    """Advice for a table whose columns are not recognised."""
     if "supervisions" in present or {"sampling_rate", "sources"} <= set(present):
         return (
             "it is a manifest of Lhotse: write its cuts as a table of audio_filepath, offset, duration, text, speaker"

@@ -1,11 +1,11 @@
-"""Files of a folder that are somebody's data, and what kind of folder it is."""
+"""Data files of a folder, and the kind of a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# What systems leave beside people's files: macOS's copies of attributes, notebooks' checkpoints, bins.
+# Files of operating systems and tools: macOS's copies of attributes, notebooks' checkpoints, bins.
 LEFTOVERS = frozenset({"__MACOSX", ".ipynb_checkpoints", ".Trashes", "$RECYCLE.BIN", "@eaDir"})
 
 # A pattern of files that is typical → what the folder is and what to do with it.
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def visible_files(folder: Path, suffixes: Iterable[str]) -> Iterator[Path]:
-    """Files below a folder with one of these suffixes (small letters), in order, without systems' leftovers."""
+    """Files below a folder with one of these suffixes (lower case), in order, without files of operating systems."""
     wanted = frozenset(suffixes)
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in wanted and is_data(path, folder) and path.is_file():
@@ -36,12 +36,12 @@ def visible_files(folder: Path, suffixes: Iterable[str]) -> Iterator[Path]:
 
 
 def is_data(path: Path, folder: Path) -> bool:
-    """Whether a path below a folder is no leftover of a system."""
+    """Whether a path below a folder is data, not a file of an operating system."""
     return not path.name.startswith("._") and LEFTOVERS.isdisjoint(path.relative_to(folder).parts)
 
 
 def kind_of_folder(folder: Path) -> str:
-    """What a folder without our formats is, as the end of an error; what to do with it."""
+    """The kind of a folder in another format, and what to do with it, as the end of an error message."""
     if not folder.is_dir():
         return "it is not there, or no folder: check the path"
     for pattern, kind in _KINDS.items():

@@ -1,4 +1,4 @@
-"""A table's file as records, whatever its kind: CSV and its relatives, JSON Lines, JSON, also compressed with gzip."""
+"""Reads a table's file as records: CSV and similar formats, JSON Lines, JSON, also compressed with gzip."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _KEYS = {name.replace("_", "") for field in ("audio_filepath", "text") for name 
 
 
 class Table(NamedTuple):
-    """What a file holds.
+    """Content of a table's file.
 
     Attributes:
-        columns: their names in order, a name that stands twice also here.
+        columns: the names in order, including duplicates.
         records: (file and line, column → cell).
-        faults: lines that are no record.
-        empty: how many rows had nothing but empty cells, as spreadsheets leave them at the end.
+        faults: lines that are not records.
+        empty: number of rows with only empty cells, which spreadsheets leave at the end.
     """
 
     columns: list[str]
@@ -51,13 +51,13 @@ class Table(NamedTuple):
 
 
 def read_table(table: Path, heading: Sequence[str] = ()) -> Table:
-    """The records of a table; its kind is known by its content.
+    """The records of a table; its format is detected from its content.
 
     Args:
-        heading: the columns' names, where the file has no heading row.
+        heading: the columns' names, if the file has no heading row.
 
     Raises:
-        DataError: it cannot be read, or is no table; the message says what it is.
+        DataError: the file cannot be read, or is not a table; the message names its format.
         UsageError: a heading for JSON.
     """
     text = _read_text(table)
@@ -132,7 +132,7 @@ def _separator(text: str, heading: Sequence[str]) -> str:
 
 
 def _without_tail(cells: list[str], length: int) -> list[str]:
-    """Cells without empty ones at the end, of which `length` stay."""
+    """Cells without empty cells at the end, but at least `length` cells."""
     while len(cells) > length and not cells[-1].strip():
         cells = cells[:-1]
     return cells
@@ -158,7 +158,9 @@ def _json_table(table: Path, text: str) -> Table:
 
 
 def _is_json_lines(lines: Sequence[tuple[int, str]]) -> bool:
-    """Whether one of the first lines is an object of its own (another may be faulty), and no table in one object."""
+    """Whether one of the first lines is a separate object (other lines may be faulty), and not a whole table in one
+    object.
+    """
     for _, line in lines[:3]:
         try:
             first = json.loads(line)
@@ -170,7 +172,7 @@ def _is_json_lines(lines: Sequence[tuple[int, str]]) -> bool:
 
 
 def _json_records(table: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The records of one JSON value: an array of objects, or what pandas and SpeechBrain make of a table."""
+    """The records of one JSON value: an array of objects, or the formats of pandas and SpeechBrain."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -184,7 +186,7 @@ def _json_records(table: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]
 
 
 def _items(content: Any) -> list[tuple[str, Any]] | None:
-    """(name, record) of each row, None where the value is no table."""
+    """(name, record) of each row; None if the value is not a table."""
     if isinstance(content, list):
         return [(f"item {number}", item) for number, item in enumerate(content, start=1)]
     if {"columns", "data"} <= content.keys():  # pandas' orient="split"
@@ -203,5 +205,5 @@ def _items(content: Any) -> list[tuple[str, Any]] | None:
 
 
 def _with_id(key: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A record under its name, which is its id unless it is a number that pandas gave it."""
+    """A record with its name as id, unless the name is a row number from pandas."""
     return record if key.isdigit() or "id" in record else {"id": key, **record}

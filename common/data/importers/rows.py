@@ -1,4 +1,4 @@
-"""A row as the importers pass it on: text by our field names, where it stands, and its audio."""
+"""A row in the form shared by the importers: text by field name, its position in the source, and its audio."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from common.data.corpus import Corpus
 
-# Looked for beside a name without one: LJSpeech and early Common Voice leave them out.
+# Tried for a name without suffix: LJSpeech and early Common Voice leave suffixes out.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A row as text by our field names (an empty `split` has to be there), where it stands, and its audio.
+    """A row as text by field name (including `split`, which may be empty), its position in the source, and its audio.
 
-    `folder` comes before the path where an id is made of it.
+    `folder` is put before the path when an id is made from it.
     """
 
     where: str
@@ -28,7 +28,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A corpus, how many recordings were left out by reason, the rows among them one by one, and what to know of it."""
+    """A corpus, the number of recordings left out by reason, the rows left out, and messages about the corpus."""
 
     corpus: Corpus
     skipped: Mapping[str, int]
@@ -37,8 +37,9 @@ class Imported:
 
 
 def find_audio(root: Path, name: str) -> Path:
-    """Where the audio of a row lies: as it is written, or with slashes for backslashes, in the other Unicode form of
-    its accents (macOS writes decomposed names), or with a suffix; as it is written where none is there."""
+    """Path of a row's audio: as written, or with slashes for backslashes, in the other Unicode form of its accents
+    (macOS writes decomposed names), or with a suffix; as written if none of these exists.
+    """
     for path in (root / variant for variant in _variants(name)):
         if path.exists():
             return path.resolve()

@@ -1,7 +1,8 @@
 """Corpora of the Speech Accessibility Project: one JSON file per contributor beside recordings, in shards or unpacked.
 
 The structure follows the project's published scripts (github.com/speechaccessibility/SplitTrainTest,
-github.com/xiuwenz2/SAPC-template) and its transcription guidelines; the recordings need an agreement with the project.
+github.com/xiuwenz2/SAPC-template) and its transcription guidelines; the recordings require an agreement with the
+project.
 
 A contributor's file: {"Contributor ID", "Etiology", "Files": [{"Filename", "Prompt": {"Prompt Text", "Transcript"},
 "Ratings": [{"Dimension Description", "Level"}]}]}.
@@ -35,7 +36,7 @@ CODES = ("nod", "nov", "bgn", "otv", "cut", "dis", "loa", "nrw")
 
 @dataclass(frozen=True, slots=True)
 class Contributor:
-    """One JSON file."""
+    """One contributor's JSON file."""
 
     path: Path
     id: str
@@ -55,25 +56,25 @@ def import_sap(
 ) -> Imported:
     """Make a corpus of unpacked Speech Accessibility Project data.
 
-    JSON files and audio may lie anywhere below `folder`; they find each other by file name. The split is that of a
-    `…Split_by_Contributors.json`, else the folder Train, Dev or Test that a file lies in, else none, and then speakers
-    are dealt (`split_by_speaker`). The project gives away no test data: where there is none, Dev becomes `test`, and
-    speakers of Train become `dev`.
+    JSON files and audio may be anywhere below `folder`; they are matched by file name. The split is given by a
+    `…Split_by_Contributors.json`, otherwise by the folder Train, Dev or Test that contains a file; without either,
+    speakers are assigned to splits (`split_by_speaker`). The project does not publish test data: without test data, Dev
+    becomes `test`, and some speakers of Train become `dev`.
 
     A transcript with disfluencies in parentheses gives two references, without them and with them. Severity is the
     speaker's mean rating of intelligibility, rounded: `intelligibility 1` (best) to `intelligibility 7`.
 
     Args:
         folder: the unpacked data.
-        out: the corpus folder to make, not yet there or empty.
-        official_splits: keep Train and Dev as they are, also where nothing is left for `test`.
-        copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
-        mend_text: as of `import_table`.
-        seed: which speakers go where.
+        out: the corpus folder to make, which must not exist or must be empty.
+        official_splits: keep Train and Dev unchanged, even if nothing is left for `test`.
+        copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
+        mend_text: as in `import_table`.
+        seed: random seed of the assignment of speakers to splits.
 
     Raises:
-        DataError: the folder is not of this structure; nothing in it can be used.
-        UsageError, StoreError: as of `import_table`.
+        DataError: the folder does not have this structure, or nothing in it can be used.
+        UsageError, StoreError: as in `import_table`.
     """
     source = Path(folder)
     contributors, splits = _read_contributors(source)
@@ -101,9 +102,9 @@ def import_sap(
 
 
 def hold_out_dev(rows: Sequence[TableRow], *, seed: int) -> list[TableRow]:
-    """Rows of train and dev alone, as train, dev and test: dev becomes test, some speakers of train become dev.
+    """Divides rows of train and dev into train, dev and test: dev becomes test, some speakers of train become dev.
 
-    Rows that have a test split, or no split at all, are returned as they are.
+    Rows with a test split, or without any split, are returned unchanged.
     """
     if {row.values["split"] for row in rows} != {"train", "dev"}:
         return list(rows)
@@ -127,7 +128,7 @@ def hold_out_dev(rows: Sequence[TableRow], *, seed: int) -> list[TableRow]:
 
 
 def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]:
-    """The contributors, each once, and the split of each where a file of splits says it."""
+    """The contributors, each once, and the split of each if a file of splits gives it."""
     found: dict[str, Contributor] = {}
     splits: dict[str, str] = {}
     for path in visible_files(source, [".json"]):
@@ -136,7 +137,7 @@ def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]
             splits |= _official_splits(path, content)
         elif isinstance(content, dict) and isinstance(content.get("Files"), list):
             one = _contributor(path, content)
-            if one.id not in found:  # releases carry a second copy of all JSON files in an archive of its own
+            if one.id not in found:  # releases contain a second copy of all JSON files in a separate archive
                 found[one.id] = one
     if not found:
         raise DataError(
@@ -154,7 +155,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _official_splits(path: Path, content: Any) -> dict[str, str]:
-    """{"train": [contributor, …], …} turned round."""
+    """{"train": [contributor, …], …} inverted: contributor → split."""
     if not isinstance(content, dict) or not all(isinstance(names, list) for names in content.values()):
         raise DataError(f"{path} is not an object of lists of contributors by split: take the release's own file")
     unknown = [split for split in content if split.lower() not in SPLITS]
@@ -216,14 +217,14 @@ def _rows(
 
 
 def _split_of(path: Path, source: Path) -> str:
-    """The split that a folder between `source` and a file is named after; empty without one."""
+    """The split whose name is that of a folder between `source` and a file; empty without such a folder."""
     names = (part.lower() for part in path.relative_to(source).parts[:-1])
     return next((SPLITS[name] for name in names if name in SPLITS), "")
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What was said in a recording, or from `offset` on for `duration` (seconds, as text; empty for all of it)."""
+    """Transcript of a recording, or of its part from `offset` with `duration` (seconds, as text; empty for all)."""
 
     text: str
     text_alt: str = ""
@@ -232,11 +233,11 @@ class Reference:
 
 
 def read_transcript(transcript: str) -> tuple[list[Reference], str]:
-    """The references in a transcript with the guidelines' marks, or why there is none.
+    """The references in a transcript with the guidelines' marks, or the reason why there is none.
 
-    `(uh)`, `(s-)`: disfluencies, in the second reference alone; `(cs: Go on)`: somebody's speech, kept; `{g: idol}`:
-    a guess, kept; `{w: 2}`, `{u: }`, `{f: }`: words that nobody knows; `[PII]`, `[…]`: silenced, or a comment;
-    `~N ~P ~R`: letters; `#ts`: a line for each piece, with its start and end in seconds; `#dis` and the like: a code.
+    `(uh)`, `(s-)`: disfluencies, only in the second reference; `(cs: Go on)`: speech, kept; `{g: idol}`: a guess, kept;
+    `{w: 2}`, `{u: }`, `{f: }`: unknown words; `[PII]`, `[…]`: silenced, or a comment; `~N ~P ~R`: letters; `#ts`: a
+    line for each piece, with its start and end in seconds; `#dis` and the like: a code.
 
     Returns:
         (pieces, ""), or ([], the reason).
@@ -267,7 +268,7 @@ def _timed(lines: Sequence[str]) -> list[Reference]:
 
 
 def _references(marked: str) -> dict[str, str]:
-    """The text without disfluencies and, where that differs, with them."""
+    """The text without disfluencies and, if different, with them."""
     plain = re.sub(r"\[[^\]]*\]", " ", marked)
     plain = re.sub(r"\{\s*\w+\s*:([^}]*)\}", r"\1", plain)
     plain = re.sub(r"\(\s*\w+\s*:([^)]*)\)", r"\1", plain)

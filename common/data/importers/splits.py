@@ -1,4 +1,4 @@
-"""Train, dev and test: their names, and dealing whole speakers to them."""
+"""Train, dev and test: their names, and the assignment of whole speakers to them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ SPLIT_NAMES = {
 
 
 def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[float], seed: int) -> list[Utterance]:
-    """Deal whole speakers to train, dev and test, in each etiology by itself, so that every split has all of them.
+    """Assign whole speakers to train, dev and test, separately for each etiology, so that every split has all
+    etiologies.
 
     An etiology of two speakers goes to train and test, one of three or more to all splits (whose fraction is above 0).
-    An utterance without a speaker counts as a speaker of its own, together with others that are cut out of its file.
-    The result depends on seed and names alone.
+    An utterance without a speaker counts as a separate speaker, together with others that are cut out of the same file.
+    The result depends only on seed and names.
 
     Args:
         fractions: of train, dev and test, summing to 1.
 
     Raises:
-        UsageError: fractions that are no three numbers of at least 0 that sum to 1.
+        UsageError: the fractions are not three numbers of at least 0 that sum to 1.
     """
     if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UsageError(f"split fractions {tuple(fractions)}: give train, dev and test, each 0 or more, summing to 1")
@@ -53,7 +54,7 @@ def split_by_speaker(utterances: Sequence[Utterance], *, fractions: Sequence[flo
 
 
 def _deal(count: int, fractions: Sequence[float]) -> list[str]:
-    """`count` split names: test first, then dev, the rest train."""
+    """The names of `count` splits: test first, then dev, the rest train."""
     test = max(1, round(count * fractions[2])) if fractions[2] and count >= 2 else 0
     dev = max(1, round(count * fractions[1])) if fractions[1] and count >= 3 else 0
     return (["test"] * test + ["dev"] * dev + ["train"] * count)[:count]

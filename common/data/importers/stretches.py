@@ -1,4 +1,4 @@
-"""Several utterances in one file: where each begins and ends, and whether the file has it."""
+"""Several utterances in one file: where each begins and ends, and whether the file is long enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVERHANG = 0.1  # seconds of a stretch past the end of its file that are roundin
 
 
 def shared_files(rows: Sequence[TableRow]) -> dict[Path, list[TableRow]]:
-    """The files that several rows name → these rows."""
+    """Each file that several rows name → these rows."""
     rows_of: dict[Path, list[TableRow]] = defaultdict(list)
     for row in rows:
         rows_of[row.audio].append(row)
@@ -24,7 +24,7 @@ def shared_files(rows: Sequence[TableRow]) -> dict[Path, list[TableRow]]:
 
 
 def unclear_stretches(shared: Mapping[Path, Sequence[TableRow]]) -> dict[str, str]:
-    """Where a row stands → what is wrong with it: it shares its file, and nothing says which part of it is meant."""
+    """Position of a row → its fault: the row shares its file with others without saying which part it uses."""
     faults: dict[str, str] = {}
     for audio, group in shared.items():
         whole = [row for row in group if "offset" not in row.values]
@@ -53,10 +53,10 @@ def stretch_of(row: TableRow, info: AudioInfo, *, shared: bool, timed: bool) -> 
     Args:
         info: of its file.
         shared: other rows name the file too.
-        timed: the table has offsets, so that a duration is that of a stretch which begins at 0 where none is given.
+        timed: the table has offsets, so that a duration is that of a stretch, which begins at 0 if no offset is given.
 
     Raises:
-        DataError: values that are no times, or a stretch that the file does not have.
+        DataError: a value is not a time, or the stretch is not within the file.
     """
     start = _time(row, "offset")
     length = info.duration - start
@@ -85,7 +85,7 @@ def stretch_of(row: TableRow, info: AudioInfo, *, shared: bool, timed: bool) -> 
 
 
 def _is_whole_file(length: float, info: AudioInfo) -> bool:
-    """Whether a length is the file's own, in seconds, milliseconds or samples."""
+    """Whether a length equals that of the file, in seconds, milliseconds or samples."""
     return any(
         math.isclose(length / unit, info.duration, rel_tol=1e-3, abs_tol=OVERHANG) for unit in (1, 1000, info.rate)
     )

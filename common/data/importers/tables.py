@@ -16,7 +16,7 @@ from common.errors import DataError
 
 
 class Rows(NamedTuple):
-    """The rows of a table, the faults of those that cannot be read, and what to say of its columns."""
+    """The rows of a table, the faults of rows that cannot be read, and messages about its columns."""
 
     rows: list[TableRow]
     faults: list[str]
@@ -35,21 +35,21 @@ def import_table(
     mend_text: bool = False,
     seed: int = 42,
 ) -> Imported:
-    """Make a corpus of a table with audio paths: CSV (comma, semicolon, tab or bar), JSON Lines, or JSON; also gzipped.
+    """Make a corpus from a table with audio paths: CSV (comma, semicolon, tab or bar), JSON Lines, or JSON; also
+    gzipped.
 
-    Durations are measured; a column `duration` counts only together with one of offsets (several utterances in one
-    file). Without a column of splits, speakers are dealt to train, dev and test (`split_by_speaker`).
+    Durations are measured; a column `duration` is used only together with a column of offsets (several utterances in
+    one file). Without a column of splits, speakers are assigned to train, dev and test (`split_by_speaker`).
 
     Args:
         table: the file; its paths are relative to `audio_root`, by default the table's folder, or absolute.
-        out: the corpus folder to make, not yet there or empty.
-        columns: our field's name -> the table's column, where `KNOWN_COLUMNS` does not know it; an empty name takes
-            none.
-        heading: the names of the columns, of a table without a heading row.
-        copy_audio: copy the audio into the corpus folder; otherwise the index refers to it where it lies.
-        skip_bad: leave out rows with a fault; otherwise they are an error, all of them in one message.
+        out: the corpus folder to make, which must not exist or must be empty.
+        columns: field name -> the table's column, if it is not among `KNOWN_COLUMNS`; an empty name uses no column.
+        heading: the names of the columns, for a table without a heading row.
+        copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
+        skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
         mend_text: write texts in the form that Whisper writes (straight apostrophes, no invisible characters, …).
-        seed: which speakers go where.
+        seed: random seed of the assignment of speakers to splits.
 
     Raises:
         DataError: an unreadable table, a missing column, rows with a fault; the message names file and line.
@@ -82,11 +82,11 @@ def read_rows(
     split: str = "",
     folder: Path = Path(),
 ) -> Rows:
-    """The rows of a table by our field names.
+    """The rows of a table by field name.
 
     Args:
-        split: of rows that name none.
-        folder: comes before the path where an id is made of it.
+        split: split of rows that name none.
+        folder: put before the path when an id is made from it.
 
     Raises:
         DataError: an unreadable table, a missing column.
@@ -116,7 +116,7 @@ def read_rows(
 
 
 def _values(where: str, record: Mapping[str, Any], chosen: Mapping[str, Column]) -> dict[str, str]:
-    """A record's filled cells by our field names, times in seconds."""
+    """A record's filled cells by field name, times in seconds."""
     values: dict[str, str] = {}
     for field, column in chosen.items():
         try:

@@ -1,6 +1,7 @@
 """TORGO (Rudzicz, Namasivayam & Wolff 2012, Language Resources and Evaluation 46): F01/Session1/prompts/0001.txt.
 
-Beside `prompts` lie `wav_headMic` and `wav_arrayMic`, recorded at the same time. FC and MC are control speakers.
+The folders `wav_headMic` and `wav_arrayMic` next to `prompts` were recorded at the same time. FC and MC are control
+speakers.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ def import_torgo(
     mend_text: bool = False,
     seed: int = 42,
 ) -> Imported:
-    """Make a corpus of TORGO's folders; there are no official splits, so speakers are dealt.
+    """Make a corpus from TORGO's folders; there are no official splits, so speakers are assigned to splits.
 
-    Prompts that are no text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment
-    in brackets beside a word is dropped. Etiology is dysarthria or control.
+    Prompts that are not text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment
+    in brackets next to a word is removed. Etiology is dysarthria or control.
 
     Args:
-        folder: holds the speakers' folders, at any depth.
-        out: the corpus folder to make, not yet there or empty.
-        microphone: `head` takes the array's recording where the other is missing, and the other way round; `both` makes
+        folder: contains the speakers' folders, at any depth.
+        out: the corpus folder to make, which must not exist or must be empty.
+        microphone: `head` uses the array's recording if the head's is missing, and `array` the reverse; `both` makes
             two utterances of each.
-        copy_audio, mend_text, seed: as of `import_table`.
+        copy_audio, mend_text, seed: as in `import_table`.
 
     Raises:
-        DataError: the folder is not of this structure; nothing in it can be used.
-        UsageError, StoreError: as of `import_table`.
+        DataError: the folder does not have this structure, or nothing in it can be used.
+        UsageError, StoreError: as in `import_table`.
     """
     source = Path(folder)
     sessions = [path for path in sorted(source.rglob("prompts")) if path.is_dir() and _is_session(path.parent)]
@@ -112,7 +113,7 @@ def _rows(prompts: Path, source: Path, microphone: Microphone, skipped: Counter[
 
 
 def read_prompt(prompt: str) -> str:
-    """The text to read, without comments in brackets; empty where the prompt is a picture, `xxx` or an instruction."""
+    """The text of a prompt, without comments in brackets; empty if the prompt is a picture, `xxx` or an instruction."""
     text = " ".join(re.sub(r"\[[^\]]*\]?", " ", prompt).split())
     if re.search(r"\.jpe?g\b|/|\bxxx\b|�", text, re.IGNORECASE):
         return ""
@@ -120,7 +121,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def _recordings(session: Path, stem: str, microphone: Microphone) -> list[tuple[str, Path]]:
-    """The wanted microphone's recording, else the other one's; both by name where both are wanted."""
+    """The recording of the requested microphone, otherwise that of the other; both by name for `both`."""
     order = ("array", "head") if microphone == "array" else ("head", "array")
     found = [(name, session / f"wav_{name}Mic" / f"{stem}.wav") for name in order]
     there = [(name, path) for name, path in found if path.is_file()]

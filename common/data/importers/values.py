@@ -13,10 +13,11 @@ _CLOCK = re.compile(r"(?:(\d+):)?([0-5]?\d):([0-5]?\d(?:[.,]\d+)?)")
 
 
 def as_text(value: Any, field: str) -> str:
-    """A cell as text; empty for null and NaN. Of Hugging Face's audio objects, the path.
+    """A cell as text; empty for null and NaN. For Hugging Face's audio objects, the path.
 
     Raises:
-        DataError: a list, an object, true or false, or half of a surrogate pair; the caller adds where it stands.
+        DataError: the cell is a list, an object, true or false, or contains half of a surrogate pair; the caller adds
+            the position.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -43,7 +44,7 @@ def _path_of(audio: dict[str, Any]) -> str:
 
 
 def seconds(text: str) -> float | None:
-    """A time as seconds: `12.5`, `1:02.5`, `0:01:02,5`; None where it is none, or below 0."""
+    """A time as seconds: `12.5`, `1:02.5`, `0:01:02,5`; None if the value is not a time or is negative."""
     clock = _CLOCK.fullmatch(text)
     if clock:
         return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3].replace(",", "."))
