@@ -207,8 +207,8 @@ def test_a_checkpoint_that_is_replaced_by_a_pickle_costs_a_warning_and_a_fresh_s
 
 def test_two_signals_at_once_are_one_wish_and_later_ones_end_at_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("common.pipeline.stage.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("common.pipeline.stage.signal.alarm", lambda seconds: 0)
+    monkeypatch.setattr("common.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("common.signals.signal.alarm", lambda seconds: 0)
     flag = StopFlag()
     flag.handle(signal.SIGTERM, None)
     now[0] += 1
