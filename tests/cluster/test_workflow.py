@@ -200,7 +200,7 @@ def test_a_value_that_would_change_a_pod_makes_none(early):
     found = wait(early["crafted"])
     messages = [node.get("message", "") for node in found["status"]["nodes"].values()]
     assert progress.phase(found) in ("Failed", "Error")
-    assert any("parameter scratch-size is no quantity" in message for message in messages), told(found)
+    assert any("PodSpecPatch" in message for message in messages), told(found)
     labels = f"workflows.argoproj.io/workflow={early['crafted']}"
     assert not json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
 
