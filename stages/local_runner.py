@@ -260,7 +260,7 @@ def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
     """Writes summary.json, report.html and the model card of a finished run, and returns the summary."""
-    from common.storage.artifacts import fetch
+    from common.storage.artifacts import download_folder, fetch
 
     seconds: dict[str, float] = {}
     folders: dict[str, list[Path]] = {}
@@ -271,7 +271,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         shard = None if one.task.shard is None else str(one.task.shard)
         if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
             run.note(one.task, one.manifest, ran=False)
-        folder = fetch(run.store, one.task.key, one.manifest, run.cache / "inputs" / name / one.task.key.digest)
+        folder = fetch(run.store, one.task.key, one.manifest, download_folder(run.cache, one.task.key))
         folders.setdefault(one.task.contract.output, []).append(folder)
     summary = read_object(folders["model"][0] / "summary.json")
     name = run.config.run

@@ -15,7 +15,7 @@ from common.config import PLACES
 from common.errors import DataError
 from common.files import NotFound
 from common.storage import open_store
-from common.storage.artifacts import Key, State, fetch, inspect
+from common.storage.artifacts import Key, State, download_folder, fetch, inspect
 from common.storage.manifest import KEY_DIGEST, ONE_LINE, STAGE_NAME
 from common.storage.store import Store
 
@@ -204,7 +204,7 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path)
                 f"{label} of run {record['name']} is not done ({state.reason}): "
                 "`moe-asr run` with its configuration goes on with it"
             )
-        folders.append(fetch(store, key, state.manifest, cache / "inputs" / stage / key.digest))
+        folders.append(fetch(store, key, state.manifest, download_folder(cache, key)))
     if not folders:
         raise DataError(
             f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration goes on with it"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common import __version__
 from common.errors import RetryableError
-from common.storage.artifacts import Key, commit, fetch, inspect, new_attempt, quarantine
+from common.storage.artifacts import Key, commit, download_folder, fetch, inspect, new_attempt, quarantine
 from common.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class SharedResults:
         if state.status != "done" or state.manifest is None:
             return None
         try:
-            return fetch(self.store, key, state.manifest, self.scratch / "inputs" / key.stage / key.digest)
+            return fetch(self.store, key, state.manifest, download_folder(self.scratch, key))
         except RetryableError as error:  # it is quarantined
             log.warning("%s", error)
             return None

@@ -31,7 +31,7 @@ from common.pipeline.contract import VOLATILE
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.plan import Task
 from common.pipeline.shared_results import SharedResults
-from common.storage.artifacts import Key, commit, fetch, inspect, new_attempt, quarantine
+from common.storage.artifacts import Key, commit, download_folder, fetch, inspect, new_attempt, quarantine
 from common.storage.manifest import Manifest
 from common.storage.measured import MeasuredStore
 from common.storage.store import Store, remove_all
@@ -273,7 +273,7 @@ def _fetch_inputs(
     for name, keys in task.inputs.items():
         manifests = [_require(store, key) for key in keys]
         found = [
-            fetch(store, key, manifest, scratch / "inputs" / key.stage / key.digest)
+            fetch(store, key, manifest, download_folder(scratch, key))
             for key, manifest in zip(keys, manifests, strict=True)
         ]
         used[name] = [{"key": key.digest, "digest": m.digest} for key, m in zip(keys, manifests, strict=True)]

@@ -223,6 +223,11 @@ def commit(
     raise RetryableError(f"{store.url}/{key.prefix}{MANIFEST} is taken and cannot be read: run it again")
 
 
+def download_folder(cache: Path, key: Key) -> Path:
+    """The folder in a cache to which an artifact is downloaded."""
+    return cache / "inputs" / key.stage / key.digest
+
+
 def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
     """Downloads an artifact's files and checks the hash of each.
 

@@ -30,8 +30,8 @@ from common.model.added import NAME, AddedExpert, Method, read_added, remove_las
 from common.pipeline.plan import Task
 from common.pipeline.runs import RUN_NAME, find_run, read_record, run_names
 from common.pipeline.stage import execute
-from common.storage.artifacts import Key, fetch, inspect, make_key
-from common.storage.manifest import MANIFEST, Manifest
+from common.storage.artifacts import Key, download_folder, fetch, inspect, make_key
+from common.storage.manifest import MANIFEST
 from common.storage.store import Store, remove_all
 from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled
@@ -151,7 +151,7 @@ def make(
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
     manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
-    folder = fetch(store, plan.task.key, manifest, cache / "inputs" / STAGE / plan.task.key.digest)
+    folder = fetch(store, plan.task.key, manifest, download_folder(cache, plan.task.key))
     info = read_added(folder)
     return Extension("", info, read_object(folder / DETAILS), plan.request.page)
 
@@ -168,8 +168,7 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     """
     made = []
     for plan in plans:
-        manifest = _made(store, plan.task.key, plan.request.name)
-        info = read_added(fetch(store, plan.task.key, manifest, cache / "inputs" / STAGE / plan.task.key.digest))
+        info = _read(store, plan.task.key, plan.request.name, cache)
         made += [(info, plan.task.key)] if info.method != "none" else []
     if made:
         record = plans[0].record
@@ -247,16 +246,15 @@ def added_of(store: Store, record: Mapping[str, Any], cache: Path) -> list[tuple
     found = []
     for label, task in _added_tasks(record).items():
         key = Key(STAGE, task["key"])
-        manifest = _made(store, key, label)
-        found.append((read_added(fetch(store, key, manifest, cache / "inputs" / STAGE / key.digest)), key))
+        found.append((_read(store, key, label, cache), key))
     return found
 
 
-def _made(store: Store, key: Key, label: str) -> Manifest:
+def _read(store: Store, key: Key, label: str, cache: Path) -> AddedExpert:
     state = inspect(store, key)
     if state.manifest is None or state.status != "done":
         raise DataError(f"{label} ({key.digest[:8]}) is not in {store.url} ({state.reason}): extend the model again")
-    return state.manifest
+    return read_added(fetch(store, key, state.manifest, download_folder(cache, key)))
 
 
 def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Sequence[Key]) -> None:
@@ -327,4 +325,4 @@ def _delete_artifact(store: Store, key: Key, cache: Path) -> None:
     """Deletes an artifact, beginning with its manifest, and its downloaded files."""
     remove_all(store, f"{key.prefix}{MANIFEST}")
     remove_all(store, key.prefix)
-    shutil.rmtree(cache / "inputs" / key.stage / key.digest, ignore_errors=True)
+    shutil.rmtree(download_folder(cache, key), ignore_errors=True)
