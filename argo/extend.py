@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from hera.workflows import DAG, Parameter, Task, WorkflowTemplate
-from hera.workflows import models as m
 
 from argo.parameters import EXTEND_PARAMETERS, Installation, parameter
-from argo.pods import container, display, output, template
+from argo.pods import container, memoized, output, template
 
 ITEM = ("who", "key", "memo", "lock", "lane")  # the plan's item for one speaker or group
 IMAGE = "asr"
@@ -36,7 +35,13 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
     ) as made:
         _pod(place, "plan", "extend-plan", outputs=[output("extend", default="[]")])
         _pod(place, "extend-pod", "extend-one", item=True, outputs=[output("result")])
-        _memoized()
+        memoized(
+            "extend",
+            "extend {{inputs.parameters.who}}",
+            inputs=ITEM,
+            pod_inputs=("who", "memo"),
+            locks=["moe-asr-{{inputs.parameters.lock}}", "{{workflow.uid}}-extend-{{inputs.parameters.lane}}"],
+        )
         _pod(place, "join", "extend-join", outputs=[output("added")])
         with DAG(name="main", fail_fast=False):
             Task(name="plan", template="plan")
@@ -49,30 +54,6 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
             )
             Task(name="join", template="join", depends="plan && extend")
     return made
-
-
-def _memoized() -> None:
-    """Memoize and locks around the pod of one speaker."""
-    with DAG(
-        name="extend",
-        inputs=[Parameter(name=name) for name in ITEM],
-        outputs=[Parameter(name="result", value_from=m.ValueFrom(parameter="{{tasks.pod.outputs.parameters.result}}"))],
-        annotations=display("extend {{inputs.parameters.who}}"),
-        memoize=m.Memoize(
-            key="{{inputs.parameters.memo}}",
-            max_age="8760h",
-            cache=m.Cache(config_map=m.LocalObjectReference(name="moe-asr-cache")),
-        ),
-        synchronization=m.Synchronization(
-            mutexes=[
-                m.Mutex(name="moe-asr-{{inputs.parameters.lock}}"),
-                m.Mutex(name="{{workflow.uid}}-extend-{{inputs.parameters.lane}}"),
-            ]
-        ),
-    ):
-        Task(
-            name="pod", template="extend-pod", arguments={n: f"{{{{inputs.parameters.{n}}}}}" for n in ("who", "memo")}
-        )
 
 
 def _pod(place: Installation, name: str, command: str, *, outputs: list[Parameter], item: bool = False) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hera.workflows import (
+    DAG,
     Artifact,
     Container,
     EmptyDirVolume,
@@ -18,6 +19,7 @@ from hera.workflows import (
     RetryStrategy,
     SecretEnv,
     SecretEnvFrom,
+    Task,
     WorkflowTemplate,
 )
 from hera.workflows import models as m
@@ -168,6 +170,30 @@ def _patch(kind: str, gpus: str) -> str:
         ],
     }
     return json.dumps(patch)
+
+
+def memoized(name: str, title: str, *, inputs: Sequence[str], pod_inputs: Sequence[str], locks: Sequence[str]) -> None:
+    """A template around the pod template `<name>-pod`: memoization under the input `memo`, and locks.
+
+    Args:
+        title: title on Argo's page.
+        inputs: names of the template's inputs; `pod_inputs` of those of the pod.
+        locks: names of mutexes.
+    """
+    with DAG(
+        name=name,
+        inputs=[Parameter(name=one) for one in inputs],
+        outputs=[Parameter(name="result", value_from=m.ValueFrom(parameter="{{tasks.pod.outputs.parameters.result}}"))],
+        annotations=display(title),
+        memoize=m.Memoize(
+            key="{{inputs.parameters.memo}}",
+            max_age="8760h",
+            cache=m.Cache(config_map=m.LocalObjectReference(name="moe-asr-cache")),
+        ),
+        synchronization=m.Synchronization(mutexes=[m.Mutex(name=lock) for lock in locks]),
+    ):
+        arguments = {one: f"{{{{inputs.parameters.{one}}}}}" for one in pod_inputs}
+        Task(name="pod", template=f"{name}-pod", arguments=arguments)
 
 
 def display(text: str) -> dict[str, str]:

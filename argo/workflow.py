@@ -28,7 +28,7 @@ from hera.workflows import (
 from hera.workflows import models as m
 
 from argo.parameters import PARAMETERS, Installation, parameter
-from argo.pods import OUTPUTS, container, display, output, template
+from argo.pods import OUTPUTS, container, memoized, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
@@ -99,33 +99,22 @@ def _main() -> None:
 
 def _stage(contract: Contract) -> None:
     """Memoization and locks around a stage's pod."""
-    inputs = [Parameter(name=name) for name in (*ITEM, "model")]
-    with DAG(
-        name=contract.name,
-        inputs=inputs,
-        outputs=[Parameter(name="result", value_from=m.ValueFrom(parameter="{{tasks.pod.outputs.parameters.result}}"))],
-        annotations=display(contract.name + (" {{inputs.parameters.shard}}" if contract.fan_out else "")),
-        memoize=m.Memoize(
-            key="{{inputs.parameters.memo}}",
-            max_age="8760h",
-            cache=m.Cache(config_map=m.LocalObjectReference(name="moe-asr-cache")),
-        ),
-        synchronization=m.Synchronization(mutexes=_locks(contract)),
-    ):
-        Task(
-            name="pod",
-            template=f"{contract.name}-pod",
-            arguments={name: f"{{{{inputs.parameters.{name}}}}}" for name in POD_INPUTS},
-        )
+    memoized(
+        contract.name,
+        contract.name + (" {{inputs.parameters.shard}}" if contract.fan_out else ""),
+        inputs=(*ITEM, "model"),
+        pod_inputs=POD_INPUTS,
+        locks=_locks(contract),
+    )
 
 
-def _locks(contract: Contract) -> list[m.Mutex]:
+def _locks(contract: Contract) -> list[str]:
     """A lock on the key, so that no two workflows make the same piece, and a lock on the lane, which limits concurrent
     pieces.
     """
-    locks = [m.Mutex(name="moe-asr-{{inputs.parameters.lock}}")]
+    locks = ["moe-asr-{{inputs.parameters.lock}}"]
     if contract.fan_out:
-        locks.append(m.Mutex(name=f"{{{{workflow.uid}}}}-{contract.name}-{{{{inputs.parameters.lane}}}}"))
+        locks.append(f"{{{{workflow.uid}}}}-{contract.name}-{{{{inputs.parameters.lane}}}}")
     return locks
 
 
