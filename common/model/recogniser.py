@@ -193,8 +193,7 @@ class Recogniser(nn.Module):
 
     def utterance_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss_B, tokens_B): each utterance's summed cross-entropy and its number of labelled tokens."""
-        row_B = batch.row_B
-        self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
+        self._route(batch)
         return self._losses(log_mel(batch.audio_BS, self.mel_bands), batch.inputs_BU, batch.labels_BU)
 
     def known(self, row_B: Tensor) -> Tensor | None:
@@ -245,10 +244,14 @@ class Recogniser(nn.Module):
             self.slot.routing = routing
         return routing
 
-    def encode_batch(self, batch: Batch) -> Tensor:
-        """Sets the routing of a batch and returns its encoder output, the input of decoding: hidden_BTD."""
+    def _route(self, batch: Batch) -> None:
+        """Sets the routing of a batch by the table, the gate and the added experts of its rows."""
         row_B = batch.row_B
         self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
+
+    def encode_batch(self, batch: Batch) -> Tensor:
+        """Sets the routing of a batch and returns its encoder output, the input of decoding: hidden_BTD."""
+        self._route(batch)
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
     def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:
