@@ -3,13 +3,15 @@
 Shape letters: T samples of the result, N frames of a block, C channels.
 """
 
+from __future__ import annotations
+
 import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,9 @@ import soxr
 from common.data.decoders import AudioSource, AudioStream, Damage, open_audio
 from common.data.decoders import Samples as Samples  # for those that read audio
 from common.errors import DataError, StoreError
+
+if TYPE_CHECKING:
+    from common.data.corpus import Corpus, Utterance
 
 SAMPLE_RATE = 16000  # Hz, the only rate that Whisper knows
 CANCELLED = 0.1  # of the power that one channel alone would leave in the mean: below, the channels cancel
@@ -97,6 +102,17 @@ class Levels:
         """The largest absolute value of the result, before it is limited to [-1, 1]."""
         column = -1 if (channel := self.channel) is None else channel
         return max(-float(self.low[column]), float(self.high[column])) if self.frames else 0.0
+
+
+def read_utterance(corpus: Corpus, u: Utterance) -> Samples:
+    """The samples of an utterance of a corpus at 16 kHz, from its file or its shard.
+
+    Raises:
+        DataError: as `read_audio` raises.
+    """
+    clip = corpus.clip(u)
+    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
+    return read_audio(source, offset=u.offset, duration=u.duration, name=name)
 
 
 def read_audio(

@@ -11,7 +11,7 @@ import torch
 
 from common import __version__
 from common.clustering.embeddings import speaker_sums
-from common.data.audio import read_audio
+from common.data.audio import read_utterance
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance
 from common.data.groups import group_values
@@ -96,10 +96,7 @@ def decode_corpus(
 
 
 def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, decoding: Decoding) -> str:
-    clip = corpus.clip(u)
-    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
-    samples = read_audio(source, offset=u.offset, duration=u.duration, name=name)
-    windows = transcribe_audio(opened, [samples], decoding)[0]
+    windows = transcribe_audio(opened, [read_utterance(corpus, u)], decoding)[0]
     return join_words([word.text for window in windows for word in window.words], opened.language)
 
 
@@ -117,14 +114,23 @@ def fixed_choices(
         return split_choice(utterances, logits_NE.to(device), known_N.to(device))
     if info.route_by != "speaker" or gate is None:
         return {}
-    evidence: dict[str, torch.Tensor] = {}
-    for batch in batches():
-        evidence_BF = gate_evidence(opened, batch)
-        assert evidence_BF is not None
-        evidence |= zip(batch.ids, evidence_BF, strict=True)
-    own_NF = torch.stack([evidence[u.id] for u in utterances])
+    own_NF = evidence_of(opened, utterances, batches())
     sums_NF = torch.from_numpy(speaker_sums(own_NF.cpu().numpy(), utterances)).to(own_NF.device)
     return split_choice(utterances, *gate.decide(sums_NF))
+
+
+def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> torch.Tensor:
+    """evidence_NF of utterances about their groups, by a model with a gate (`Gate.evidence`).
+
+    Args:
+        batches: contain all these utterances, in any order.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        evidence_BF = gate_evidence(opened, batch)
+        assert evidence_BF is not None
+        found |= zip(batch.ids, evidence_BF, strict=True)
+    return torch.stack([found[u.id] for u in utterances])
 
 
 def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known_N: torch.Tensor) -> dict[str, Choice]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from common.data.audio import Samples, read_audio
+from common.data.audio import read_utterance
 from common.data.corpus import IDENTITIES, Corpus, Utterance
 from common.decoding.pauses import is_silent, loudness
 from common.errors import DataError, UsageError
@@ -71,7 +71,7 @@ def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
     Raises:
         DataError: all are silent.
     """
-    silent = [u for u in utterances if is_silent(loudness(samples_of(corpus, u)))]
+    silent = [u for u in utterances if is_silent(loudness(read_utterance(corpus, u)))]
     if len(silent) == len(utterances):
         raise DataError(f"all {len(silent)} utterances of the enrolment are silent: check the recording")
     if silent:
@@ -80,13 +80,6 @@ def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
     if len(kept) < FEW:
         log.warning("%d utterances are few: below %d, an expected gain is little more than a guess", len(kept), FEW)
     return kept
-
-
-def samples_of(corpus: Corpus, u: Utterance) -> Samples:
-    """Samples of an utterance at 16 kHz."""
-    clip = corpus.clip(u)
-    source, name = (clip.read(), clip.label) if clip else (corpus.path(u), None)
-    return read_audio(source, offset=u.offset, duration=u.duration, name=name)
 
 
 def groups_of(utterances: Sequence[Utterance]) -> list[str]:

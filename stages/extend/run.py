@@ -23,10 +23,10 @@ from common.data.batches import BatchLoader, Example, epoch_batches, make_exampl
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.evaluation.breakdown import score_of
-from common.evaluation.evaluate import fixed_choices
+from common.evaluation.evaluate import evidence_of, fixed_choices
 from common.evaluation.score import decode_set, scored_rows
 from common.evaluation.wer import paired_bootstrap, wer
-from common.inference.load_model import OpenedModel, gate_evidence, stacked
+from common.inference.load_model import OpenedModel, stacked
 from common.json_files import Row
 from common.limits import is_too_long
 from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
@@ -155,12 +155,7 @@ def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -
         return stacked([choices[u.id] for u in utterances])
     if opened.recogniser.gate is None:
         return None
-    found: dict[str, torch.Tensor] = {}
-    for batch in loader(batches):
-        evidence_BF = gate_evidence(opened, batch)
-        assert evidence_BF is not None
-        found |= zip(batch.ids, evidence_BF, strict=True)
-    return opened.recogniser.gate.decide(torch.stack([found[u.id] for u in utterances]))
+    return opened.recogniser.gate.decide(evidence_of(opened, utterances, loader(batches)))
 
 
 @torch.inference_mode()
