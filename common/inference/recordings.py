@@ -159,9 +159,8 @@ class LoadedRecording:
             no_speech: probability of no speech above which an improbable text is left out; None leaves nothing out.
             language: language of the texts.
         """
-        from common.inference.transcribe import (
-            without_loop,
-        )  # imported after the check of paths, since it imports torch
+        # Imported after the check of paths, since it imports torch.
+        from common.inference.transcribe import without_loop
 
         kept = []
         for window in windows:

@@ -48,7 +48,7 @@ def run(
     """Writes a PEFT adapter, report.json and metrics of expert number `context.shard`.
 
     Args:
-        shared: the frozen shared expert on top of which this expert is trained; None for an expert alone.
+        shared: the frozen shared expert on top of which this expert is trained; empty for an expert alone.
     """
     expert = context.shard or 0
     mine, dev = _utterances(config, corpus, embeddings, gate[0], expert)
