@@ -85,7 +85,7 @@ class Context:
         shard: number of the shard, None for a stage in one piece.
         parts: finished parts of an earlier attempt.
         results: results that several runs of a store share.
-        checkpointer: opens the stage's checkpoints.
+        checkpointer: opens the stage's checkpoints, or those of one of its trainings by a name.
         metrics: rows for metrics.jsonl and Prometheus.
         attempt: the current attempt; `moe-asr status` shows its activity.
         stopping: true after the process received a signal to stop.
@@ -96,7 +96,7 @@ class Context:
     shard: int | None
     parts: Parts
     results: SharedResults
-    checkpointer: Callable[[], Checkpointer]
+    checkpointer: Callable[..., Checkpointer]
     metrics: MetricsLog
     attempt: Attempt
     stopping: Callable[[], bool]
@@ -242,10 +242,11 @@ def _context(
 ) -> Context:
     prefix = task.key.prefix
 
-    def checkpointer() -> Checkpointer:
+    def checkpointer(name: str = "") -> Checkpointer:
         from common.storage.checkpoint import Checkpointer
 
-        return Checkpointer(store, f"{prefix}checkpoints/", scratch=work, live=live)
+        own = f"{prefix}checkpoints/{name}/" if name else f"{prefix}checkpoints/"
+        return Checkpointer(store, own, scratch=work, live=live)
 
     return Context(
         shard=task.shard,

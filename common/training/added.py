@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.data.batches import Batch, BatchLoader, Example, epoch_batches
-from common.model.added import Method, Terms, append_terms, new_stack, prepare, remove_last
+from common.model.added import Method, Terms, append_terms, new_stack, remove_last
 from common.model.mixture import AddedTerm, MixtureLinear, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.routing import NEVER
@@ -41,7 +41,7 @@ class Enrolment:
     """Utterances with text, and the model to which an expert is added.
 
     Attributes:
-        recogniser: frozen by `fit`; its added experts, if any, are not used.
+        recogniser: prepared for added experts (`prepare`) and frozen by `fit`; its added experts, if any, are not used.
         examples: their rows are 0 … N-1.
         loader: loader of the examples.
         own: routing of the examples by the unchanged model; None if the model has no routing.
@@ -165,8 +165,6 @@ def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.n
     """
     recogniser = enrolment.recogniser
     recogniser.requires_grad_(False)
-    prepare(recogniser)
-    recogniser.to(enrolment.accelerator.device)
     if way == "choose":
         assert loss_NC is not None
         weights = choose_weights(loss_NC[list(numbers)])

@@ -32,7 +32,6 @@ from common.limits import is_too_long
 from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
 from common.pipeline.attempts import counted_bar
 from common.pipeline.stage import Context
-from common.storage.checkpoint import Checkpointer
 from common.training.added import (
     CHOOSING,
     ENOUGH_GROUPS,
@@ -88,8 +87,9 @@ def run(
     utterances = audible(corpus, request.utterances)
     work = _Work(config, context, corpus, opened, utterances, groups_of(utterances))
     enrolment = _enrolment(work)
-    check_texts(work, enrolment)
-    method, details = _decide(work, enrolment, request)
+    unchanged = losses(enrolment, enrolment.all())
+    check_texts(work, enrolment, *unchanged)
+    method, details = _decide(work, enrolment, request, *unchanged)
     terms: Terms = {}
     if method != "none":
         terms = fit(enrolment, method, enrolment.all(), work.loss_NC, f"{request.name}: {method}")
@@ -118,17 +118,9 @@ class _Work:
 
 
 def _enrolment(work: _Work) -> Enrolment:
-    opened, config, context = work.opened, work.config, work.context
+    opened, context = work.opened, work.context
     examples = make_examples(work.corpus, work.utterances, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
-    prefix = context.parts.prefix.removesuffix("parts/")
-
-    def checkpointer(name: str) -> Checkpointer:
-        own = re.sub(r"\W+", "-", name)
-        return Checkpointer(
-            context.parts.store, f"{prefix}checkpoints/{own}/", scratch=context.scratch, live=context.metrics.live
-        )
-
     prepare(opened.recogniser)
     opened.recogniser.to(opened.accelerator.device)
     enrolment = Enrolment(
@@ -137,10 +129,10 @@ def _enrolment(work: _Work) -> Enrolment:
         loader,
         opened.accelerator,
         _own_choice(work, examples, loader),
-        seed=config.seed,
-        checkpointer=checkpointer,
+        seed=work.config.seed,
+        checkpointer=lambda name: context.checkpointer(re.sub(r"\W+", "-", name)),
         stopping=context.stopping,
-        quiet=config.runtime.quiet,
+        quiet=work.config.runtime.quiet,
     )
     enrolment.route_own()
     return enrolment
@@ -159,11 +151,14 @@ def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -
 
 
 @torch.inference_mode()
-def check_texts(work: _Work, enrolment: Enrolment) -> None:
-    """Logs a warning for texts that do not seem to belong to their audio, according to the model."""
+def check_texts(work: _Work, enrolment: Enrolment, own_N: np.ndarray, tokens_N: np.ndarray) -> None:
+    """Logs a warning for texts that do not seem to belong to their audio, according to the model.
+
+    Args:
+        own_N, tokens_N: `losses` of the unchanged model.
+    """
     if len(work.utterances) < 2:
         return
-    own_N, tokens_N = losses(enrolment, enrolment.all())
     other = rotation(work.utterances)
     swapped = [
         replace(example, inputs=enrolment.examples[n].inputs, labels=enrolment.examples[n].labels)
@@ -180,8 +175,14 @@ def check_texts(work: _Work, enrolment: Enrolment) -> None:
     warn_of_strange_texts([work.utterances[n] for n in judged], [float(gains_N[n]) for n in judged])
 
 
-def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method, dict[str, Any]]:
-    """The selected method, and the results of all methods."""
+def _decide(
+    work: _Work, enrolment: Enrolment, request: Request, summed_N: np.ndarray, tokens_N: np.ndarray
+) -> tuple[Method, dict[str, Any]]:
+    """The selected method, and the results of all methods.
+
+    Args:
+        summed_N, tokens_N: `losses` of the unchanged model.
+    """
     wanted, allowed = request.method, ways_for(enrolment.recogniser)
     if wanted not in (*allowed, "auto"):
         raise DataError(f"--method {wanted}: model {work.opened.name} allows {', '.join(allowed)}")
@@ -192,7 +193,6 @@ def _decide(work: _Work, enrolment: Enrolment, request: Request) -> tuple[Method
     if len(folds) < 2:
         log.warning("with one utterance or session nothing can be held out: no gain can be expected or excluded")
         return (wanted if wanted != "auto" else "none"), details
-    summed_N, tokens_N = losses(enrolment, enrolment.all())
     before_N = summed_N / tokens_N
     tried = allowed if wanted == "auto" else [wanted]
     trials = {way: try_way(enrolment, way, folds, work.loss_NC) for way in tried}
