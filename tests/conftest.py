@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def tones(tmp_path_factory) -> Path:
 def own_cache(tmp_path, monkeypatch) -> None:
     """No test reads or leaves anything in the user's cache."""
     monkeypatch.setenv("MOE_ASR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """The last bits of a training depend on the number of threads: no test changes it for those after it."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

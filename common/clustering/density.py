@@ -7,7 +7,7 @@ Shapes: N utterances, P their width, C clusters found, B noise points of a chunk
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,26 @@ class DenseClusters:
     min_cluster_size: int
 
 
+class _TreeOnce:
+    """Builds the tree for the first try and returns it for the others, whose settings do not change it.
+
+    In place of joblib's `Memory`, which writes points and tree to a disk and warns when that is slow.
+    """
+
+    def __init__(self) -> None:
+        self.made: Any = None
+
+    def cache(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        """`build`, called once."""
+
+        def once(*args: Any, **options: Any) -> Any:
+            if self.made is None:
+                self.made = build(*args, **options)
+            return self.made
+
+        return once
+
+
 def dense_clusters(points_NP: Floats, wanted: int, min_cluster_size: int, min_samples: int) -> DenseClusters:
     """HDBSCAN with decreasing cluster size until it finds enough clusters; otherwise the try with the most clusters.
 
@@ -54,17 +74,16 @@ def dense_clusters(points_NP: Floats, wanted: int, min_cluster_size: int, min_sa
         min_cluster_size: value of the first try.
         min_samples: a point's core distance is the distance to its min_samples-th nearest other point.
     """
-    with tempfile.TemporaryDirectory(prefix="moe-asr-hdbscan-") as cache:
-        fits: list[tuple[int, int, HDBSCAN]] = []  # clusters, leaves, fit
-        for size, leaves in _tries(len(points_NP), wanted, min_cluster_size):
-            if fits and max(clusters for clusters, _, _ in fits) >= wanted:
-                break
-            # The tree of the first run is in `memory`; it does not depend on what differs between the runs.
-            method = "leaf" if leaves else "eom"
-            fit = _fit(points_NP, size, min_samples, cluster_selection_method=method, memory=cache)
-            clustered = int(fit.labels_.max()) + 1
-            mostly_noise = leaves and (fit.labels_ < 0).mean() >= MOST_NOISE
-            fits.append((0 if mostly_noise else clustered, int(leaves), fit))
+    tree = _TreeOnce()
+    fits: list[tuple[int, int, HDBSCAN]] = []  # clusters, leaves, fit
+    for size, leaves in _tries(len(points_NP), wanted, min_cluster_size):
+        if fits and max(clusters for clusters, _, _ in fits) >= wanted:
+            break
+        method = "leaf" if leaves else "eom"
+        fit = _fit(points_NP, size, min_samples, cluster_selection_method=method, memory=tree)
+        clustered = int(fit.labels_.max()) + 1
+        mostly_noise = leaves and (fit.labels_ < 0).mean() >= MOST_NOISE
+        fits.append((0 if mostly_noise else clustered, int(leaves), fit))
     attempts = tuple(
         {"min_cluster_size": fit.min_cluster_size, "clusters": clusters} | ({"leaves": 1} if leaves else {})
         for clusters, leaves, fit in fits
