@@ -13,9 +13,10 @@ from typing import Any
 from stages import STAGES
 
 Object = Mapping[str, Any]
-FAN_OUTS = frozenset(contract.name for contract in STAGES if contract.fan_out)
-WRAPPED = frozenset(contract.name for contract in STAGES)  # templates that memoize around a pod
-STEPS = ("plan", "report", "publish", "outcome")
+EXTEND = "extend"  # the fan-out of the template that adds experts
+FAN_OUTS = frozenset(contract.name for contract in STAGES if contract.fan_out) | {EXTEND}
+WRAPPED = frozenset(contract.name for contract in STAGES) | {EXTEND}  # templates that memoize around a pod
+STEPS = ("plan", "report", "publish", "outcome", "join")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class WorkflowStep:
     """A step of the workflow, or one piece of a stage.
 
     Attributes:
-        label: `plan-asr`, `cluster`, `experts[1]`, …
+        label: `plan-asr`, `cluster`, `experts[1]`, `extend[F07]`, …
         template: stage or step that it runs.
         hit: whether its result came from the cache, without a pod.
     """
@@ -73,7 +74,8 @@ def _is_try(node: Object) -> bool:
 def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     task = "outcome" if node["templateName"] == "outcome" else node["name"].split(".", 1)[-1].partition("(")[0]
     inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
-    shard = f"[{inputs.get('shard', '?')}]" if node["templateName"] in FAN_OUTS else ""
+    number = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
+    shard = f"[{number}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
     told = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
     ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))

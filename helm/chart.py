@@ -1,6 +1,6 @@
 """What of the chart is made from other files: `python -m helm.chart` (`make chart`) writes it, a test compares it.
 
-- `files/moe-asr.yaml`: the workflow template that argo/workflow.py makes
+- `files/moe-asr.yaml`, `files/moe-asr-extend.yaml`: the workflow templates from argo/
 - `values.schema.json`: the definitions of `config`, from the pipeline's own models, so that helm refuses its typos too
 - `README.md`: the table of values, from the comments in values.yaml
 """
@@ -20,6 +20,7 @@ from common.config import Config
 
 CHART = Path(__file__).parent / "moe-asr"
 WORKFLOW = Path(__file__).parents[1] / "argo" / "moe-asr.yaml"
+EXTEND_WORKFLOW = WORKFLOW.with_name("moe-asr-extend.yaml")
 BEGIN, END = "<!-- values -->\n", "<!-- /values -->\n"
 OWN = "config."  # prefix of the definitions that come from the models
 PLACES = ("store", "endpoint_url")  # the chart has values for them
@@ -39,7 +40,7 @@ class Value:
 def generated() -> dict[Path, str]:
     """Path → text of every generated file."""
     return {
-        CHART / "files" / "moe-asr.yaml": WORKFLOW.read_text(encoding="utf-8"),
+        **{CHART / "files" / file.name: file.read_text(encoding="utf-8") for file in (WORKFLOW, EXTEND_WORKFLOW)},
         CHART / "values.schema.json": schema_text((CHART / "values.schema.json").read_text(encoding="utf-8")),
         CHART / "README.md": readme_text((CHART / "README.md").read_text(encoding="utf-8")),
     }

@@ -16,12 +16,15 @@ import pytest
 import yaml
 
 from argo import progress
+from common.pipeline.runs import run_record
+from stages.extend.extension import added_of
 from tests.cluster.lab import BUCKET, NAMESPACE, Lab, kubectl, small_settings
 from tests.helm.tools import CHART, helm_program
 
 pytestmark = pytest.mark.timeout(1200)
 SPACE, RELEASE = "speech-chart", "speech"
 TEMPLATE, CACHE = f"{RELEASE}-moe-asr-0.1.0", f"{SPACE}-{RELEASE}-moe-asr-cache"
+EXTENSION = f"{RELEASE}-moe-asr-extend-0.1.0"
 # Everything that a release could leave behind.
 KINDS = (
     "configmaps,secrets,serviceaccounts,roles,rolebindings,clusterroles,clusterrolebindings,networkpolicies,pods,"
@@ -111,13 +114,14 @@ def until(true: Any, seconds: float = 120) -> None:
         time.sleep(1)
 
 
-def run_from_template() -> list[progress.WorkflowStep]:
+def run_from_template(template: str = TEMPLATE, **parameters: str) -> list[progress.WorkflowStep]:
     """Submits with the chart's own defaults; the pieces of the workflow once it has succeeded."""
+    arguments = {"parameters": [{"name": name, "value": value} for name, value in parameters.items()]}
     workflow = {
         "apiVersion": "argoproj.io/v1alpha1",
         "kind": "Workflow",
         "metadata": {"generateName": "from-chart-", "namespace": SPACE},
-        "spec": {"workflowTemplateRef": {"name": TEMPLATE}},
+        "spec": {"workflowTemplateRef": {"name": template}, "arguments": arguments},
     }
     name = kubectl("create", "-f", "-", "-o", "jsonpath={.metadata.name}", text=json.dumps(workflow))
     found: dict[str, Any] = {}
@@ -185,6 +189,17 @@ def test_a_run_from_the_template_succeeds_where_pods_are_restricted(release):
         (main,) = [c for c in pod["spec"]["containers"] if c["name"] == "main"]
         assert not any("serviceaccount" in mount["mountPath"] for mount in main["volumeMounts"])
     assert cache_entries() == len(trained)
+
+
+def test_the_second_template_adds_an_expert_for_each_speaker_once(release, lab, tmp_path):
+    new = {"parent": "micro", "corpus": f"s3://{BUCKET}/corpus", "method": "gates"}
+    added = run_from_template(EXTENSION, **new, run="voices", speakers='["s00", "s01"]')
+    assert pieces_with_pods(added) == {"extend[s00]", "extend[s01]"}
+    again = run_from_template(EXTENSION, **new, run="more", speakers='["s00", "s01", "s03"]')
+    assert pieces_with_pods(again) == {"extend[s03]"}
+    store = lab.store("chart")
+    names = [[info.name for info, _ in added_of(store, run_record(store, run), tmp_path)] for run in ("voices", "more")]
+    assert names == [["s00", "s01"], ["s00", "s01", "s03"]]
 
 
 def test_upgrade_and_rollback_change_the_template_and_keep_the_cache(release):

@@ -18,8 +18,14 @@ def kind_of(objects: list[Tree], kind: str) -> list[Tree]:
 
 
 def workflow_of(objects: list[Tree]) -> Tree:
-    """The one WorkflowTemplate."""
-    (template,) = kind_of(objects, "WorkflowTemplate")
+    """The WorkflowTemplate of the pipeline."""
+    template, _ = kind_of(objects, "WorkflowTemplate")
+    return template
+
+
+def extension_of(objects: list[Tree]) -> Tree:
+    """The WorkflowTemplate that adds experts to a finished model."""
+    _, template = kind_of(objects, "WorkflowTemplate")
     return template
 
 
@@ -29,11 +35,16 @@ def parameters_of(template: Tree) -> dict[str, str]:
 
 
 def pods_of(objects: list[Tree]) -> dict[str, Tree]:
-    """Name → pod: those of the release itself, and one for each template of the workflow that has a container."""
-    own = {found["metadata"]["name"]: found for found in kind_of(objects, "Pod")}
-    template = workflow_of(objects)
-    made = {t["name"]: workflow_pod(template, t) for t in template["spec"]["templates"] if "container" in t}
-    return own | made
+    """Name → pod: those of the release itself, and one for each template of a workflow that has a container.
+
+    Pods of the second workflow are called `extension: …`.
+    """
+    pods = {found["metadata"]["name"]: found for found in kind_of(objects, "Pod")}
+    for start, workflow in (("", workflow_of(objects)), ("extension: ", extension_of(objects))):
+        for template in workflow["spec"]["templates"]:
+            if "container" in template:
+                pods[start + template["name"]] = workflow_pod(workflow, template)
+    return pods
 
 
 def workflow_pod(workflow: Tree, template: Tree) -> Tree:

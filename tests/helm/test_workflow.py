@@ -8,8 +8,8 @@ import re
 import pytest
 import yaml
 
-from helm.chart import WORKFLOW
-from tests.helm.pods import kind_of, parameters_of, pods_of, workflow_of
+from helm.chart import EXTEND_WORKFLOW, WORKFLOW
+from tests.helm.pods import extension_of, kind_of, parameters_of, pods_of, workflow_of
 from tests.helm.tools import CHART
 
 OWN_STORE = ("--values", CHART / "ci" / "own-store-values.yaml")
@@ -46,20 +46,21 @@ def tags(tree):
     return set(re.findall(r"\{\{.*?\}\}(?!\})", json.dumps(tree["spec"]["templates"])))
 
 
-def test_by_default_the_steps_are_those_of_the_generated_file(plain, original):
-    ours, theirs = templates(workflow_of(plain)), templates(original)
+@pytest.mark.parametrize(("part", "file"), [(workflow_of, WORKFLOW), (extension_of, EXTEND_WORKFLOW)])
+def test_by_default_the_steps_are_those_of_the_generated_file(plain, part, file):
+    ours, theirs = templates(part(plain)), templates(yaml.safe_load(file.read_text(encoding="utf-8")))
     assert ours.keys() == theirs.keys()
     for name, template in theirs.items():
         kept = {k: v for k, v in ours[name].items() if k not in ("container", "memoize", "podSpecPatch")}
         assert kept == {k: v for k, v in template.items() if k not in ("container", "memoize", "podSpecPatch")}, name
         if "container" in template:
-            assert pod_patch(workflow_of(plain), name) == json.loads(template["podSpecPatch"])
+            assert pod_patch(part(plain), name) == json.loads(template["podSpecPatch"])
             for field in ("image", "command", "args", "securityContext"):
                 assert ours[name]["container"].get(field) == template["container"].get(field), (name, field)
 
 
 def test_argos_own_linter_accepts_workflow_and_clock(argo_lint, rich):
-    objects = [workflow_of(rich), *kind_of(rich, "CronWorkflow")]
+    objects = [workflow_of(rich), extension_of(rich), *kind_of(rich, "CronWorkflow")]
     done = argo_lint(yaml.safe_dump_all(objects))
     assert done.returncode == 0, done.stdout + done.stderr
     objects[0]["spec"]["entrypoint"] = "nowhere"
@@ -105,6 +106,13 @@ def test_values_are_the_defaults_of_parameters(rich, original):
     assert json.loads(got["gpu-table"]) == table | {"h200-141": ["NVIDIA-H200-MIG-3g.71gb", "NVIDIA-H200"]}
 
 
+def test_the_extension_gets_the_same_values_where_it_has_the_parameter(rich):
+    ours, theirs = parameters_of(extension_of(rich)), parameters_of(workflow_of(rich))
+    shared = ours.keys() & theirs.keys() - {"run"}
+    assert {"store", "gpu", "gpu-stage-memory", "scratch-size", "retries", "queue"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
 def test_large_numbers_are_printed_in_full(render):
     workflow = workflow_of(render("--set", "workflow.stageDeadlineSeconds=1209600,workflow.deadlineSeconds=12096000"))
     assert parameters_of(workflow)["stage-deadline"] == "1209600"
@@ -136,7 +144,7 @@ def test_an_image_with_a_digest_is_used_by_it(render):
     pods = pods_of(render("--set", f"images.digests.cluster={digest},images.tag=v7,store.url=s3://b/p"))
     images = {name: c["image"] for name, pod in pods.items() for c in pod["spec"]["containers"] if c["name"] != "wait"}
     assert images["plan"] == images["cluster-pod"] == images["speech-moe-asr-test-store"] == f"moe-asr/cluster@{digest}"
-    assert images["asr-pod"] == "moe-asr/asr:v7"
+    assert images["asr-pod"] == images["extension: extend-pod"] == "moe-asr/asr:v7"
 
 
 def test_without_a_secret_no_stage_gets_one(render):

@@ -36,6 +36,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- default (printf "%s-%s" (include "moe-asr.fullname" .) (replace "+" "-" .Chart.AppVersion)) .Values.workflow.name -}}
 {{- end -}}
 
+{{- define "moe-asr.extendName" -}}
+{{- with .Values.workflow.name }}{{ . }}-extend{{ else }}{{ include "moe-asr.fullname" . }}-extend-{{ replace "+" "-" .Chart.AppVersion }}{{ end -}}
+{{- end -}}
+
 {{- define "moe-asr.stageAccount" -}}
 {{- default (include "moe-asr.fullname" .) .Values.serviceAccounts.stage.name -}}
 {{- end -}}
