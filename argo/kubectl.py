@@ -53,7 +53,7 @@ def create(thing: Mapping[str, Any], namespace: str | None) -> dict[str, Any]:
 
 def _place(namespace: str | None) -> list[str]:
     if namespace and not NAME.fullmatch(namespace):
-        raise UsageError(f"--namespace {namespace!r} is no name of a namespace")
+        raise UsageError(f"--namespace {namespace!r} is not a valid name of a namespace")
     return ["-n", namespace] if namespace else []
 
 
@@ -66,7 +66,7 @@ def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
     """
     if not NAME.fullmatch(name):  # kubectl would take `--kubeconfig=…` for an option
         raise UsageError(
-            f"{name!r} is no name of a run or workflow: letters, digits, . _ and -, a letter or digit first"
+            f"{name!r} is not a valid name of a run or workflow: letters, digits, . _ and -, a letter or digit first"
         )
     listed = get("workflows.argoproj.io", namespace, "-l", f"moe-asr/run={name}")["items"]
     if listed:

@@ -32,7 +32,7 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "run": ("", "name of the run in the store; the configuration's by default"),
     "store": ("", "s3://bucket/prefix of all results, or a mounted folder"),
     "endpoint-url": ("", "of an S3-compatible store"),
-    "resume": ("false", "true: go on in a run that holds another configuration"),
+    "resume": ("false", "true: go on in a run that has another configuration"),
     "verify": ("false", "true: the plan re-hashes every file that it relies on"),
     "parallelism": ("4", "pieces of one stage that run at once"),
     "gpus": ("1", "GPUs of joint training"),

@@ -70,7 +70,9 @@ def synth(
     from demo.corpus import synthesize, synthesize_bench
 
     if kind != "demo" and (etiologies or utterances is not None):
-        raise UsageError(f"--etiology and --utterances are not for --kind {kind}: --minutes says how much is spoken")
+        raise UsageError(
+            f"--etiology and --utterances are not for --kind {kind}: --minutes says how much speech to generate"
+        )
     if kind == "demo" and (minutes is not None or held_out_minutes is not None):
         raise UsageError("--minutes is for --kind bench: --utterances says how much of a demo is spoken")
     made = (
@@ -133,7 +135,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
     known = made.shards - made.stored
     echo(
         f"{dest}: {made.files} audio files in {made.shards} shards, {made.size / 1e6:,.1f} MB"
-        + (f" ({known} shards were there already)" if known else "")
+        + (f" ({known} shards already existed)" if known else "")
     )
 
 

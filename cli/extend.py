@@ -233,7 +233,7 @@ def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None
     found = _added(model, store_url, endpoint_url)
     one = next((one for one in found if one.name == name), None)
     if one is None:
-        raise UsageError(f"model {model} knows no expert {name!r}{nearest(name, [one.name for one in found])}")
+        raise UsageError(f"model {model} has no expert {name!r}{nearest(name, [one.name for one in found])}")
     echo(json.dumps(asdict(one), indent=1, ensure_ascii=False))
 
 

@@ -43,7 +43,7 @@ def cli() -> None:
 
 @cli.command()
 @config_options
-@click.option("--resume", is_flag=True, help="Go on in a run that holds another configuration.")
+@click.option("--resume", is_flag=True, help="Go on in a run that has another configuration.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and why, without running it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:

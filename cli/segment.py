@@ -61,7 +61,7 @@ def segment(
     place, name = destination(source, dest)
     target = open_store(place, endpoint_url=endpoint_url)
     if target.size(name) is not None and not overwrite:
-        raise UsageError(f"{place}/{name} is already there: --overwrite replaces it, DEST names another")
+        raise UsageError(f"{place}/{name} already exists: --overwrite replaces it, DEST names another")
     if elsewhere := not same_place(place, folder_of(source)):
         check_movable(corpus, place)
     model = open_model(

@@ -24,7 +24,7 @@ namespace_option = click.option(
 @namespace_option
 @click.option("--template", help="WorkflowTemplate; moe-asr-<version> by default.")
 @click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE", help="Any other workflow parameter.")
-@click.option("--resume", is_flag=True, help="Go on in a run that holds another configuration.")
+@click.option("--resume", is_flag=True, help="Go on in a run that has another configuration.")
 @click.option("--dry-run", is_flag=True, help="Print the workflow instead of submitting it.")
 def submit(
     namespace: str | None, template: str | None, given: tuple[str, ...], resume: bool, dry_run: bool, **options: Any

@@ -175,7 +175,7 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
         return
     if kinds == (TABLE,):
         if (out / CORRECTABLE).exists() and not overwrite:
-            raise UsageError(f"{out / CORRECTABLE}: already there; --overwrite replaces, another --out keeps it")
+            raise UsageError(f"{out / CORRECTABLE} already exists; --overwrite replaces, another --out keeps it")
         return
     first_of: dict[Path, Recording] = {}
     for one in recordings:
@@ -185,7 +185,7 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise UsageError(f"{there[0]}{more}: already there; --overwrite replaces, another --out keeps them")
+        raise UsageError(f"{there[0]}{more} already exists; --overwrite replaces, another --out keeps them")
 
 
 def check_inputs(recordings: Sequence[Recording], faults: dict[str, str]) -> list[Recording]:

@@ -108,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or holds no mapping.
+        ConfigError: the file cannot be read, is not YAML or contains no mapping.
     """
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"configuration file {path} holds no mapping of sections (found {type(tree).__name__})")
+        raise ConfigError(f"configuration file {path} must contain a mapping of sections (found {type(tree).__name__})")
     return tree
 
 
@@ -187,14 +187,14 @@ def resolve(
     merged: dict[str, Any] = base.model_dump(mode="json") if base else {}
     if mode is not None:
         if mode not in MODES:
-            raise UsageError(f"--mode {mode}: no such mode; choose one of {', '.join(MODES)}")
+            raise UsageError(f"--mode {mode}: unknown mode; choose one of {', '.join(MODES)}")
         merge(merged, read_yaml(shipped(f"{mode}.yaml")))
     if file is not None:
         merge(merged, read_yaml(file))
     merge(merged, tree or {})
     if gpu is not None:
         if gpu not in GPUS:
-            raise UsageError(f"--gpu {gpu}: no such preset; choose one of auto, {', '.join(GPUS)}")
+            raise UsageError(f"--gpu {gpu}: unknown preset; choose one of auto, {', '.join(GPUS)}")
         merge(merged, read_yaml(shipped("gpu", f"{gpu}.yaml")))
     for path, value in (options or {}).items():
         merge(merged, nest(path, value))

@@ -113,9 +113,11 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
     path = path.absolute()  # `.` has no name from which a neighbouring folder's name could be made
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
-        raise UsageError(f"{path} is there already: name another folder, or give --overwrite")
+        raise UsageError(f"{path} already exists: name another folder, or give --overwrite")
     if taken and not (path / mark).is_file():
-        raise UsageError(f"{path} holds no {mark}, so it is not what this command makes and stays: name another folder")
+        raise UsageError(
+            f"{path} contains no {mark}, so it is not what this command makes and stays: name another folder"
+        )
     with explained(path):
         make_folders(path.parent, lasting=False)
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")

@@ -41,7 +41,7 @@ def parse_object(data: bytes, where: str, remedy: str = REMEDY) -> Row:
         value = json.loads(data)
         if isinstance(value, dict):
             return value
-        error: Exception = ValueError("it holds no JSON object")
+        error: Exception = ValueError("it contains no JSON object")
     except (ValueError, RecursionError) as found:
         error = found
     raise DataError(f"{where} cannot be read ({error}): {remedy}")
@@ -96,5 +96,7 @@ def parse_line(line: str, where: str) -> Row:
     if not isinstance(record, dict):
         raise DataError(f"{where}: holds a {type(record).__name__}, not an object: one JSON object a line")
     if "\\ud" in line.lower() and (half := lone_surrogate(json.dumps(record, ensure_ascii=False))):
-        raise DataError(f"{where}: holds \\u{half}, half of a surrogate pair, which is no character: correct the text")
+        raise DataError(
+            f"{where}: contains \\u{half}, half of a surrogate pair, which is not a character: correct the text"
+        )
     return record

@@ -252,7 +252,9 @@ def serving(telemetry: Telemetry, port: int | None, host: str | None, linger: fl
     try:
         server, thread = start_http_server(port, host, telemetry.registry)
     except OSError as error:
-        log.warning("metrics port %s:%d cannot be served (%s): the work goes on without", host, port, error.strerror)
+        log.warning(
+            "metrics port %s:%d cannot be served (%s): the command continues without them", host, port, error.strerror
+        )
         yield None
         return
     log.info("metrics: http://%s:%d/metrics", host, server.server_port)

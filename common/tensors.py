@@ -17,7 +17,7 @@ FILE_TYPES = ("F64", "F32", "F16", "BF16")  # the same in a safetensors header
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor that holds NaN or an infinite number; None where all are finite."""
+    """The name of a tensor that contains NaN or an infinite number; None where all are finite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = torch.aminmax(tensor)  # NaN comes through; no copy of the tensor's size is made
@@ -39,7 +39,7 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
         if tensor.dtype not in WEIGHT_TYPES:
             raise DataError(f"{source}: tensor {name} has type {tensor.dtype}, and weights are float16 to float64")
     if broken := first_not_finite(tensors):
-        raise DataError(f"{source}: tensor {broken} holds NaN or infinite numbers: restore the file from its source")
+        raise DataError(f"{source}: tensor {broken} contains NaN or infinite numbers: restore the file from its source")
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], source: str) -> None:

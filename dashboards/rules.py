@@ -38,7 +38,7 @@ def folded(series: str) -> str:
 
 
 def of_stage(vector: str) -> str:
-    """The vector with workflow, stage and shard of its pods; pods without a workflow are left out."""
+    """The vector with workflow, stage and shard of its pods; pods without a workflow are omitted."""
     return f"{vector} * on (namespace, pod) group_left (workflow, stage, shard) moe_asr:pod_stage:info"
 
 

@@ -61,7 +61,7 @@ class Ct2Model:
                 raise DataError(f"{self.path}: {name + '_scale'!r} of shape {scale.shape} is no scale of {name!r}")
             value /= scale.astype(np.float32).reshape(-1, *[1] * (value.ndim - 1))
         if not np.isfinite(value).all():
-            raise DataError(f"{self.path}: {name!r} holds NaN or infinite numbers")
+            raise DataError(f"{self.path}: {name!r} contains NaN or infinite numbers")
         return value
 
     def scalar(self, name: str, default: int) -> int:

@@ -115,7 +115,7 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
     """Sort frequent English words into parts of speech by which inflected forms are frequent as well.
 
     A word with a past tense and a present participle is a verb; one with an adverb in -ly is an adjective; one with a
-    plural and neither of these is a noun. Words without such forms, such as names and abbreviations, are left out.
+    plural and neither of these is a noun. Words without such forms, such as names and abbreviations, are omitted.
 
     Args:
         base_words: number of most frequent words that may be base forms.

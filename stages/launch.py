@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        raise Preempted("told to stop; the processes had time for a checkpoint") from None
+        raise Preempted("stopped by a signal; the processes had time for a checkpoint") from None
 
 
 def _explain(codes: Mapping[int, int]) -> MoeAsrError:
@@ -67,6 +67,6 @@ def _explain(codes: Mapping[int, int]) -> MoeAsrError:
         )
     known = [code for code in codes.values() if code in (64, 65, 74, 78)]
     if not known and 143 in codes.values():
-        return Preempted("told to stop; the processes had time for a checkpoint")
+        return Preempted("stopped by a signal; the processes had time for a checkpoint")
     code = min(known, default=max(codes.values()))
     return StageFailed(f"a process ended with exit code {code}; its own message is above", code)

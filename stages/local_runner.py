@@ -85,7 +85,7 @@ class Run:
         return plan
 
     def check_same(self, resume: bool) -> None:
-        """Refuses a run that holds another configuration, unless `--resume` is given.
+        """Refuses a run that has another configuration, unless `--resume` is given.
 
         Raises:
             ConfigError: the configurations differ; the message lists the first differences.
@@ -95,7 +95,7 @@ class Run:
         changed = differences(self.record["config"], self.config.model_dump(mode="json"))
         if changed:
             raise ConfigError(
-                f"run {self.config.run!r} in {self.store.url} holds another configuration ({'; '.join(changed[:3])}): "
+                f"run {self.config.run!r} in {self.store.url} has another configuration ({'; '.join(changed[:3])}): "
                 "--resume goes on in it with the new one, --run NAME starts another"
             )
 
@@ -183,7 +183,7 @@ def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
         run.save("running", plan)
         for one in plan.planned:
             if one.status == "stale":
-                log.info("%s is made again: %s", one.task.label, one.reason)
+                log.info("%s is recreated: %s", one.task.label, one.reason)
             if one.status == "done":
                 run.telemetry.stage(one.task.contract.name, one.task.shard).add(TASKS, result="skipped")
         try:

@@ -78,7 +78,7 @@ def config_text(text: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"parameter config holds no mapping of sections (found {type(tree).__name__})")
+        raise ConfigError(f"parameter config must contain a mapping of sections (found {type(tree).__name__})")
     return tree
 
 

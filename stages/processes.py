@@ -91,7 +91,7 @@ def run_in_processes(
             told = f"{planned_one.task.label} ended with exit code {code}; its own message is above"
             raise RetryableError(told) if code == RetryableError.exit_code else StageFailed(told, code)
     if any(codes):
-        raise Preempted("told to stop; what was under way had time for a checkpoint")
+        raise Preempted("stopped by a signal; what was under way had time for a checkpoint")
 
 
 def without_variables(environment: Mapping[str, str]) -> dict[str, str]:

@@ -214,7 +214,7 @@ def run_sweep(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
     """Runs what is not done, in order; returns the summaries.
 
     Raises:
-        ConfigError: a run of that name holds another configuration.
+        ConfigError: a run of that name has another configuration.
         MoeAsrError: as raised by the stages; finished results are kept.
     """
     summaries = []
@@ -240,7 +240,7 @@ def finished_summary(one: SweepRun) -> dict[str, Any] | None:
     changed = differences(record["config"], one.config.model_dump(mode="json"))
     if changed:
         raise ConfigError(
-            f"run {one.name!r} in {store.url} holds another configuration ({'; '.join(changed[:3])}): "
+            f"run {one.name!r} in {store.url} has another configuration ({'; '.join(changed[:3])}): "
             "give the sweep another name by --run NAME"
         )
     if record["status"] != "done":

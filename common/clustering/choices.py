@@ -89,7 +89,7 @@ def compare_clusterings(
     Args:
         points: vectors_ND by layer and pooling, all of the same utterances.
         groups: "etiology" and "speaker" of each utterance.
-        algorithms: `etiology` evaluates the corpus's own etiologies as if they were clusters; it is left out if there
+        algorithms: `etiology` evaluates the corpus's own etiologies as if they were clusters; it is omitted if there
             is only one.
 
     Returns:

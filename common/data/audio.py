@@ -157,7 +157,7 @@ def read_audio(
     if (channel := levels.channel) is not None:
         mono_T, _ = read(channel)
     if mono_T.size == 0:
-        raise DataError(f"{label} holds no audio: {levels.frames} samples at {levels.rate} Hz are too short")
+        raise DataError(f"{label} contains no audio: {levels.frames} samples at {levels.rate} Hz are too short")
     if levels.peak > OVERSHOOT:
         mono_T /= np.abs(mono_T).max()
     return np.clip(mono_T, -1, 1, out=mono_T)
@@ -188,14 +188,14 @@ def check_levels(
     """
     if not levels.frames:
         where = f" after {offset:g} s" if offset else ""
-        raise DataError(f"{label} holds no audio{where}: leave it out or correct its offset")
+        raise DataError(f"{label} contains no audio{where}: omit it or correct its offset")
     if not levels.finite:
-        raise DataError(f"{label} holds samples that are not finite (NaN or infinity): export it again, as PCM")
+        raise DataError(f"{label} contains samples that are not finite (NaN or infinity): export it again, as PCM")
     damage = levels.damage
     if damage.seconds > (TOLERATED_LOSS if on_damage is None else 0):
         lost = f"{label} is damaged: {damage.seconds:.2f} s from {damage.first:.2f} s on cannot be decoded"
         if on_damage is None:
-            raise DataError(f"{lost}: copy it again, or leave it out")
+            raise DataError(f"{lost}: copy it again, or omit it")
         on_damage(lost)
 
 

@@ -172,7 +172,7 @@ def _inspect_stretch(source: bytes | Path, u: Utterance, *, whole: bool) -> Iter
     try:
         levels = measure_audio(source, offset=u.offset, duration=None if whole else u.duration, name=name)
         if not levels.finite:
-            yield Finding("not-finite", u.id, f"{name} holds NaN or infinite samples", "error")
+            yield Finding("not-finite", u.id, f"{name} contains NaN or infinite samples", "error")
             return
         check_levels(levels, name, u.offset)
     except DataError as error:

@@ -102,7 +102,7 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Share of encoder positions that hold no speech."""
+        """Share of encoder positions that contain no speech."""
         positions = self.audio_BS.shape[1] // SAMPLES_PER_POSITION
         return 1 - self.seconds * POSITIONS_PER_SECOND / (positions * len(self.ids))
 
@@ -138,11 +138,13 @@ def make_examples(
         inputs, labels = codec.pair(utterance.text)
         if not utterance.text.strip() or len(inputs) > MAX_TOKENS:
             problem = "has no text" if not utterance.text.strip() else f"has {len(inputs)} tokens, over {MAX_TOKENS}"
-            raise DataError(f"utterance {utterance.id} {problem}: mend or remove it (`moe-asr corpus audit` finds all)")
+            raise DataError(
+                f"utterance {utterance.id} {problem}: correct or remove it (`moe-asr corpus audit` finds all)"
+            )
         if any(label >= codec.end for label in labels[:-1]):
             raise DataError(
-                f"utterance {utterance.id}: its text holds a special token of the model, as <|startoftranscript|> or "
-                "<|0.00|>: take it out"
+                f"utterance {utterance.id}: its text contains a special token, such as <|startoftranscript|> or "
+                "<|0.00|>: remove it"
             )
         examples.append(
             Example(

@@ -60,7 +60,9 @@ class Place:
         except DataError:
             raise DataError(f"{where}: field 'shard' leads out of the corpus: {shard!r}: pack it again") from None
         if type(offset) is not int or type(size) is not int or offset < 0 or not 0 < size <= MAX_FILE:
-            raise DataError(f"{where}: byte_offset {offset!r} and byte_size {size!r} are no range: pack it again")
+            raise DataError(
+                f"{where}: byte_offset {offset!r} and byte_size {size!r} are not a valid range: pack it again"
+            )
         if type(sha256) is not str or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise DataError(f"{where}: field 'sha256' must be 64 hex digits, not {sha256!r}: pack the corpus again")
         return Place(sys.intern(shard), offset, size, sha256)

@@ -157,7 +157,7 @@ def read_corpus(path: str | Path) -> Corpus:
         if place is not None and places.setdefault(utterance.audio_filepath, place) != place:
             raise DataError(f"{index}:{number}: {utterance.audio_filepath} lies in two places: pack the corpus again")
     if not utterances:
-        raise DataError(f"{index} holds no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
+        raise DataError(f"{index} contains no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
     utterances, joined = join_identities(utterances)
     for remark in joined:
         log.warning("%s: %s", index, remark)
@@ -187,7 +187,7 @@ def join_identities(utterances: Sequence[Utterance]) -> tuple[list[Utterance], l
 
 
 def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
-    """Write `root/index.jsonl` sorted by id, whole or not at all; fields at their defaults are left out.
+    """Write `root/index.jsonl` sorted by id, whole or not at all; fields at their defaults are omitted.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -216,7 +216,7 @@ def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) -> Iterator[str]:
-    """Lines of an index; fields at their defaults are left out."""
+    """Lines of an index; fields at their defaults are omitted."""
     for u in utterances:
         place = places.get(u.audio_filepath)
         yield _encode(_to_record(u) | (asdict(place) if place else {})) + "\n"

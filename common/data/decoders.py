@@ -137,7 +137,7 @@ def check_regular(path: Path, label: str) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise DataError(f"cannot read {label}: it is a pipe or a device, not a file: copy its audio to a file")
     if not found.st_size:
-        raise DataError(f"{label} is empty (0 bytes): leave it out or copy it again")
+        raise DataError(f"{label} is empty (0 bytes): omit it or copy it again")
     return found.st_size
 
 
@@ -185,7 +185,7 @@ def _open_sound(source: AudioSource, label: str, stack: ExitStack) -> tuple[soun
     exact = sound.format not in ESTIMATED and not sound.subtype.startswith("MPEG")
     # A header without a length gives 0 frames; FLAC's, which nothing bounds, may name any length.
     longest = LONGEST_HOURS * 3600 * sound.samplerate if sound.format == "FLAC" else math.inf
-    return (sound, "") if exact and 0 < sound.frames <= longest else (None, "its header holds no length")
+    return (sound, "") if exact and 0 < sound.frames <= longest else (None, "its header contains no length")
 
 
 def _sound_blocks(
@@ -243,7 +243,7 @@ def _open_av(
     try:
         container = stack.enter_context(av.open(binary_file(source, label, stack), options=AV_OPTIONS))
         if not container.streams.audio:
-            raise DataError(f"{label} has no audio stream: leave it out")
+            raise DataError(f"{label} has no audio stream: omit it")
         stream = container.streams.audio[0]
         if stream.codec_context is None:  # a codec that FFmpeg does not know
             raise unusable

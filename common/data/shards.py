@@ -52,7 +52,7 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size <= 0:
-        raise UsageError(f"{text!r} is no size: write it as 256MB")
+        raise UsageError(f"{text!r} is not a size: write it as 256MB")
     return size
 
 
@@ -198,7 +198,7 @@ def check_shard(path: Path, places: Iterable[Place]) -> None:
             for member in tar:
                 name = PurePosixPath(member.name)
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    raise DataError(f"{path}: {member.name!r} is no plain file: {remedy}")
+                    raise DataError(f"{path}: {member.name!r} is not a regular file: {remedy}")
                 if name.is_absolute() or ".." in name.parts:
                     raise DataError(f"{path}: {member.name!r} leads out of the corpus: {remedy}")
                 if (member.offset_data, member.size) not in wanted:
@@ -207,7 +207,7 @@ def check_shard(path: Path, places: Iterable[Place]) -> None:
                     )
                 found.add((member.offset_data, member.size))
     except tarfile.TarError as error:
-        raise DataError(f"{path} is no whole tar file ({error}): {remedy}") from None
+        raise DataError(f"{path} is not a complete tar file ({error}): {remedy}") from None
     missing = sorted(wanted - found)
     if missing:
         offset, size = missing[0]

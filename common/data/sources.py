@@ -44,7 +44,7 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
     index = _kept(cache / "corpus", base, endpoint_url) / name
     entry = next((entry for entry in store.list(name) if entry.key == name), None)
     if entry is None:
-        raise DataError(f"{base}/{name} is not there: give the address of a folder with {INDEX_NAME}")
+        raise DataError(f"{base}/{name} does not exist: give the address of a folder with {INDEX_NAME}")
     if not is_current(entry, index):
         store.get(name, index)
         os.utime(index, (entry.modified, entry.modified))
@@ -97,10 +97,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise DataError(f"model.name {name!r} at revision {revision or 'main'}: the hub has no such model") from None
+        raise DataError(
+            f"model.name {name!r} at revision {revision or 'main'}: the hub does not have this model"
+        ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise RetryableError(
-            f"model.name {name!r} is no local folder, and the hub cannot be reached: {type(error).__name__}; "
+            f"model.name {name!r} is not a local folder, and the hub cannot be reached: {type(error).__name__}; "
             "give a folder or a store URI to work without a hub"
         ) from None
 
@@ -125,7 +127,7 @@ def folder_digest(folder: Path) -> str:
     """
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if not weights:
-        raise DataError(f"model folder {folder} holds no *.safetensors: give a Hugging Face checkpoint")
+        raise DataError(f"model folder {folder} contains no *.safetensors: give a Hugging Face checkpoint")
     parts = {}
     for name in [*weights, *MODEL_FILES]:
         if (folder / name).is_file():

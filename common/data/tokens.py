@@ -26,11 +26,11 @@ def whisper_config(folder: Path) -> dict[str, Any]:
     """
     config = Path(folder) / "config.json"
     if not config.is_file():
-        raise DataError(f"model {folder} holds no config.json: give a Hugging Face Whisper checkpoint")
+        raise DataError(f"model {folder} contains no config.json: give a Hugging Face Whisper checkpoint")
     values = read_object(config, REMEDY)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise DataError(f"{config}: {name} is {value}, which is no number")
+            raise DataError(f"{config}: {name} is {value}, which is not a number")
     if (kind := values.get("model_type")) != "whisper":
         raise DataError(f"model {folder} is a {kind!r} model: only Whisper can be the base model")
     return values
@@ -74,7 +74,7 @@ class TextCodec:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of generated tokens; special tokens are left out."""
+        """Text of generated tokens; special tokens are omitted."""
         text: str = self.tokenizer.decode([i for i in ids if i < self.end], skip_special_tokens=True)
         return text.strip()
 
@@ -102,14 +102,14 @@ def load_codec(folder: Path, *, language: str = "en", task: str = "transcribe") 
     def token(text: str) -> int:
         number = tokenizer.token_to_id(text)
         if number is None:
-            raise DataError(f"model {folder} knows no token {text}; is the language or task right?")
+            raise DataError(f"model {folder} has no token {text}; is the language or task right?")
         return int(number)
 
     prompt = ["<|startoftranscript|>"]
     if generation.get("is_multilingual", tokenizer.token_to_id("<|startoftranscript|>") != 50257):
         prompt += [f"<|{language}|>", f"<|{task}|>"]
     elif language != "en":
-        raise DataError(f"model {folder} speaks English only; model.language is {language!r}")
+        raise DataError(f"model {folder} is for English only; model.language is {language!r}")
     return TextCodec(
         tokenizer=tokenizer,
         prompt=tuple(token(text) for text in [*prompt, "<|notimestamps|>"]),
@@ -129,7 +129,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise DataError(f"model {folder} holds no tokenizer.json; save its WhisperTokenizerFast there")
+        raise DataError(f"model {folder} contains no tokenizer.json; save its WhisperTokenizerFast there")
     try:
         tokenizer = Tokenizer.from_str(read_document(path).decode())
     except DataError:

@@ -122,7 +122,7 @@ def plan_windows(
             quietest moment of the shared part. 0: the windows are cut at the quietest moment.
 
     Returns:
-        One window if the audio is not longer than `longest`. In longer audio, long silence is left out.
+        One window if the audio is not longer than `longest`. In longer audio, long silence is omitted.
     """
     if seconds <= longest:
         return [Window(0, seconds, 0, seconds, True)]

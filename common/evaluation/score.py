@@ -99,7 +99,7 @@ def decode_batches(
         if bar:
             bar.update(counted)
         if stopping():
-            raise Preempted("told to stop while texts were decoded")
+            raise Preempted("stopped by a signal while texts were decoded")
     if bar and left:
         bar.update(left)
     return dict(gather_object(decoded) if world > 1 else decoded)

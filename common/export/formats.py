@@ -76,7 +76,7 @@ def fixed_routing(
     if len(wishes) > 1:
         raise UsageError(f"{' and '.join(wishes)}: give one of them")
     if wishes and count < 2:
-        raise UsageError(f"{wishes[0]}: {folder} has no experts to choose from; leave it out")
+        raise UsageError(f"{wishes[0]}: {folder} has no experts to choose from; omit it")
     if not wishes and count > 1:
         raise UsageError(
             f"{folder} is a mixture of {count} experts, and merging is exact for one fixed routing only: "

@@ -187,7 +187,7 @@ def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None)
         folder = _unwrapped(_locate_base(name, None, cache=cache, endpoint_url=endpoint_url, model=name))
         return folder, added_folders(None, folder, cache)
     where = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
-    problem = "holds no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
+    problem = "contains no model" if folder.is_dir() else "is neither a folder, nor a run, nor a hub name"
     wanted = f"give a run, or a folder with {DESCRIPTION}, {ADAPTER} or a Whisper's config.json"
     raise DataError(f"model {name!r} {problem}: {wanted}{where}")
 
@@ -265,7 +265,7 @@ def _adapter_settings(folder: Path) -> Mapping[str, Any]:
     for values in (settings, *(pattern for pattern in patterns if isinstance(pattern, dict))):
         for name, value in values.items():
             if isinstance(value, int | float) and not -MAX_SETTING <= value <= MAX_SETTING:
-                raise DataError(f"{folder / ADAPTER}: {name} {value} makes no sense")
+                raise DataError(f"{folder / ADAPTER}: {name} {value} is not valid")
     check_patterns(settings, folder / ADAPTER)
     return settings
 

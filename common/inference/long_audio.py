@@ -100,7 +100,7 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
         raise DataError(
             f"corpus {corpus.url}: {what} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
             "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
-            "leaves them out; nothing is truncated"
+            "omits them; nothing is truncated"
         )
     if options.treatment == "drop":
         _say_once(f"long audio: {what}; left out (audio.long_audio=drop)")
@@ -135,7 +135,7 @@ def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
 
 
 def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> Corpus:
-    """The corpus with pieces instead of its long utterances; long utterances without pieces are left out.
+    """The corpus with pieces instead of its long utterances; long utterances without pieces are omitted.
 
     Raises:
         DataError: a piece's id is another utterance's.

@@ -76,7 +76,7 @@ def _in_folder(folder: Path) -> list[Recording]:
         if path.suffix.lower() in SUFFIXES
     ]
     if not found:
-        raise UsageError(f"{printable(folder)} holds no recording: name the files themselves, whatever their ending")
+        raise UsageError(f"{printable(folder)} contains no recording: name the files themselves, whatever their ending")
     return found
 
 
@@ -134,7 +134,7 @@ def _copy(source: BinaryIO, target: BinaryIO, name: str) -> None:
     while block := source.read(min(BLOCK, left + 1)):
         left -= len(block)
         if left < 0:
-            raise DataError(f"{name} holds over {MOST_SPOOLED // 2**30} GiB: save it as a file")
+            raise DataError(f"{name} is larger than {MOST_SPOOLED // 2**30} GiB: save it as a file")
         target.write(block)
     if left == MOST_SPOOLED:
         raise DataError(f"{name} is empty (0 bytes)")
@@ -156,7 +156,7 @@ class LoadedRecording:
 
         Args:
             loops: `cut` leaves one repetition, `drop` drops the window's text, `keep` changes nothing.
-            no_speech: probability of no speech above which an improbable text is left out; None leaves nothing out.
+            no_speech: probability of no speech above which an improbable text is omitted; None leaves nothing out.
             language: language of the texts.
         """
         # Imported after the check of paths, since it imports torch.
@@ -166,7 +166,7 @@ class LoadedRecording:
         for window in windows:
             span = f"{window.window.begins:.1f} to {window.window.ends:.1f} s"
             if window.decoded.of_silence(no_speech):
-                self.notes.append(f"{span}: probably no speech; its text is left out")
+                self.notes.append(f"{span}: probably no speech; its text is omitted")
                 continue
             if window.loop:
                 done = {"cut": "cut", "drop": "left out", "keep": "kept"}[loops]

@@ -149,7 +149,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no {WEIGHTS}: not a PEFT LoRA adapter") from None
+        raise DataError(f"{folder} contains no {WEIGHTS}: not a PEFT LoRA adapter") from None
     except (SafetensorError, OSError) as error:
         raise DataError(f"{folder / WEIGHTS} is damaged: {error}") from None
     check_weights(tensors, str(folder / WEIGHTS))
@@ -176,7 +176,7 @@ def adapter_rank(folder: Path) -> int:
     """The rank of an adapter, from the header of its file.
 
     Raises:
-        DataError: the file cannot be read, or holds no LoRA matrix.
+        DataError: the file cannot be read, or contains no LoRA matrix.
     """
     try:
         shapes = file_shapes(folder / WEIGHTS)
@@ -184,7 +184,7 @@ def adapter_rank(folder: Path) -> int:
         raise DataError(f"adapter {folder} cannot be read: {error}") from None
     ranks = [shape[0] for name, shape in shapes.items() if name.endswith(A) and shape]
     if not ranks:
-        raise DataError(f"adapter {folder} holds no LoRA matrix")
+        raise DataError(f"adapter {folder} contains no LoRA matrix")
     return ranks[0]
 
 

@@ -116,10 +116,10 @@ def read_added(folder: Path) -> AddedExpert:
         if not NAME.fullmatch(info.name) or info.column not in COLUMNS:  # it becomes a folder's name
             raise ValueError(f"name {info.name[:80]!r} or column {info.column[:80]!r} is none that an expert can have")
         if info.rank < 0 or not all(map(math.isfinite, numbers)):
-            raise ValueError("its rank, seconds or weights make no sense")
+            raise ValueError("its rank, seconds or weights are not valid")
         return info
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no {ADDED}: it is no added expert") from None
+        raise DataError(f"{folder} contains no {ADDED}: it is not an added expert") from None
     except (OSError, ValueError, TypeError, ValidationError, RecursionError) as error:
         raise DataError(f"{path} cannot be used: {' '.join(str(error).split())[:300]}") from None
 

@@ -135,7 +135,7 @@ def read_info(folder: Path) -> BundleInfo:
             raise ValueError(problem)
         return info
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no {DESCRIPTION}: it is not the output of the asr stage") from None
+        raise DataError(f"{folder} contains no {DESCRIPTION}: it is not the output of the asr stage") from None
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -161,7 +161,7 @@ def _find_problem(info: BundleInfo) -> str:
         "pooling": info.pooling in ("mean", "max", "meanstd"),
         "task": info.task in ("transcribe", "translate"),
     }
-    return "; ".join(f"{name} {getattr(info, name)!r} makes no sense" for name, good in checks.items() if not good)
+    return "; ".join(f"{name} {getattr(info, name)!r} is not valid" for name, good in checks.items() if not good)
 
 
 def _check_experts(info: BundleInfo, folder: Path) -> None:

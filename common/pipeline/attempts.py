@@ -135,17 +135,17 @@ def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
 
 
 def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
-    """The records of the attempts at an unfinished task, oldest first; damaged records are left out."""
+    """The records of the attempts at an unfinished task, oldest first; damaged records are omitted."""
     found = []
     for entry in store.list(_prefix(key)):
         try:
             record = json.loads(store.read(entry.key))
             times = {name: float(record[name]) for name in ("started", "updated", "seconds")}
             if not all(0 <= value < FAR for value in times.values()):
-                raise ValueError(f"{times} are no times")
+                raise ValueError(f"{times} are not valid times")
             found.append(record | times)
         except (MoeAsrError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is left out: %s", entry.key, error)
+            log.warning("%s is omitted: %s", entry.key, error)
     return sorted(found, key=lambda one: one["started"])
 
 

@@ -28,7 +28,7 @@ class Contract:
         name: name of the stage and of its folder in the store.
         summary: one line for help texts.
         output: name of the folder that it writes, and of the argument by which later stages receive it.
-        inputs: outputs of earlier stages that it reads; outputs of inactive stages are left out.
+        inputs: outputs of earlier stages that it reads; outputs of inactive stages are omitted.
         sources: `corpus` and/or `model`, fetched by the pipeline.
         reads: sections or keys of the configuration that its result depends on.
         format: version of the output format; incremented when the same inputs give another output.

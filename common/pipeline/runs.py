@@ -106,7 +106,9 @@ def read_record(store: Store, name: str) -> dict[str, Any] | None:
     try:
         record = json.loads(store.read(key))
         if isinstance(record, dict) and isinstance(record.get("schema"), int) and record["schema"] > SCHEMA:
-            raise DataError(f"{where} has format {record['schema']}, this moe-asr knows {SCHEMA}: upgrade it")
+            raise DataError(
+                f"{where} has format {record['schema']}, this version of moe-asr supports {SCHEMA}: upgrade it"
+            )
         _Record.model_validate(record)
     except NotFound:
         return None

@@ -35,7 +35,7 @@ class SharedResults:
         """
         state = inspect(self.store, key)
         if state.status == "damaged":
-            log.warning("%s/%s: %s; it is made again", key.stage, key.digest[:8], state.reason)
+            log.warning("%s/%s: %s; it will be recreated", key.stage, key.digest[:8], state.reason)
             quarantine(self.store, key, state)
         if state.status != "done" or state.manifest is None:
             return None

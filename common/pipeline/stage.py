@@ -73,7 +73,7 @@ class Parts:
                 if hashlib.sha256(data).hexdigest() == entry.key.split(".")[-2]:
                     with suppress(SafetensorError):
                         return dict(load(data))
-            log.warning("%s is damaged and is made again", entry.key)
+            log.warning("%s is damaged and will be recreated", entry.key)
         return None
 
 
@@ -106,7 +106,7 @@ class Context:
     def check_stop(self) -> None:
         """Raises Preempted if the process received a signal to stop; saved parts are kept."""
         if self.stopping():
-            raise Preempted("told to stop; finished parts are saved")
+            raise Preempted("stopped by a signal; finished parts are saved")
 
 
 def execute(
@@ -146,7 +146,7 @@ def execute(
     else:
         with live.running():
             if state.status == "damaged":
-                log.warning("%s: %s; it is made again", task.label, state.reason)
+                log.warning("%s: %s; it will be recreated", task.label, state.reason)
                 quarantine(measured, task.key, state)
             manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
         _clear_unfinished(task.key, store)
@@ -288,7 +288,7 @@ def _require(store: Store, key: Key) -> Manifest:
         return state.manifest
     if state.status == "damaged":
         quarantine(store, key, state)
-        raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it has to be made again")
+        raise RetryableError(f"input {key.stage}/{key.digest[:8]} is damaged ({state.reason}): it must be recreated")
     raise DataError(
         f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
         f"`python -m stages {key.stage}` with the same configuration, first"

@@ -55,7 +55,7 @@ def inline_svg(draw: Callable[[], Figure], name: str, label: str) -> Markup:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction as percent; a dash where there is no number."""
+    """A fraction as percent; a dash where there is none."""
     return f"{100 * value:.{digits}f}%" if is_number(value) else "–"
 
 
@@ -65,7 +65,7 @@ def points(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A count with thousands apart, or a decimal number; a dash where there is no number."""
+    """A count with thousands apart, or a decimal number; a dash where there is none."""
     if not is_number(value):
         return "–"
     return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else f"{value:.{digits}f}".replace("-", "−")
@@ -77,7 +77,7 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A duration in the two largest units that it has; a dash where there is no number."""
+    """A duration in the two largest units that it has; a dash where there is none."""
     return progress.clock(seconds) if is_number(seconds) else "–"
 
 

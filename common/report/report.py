@@ -1,6 +1,6 @@
 """`report.html`: the stages and results of a run, in one file that needs no network and runs no script.
 
-Every section is built from the files of a stage. The section of a stage that the run lacks is left out, with the reason
+Every section is built from the files of a stage. The section of a stage that the run lacks is omitted, with the reason
 in one line.
 """
 

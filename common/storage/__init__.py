@@ -44,4 +44,4 @@ def _check_endpoint(url: str) -> None:
     except ValueError:
         raise ConfigError("endpoint_url is malformed: write it as http://host:port") from None
     if "@" in url or parts.query:
-        raise ConfigError("endpoint_url holds credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+        raise ConfigError("endpoint_url contains credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")

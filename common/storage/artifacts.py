@@ -214,7 +214,7 @@ def commit(
         if state.manifest and state.manifest.attempt == folder.name:
             return state.manifest  # written, but a network file system or a retry reported that it exists
         if state.status == "done" and state.manifest:
-            log.info("%s/%s: another process was faster; its result is used", key.stage, key.digest[:8])
+            log.info("%s/%s: another process finished first; its result is used", key.stage, key.digest[:8])
             remove_all(store, own)
             shutil.rmtree(folder, ignore_errors=True)
             return state.manifest
@@ -261,7 +261,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         if state.manifest == manifest:  # otherwise another process has already repaired it
             quarantine(store, key, state)
         name = f"{key.stage}/{key.digest[:8]} in {store.url}"
-        raise RetryableError(f"{name} is damaged ({damage}): it is quarantined and has to be made again")
+        raise RetryableError(f"{name} is damaged ({damage}): it is quarantined and must be recreated")
     return folder
 
 

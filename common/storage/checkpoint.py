@@ -174,7 +174,7 @@ class Checkpointer:
                     raise _TornError(f"{file} is altered")
             tensors = load_file(paths[TENSORS])
             if broken := first_not_finite(tensors):
-                raise _TornError(f"tensor {broken} holds NaN or infinite numbers")
+                raise _TornError(f"tensor {broken} contains NaN or infinite numbers")
             return manifest["step"], tensors, _read_state(paths[STATE])
         except (NotFound, KeyError, ValueError, SafetensorError) as error:
             raise _TornError(f"{type(error).__name__}: {error}") from None
@@ -241,7 +241,7 @@ def _describe(path: Path) -> dict[str, int | str]:
 def _read_state(path: Path) -> dict[str, Any]:
     state = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(state, dict):
-        raise _TornError(f"{STATE} holds no JSON object")
+        raise _TornError(f"{STATE} contains no JSON object")
     return state
 
 
@@ -250,7 +250,9 @@ def _read_manifest(data: bytes) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         if manifest["schema"] > SCHEMA:
-            raise DataError(f"a checkpoint has format {manifest['schema']}, this moe-asr knows {SCHEMA}: upgrade it")
+            raise DataError(
+                f"a checkpoint has format {manifest['schema']}, this version of moe-asr supports {SCHEMA}: upgrade it"
+            )
         files = {file: (int(record["size"]), str(record["sha256"])) for file, record in manifest["files"].items()}
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

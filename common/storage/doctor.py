@@ -74,7 +74,9 @@ def _clock(store: Store, prefix: str) -> str:
     if entry is None:
         raise DataError("a key that was just written is not listed")
     ahead = entry.modified - time.time()
-    _expect(abs(ahead) < CLOCK_SECONDS, f"its clock and this machine's differ by {ahead:.0f} s: set them")
+    _expect(
+        abs(ahead) < CLOCK_SECONDS, f"the clocks of the store and of this machine differ by {ahead:.0f} s: set them"
+    )
     return f"within {max(1.0, abs(ahead)):.0f} s of this machine's"
 
 

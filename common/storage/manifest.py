@@ -124,11 +124,11 @@ def _check_names(manifest: Manifest) -> None:
     for pattern, names in checks:
         for name in names:
             if not pattern.fullmatch(name):
-                raise DataError(f"{name[:80]!r} is no name that a manifest may hold")
+                raise DataError(f"{name[:80]!r} is not a name that a manifest may hold")
     for name in manifest.files:
         check_key(name)
     if not all(map(math.isfinite, (manifest.started, manifest.seconds))):
-        raise DataError("a time that is no number")
+        raise DataError("a time that is not a number")
 
 
 @lru_cache(maxsize=1)

@@ -142,7 +142,7 @@ def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray
 def choose_weights(loss_NC: np.ndarray) -> dict[int, float]:
     """Weights of routed experts by the likelihood of the texts: the posterior of a uniform prior over C candidates.
 
-    The weight of the shared expert alone is not assigned to any routed expert; small weights are left out.
+    The weight of the shared expert alone is not assigned to any routed expert; small weights are omitted.
     """
     total_C = loss_NC.sum(0)
     share_C = np.exp(total_C.min() - total_C)

@@ -320,7 +320,9 @@ def train(
             if stopping() if wishes is None else wishes > 0:
                 save(wait=True)
                 bar.close()
-                raise Preempted(f"{label}: told to stop at step {state.step} of {total}; a checkpoint is written")
+                raise Preempted(
+                    f"{label}: stopped by a signal at step {state.step} of {total}; a checkpoint is written"
+                )
             if checkpointer and time.monotonic() - saved_at > 60 * options.checkpoint_minutes:
                 save()
                 saved_at = time.monotonic()

@@ -45,7 +45,7 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """Of audio, which there is none of."""
+        """Of audio, of which there is none."""
         return 0.0
 
     def part(self, start: int, stop: int) -> Batch:

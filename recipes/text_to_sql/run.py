@@ -202,7 +202,9 @@ def predict(settings: Settings, split: str) -> list[str]:
     """
     settings.check()
     if not (settings.folder / "result.json").is_file():
-        raise DataError(f"{settings.folder} holds no finished training: run `train` with this --experiment_name first")
+        raise DataError(
+            f"{settings.folder} contains no finished training: run `train` with this --experiment_name first"
+        )
     model, tokenizer = pretrained(str(settings.folder / "model"), [])
     device = make_accelerator("fp32", settings.device).device
     examples = make_examples(tokenizer, read_lines(settings.data, split, "nl"))

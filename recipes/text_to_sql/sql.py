@@ -131,7 +131,7 @@ class QueryProcess:
                 if not pieces[-1]:
                     raise EOFError("it ended")
             elif self.stopping():
-                raise Preempted("told to stop while queries ran; what the training last saved is kept")
+                raise Preempted("stopped by a signal while queries ran; what the training last saved is kept")
         return b"".join(pieces)
 
     def _outcome(self, outcome: Any) -> Outcome:

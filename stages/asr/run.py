@@ -351,7 +351,7 @@ def _training_is_saved() -> Iterator[None]:
     try:
         yield
     except Preempted:
-        message = "asr: told to stop while scoring: training is saved; scoring will start again"
+        message = "asr: stopped by a signal while scoring: training is saved; scoring will start again"
         raise Preempted(message) from None
 
 

@@ -27,10 +27,10 @@ def read_enrolment(folder: Path) -> Corpus:
     if (folder / INDEX_NAME).is_file():
         return read_corpus(folder)
     if not folder.is_dir():
-        raise DataError(f"--enrol {folder} is no folder")
+        raise DataError(f"--enrol {folder} is not a folder")
     recordings = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not recordings:
-        raise DataError(f"--enrol {folder} holds neither {INDEX_NAME} nor recordings with a .txt beside each")
+        raise DataError(f"--enrol {folder} contains neither {INDEX_NAME} nor recordings with a .txt beside each")
     utterances = tuple(_utterance(path) for path in recordings)
     return Corpus(folder.resolve(), utterances, index_digest(utterances))
 
@@ -38,7 +38,7 @@ def read_enrolment(folder: Path) -> Corpus:
 def _utterance(path: Path) -> Utterance:
     text = path.with_suffix(".txt")
     if not text.is_file():
-        raise DataError(f"{path} has no {text.name} beside it with what was said: write it, or take the recording out")
+        raise DataError(f"{path} has no {text.name} beside it with what was said: write it, or remove the recording")
     return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
 
 

@@ -61,7 +61,7 @@ def _refuse_overlap(chosen: Sequence[Utterance], held_out: Sequence[Utterance]) 
             if u.offset < other.offset + other.duration and other.offset < u.offset + u.duration:
                 raise DataError(
                     f"utterance {u.id} of the enrolment and utterance {other.id} of test are the same stretch of "
-                    f"{u.audio_filepath}: a gain measured there would mean nothing; take one of them out"
+                    f"{u.audio_filepath}: a gain measured there would mean nothing; remove one of them"
                 )
 
 
@@ -75,7 +75,7 @@ def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
     if len(silent) == len(utterances):
         raise DataError(f"all {len(silent)} utterances of the enrolment are silent: check the recording")
     if silent:
-        log.warning("%d utterances are silent and are left out: %s", len(silent), _names(silent))
+        log.warning("%d utterances are silent and are omitted: %s", len(silent), _names(silent))
     kept = [u for u in utterances if u not in silent]
     if len(kept) < FEW:
         log.warning("%d utterances are few: below %d, an expected gain is little more than a guess", len(kept), FEW)

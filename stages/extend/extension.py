@@ -160,7 +160,7 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     """Writes the run with the added experts of plans for one model, in addition to those that the model has.
 
     Returns:
-        The added experts; plans whose result is that nothing is added are left out, and without any added expert no run
+        The added experts; plans whose result is that nothing is added are omitted, and without any added expert no run
         is written.
 
     Raises:

@@ -46,7 +46,7 @@ def test_the_batch_that_fits_grows_with_memory(micro_model, tones, tmp_path):
 
 
 def test_a_corpus_is_told_with_the_base_models_error_rate_by_etiology(micro_model, tones, capsys):
-    with pytest.raises(DataError, match=r"speaks English only; model\.language is 'de'"):
+    with pytest.raises(DataError, match=r"is for English only; model\.language is 'de'"):
         call("corpus", "stats", tones, "--model", micro_model, "--language", "de")
     call("corpus", "stats", tones, "--model", micro_model, "--json")
     found = json.loads(capsys.readouterr().out)

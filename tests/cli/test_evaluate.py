@@ -186,7 +186,7 @@ def test_bad_requests_get_one_line_and_their_exit_code(micro_model, tones, tmp_p
         ((micro_model, corpus), DataError, "no utterances in split 'test': it has train"),
         ((micro_model, tones, "--set", "asr.epochs=3"), UsageError, "asr.epochs=3: an evaluation reads"),
         ((micro_model, tones, "--set", "decode.num_beams=0"), ConfigError, "decode.num_beams"),
-        ((micro_model, tones, "--language", "de"), DataError, "speaks English only"),
+        ((micro_model, tones, "--language", "de"), DataError, "is for English only"),
     ]
     for words, kind, message in refused:
         with pytest.raises(kind, match=re.escape(message)):

@@ -90,5 +90,5 @@ def test_the_audio_object_of_hugging_face_is_read(tmp_path):
     """`to_json` of a dataset with audio (NVIDIA-NeMo/Speech#3513 converts such); bytes alone are refused."""
     row = {"audio": {"path": "0.wav", "bytes": None}, "text": "a"}
     assert cells(imported(tmp_path, json.dumps(row), name="t.jsonl"), "id") == [("0",)]
-    with pytest.raises(DataError, match="holds an object with bytes and no path"):
+    with pytest.raises(DataError, match="contains an object with bytes and no path"):
         imported(tmp_path / "b", json.dumps(row | {"audio": {"bytes": "UklGRg=="}}), name="t.jsonl")

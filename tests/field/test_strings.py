@@ -38,11 +38,11 @@ def test_a_csv_keeps_them_too(tmp_path):
 def test_half_a_surrogate_pair_is_one_line(tmp_path, name):
     """`surrogates not allowed` (mozilla/DeepSpeech#3685): a traceback in three stages."""
     content = '{"path": "0.wav", "text": "x\\ud83d"}'
-    with pytest.raises(DataError, match=r"holds \\ud83d, half of a surrogate pair") as caught:
+    with pytest.raises(DataError, match=r"contains \\ud83d, half of a surrogate pair") as caught:
         imported(tmp_path, content if name == "t.jsonl" else f"[{content}]", name=name)
     assert "\n" not in str(caught.value)
     (tmp_path / name).write_text(content, "utf-8")
-    with pytest.raises(DataError, match=r":1: holds \\ud83d"):
+    with pytest.raises(DataError, match=r":1: contains \\ud83d"):
         read_rows(tmp_path / name)
     (tmp_path / name).write_text('{"path": "0.wav", "text": "\\ud83d\\ude00"}', "utf-8")
     assert read_rows(tmp_path / name)[0]["text"] == "\U0001f600"

@@ -38,7 +38,7 @@ def test_the_json_of_speechbrain_is_read_with_its_names_as_ids(tmp_path):
     made = imported(tmp_path, json.dumps(content), name="t.json")
     assert cells(made, "id", "speaker", "text") == [("u1", "s", "A"), ("u2", "t", "B")]
     content["u1"]["wav"] = {"file": "0.wav", "start": 0, "stop": 3200}
-    with pytest.raises(DataError, match="'u1': column 'wav' holds an object with file, start, stop"):
+    with pytest.raises(DataError, match="'u1': column 'wav' contains an object with file, start, stop"):
         imported(tmp_path / "o", json.dumps(content), name="t.json")
 
 
@@ -77,7 +77,7 @@ def test_the_separator_that_excel_names_and_its_tail_of_empty_cells(tmp_path):
     """`sep=;` (PowerShell/PowerShell#7776), rows of empty cells (chanzuckerberg/czid-web#2743, jvalue/ods#290)."""
     made = imported(tmp_path, "sep=;\r\npath;text;;\r\n0.wav;a, b;;\r\n1.wav;c;;\r\n;;;\r\n;;;\r\n")
     assert cells(made, "text") == [("a, b",), ("c",)]
-    assert "empty rows that are left out: 2" in made.notes
+    assert "empty rows that are omitted: 2" in made.notes
 
 
 def test_backslashes_are_slashes_where_no_file_has_them(tmp_path):

@@ -60,7 +60,7 @@ def test_a_folder_is_all_of_its_recordings(micro_model, tmp_path):
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert names == {f"{stem}.{kind}" for stem in ("b", "day 2/a") for kind in ("txt", "srt", "vtt", "json")}
     (tmp_path / "empty").mkdir()
-    assert "holds no recording" in str(invoke(micro_model, tmp_path / "empty").exception)
+    assert "contains no recording" in str(invoke(micro_model, tmp_path / "empty").exception)
 
 
 def test_paths_are_checked_before_a_model_is_loaded(tmp_path):

@@ -14,7 +14,7 @@ from tests.common.training.test_train import Line, fit, weights
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The store of a training that was told to stop at step 13."""
+    """The store of a training that was stopped by a signal at step 13."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Preempted):
         fit(Line(), folder=folder, stop_at=13)
@@ -72,5 +72,5 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over_and_the_end_is_the_same(
     open_points(folder).save(step + 1, tensors, state, wait=True)
     fit(resumed, folder=folder)
     assert torch.equal(weights(whole), weights(resumed))
-    assert "model.linear.weight holds NaN or infinite numbers" in caplog.text
+    assert "model.linear.weight contains NaN or infinite numbers" in caplog.text
     tally(1, 0)

@@ -107,7 +107,7 @@ def test_an_address_with_a_password_is_refused_without_it(path, address, tmp_pat
 @pytest.mark.parametrize("url", ADDRESSES["endpoint_url"])
 @pytest.mark.parametrize("store", ["s3://bucket/x", "folder"])
 def test_no_store_is_opened_with_a_password_in_its_endpoint(store, url):
-    with pytest.raises(ConfigError, match="endpoint_url holds credentials") as told:
+    with pytest.raises(ConfigError, match="endpoint_url contains credentials") as told:
         open_store(store, endpoint_url=url)
     assert SECRET not in str(told.value)
 

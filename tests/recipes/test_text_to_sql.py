@@ -368,7 +368,7 @@ def weights_of(settings):
 
 
 def interrupt(monkeypatch, step):
-    """The next training is told to stop at this step."""
+    """The next training is stopped by a signal at this step."""
     count = iter(range(1, 10_000))
 
     @contextmanager

@@ -96,7 +96,7 @@ def test_a_signal_at_a_random_training_step_changes_no_loss_and_no_weight(
     )
     if number == signal.SIGTERM:
         assert stopped.returncode == 143, stopped.stderr
-        assert f"told to stop at step {step}" in stopped.stderr
+        assert f"stopped by a signal at step {step}" in stopped.stderr
         assert "Traceback" not in stopped.stderr
         assert list((again / "artifacts" / stage).glob("*/checkpoints/*/manifest.json"))
     else:
@@ -174,7 +174,7 @@ def test_a_base_model_that_is_only_a_pickle_is_refused(tmp_path, micro_model, to
     model = shutil.copytree(micro_model, tmp_path / "model")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(DataError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(DataError, match=r"contains no \*\.safetensors"):
         run_pipeline(quick_config(tmp_path / "store", model, tones))
 
 

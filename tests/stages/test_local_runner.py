@@ -319,7 +319,7 @@ def test_a_stop_reaches_the_processes_and_no_more_are_started(tmp_path, micro_mo
     def stopping():
         return started.is_file() and started.read_text().count("\n") == 2
 
-    with pytest.raises(Preempted, match="told to stop"):
+    with pytest.raises(Preempted, match="stopped by a signal"):
         run_in_processes(config, planned, ["", ""], scratch=tmp_path, stopping=stopping)
     assert said.read_text() == "told\n" * 2
     assert started.read_text() == "True\n" * 2  # whether SIGINT is blocked: a Ctrl-C is ours alone to pass on

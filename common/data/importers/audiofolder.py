@@ -38,7 +38,7 @@ def import_audiofolder(
         found = Rows(found.rows + part.rows, found.faults + part.faults, found.notes + part.notes)
     if not found.rows and not found.faults:
         raise DataError(
-            f"{source} holds no {' or '.join(METADATA[::2])} with rows, at its top or in train/, validation/, test/; "
+            f"{source} contains no {' or '.join(METADATA[::2])} with rows at its top or in train/, validation/, test/; "
             f"{kind_of_folder(source)}"
         )
     rows = _splits_of_paths(found.rows)

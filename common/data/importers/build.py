@@ -146,7 +146,7 @@ def _to_utterance(row: TableRow, info: AudioInfo | DataError, *, shared: bool, t
     offset, duration = stretch_of(row, info, shared=shared, timed=timed)
     split = values["split"].lower()
     if split and split not in SPLIT_NAMES:
-        raise DataError(f"{row.where}: split {values['split']!r} is none of {', '.join(SPLIT_NAMES)}: rename it")
+        raise DataError(f"{row.where}: split {values['split']!r} is not one of {', '.join(SPLIT_NAMES)}: rename it")
     return Utterance(
         id=identifier(values.get("id", "")),
         audio_filepath=str(row.audio),

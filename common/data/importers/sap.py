@@ -80,7 +80,7 @@ def import_sap(
     contributors, splits = _read_contributors(source)
     audio = {path.name: path for path in visible_files(source, AUDIO)}
     if not audio:
-        raise DataError(f"{source} holds no {' or '.join(AUDIO)} file: unpack the project's archives into it first")
+        raise DataError(f"{source} contains no {' or '.join(AUDIO)} file: unpack the project's archives into it first")
     skipped: Counter[str] = Counter()
     rows = [row for one in contributors for row in _rows(one, source, audio, splits, skipped)]
     if not rows:
@@ -141,7 +141,7 @@ def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]
                 found[one.id] = one
     if not found:
         raise DataError(
-            f'{source} holds no contributor of the Speech Accessibility Project: a JSON file with "Contributor ID" and '
+            f'{source} contains no contributor of the Speech Accessibility Project: JSON with "Contributor ID" and '
             '"Files" for each speaker; name the folder that its archives were unpacked into'
         )
     return list(found.values()), splits
@@ -160,7 +160,7 @@ def _official_splits(path: Path, content: Any) -> dict[str, str]:
         raise DataError(f"{path} is not an object of lists of contributors by split: take the release's own file")
     unknown = [split for split in content if split.lower() not in SPLITS]
     if unknown:
-        raise DataError(f"{path}: split {unknown[0]!r} is none of {', '.join(SPLITS)}: take the release's own file")
+        raise DataError(f"{path}: split {unknown[0]!r} is not one of {', '.join(SPLITS)}: take the release's own file")
     return {str(name).lower(): SPLITS[split.lower()] for split, names in content.items() for name in names}
 
 

@@ -80,7 +80,7 @@ def stretch_of(row: TableRow, info: AudioInfo, *, shared: bool, timed: bool) -> 
             "it, copy the file again if it is cut short, or leave the columns of times out by --column offset="
         )
     if length == 0:
-        raise DataError(f"{row.where}: a duration of 0 s: correct it, or take the row out")
+        raise DataError(f"{row.where}: a duration of 0 s: correct it, or remove the row")
     return start, min(length, info.duration - start)
 
 

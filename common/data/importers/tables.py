@@ -111,7 +111,7 @@ def read_rows(
             f"rows with the text that was written for them, which nobody corrected: {len(same)} of {len(rows)}"
         )
     if content.empty:
-        notes.append(f"empty rows that are left out: {content.empty}")
+        notes.append(f"empty rows that are omitted: {content.empty}")
     return Rows(rows, faults, notes)
 
 
@@ -128,7 +128,7 @@ def _values(where: str, record: Mapping[str, Any], chosen: Mapping[str, Column])
             values[field] = text if time is None else repr(time * column.scale)
     for field in ("audio_filepath", "text"):
         if field not in values:
-            raise DataError(f"{where}: column {chosen[field].name!r} is empty: fill it, or take the row out")
+            raise DataError(f"{where}: column {chosen[field].name!r} is empty: fill it, or remove the row")
     if re.match(r"[A-Za-z][A-Za-z\d+]+://", path := values["audio_filepath"]):
         raise DataError(f"{where}: {path} is an address, no file: download it, then name the file")
     if re.match(r"[A-Za-z]:[\\/]", path):

@@ -43,7 +43,7 @@ def import_torgo(
 ) -> Imported:
     """Make a corpus from TORGO's folders; there are no official splits, so speakers are assigned to splits.
 
-    Prompts that are not text (a picture's path, `xxx`, an instruction in brackets) are left out and counted; a comment
+    Prompts that are not text (a picture's path, `xxx`, an instruction in brackets) are omitted and counted; a comment
     in brackets next to a word is removed. Etiology is dysarthria or control.
 
     Args:
@@ -61,7 +61,7 @@ def import_torgo(
     sessions = [path for path in sorted(source.rglob("prompts")) if path.is_dir() and _is_session(path.parent)]
     if not sessions:
         raise DataError(
-            f"{source} is not TORGO: it holds no SPEAKER/SessionN/prompts with a speaker like F01, M05, FC02 or MC04"
+            f"{source} is not TORGO: it contains no SPEAKER/SessionN/prompts with a speaker like F01, M05, FC02 or MC04"
         )
     skipped: Counter[str] = Counter()
     rows = [row for prompts in sessions for row in _rows(prompts, source, microphone, skipped)]

@@ -30,7 +30,7 @@ def as_text(value: Any, field: str) -> str:
         raise DataError(f"holds {kind}, not text: put the text itself there")
     text = str(value).strip()
     if half := lone_surrogate(text):
-        raise DataError(f"holds \\u{half}, half of a surrogate pair, which is no character: correct it")
+        raise DataError(f"contains \\u{half}, half of a surrogate pair, which is not a character: correct it")
     return text
 
 
@@ -39,7 +39,7 @@ def _path_of(audio: dict[str, Any]) -> str:
     if isinstance(path, str) and path:
         return path
     raise DataError(
-        f"holds an object with {', '.join(map(str, audio)) or 'nothing'} and no path: write the audio to files"
+        f"contains an object with {', '.join(map(str, audio)) or 'nothing'} and no path: write the audio to files"
     )
 
 

@@ -51,7 +51,7 @@ def test_a_stretch_is_the_same_part_of_the_whole(tmp_path):
     whole = read_audio(tmp_path / "a.wav")
     assert np.array_equal(read_audio(tmp_path / "a.wav", offset=0.25, duration=0.5), whole[4000:12000])
     assert np.array_equal(read_audio(tmp_path / "a.wav", offset=0.75, duration=9.0), whole[12000:])
-    with pytest.raises(DataError, match=r"a\.wav holds no audio after 1 s"):
+    with pytest.raises(DataError, match=r"a\.wav contains no audio after 1 s"):
         read_audio(tmp_path / "a.wav", offset=1.0)
 
 
@@ -108,7 +108,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 
 def test_a_file_without_samples_is_refused(tmp_path):
     write_wav(tmp_path / "a.wav", np.zeros(0), 16000)
-    with pytest.raises(DataError, match=r"a\.wav holds no audio"):
+    with pytest.raises(DataError, match=r"a\.wav contains no audio"):
         read_audio(tmp_path / "a.wav")
 
 

@@ -94,7 +94,7 @@ def test_samples_beyond_the_bucket_are_cut_not_crashed(examples):
 def test_a_text_with_a_special_token_is_refused_by_its_utterance(micro_model, tones, token):
     corpus = read_corpus(tones)
     said = replace(corpus.utterances[0], text=f"so {token} it goes")
-    with pytest.raises(DataError, match=f"utterance {said.id}: its text holds a special token"):
+    with pytest.raises(DataError, match=f"utterance {said.id}: its text contains a special token"):
         make_examples(corpus, [said], load_codec(micro_model), context="dynamic", margin=64)
 
 
@@ -136,7 +136,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 def test_a_signal_to_all_processes_of_a_job_leaves_the_loader_its_batches(micro_model, tones, name):
-    """So that a training that is told to stop gets as far as its checkpoint."""
+    """So that a training that is stopped by a signal gets as far as its checkpoint."""
     command = [sys.executable, "-c", STOPPED, str(micro_model), str(tones), name]
     done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=250)
     assert (done.returncode, done.stdout) == (0, "20\n"), done.stderr

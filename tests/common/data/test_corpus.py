@@ -94,7 +94,7 @@ def test_a_bad_line_is_named_with_its_field(tmp_path, second_line, words):
 
 def test_an_empty_corpus_is_refused(tmp_path):
     write_lines(tmp_path, "", "  ")
-    with pytest.raises(DataError, match="holds no utterance"):
+    with pytest.raises(DataError, match="contains no utterance"):
         read_corpus(tmp_path)
 
 

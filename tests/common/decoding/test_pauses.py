@@ -1,4 +1,4 @@
-"""Windows: at most 30 s, cut in pauses, nothing said is left out."""
+"""Windows: at most 30 s, cut in pauses, nothing said is omitted."""
 
 import itertools
 

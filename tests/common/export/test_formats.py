@@ -255,14 +255,14 @@ def test_folders_appear_whole_and_only_our_own_are_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with new_folder(out, mark=MARK) as folder:
         (folder / MARK).write_text("1")
-    with pytest.raises(UsageError, match="is there already"), new_folder(out, mark=MARK):
+    with pytest.raises(UsageError, match="already exists"), new_folder(out, mark=MARK):
         pass
     with new_folder(out, overwrite=True, mark=MARK) as folder:
         (folder / MARK).write_text("2")
     assert (out / MARK).read_text() == "2"
     (out / MARK).unlink()
     (out / "precious").write_text("")
-    with pytest.raises(UsageError, match=f"holds no {MARK}"), new_folder(out, overwrite=True, mark=MARK):
+    with pytest.raises(UsageError, match=f"contains no {MARK}"), new_folder(out, overwrite=True, mark=MARK):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "precious").is_file()
 

@@ -190,7 +190,7 @@ def test_what_is_no_model_is_refused_in_one_line(trained, micro_model, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"'nothing' is neither a folder, nor a run.*; runs in .*: micro"):
         opened("nothing", tmp_path, store)
-    with pytest.raises(DataError, match="holds no model"):
+    with pytest.raises(DataError, match="contains no model"):
         opened(tmp_path / "empty", tmp_path)
     gone = tmp_path / "gone"
     shutil.copytree(folder, gone)
@@ -206,7 +206,7 @@ def test_a_damaged_or_pickled_adapter_is_refused(micro_model, tmp_path):
     adapter(micro_model, folder)
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(DataError, match=r"holds no adapter_model.safetensors"):
+    with pytest.raises(DataError, match=r"contains no adapter_model.safetensors"):
         opened(folder, tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(weights[:200])
     with pytest.raises(DataError, match="is damaged"):

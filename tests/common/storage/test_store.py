@@ -503,7 +503,7 @@ def test_wrong_credentials_never_show(bucket, s3_server, monkeypatch):
         open_store(f"s3://{bucket}", endpoint_url=s3_server.endpoint).read("a")
     for secret in ("quite-another-secret", ACCESS, SECRET):
         assert secret not in str(told.value)
-    with pytest.raises(ConfigError, match="endpoint_url holds credentials") as told:
+    with pytest.raises(ConfigError, match="endpoint_url contains credentials") as told:
         open_store(f"s3://{bucket}", endpoint_url=s3_server.endpoint.replace("//", "//user:password@"))
     assert "password" not in str(told.value)
 

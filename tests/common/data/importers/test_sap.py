@@ -183,10 +183,10 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "odd" / "X_Split_by_Contributors.json").write_text('{"shared": ["ab"]}')
     for name, message in (
         ("empty", "no contributor of the Speech Accessibility Project"),
-        ("mute", "holds no .wav"),
+        ("mute", "contains no .wav"),
         ("void", "1 without a transcript"),
         ("bad", "x.json cannot be read as JSON"),
-        ("odd", "split 'shared' is none of train"),
+        ("odd", "split 'shared' is not one of train"),
     ):
         with pytest.raises(DataError, match=message) as caught:
             import_sap(tmp_path / name, tmp_path / "out" / name)

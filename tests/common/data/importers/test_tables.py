@@ -107,7 +107,7 @@ def changed(number: int, **changes: str) -> list[dict[str, str]]:
         (changed(1, path="t.csv"), r"t\.csv:3: .*t\.csv"),
         (changed(2, transcript=" "), r"t\.csv:4: column 'transcript' is empty"),
         (changed(0, path=""), r"t\.csv:2: column 'path' is empty"),
-        (changed(2, split="holdout"), r"t\.csv:4: split 'holdout' is none of train"),
+        (changed(2, split="holdout"), r"t\.csv:4: split 'holdout' is not one of train"),
         (changed(2, split="test"), r"t\.csv:2: no split, but other rows have one"),
         (changed(2, offset="soon"), r"t\.csv:4: offset 'soon' is not a number"),
         (changed(2, offset="60"), r"t\.csv:4: offset 60 s, but .* lasts 1\.20 s"),
