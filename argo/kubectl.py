@@ -32,12 +32,12 @@ def kubectl(*arguments: str, text: str | None = None) -> str:
     done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
-    told = " ".join(done.stderr.split())
-    if "NotFound" in told or "not found" in told:
-        raise DataError(told)
-    if any(word in told for word in ("refused", "timeout", "no such host", "unreachable", "Unable to connect")):
-        raise RetryableError(f"the cluster of the current kubectl context does not answer: {told}")
-    raise MoeAsrError(f"kubectl {arguments[0]}: {told}")
+    stderr = " ".join(done.stderr.split())
+    if "NotFound" in stderr or "not found" in stderr:
+        raise DataError(stderr)
+    if any(word in stderr for word in ("refused", "timeout", "no such host", "unreachable", "Unable to connect")):
+        raise RetryableError(f"the cluster of the current kubectl context does not answer: {stderr}")
+    raise MoeAsrError(f"kubectl {arguments[0]}: {stderr}")
 
 
 def get(kind: str, namespace: str | None, *arguments: str) -> Any:

@@ -77,7 +77,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     number = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
     shard = f"[{number}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
-    told = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
+    message = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
     ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))
     waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
@@ -85,7 +85,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
         label=f"{task}{shard}",
         template=node["templateName"],
         phase=ordered[-1].phase if waiting else node["phase"],
-        message=f"waits for {lock.rpartition('/')[2]}, which another workflow or piece holds" if lock else told,
+        message=f"waits for {lock.rpartition('/')[2]}, which another workflow or piece holds" if lock else message,
         hit=bool((node.get("memoizationStatus") or {}).get("hit")),
         started=seconds(node.get("startedAt")),
         finished=seconds(node.get("finishedAt")),

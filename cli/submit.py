@@ -76,9 +76,9 @@ def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     waiting = _waiting(workflow)
     rows = []
     for one in found:
-        told = next((waiting[t.pod] for t in one.tries if t.pod in waiting), one.message)
+        reason = next((waiting[t.pod] for t in one.tries if t.pod in waiting), one.message)
         state = "from cache" if one.hit else one.phase
-        rows.append((one.label, state, _duration(one.started, one.finished), str(len(one.tries)), told))
+        rows.append((one.label, state, _duration(one.started, one.finished), str(len(one.tries)), reason))
     echo(text_table(("task", "state", "took", "pods", "message"), rows))
     if status.get("message") and phase(workflow) != "Succeeded":
         echo(status["message"])

@@ -48,8 +48,8 @@ def alert_rows() -> list[str]:
     """The table of all alerts, in Markdown."""
     rows = ["| alert | severity | after | |", "|---|---|---|---|"]
     for rule in (rule for group in rule_files()["alerts.yaml"]["groups"] for rule in group["rules"]):
-        told = rule["annotations"]["summary"]
-        rows.append(f"| `{rule['alert']}` | {rule['labels']['severity']} | {rule['for']} | {told}. |")
+        summary = rule["annotations"]["summary"]
+        rows.append(f"| `{rule['alert']}` | {rule['labels']['severity']} | {rule['for']} | {summary}. |")
     return rows
 
 

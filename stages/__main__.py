@@ -79,20 +79,20 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
     run = Run(config, pod.variable("MODEL") or None)
     plan = run.plan()
-    mine = [p for p in plan.planned if p.task.contract.name == contract.name]
-    if any(one.name == contract.name for one in plan.open_ended) or not mine:
+    of_stage = [p for p in plan.planned if p.task.contract.name == contract.name]
+    if any(one.name == contract.name for one in plan.open_ended) or not of_stage:
         reason = "this configuration does not need it" if not contract.active(config) else "an earlier stage is missing"
         raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
     if shard is not None:
-        if not 0 <= shard < len(mine):
-            raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(mine) - 1}")
-        mine = [mine[shard]]
+        if not 0 <= shard < len(of_stage):
+            raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(of_stage) - 1}")
+        of_stage = [of_stage[shard]]
     processes = contract.processes(config)
-    if processes > 1 and RANK is None and any(one.status != "done" for one in mine):
+    if processes > 1 and RANK is None and any(one.status != "done" for one in of_stage):
         launch(sys.argv[1:], processes)
         return
     with run.serving(), handle_signals() as stopping:
-        for planned in mine:
+        for planned in of_stage:
             if int(RANK or 0):
                 follow_one(run, planned, stopping)
             else:

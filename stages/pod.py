@@ -178,8 +178,8 @@ def write_report() -> dict[str, Any]:
     plan = run.plan()
     missing = [p for p in plan.planned if p.status != "done"]
     if missing or plan.open_ended:
-        told = "; ".join(f"{p.task.label}: {p.reason}" for p in missing[:3]) or plan.open_ended[0].name
-        raise MoeAsrError(f"the run is not complete ({told}): submit it again")
+        unfinished = "; ".join(f"{p.task.label}: {p.reason}" for p in missing[:3]) or plan.open_ended[0].name
+        raise MoeAsrError(f"the run is not complete ({unfinished}): submit it again")
     started = float(variable("STARTED", "0"))
     for one in plan.planned:
         if one.manifest is not None:
@@ -234,8 +234,8 @@ def failed_nodes(text: str) -> list[dict[str, str]]:
         nodes: Sequence[Mapping[str, Any]] = json.loads(json.loads(text) if text.startswith('"') else text or "[]")
     except ValueError:
         return [{"task": "?", "message": text[:500]}]
-    told = [n for n in nodes or [] if n.get("message") and not str(n["message"]).startswith("child '")]
-    return [{"task": str(n.get("displayName", "")), "message": str(n["message"])} for n in told]
+    messages = [n for n in nodes or [] if n.get("message") and not str(n["message"]).startswith("child '")]
+    return [{"task": str(n.get("displayName", "")), "message": str(n["message"])} for n in messages]
 
 
 def _post(url: str, outcome: Mapping[str, Any]) -> None:

@@ -88,8 +88,8 @@ def run_in_processes(
         file.unlink(missing_ok=True)
     for planned_one, code in zip(planned, codes, strict=True):
         if code and not (stopping() and code in (EXIT_PREEMPTED, -signal.SIGTERM)):
-            told = f"{planned_one.task.label} ended with exit code {code}; its own message is above"
-            raise RetryableError(told) if code == RetryableError.exit_code else StageFailed(told, code)
+            message = f"{planned_one.task.label} ended with exit code {code}; its own message is above"
+            raise RetryableError(message) if code == RetryableError.exit_code else StageFailed(message, code)
     if any(codes):
         raise Preempted("stopped by a signal; what was under way had time for a checkpoint")
 
@@ -111,13 +111,13 @@ def _run_until(
     command: Sequence[str], environment: Mapping[str, str], stopping: Callable[[], bool], at_once: threading.Event
 ) -> int:
     """Runs a command to its end and returns its exit code; tells it to stop by SIGTERM, and at once by SIGALRM."""
-    told = 0
+    sent = 0
     with subprocess.Popen(command, env=environment) as process:
         while True:
             try:
                 return process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
                 wanted = 2 if at_once.is_set() else int(stopping())
-                if wanted > told:
+                if wanted > sent:
                     process.send_signal(signal.SIGALRM if wanted == 2 else signal.SIGTERM)
-                    told = wanted
+                    sent = wanted

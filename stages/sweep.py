@@ -123,10 +123,10 @@ def plan_sweep(
         }
         clusters = next(iter(found.values()), common.num_experts or 1)
         for name in regimes:
-            mine = found.get(name, clusters)
+            cluster_count = found.get(name, clusters)
             own = settings.get(name, {})
             budget = regime_settings(
-                common, name, clusters=mine, steps=steps, pretrain_share=pretrain_share, settings=own
+                common, name, clusters=cluster_count, steps=steps, pretrain_share=pretrain_share, settings=own
             )
             chosen = budget | dict(own) | {"run": f"{base.run}-{name}-s{seed}"}
             runs.append(SweepRun(name, seed, _with(common, chosen)))

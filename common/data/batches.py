@@ -242,7 +242,7 @@ class AudioDataset(Dataset["Loaded"]):
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(self.__getitem__, numbers))
 
-    def bring(self, numbers: Sequence[int]) -> None:
+    def read_ahead(self, numbers: Sequence[int]) -> None:
         """Puts audio into the cache; errors are ignored, since they occur again when the audio is read."""
 
         def one(number: int) -> None:
@@ -331,8 +331,8 @@ class BatchLoader:
             except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it is killed while it sends
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
-                told = "a loader process was killed, perhaps for want of memory: --num-workers takes fewer"
-                raise RetryableError(f"{told} ({str(error) or type(error).__name__})") from None
+                message = "a loader process was killed, perhaps for want of memory: --num-workers takes fewer"
+                raise RetryableError(f"{message} ({str(error) or type(error).__name__})") from None
             if batch is None:
                 return
             if isinstance(batch, MoeAsrError):
@@ -343,11 +343,11 @@ class BatchLoader:
         """Without loader processes: fetches a batch's audio from the store while the previous batch is in use."""
         loaded = iter(self._loader)
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self._dataset.bring, batches[0])
+            coming = pool.submit(self._dataset.read_ahead, batches[0])
             for following in [*batches[1:], []]:
                 coming.result()
                 batch = next(loaded)
-                coming = pool.submit(self._dataset.bring, following)
+                coming = pool.submit(self._dataset.read_ahead, following)
                 yield batch
 
 

@@ -230,8 +230,8 @@ def _locate_base(
     """
     if name and (name.startswith("s3://") or Path(name).is_dir() or (from_hub and is_hub_name(name))):
         return locate_model(name, cache, revision=revision, endpoint_url=endpoint_url)
-    told = name or "a base that it does not name"
-    raise DataError(f"model {model!r} was trained on {told}, not found here: give --base")
+    base_name = name or "a base that it does not name"
+    raise DataError(f"model {model!r} was trained on {base_name}, not found here: give --base")
 
 
 def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:

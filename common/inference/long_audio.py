@@ -93,20 +93,20 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
     if not found:
         return corpus
     hours = sum(u.duration for u in found) / 3600
-    what = f"{len(found)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
-    what += f" or {MAX_TOKENS} tokens"
+    count = f"{len(found)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
+    count += f" or {MAX_TOKENS} tokens"
     if options.treatment == "error":
         longest = max(found, key=lambda u: u.duration)
         raise DataError(
-            f"corpus {corpus.url}: {what} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
+            f"corpus {corpus.url}: {count} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
             "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
             "omits them; nothing is truncated"
         )
     if options.treatment == "drop":
-        _say_once(f"long audio: {what}; left out (audio.long_audio=drop)")
+        _say_once(f"long audio: {count}; omitted (audio.long_audio=drop)")
         return with_pieces(corpus, found, {})
     rows = _kept_rows(corpus, found, options, cache)
-    _say_once(f"long audio: {what}; {summary(found, rows)}")
+    _say_once(f"long audio: {count}; {summary(found, rows)}")
     return with_pieces(corpus, found, rows)
 
 
@@ -153,18 +153,18 @@ def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, L
 
 def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> str:
     """Result of the segmentation, in one line."""
-    mine = [rows[u.id] for u in found]
-    pieces = [piece for row in mine for piece in row.pieces]
+    cuts = [rows[u.id] for u in found]
+    pieces = [piece for row in cuts for piece in row.pieces]
     text = f"cut into {len(pieces)} pieces"
     if pieces:
         text += f" of {sum(p.duration for p in pieces) / len(pieces):.1f} s on average"
-    if hard := sum(row.hard_cuts for row in mine):
+    if hard := sum(row.hard_cuts for row in cuts):
         text += f", {hard} cuts where no pause was near"
-    if (unspoken := round(sum(row.unspoken for row in mine if row.pieces), 1)) > 0:
+    if (unspoken := round(sum(row.unspoken for row in cuts if row.pieces), 1)) > 0:
         text += f", {unspoken:.1f} s of silence left out"
-    if lost := [row for row in mine if not row.pieces]:
+    if lost := [row for row in cuts if not row.pieces]:
         text += f"; {len(lost)} left out ({lost[0].id}: {lost[0].problem})"
-    doubtful = [row for row in mine if row.pieces and row.matched < 0.2]
+    doubtful = [row for row in cuts if row.pieces and row.matched < 0.2]
     if doubtful:
         text += (
             f"; of {len(doubtful)} the model heard less than a fifth as it is written ({doubtful[0].id}): check them"

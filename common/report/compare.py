@@ -50,19 +50,19 @@ def _verdict(comparison: Row) -> str:
     reference = comparison["reference"]
     if comparison["speakers"] == 1:
         return "Whether a difference is more than chance cannot be said: that takes two or more speakers."
-    told: dict[str, list[str]] = {"lower": [], "higher": [], "same": []}
+    changes: dict[str, list[str]] = {"lower": [], "higher": [], "same": []}
     for one in comparison["systems"]:
         if one["difference"]:
             found = one["difference"]["wer"]
             side = "lower" if found["high"] < 0 else "higher" if found["low"] > 0 else "same"
-            told[side].append(one["name"])
+            changes[side].append(one["name"])
     parts = []
-    if told["lower"]:
-        parts.append(f"WER is lower than {reference}'s for {', '.join(told['lower'])}.")
-    if told["higher"]:
-        parts.append(f"WER is higher than {reference}'s for {', '.join(told['higher'])}.")
-    if told["same"]:
-        parts.append(f"Not distinguishable from {reference}: {', '.join(told['same'])}.")
+    if changes["lower"]:
+        parts.append(f"WER is lower than {reference}'s for {', '.join(changes['lower'])}.")
+    if changes["higher"]:
+        parts.append(f"WER is higher than {reference}'s for {', '.join(changes['higher'])}.")
+    if changes["same"]:
+        parts.append(f"Not distinguishable from {reference}: {', '.join(changes['same'])}.")
     return " ".join(parts)
 
 

@@ -161,10 +161,10 @@ def _facts(
 def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
     found = []
     for name in dict.fromkeys(u.split for u in utterances):
-        mine = [u for u in utterances if u.split == name]
-        hours = f"{sum(u.duration for u in mine) / 3600:.2f}"
-        speakers = len({u.speaker or u.id for u in mine})
-        found.append({"name": name, "utterances": len(mine), "hours": hours, "speakers": speakers})
+        of_split = [u for u in utterances if u.split == name]
+        hours = f"{sum(u.duration for u in of_split) / 3600:.2f}"
+        speakers = len({u.speaker or u.id for u in of_split})
+        found.append({"name": name, "utterances": len(of_split), "hours": hours, "speakers": speakers})
     return found
 
 

@@ -243,7 +243,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
     prefix = f"{key.prefix}{manifest.attempt}/"
     folder = store.local_path(prefix) or into
 
-    def bring(name: str) -> str:
+    def download(name: str) -> str:
         """Downloads a file; returns an empty text if it is correct."""
         for _ in range(2):  # what is wrong once may have suffered on its way
             if _is_right(folder / name, manifest.files[name]):
@@ -255,7 +255,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         return f"{name} is {'missing' if store.size(prefix + name) is None else 'altered'}"
 
     with ThreadPoolExecutor(PARALLEL) as pool:
-        damage = next((told for told in pool.map(bring, sorted(manifest.files)) if told), "")
+        damage = next(filter(None, pool.map(download, sorted(manifest.files))), "")
     if damage:
         state = inspect(store, key)
         if state.manifest == manifest:  # otherwise another process has already repaired it

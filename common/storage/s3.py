@@ -294,9 +294,9 @@ class S3Store:
         try:
             whole(client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1), "IsTruncated")
         except Exception as error:
-            told = explain(error, self.url, self._endpoint)
-            if not isinstance(told, RetryableError) or is_connection(error):  # a busy server is left to later
-                raise told from None
+            explanation = explain(error, self.url, self._endpoint)
+            if not isinstance(explanation, RetryableError) or is_connection(error):  # a busy server is left to later
+                raise explanation from None
         client = make_client(self.endpoint_url, self.region, session=session)
         return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
 

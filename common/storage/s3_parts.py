@@ -84,14 +84,14 @@ def download(client: S3Client, pool: ThreadPoolExecutor, patient: Patient, bucke
         return
     with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as target:
 
-        def bring(at: int) -> None:
+        def get_part(at: int) -> None:
             span = f"bytes={at}-{min(at + PART_BYTES, first['size']) - 1}"
             answer = whole(client.get_object(Bucket=bucket, Key=key, Range=span, IfMatch=first["tag"]), "ContentLength")
             place = at
             for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
                 place += os.pwrite(target, chunk, place)
 
-        all_or_none(pool, lambda at: patient(lambda: bring(at)), range(0, first["size"], PART_BYTES))
+        all_or_none(pool, lambda at: patient(lambda: get_part(at)), range(0, first["size"], PART_BYTES))
 
 
 def all_or_none(pool: ThreadPoolExecutor, act: Callable[[int], Any], items: range) -> list[Any]:

@@ -51,7 +51,7 @@ def run(
         shared: the frozen shared expert on top of which this expert is trained; empty for an expert alone.
     """
     expert = context.shard or 0
-    mine, dev = _utterances(config, corpus, embeddings, gate[0], expert)
+    own, dev = _utterances(config, corpus, embeddings, gate[0], expert)
     rank = config.lora.shared_rank if shared else 0
     recogniser = new_adapter(config, model, routed=1, shared_rank=rank, seed=config.seed + expert)
     if shared:
@@ -63,7 +63,7 @@ def run(
         recogniser,
         corpus=corpus,
         model=model,
-        train_on=mine,
+        train_on=own,
         dev=dev,
         max_steps=config.experts.max_steps,
         expert=expert,
@@ -150,12 +150,12 @@ def _utterances(
 ) -> tuple[list[Utterance], list[Utterance]]:
     """The expert's training utterances, and the dev utterances of its evaluation."""
     table, router = read_tables(embeddings), load_gate(gate).eval()
-    mine = assigned(training_subset(config, corpus, "experts"), table, router, expert)
-    if not mine:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
+    own = assigned(training_subset(config, corpus, "experts"), table, router, expert)
+    if not own:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
         group_of = read_jsonl_column(gate / "assignments.jsonl", "group")
-        mine = [u for u in corpus.split("train") if group_of.get(u.id) == expert]
+        own = [u for u in corpus.split("train") if group_of.get(u.id) == expert]
     dev = evaluation_subset(config, corpus, "dev")
-    return mine, assigned(dev, table, router, expert) or dev
+    return own, assigned(dev, table, router, expert) or dev
 
 
 def new_adapter(config: Config, model: Path, *, routed: int, shared_rank: int, seed: int) -> Recogniser:

@@ -41,8 +41,8 @@ def enrolled(corpus: Corpus, column: str, value: str) -> list[Utterance]:
     chosen, held_out = [u for u in own if u.split != "test"], [u for u in corpus.utterances if u.split == "test"]
     if not own:
         known = sorted({getattr(u, column) for u in corpus.utterances} - {""})
-        told = nearest(value, known) if known else f"; its column {column} is empty"
-        raise DataError(f"corpus {corpus.url} has no utterance of {column} {value!r}{told}")
+        hint = nearest(value, known) if known else f"; its column {column} is empty"
+        raise DataError(f"corpus {corpus.url} has no utterance of {column} {value!r}{hint}")
     if not chosen:
         raise DataError(
             f"all {len(own)} utterances of {column} {value!r} are in split test, which is never learned from: "

@@ -274,8 +274,8 @@ def _write_card(store: Store, name: str, root: str, count: int) -> None:
     if root:  # the model is a run
         with suppress(NotFound):
             card = store.read(f"{root}/README.md").decode()
-    told = f"Speakers and groups that got an expert of their own after training: {count}."
-    store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{told}\n".encode())
+    sentence = f"Speakers and groups that got an expert of their own after training: {count}."
+    store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{sentence}\n".encode())
 
 
 def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
