@@ -122,10 +122,8 @@ def transcribe(
     store = open_store(store_url, endpoint_url=endpoint_url)
     beams = [f"decode.num_beams={num_beams}"] if num_beams else []
     config = decoding_config(model, store, [*settings, *beams])
-    temperatures_given = any(text.startswith("decode.temperatures=") for text in settings)
-    decoding = decoding_of(
-        decoding_options(config), fall_back=fall_back and not temperatures_given, no_speech=no_speech
-    )
+    set_by_user = any(text.startswith("decode.temperatures=") for text in settings)
+    decoding = decoding_of(decoding_options(config), fall_back=fall_back and not set_by_user, no_speech=no_speech)
     opened = open_as_told(
         model,
         store,

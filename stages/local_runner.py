@@ -202,19 +202,19 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
     """Runs all pieces that are not done of the first stage that has any."""
     waiting = [p for p in plan.planned if p.status != "done"]
     stage = waiting[0].task.contract.name
-    of_stage = [p for p in waiting if p.task.contract.name == stage]
-    slots = parallel_slots(run.config) if len(of_stage) > 1 else []
-    together = of_stage[0].task.contract.processes(run.config) > 1
+    planned = [p for p in waiting if p.task.contract.name == stage]
+    slots = parallel_slots(run.config) if len(planned) > 1 else []
+    together = planned[0].task.contract.processes(run.config) > 1
     if together or len(slots) > 1:
         try:
             with run.telemetry.stage(stage).marked(RUNNING):
                 run_in_processes(
-                    run.config, of_stage, [None] if together else slots, scratch=run.cache, stopping=stopping
+                    run.config, planned, [None] if together else slots, scratch=run.cache, stopping=stopping
                 )
         finally:  # where one failed, the others are done all the same
-            _note_made(run, of_stage)
+            _note_made(run, planned)
         return
-    for one in of_stage:
+    for one in planned:
         log.info("%s: started", one.task.label)
         manifest = run_one(run, one, stopping)
         run.note(one.task, manifest, ran=True)
