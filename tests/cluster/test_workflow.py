@@ -74,7 +74,7 @@ MISTAKES = {
     "typo": ({"asr__epoch": 3}, {}, "asr.epoch: no such setting; did you mean asr.epochs"),
     "no corpus": ({"corpus": {"path": "s3://moe-asr-cluster/nowhere"}}, {}, "nowhere"),
     "bad credentials": ({}, {}, "moe-asr-cluster"),
-    "no such preset": ({}, {"gpu": "h100"}, "no such preset"),
+    "unknown preset": ({}, {"gpu": "h100"}, "unknown preset"),
 }
 # Closes the text that it stands in, and goes on with a pod of its own.
 CRAFTED = '1Gi"}}], "hostPID": true, "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1Gi'
@@ -275,16 +275,18 @@ def test_two_submissions_at_once_do_each_piece_of_work_once(lab, later):
         assert first_try <= done.started < done.started + done.seconds <= second_try + 1  # a second is Argo's unit
 
 
-def test_neither_a_lost_cache_nor_a_controller_or_kubelet_that_is_replaced_or_killed_loses_work(lab, later, tmp_path):
+def test_neither_a_lost_cache_nor_a_controller_or_kubelet_that_is_replaced_or_killed_loses_work(
+    lab, early, later, tmp_path
+):
     """The controller is replaced while `cluster` is looked up; it and the kubelet get SIGKILL while an expert runs."""
-    for name in later.values():
+    for name in (early["killed"], *later.values()):
         wait(name)
     lost = ["experts[0]", "asr"]
-    copy_store(lab, "first", "restarted", tmp_path)
-    delete_artifacts(lab, "restarted", *(task_key(lab, "first", label) for label in lost))
+    copy_store(lab, "killed", "restarted", tmp_path)  # its trainings last long enough to be met
+    delete_artifacts(lab, "restarted", *(task_key(lab, "killed", label) for label in lost))
     before = {m.key: m.attempt for m in manifests(lab, "restarted")}
     kubectl("delete", "configmap", "-n", NAMESPACE, "moe-asr-cache")
-    name = lab.submit("restarted")
+    name = lab.submit("restarted", lab.tree(**LONG))
     wait(name, until=lambda found: any(p.template == "cluster" for p in progress.pieces(found)))
     kubectl("rollout", "restart", "deployment/workflow-controller", "-n", "argo")
     if node := find_node():
@@ -292,7 +294,7 @@ def test_neither_a_lost_cache_nor_a_controller_or_kubelet_that_is_replaced_or_ki
         wait(name, until=lambda found: trains(found, "experts[0]"))
         kill_controller_and_kubelet(node)
     found = succeeded(name)
-    assert digests(lab, "restarted") == digests(lab, "first")
+    assert digests(lab, "restarted") == digests(lab, "killed")
     assert {label: len(found[label].tries) for label in LABELS} == dict.fromkeys(LABELS, 1)
     after = {m.key: m.attempt for m in manifests(lab, "restarted")}
     assert len(before) == len(LABELS) - len(lost) and before.items() <= after.items()  # found done
