@@ -117,6 +117,8 @@ def transcribe(
     check_outputs(recordings, kinds, out, overwrite)
     if kind == TABLE and any(one.path == STDIN for one in recordings):
         raise UsageError("--format csv refers to recordings by their paths: standard input has none")
+    if enrol is not None and (speaker or expert):
+        raise UsageError("--enrol chooses experts: omit --speaker and --expert")
     faults: dict[str, str] = {}
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -139,8 +141,6 @@ def transcribe(
     if enrol is not None:
         from stages.extend.choose import chosen_by
 
-        if opened.voice >= 0:
-            raise UsageError("--enrol chooses experts: leave --speaker and --expert out")
         opened = chosen_by(opened, enrol)
     table: list[dict[str, str]] = []
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)

@@ -71,7 +71,7 @@ def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str |
     assert wanted is not None
     if wanted not in names:
         asked_for = f"speaker {wanted!r}" if speaker is not None else f"expert {wanted!r}"
-        raise UsageError(f"model {opened.name} knows no {asked_for}{nearest(wanted, names)}")
+        raise UsageError(f"model {opened.name} has no {asked_for}{nearest(wanted, names)}")
     return replace(opened, voice=opened.added.index(own[names.index(wanted)]))
 
 

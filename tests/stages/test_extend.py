@@ -301,6 +301,24 @@ def test_texts_that_belong_to_other_audio_are_told(speech, caplog):
     assert f"1 of 6 texts fit their own audio no better than another utterance's ({own[5].id})" in caplog.text
 
 
+@pytest.mark.parametrize("fault", ["two voices", "another language"])
+def test_what_is_not_one_voice_in_the_models_language_changes_nobody_else(store, speech, tmp_path, fault):
+    corpus = read_corpus(speech)
+    rows = [replace(u, audio_filepath=str(corpus.path(u))) for u in corpus.utterances]
+    if fault == "two voices":
+        rows = [replace(u, speaker="s00") if u.speaker == "s01" else u for u in rows]
+    else:
+        rows = [replace(u, text="ein schöner Tag") if u.speaker == "s00" else u for u in rows]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    write_index(folder, rows)
+    parent = opened("micro", store, tmp_path)
+    made = extend(store, folder)
+    assert made["utterances"] == (12 if fault == "two voices" else 6)
+    assert made["details"]["others"] > 0 and made["details"]["wer_after"] is not None
+    assert torch.equal(logits(opened("micro-s00", store, tmp_path).recogniser), logits(parent.recogniser))
+
+
 def test_where_and_sessions():
     assert parse_where("etiology=a=b") == ("etiology", "a=b")
     for text in ("etiology", "etiology=", "etio=a"):
@@ -418,6 +436,13 @@ def test_existing_experts_are_chosen_by_enrolment_and_nothing_is_written(store, 
     chosen = chosen_by(opened("micro", store, tmp_path), folder)
     assert chosen.voice == 0 and chosen.added[0].utterances == 2
     assert sum(weight for _, weight in chosen.added[0].weights) <= 1 + 1e-6
+    options = ["--model", "micro", "--store", store, "--device", "cpu", "--quiet", "--no-fall-back", "--enrol", folder]
+    options += ["--set", "decode.max_new_tokens=4"]
+    said = moe_asr("transcribe", corpus.path(corpus.utterances[3]), *options)
+    (text,) = decode_corpus(chosen, corpus, corpus.utterances[3:4], DECODING)
+    assert said.split() == text["hypothesis"].split()
+    with pytest.raises(UsageError, match="--enrol chooses experts"):
+        moe_asr("transcribe", corpus.path(corpus.utterances[3]), *options, "--expert", "0")
     assert set(store.rglob("*")) == before
     (folder / f"{u.id}.txt").unlink()
     with pytest.raises(DataError, match="beside it"):
