@@ -1,6 +1,7 @@
 """Dense clusters: those of single runs of the package, noise by membership, and a tree as light as one of all pairs."""
 
 import warnings
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -52,10 +53,15 @@ def test_one_try_gives_the_labels_of_the_package(N, size):
     assert np.mean(np.abs(found.probability_N - expected.probabilities_) < 1e-6) >= 0.98  # equal edges may be swapped
 
 
-def test_later_tries_on_the_shared_tree_find_what_they_would_find_alone():
+def test_later_tries_on_the_shared_tree_find_what_they_would_find_alone(monkeypatch):
     points_ND = speech_like(800, seed=4)
     wanted = int(reference(points_ND, 4)[0].labels_.max()) + 2  # one more than can be found: all sizes are tried
+    package = import_module("hdbscan.hdbscan_")
+    built, build = [], package._hdbscan_prims_kdtree
+    monkeypatch.setattr(package, "_hdbscan_prims_kdtree", lambda *a, **o: built.append(1) or build(*a, **o))
     found = dense_clusters(points_ND, wanted, 10, 5)
+    assert built == [1]
+    monkeypatch.undo()
     assert [a["min_cluster_size"] for a in found.attempts if "leaves" not in a] == list(range(10, 1, -1))
     for attempt in (found.attempts[0], found.attempts[4], found.attempts[-1]):
         alone, _ = reference(points_ND, attempt["min_cluster_size"], "leaf" if "leaves" in attempt else "eom")
