@@ -118,7 +118,7 @@ def choose(device: str, *, quick: bool) -> Setting:
 
 
 def measure(name: str, setting: Setting) -> list[Measurement]:
-    """The rows of a group; one that fails is named and left out."""
+    """The rows of a group; one that fails is named and omitted."""
     if setting.name == "quick" and name in FULL_SIZE_ONLY:
         return []
     started, rows = time.monotonic(), []

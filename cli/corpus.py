@@ -276,7 +276,7 @@ def import_corpus(
 
     Every fault of a row is listed, with its file and line, and nothing is written (exit code 65); --skip-bad writes the
     corpus without these rows, says how many they are and exits with 0. Columns that are not used, names that are joined
-    and folders that are passed over are named. What was left out is kept in OUT/provenance.json.
+    and folders that are passed over are named. What was omitted is kept in OUT/provenance.json.
 
     \b
         moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript
@@ -325,9 +325,9 @@ def _say_imported(out: Path, made: Imported) -> None:
     splits = ", ".join(f"{split} {count}" for split, count in sorted(Counter(u.split for u in utterances).items()))
     hours = sum(u.duration for u in utterances) / 3600
     for fault in made.faults:
-        echo(f"left out: {fault}", err=True)
+        echo(f"omitted: {fault}", err=True)
     for note in made.notes:
         echo(note)
     for reason, count in sorted(made.skipped.items()):
-        echo(f"left out: {count} {reason}")
+        echo(f"omitted: {count} {reason}")
     echo(f"{out}: {len(utterances)} utterances ({splits}), {hours:.2f} h, {speakers} speakers")

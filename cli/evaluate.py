@@ -118,7 +118,7 @@ def evaluation_table(result: Mapping[str, Any], out: Path) -> str:
     header = ("", "speakers", "utterances", "WER", "95% interval", "unclipped", "CER", "loops")
     lines = [text_table(header, rows), "", f"report: {out / 'report.html'}"]
     if result["left_out"]:
-        lines.insert(1, f"{result['left_out']} utterances over 30 s were left out")
+        lines.insert(1, f"{result['left_out']} utterances over 30 s were omitted")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Treatment of utterances that are too long for Whisper: they are an error, left out, or cut into pieces.
+"""Treatment of utterances that are too long for Whisper: they are an error, omitted, or cut into pieces.
 
 This is done only when a corpus is opened for a run: later code never handles long utterances, and nothing is truncated.
 `common.inference.segment` cuts utterances; this module stores the resulting table of pieces.
@@ -161,9 +161,9 @@ def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> st
     if hard := sum(row.hard_cuts for row in cuts):
         text += f", {hard} cuts where no pause was near"
     if (unspoken := round(sum(row.unspoken for row in cuts if row.pieces), 1)) > 0:
-        text += f", {unspoken:.1f} s of silence left out"
+        text += f", {unspoken:.1f} s of silence omitted"
     if lost := [row for row in cuts if not row.pieces]:
-        text += f"; {len(lost)} left out ({lost[0].id}: {lost[0].problem})"
+        text += f"; {len(lost)} omitted ({lost[0].id}: {lost[0].problem})"
     doubtful = [row for row in cuts if row.pieces and row.matched < 0.2]
     if doubtful:
         text += (

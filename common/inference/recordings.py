@@ -156,7 +156,7 @@ class LoadedRecording:
 
         Args:
             loops: `cut` leaves one repetition, `drop` drops the window's text, `keep` changes nothing.
-            no_speech: probability of no speech above which an improbable text is omitted; None leaves nothing out.
+            no_speech: probability of no speech above which an improbable text is omitted; None omits nothing.
             language: language of the texts.
         """
         # Imported after the check of paths, since it imports torch.
@@ -169,7 +169,7 @@ class LoadedRecording:
                 self.notes.append(f"{span}: probably no speech; its text is omitted")
                 continue
             if window.loop:
-                done = {"cut": "cut", "drop": "left out", "keep": "kept"}[loops]
+                done = {"cut": "cut", "drop": "omitted", "keep": "kept"}[loops]
                 self.notes.append(f"{span}: a phrase in a loop, {done}")
             if window.loop and loops == "drop":
                 continue

@@ -47,7 +47,7 @@ LABEL = 26  # characters of a name in a figure
 
 
 def sample_points(rows: Sequence[Row], limit: int = MAP_POINTS) -> list[Row]:
-    """At most `limit` rows of a projection, each cluster and etiology in proportion and none left out if it fits.
+    """At most `limit` rows of a projection, each cluster and etiology in proportion and none omitted if it fits.
 
     The choice depends on the ids alone, so that it is the same for any order of the rows.
     """

@@ -136,7 +136,7 @@ def test_long_utterances_are_refused_or_dropped_and_counted(micro_model, tones, 
     call(*words, "--long-audio", "drop", "--samples", 2, "--overwrite")
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert (found["left_out"], found["overall"]["utterances"]) == (1, 2)
-    assert "1 utterances left out" in Page((tmp_path / "out" / "report.html").read_text()).words
+    assert "1 utterances omitted" in Page((tmp_path / "out" / "report.html").read_text()).words
 
 
 def test_long_utterances_are_heard_in_windows_where_that_is_wanted(micro_model, tones, tmp_path):

@@ -46,8 +46,8 @@ def test_the_others_can_be_imported_and_provenance_counts_the_rest(tmp_path):
     done = CliRunner().invoke(cli, ["corpus", "import", str(tmp_path / "t.csv"), str(tmp_path / "out"), "--skip-bad"])
     assert done.exit_code == 0, done.output
     assert len(read_corpus(tmp_path / "out").utterances) == 2
-    assert done.stderr.count("left out: ") == 4
-    assert "left out: 4 with a fault" in done.stdout
+    assert done.stderr.count("omitted: ") == 4
+    assert "omitted: 4 with a fault" in done.stdout
     record = json.loads((tmp_path / "out" / "provenance.json").read_text("utf-8"))
     assert (record["rows"], record["utterances"], record["left_out"]) == (6, 2, {"with a fault": 4})
     assert len(record["faults"]) == 4

@@ -27,7 +27,7 @@ def test_names_of_splits_count_in_any_case_and_other_folders_are_named(tmp_path)
     made = import_audiofolder(tmp_path / "data", tmp_path / "out")
     assert {u.split for u in made.corpus.utterances} == {"train", "test", "dev"}
     assert len(made.corpus.utterances) == 6
-    assert any(note.startswith("left out: folder extra/ with 2 rows") for note in made.notes)
+    assert any(note.startswith("omitted: folder extra/ with 2 rows") for note in made.notes)
 
 
 def test_metadata_at_the_top_takes_the_splits_of_its_paths(tmp_path):
@@ -46,7 +46,7 @@ def test_audio_that_no_row_names_is_counted(tmp_path):
     recordings(tmp_path / "data" / "more", 2)
     (tmp_path / "data" / "._0.wav").write_bytes(APPLE)
     made = import_audiofolder(tmp_path / "data", tmp_path / "out")
-    assert any(note.startswith("left out: 3 audio files that no row names, as more/0.wav") for note in made.notes)
+    assert any(note.startswith("omitted: 3 audio files that no row names, as more/0.wav") for note in made.notes)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def changed(tree, path, value):
 
 
 def variants(tree):
-    """Each value of a tree replaced by each nasty one, or left out."""
+    """Each value of a tree replaced by each nasty one, or omitted."""
     return [changed(tree, path, value) for path in leaves(tree) for value in (*NASTY, ...)]
 
 

@@ -254,7 +254,7 @@ def test_a_dry_run_says_what_it_would_do(store, speech):
 
 
 def changed(speech, folder, change):
-    """The corpus with some utterances changed or (None) left out."""
+    """The corpus with some utterances changed or (None) omitted."""
     corpus = read_corpus(speech)
     folder.mkdir()
     write_index(folder, [new for u in corpus.utterances if (new := change(u)) is not None])

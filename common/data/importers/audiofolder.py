@@ -87,7 +87,7 @@ def _passed_over(source: Path, rows: Sequence[TableRow]) -> list[str]:
     for folder in other:
         count = len(read_rows(_metadata_in(folder)[0], folder, {}).rows)
         splits = ", ".join(SPLIT_NAMES)
-        notes.append(f"left out: folder {folder.name}/ with {count} rows, which is no split ({splits}): rename it")
+        notes.append(f"omitted: folder {folder.name}/ with {count} rows, which is no split ({splits}): rename it")
     named = {row.audio for row in rows}
     unnamed = [
         path
@@ -95,5 +95,5 @@ def _passed_over(source: Path, rows: Sequence[TableRow]) -> list[str]:
         if path.resolve() not in named and not any(path.is_relative_to(folder) for folder in other)
     ]
     if unnamed:
-        notes.append(f"left out: {len(unnamed)} audio files that no row names, as {unnamed[0].relative_to(source)}")
+        notes.append(f"omitted: {len(unnamed)} audio files that no row names, as {unnamed[0].relative_to(source)}")
     return notes

@@ -59,9 +59,9 @@ def build_corpus(
         skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
         mend_text: bring texts into the form that Whisper writes (`common.text.mend`).
         faults: faults of rows that could not be read.
-        fault_reason: the reason under which rows with a fault are counted among the rows left out.
+        fault_reason: the reason under which rows with a fault are counted among the rows omitted.
         notes: messages about the source.
-        skipped: recordings that were left out already, by reason.
+        skipped: recordings that were omitted already, by reason.
 
     Raises:
         DataError: there are rows with a fault, or no usable rows.

@@ -28,7 +28,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A corpus, the number of recordings left out by reason, the rows left out, and messages about the corpus."""
+    """A corpus, the number of recordings omitted by reason, the rows omitted, and messages about the corpus."""
 
     corpus: Corpus
     skipped: Mapping[str, int]

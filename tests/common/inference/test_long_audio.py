@@ -1,4 +1,4 @@
-"""Long utterances: refused with a count and the remedy, left out and counted, or cut once and kept."""
+"""Long utterances: refused with a count and the remedy, omitted and counted, or cut once and kept."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def test_dropped_utterances_are_counted_aloud_once(long_corpus, micro_model, tmp
         load_corpus(config, tmp_path / "cache")
     assert [u.id for u in corpus.utterances] == ["short", "test"]
     assert corpus.digest != read_corpus(long_corpus).digest
-    assert sum("1 of 3 utterances (0.01 h)" in message and "left out" in message for message in caplog.messages) == 1
+    assert sum("1 of 3 utterances (0.01 h)" in message and "omitted" in message for message in caplog.messages) == 1
 
 
 def test_a_corpus_without_long_audio_keeps_its_digest(tones, micro_model, tmp_path):
@@ -150,7 +150,7 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason(long_corpus, micro_m
     opened = open_model(str(micro_model), store=None, cache=tmp_path, device="cpu")
     rows = segment_long(opened, corpus, [u], tmp_path / "rows.jsonl", quiet=True)
     assert rows["quiet"].pieces == ()
-    assert "1 left out (quiet: no speech in its audio)" in summary([u], rows)
+    assert "1 omitted (quiet: no speech in its audio)" in summary([u], rows)
     assert [one.id for one in with_pieces(corpus, [u], rows).utterances] == ["short"]
 
 

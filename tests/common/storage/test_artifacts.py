@@ -179,7 +179,7 @@ def test_a_damaged_file_is_found_told_and_made_again(any_store, tmp_path, damage
     assert (state.status, state.manifest) == ("damaged", manifest)
     assert "weights.safetensors" in state.reason
     assert reason in state.reason
-    with pytest.raises(RetryableError, match=r"weights\.safetensors.*made again"):
+    with pytest.raises(RetryableError, match=r"weights\.safetensors.*recreated"):
         fetch(any_store, KEY, manifest, tmp_path / "into")
     assert inspect(any_store, KEY).status == "missing"  # quarantined
     assert any(key.endswith(".damaged.json") for key in keys(any_store))
