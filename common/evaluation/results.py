@@ -69,7 +69,7 @@ def before_training(result: Result) -> Result:
         DataError: the run did not measure the base model.
     """
     if not all("hypothesis_before" in row for row in result.rows):
-        raise DataError(f"{result.name} does not hold what its base model heard: name a run, or evaluate the base")
+        raise DataError(f"{result.name} contains no transcripts of its base model: name a run, or evaluate the base")
     facts = {key: result.facts.get(key) for key in ("decoding", "language")}
     language, published = facts["language"] or "en", _published(facts)
     scores = {str(row["id"]): score_of(row, language, "hypothesis_before", published=published) for row in result.rows}

@@ -110,7 +110,7 @@ curl -s localhost:8000/v1/audio/transcriptions -F model={first} -F language={lan
 Before you rely on it:
 
 - One adapter per request: the gate's first choice. `routing.json` maps the gate's outputs to the adapters' names.
-- vLLM pads audio to 30 s; these adapters heard `context: {context}`. Measure.
+- vLLM pads audio to 30 s; these adapters were trained with `context: {context}`. Measure.
 {encoder}"""
 
 ENCODER = """- These adapters change the encoder too. We found no documentation that vLLM applies LoRA to Whisper's
