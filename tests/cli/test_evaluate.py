@@ -238,7 +238,7 @@ def test_comparisons_that_make_no_sense_are_refused(evaluated, micro_run, micro_
         (("micro", other), DataError, "other lacks 7 of 12 and has 0 others"),
         (("micro", "--reference", "moon"), UsageError, "--reference moon: not among micro"),
         (("--group", "base=micro", "--with-base"), UsageError, "base is the model before training"),
-        ((evaluated, "--with-base"), DataError, "does not hold what its base model heard"),
+        ((evaluated, "--with-base"), DataError, "contains no transcripts of its base model"),
     ]
     for words, kind, message in refused:
         with pytest.raises(kind, match=re.escape(message)):
