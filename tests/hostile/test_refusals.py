@@ -37,7 +37,7 @@ def no_deletes(bucket, proxy, impatient):
 
 
 def warnings(caplog):
-    return [record.getMessage() for record in caplog.records if "the work goes on" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "the command continues" in record.getMessage()]
 
 
 # Deletes denied

@@ -123,7 +123,7 @@ def test_two_workflows_lock_the_same_piece_only_in_the_same_store(store):
     assert locks[0] == locks[1] != locks[2]
 
 
-@pytest.mark.parametrize(("text", "told"), [("a: [", "not valid YAML"), ("- a", "no mapping")])
+@pytest.mark.parametrize(("text", "told"), [("a: [", "not valid YAML"), ("- a", "must contain a mapping")])
 def test_a_configuration_that_is_none_is_refused(text, told):
     with pytest.raises(ConfigError, match=told):
         config_text(text)

@@ -288,7 +288,7 @@ def test_a_store_that_refuses_is_told_as_such_by_the_loader(
 
 
 def test_a_missing_remote_corpus_is_told(bucket, proxy, tmp_path):
-    with pytest.raises(DataError, match=rf"s3://{bucket}/none/index\.jsonl is not there"):
+    with pytest.raises(DataError, match=rf"s3://{bucket}/none/index\.jsonl does not exist"):
         corpus_at(f"s3://{bucket}/none", proxy, tmp_path)
 
 

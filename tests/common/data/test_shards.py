@@ -306,14 +306,14 @@ def poisoned_tar(path, kind):
 
 
 POISON = {
-    "link": "no plain file",
-    "hard link": "no plain file",
-    "device": "no plain file",
+    "link": "not a regular file",
+    "hard link": "not a regular file",
+    "device": "not a regular file",
     "absolute": "leads out of the corpus",
     "above": "leads out of the corpus",
     "pickle": "the index does not name",
     "size": "the index does not name|no whole tar",
-    "truncated": "no whole tar|has no file of",
+    "truncated": "not a complete tar|has no file of",
 }
 
 
