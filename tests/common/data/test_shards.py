@@ -312,7 +312,7 @@ POISON = {
     "absolute": "leads out of the corpus",
     "above": "leads out of the corpus",
     "pickle": "the index does not name",
-    "size": "the index does not name|no whole tar",
+    "size": "the index does not name|not a complete tar",
     "truncated": "not a complete tar|has no file of",
 }
 
