@@ -107,21 +107,22 @@ def run_command(command: click.Command) -> None:
         echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except MoeAsrError as error:
-        _fail(str(error), error.exit_code)
+        _fail(error.exit_code, *error.lines)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
             _crash()
-        _fail(f"{error.filename or 'a file'}: {error.strerror}; free space or mend the rights, then run it again", 74)
+        place = error.filename or "a file"
+        _fail(StoreError.exit_code, f"{place}: {error.strerror}; free space or correct the rights, then run it again")
     except Exception as error:
         kinds = {one.__name__ for one in type(error).__mro__}  # by name: torch is not imported for this
         if "OutOfMemoryError" in kinds:
-            _fail(f"{error}; set smaller batches (docs/memory.md)", ConfigError.exit_code)
+            _fail(ConfigError.exit_code, f"{error}; set smaller batches (docs/memory.md)")
         if kinds & LOST and "assert" not in str(error):  # an assertion on the device is our fault
             echo(traceback.format_exc(), err=True, nl=False)
-            _fail("a GPU, or the connection to another process, failed (above): run it again", RetryableError.exit_code)
+            _fail(RetryableError.exit_code, "a GPU, or the connection to another process, failed (above): run it again")
         _crash()
 
 
@@ -133,13 +134,14 @@ def _crash() -> NoReturn:
     sys.exit(EXIT_FAULT)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    message = escaped(message, one_line=True)
-    _tell_cluster(message)
+def _fail(code: int, *lines: str) -> NoReturn:
+    message, *details = (escaped(line, one_line=True) for line in lines)
+    _tell_cluster("\n  ".join([message, *details]))
     if logging.getLogger().handlers:
-        logging.getLogger("moe-asr").error("error: %s", message)
+        for line in (f"error: {message}", *details):
+            logging.getLogger("moe-asr").error("%s", line)
     else:
-        echo(coloured("error:", "red"), f" {message}", err=True)
+        echo(coloured("error:", "red"), "\n  ".join([f" {message}", *details]), err=True)
     sys.exit(code)
 
 

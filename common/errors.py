@@ -4,6 +4,8 @@ Exit codes follow BSD's sysexits where possible, so that a workflow engine can d
 64, 65, 74 and 78 need a correction by the user and are never retried; 75 and 143 are retried.
 """
 
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_FAULT = 70
 EXIT_INTERRUPTED = 130
@@ -11,9 +13,18 @@ EXIT_PREEMPTED = 143
 
 
 class MoeAsrError(Exception):
-    """Base of all errors that end in one line on stderr instead of a traceback."""
+    """Base of all errors that end in a message on stderr instead of a traceback.
+
+    Args:
+        message: one line.
+        details: further lines, such as one for each bad row of a table.
+    """
 
     exit_code = EXIT_FAULT
+
+    def __init__(self, message: str = "", details: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *details]))
+        self.lines = (message, *details)
 
 
 class UsageError(MoeAsrError):

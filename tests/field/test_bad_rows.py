@@ -1,6 +1,8 @@
 """One bad row does not end all: every fault is listed, and the others can be imported."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -37,6 +39,17 @@ def test_all_faults_are_listed_in_order_and_nothing_is_written(tmp_path):
     assert [line.partition(": ")[0].rpartition(":")[2] for line in lines] == ["3", "4", "5", "6"]
     assert caught.value.exit_code == 65
     assert not (tmp_path / "out").exists()
+
+
+def test_each_fault_is_a_line_of_its_own_on_a_terminal_and_its_text_begins_none(tmp_path):
+    """The list was shown as one line with `\\n` in it."""
+    rows = TABLE + '"x\nerror: forged.wav",d,s\n'
+    (bad_table(tmp_path) / "t.csv").write_text(rows, "utf-8")
+    words = ["-m", "cli.main", "corpus", "import", tmp_path / "t.csv", tmp_path / "out"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    head, *lines = done.stderr.splitlines()
+    assert done.returncode == 65 and head.startswith("error: 5 of 7 rows cannot be used")
+    assert len(lines) == 5 and all(line.startswith("  ") and "t.csv:" in line for line in lines)
 
 
 def test_the_others_can_be_imported_and_provenance_counts_the_rest(tmp_path):

@@ -73,7 +73,7 @@ def build_corpus(
         named, double = _name(kept)
         found = sorted([*faults, *more, *double], key=_in_order)
         if found and (not skip_bad or not named):
-            raise DataError(_listed(found, len(rows) + len(faults), every=not named))
+            raise DataError(*_listed(found, len(rows) + len(faults), every=not named))
         utterances, joined = join_identities([u for _, u in named])
         utterances, mended = _mend(utterances) if mend_text else (utterances, 0)
         said = [*notes, *joined, *_remarks(named, utterances)]
@@ -94,17 +94,18 @@ def _in_order(fault: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", fault)]
 
 
-def _listed(faults: Sequence[str], rows: int, *, every: bool) -> str:
+def _listed(faults: Sequence[str], rows: int, *, every: bool) -> tuple[str, list[str]]:
+    """Message and details of the error."""
     if len(faults) == 1:
-        return faults[0]
+        return faults[0], []
     shown = FIRST_FAULTS if every else MOST_FAULTS  # what is wrong with every row is mostly one thing, such as a path
     lines = [*faults[:shown], *([f"and {len(faults) - shown} more"] if len(faults) > shown else [])]
     head = (
         f"none of {rows} rows can be used"
         if every
-        else f"{len(faults)} of {rows} rows cannot be used: correct them, or leave them out by --skip-bad"
+        else f"{len(faults)} of {rows} rows cannot be used: correct them, or omit them by --skip-bad"
     )
-    return "\n  ".join([head, *lines])
+    return head, lines
 
 
 def _measure(rows: Sequence[TableRow]) -> tuple[list[tuple[TableRow, Utterance]], list[str]]:
