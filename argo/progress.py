@@ -74,8 +74,8 @@ def _is_try(node: Object) -> bool:
 def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     task = "outcome" if node["templateName"] == "outcome" else node["name"].split(".", 1)[-1].partition("(")[0]
     inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
-    number = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
-    shard = f"[{number}]" if node["templateName"] in FAN_OUTS else ""
+    unit = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
+    shard = f"[{unit}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
     message = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
     ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from bench.setting import THREADS
 from common.model.mixture import MixtureLinear, pick_kernel
 from common.model.routing import Routing, RoutingSlot
 
@@ -106,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     right = total = 0
     print(f"| shape ({str(dtype).removeprefix('torch.')}) | masked ms | gathered ms | grouped ms | fastest | chosen |")

@@ -21,10 +21,9 @@ import torch
 
 from bench import decoding, dense, encoding, joint
 from bench.measure import Measurement, device_name, versions
-from bench.setting import Setting, cpu_setting, gpu_setting, quick_setting
+from bench.setting import THREADS, Setting, cpu_setting, gpu_setting, quick_setting
 
 RESULTS = Path(__file__).parent / "results"
-THREADS = 2
 
 
 def _options(setting: Setting) -> list[Measurement]:

@@ -16,6 +16,7 @@ from common.model.whisper import load_whisper
 
 WEIGHTS = Path("models/whisper-tiny.en")
 DEMO = Path("data/demo")
+THREADS = 2  # on a CPU
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 # name → (width, layers on each side, heads, vocabulary); the feed-forward width is four times the width.

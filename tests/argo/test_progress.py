@@ -36,6 +36,19 @@ def test_every_piece_is_found_once_with_its_tries():
     assert sorted(pods) == sorted(n["id"] for n in nodes if n["type"] == "Pod")
 
 
+def test_added_experts_are_named_by_their_speakers():
+    changed = json.loads(json.dumps(FINISHED))
+    for n in changed["status"]["nodes"].values():
+        for old, new in (("experts-pod", "extend-pod"), ("experts", "extend")):
+            if n.get("templateName") == old:
+                n["templateName"] = new
+        for p in (n.get("inputs") or {}).get("parameters", []):
+            p |= {"name": "who", "value": f"F0{p['value']}"} if p["name"] == "shard" else {}
+    found = [piece for piece in pieces(changed) if piece.template == "extend"]
+    assert [piece.label for piece in found] == ["experts[F00]", "experts[F01]"]
+    assert [piece.tries for piece in found] == [p.tries for p in pieces(FINISHED) if p.template == "experts"]
+
+
 def test_a_hit_has_no_pod():
     changed = json.loads(json.dumps(FINISHED))
     nodes = changed["status"]["nodes"]
