@@ -1,10 +1,17 @@
 """Cost and benefit of adding an expert, compared with tuning existing weights: rows for bench/results/extend.json.
 
-    python -m bench.extend MODEL --new CORPUS --where etiology=island --others CORPUS --out bench/results/extend.json
+    python -m bench.extend MODEL --new CORPUS --others CORPUS --utterances 5 10 20 36 200
+    python -m bench.extend MODEL --others CORPUS --persons 10
+    python -m bench.extend MODEL --others CORPUS --groups
+    python -m bench.extend --table
 
 Sides: the model as it is; the four ways of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
-replay of old speech; a fresh LoRA from Whisper. The enrolment is what `extend` would take of the new corpus, cut to
---utterances; the new speech's test utterances and the others' test utterances are decoded before and after.
+replay of old speech; a fresh LoRA from Whisper. The enrolment is drawn from the new group's utterances in `--new`. The
+new group's and everybody else's test utterances are those of `--others`, decoded before and after. `--persons` enrols
+half of the utterances of single test speakers, and scores the other half.
+
+Each row is written as soon as it is measured, its scores by utterance beside it (`extend-scores.jsonl`); rows that are
+there are not measured again.
 """
 
 from __future__ import annotations
@@ -13,12 +20,12 @@ import argparse
 import json
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,26 +35,27 @@ from common.data.subsets import TEST_SEED
 from common.decoding.decode import Decoding
 from common.evaluation.breakdown import score_of
 from common.evaluation.evaluate import decode_corpus
-from common.evaluation.wer import wer
+from common.evaluation.wer import Score, paired_bootstrap, wer
 from common.inference.load_model import OpenedModel, open_model
+from common.json_files import Row, read_object
 from common.model.added import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
 from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
+from common.storage import open_store
 from common.training.added import (
     BATCH,
-    CHOOSING,
+    Candidates,
     Enrolment,
-    candidate_losses,
-    choose_weights,
     fit,
     steps_for,
     ways_for,
 )
 from common.training.rates import adapter_groups
 from common.training.train import TrainOptions, train
-from stages.extend.enrolment import enrolled, parse_where
+from stages.extend.enrolment import parse_where
 
+RESULTS = Path(__file__).parent / "results"
 DECODING = Decoding(batch_size=8, max_new_tokens=60)
 TUNE_RATE, REPLAY = 3e-4, 3  # of all adapter weights; old utterances for each new one
 FRESH_RATE, FRESH_RANK = 1e-3, 48
@@ -56,13 +64,15 @@ FRESH_RATE, FRESH_RANK = 1e-3, 48
 def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
     """The model, read anew: tuning changes it."""
     torch.manual_seed(arguments.seed)
-    return open_model(arguments.model, store=None, cache=Path(arguments.cache), device="cpu")
+    store = open_store(arguments.store) if arguments.store else None
+    return open_model(arguments.model, store=store, cache=Path(arguments.cache), device="cpu")
 
 
-def error_rate(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], voice: int = -1) -> float:
-    """WER on some utterances, all of them with one added expert where `voice` says so."""
+def scores_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], voice: int = -1) -> list[Score]:
+    """Scores of some utterances in their order, all of them with one added expert where `voice` says so."""
     rows = decode_corpus(replace(opened, voice=voice, added=()), corpus, utterances, DECODING)
-    return wer([score_of(row) for row in rows])
+    by_id = {str(row["id"]): score_of(row) for row in rows}
+    return [by_id[u.id] for u in utterances]
 
 
 def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], seed: int) -> Enrolment:
@@ -131,55 +141,120 @@ def fresh_lora(opened: OpenedModel, arguments: argparse.Namespace) -> OpenedMode
     return replace(opened, recogniser=Recogniser(whisper, slot=slot).eval(), info=None)
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each side."""
+@dataclass
+class Sides:
+    """What all sides of a comparison share.
+
+    Attributes:
+        of: what tells the rows of this comparison from others.
+        enrolment: utterances of `corpus` to learn from.
+        tested: held-out utterances of the new speech, in `others`.
+        old: utterances of `others` by everybody else, which are decoded before and after.
+    """
+
+    arguments: argparse.Namespace
+    of: Row
+    corpus: Corpus
+    enrolment: Sequence[Utterance]
+    others: Corpus
+    tested: Sequence[Utterance]
+    old: Sequence[Utterance]
+    old_before: float
+
+    def write(self, way: str, scores: Sequence[Score], others_after: float, seconds: float, size: int) -> None:
+        """Appends one side to the results."""
+        row = self.of | {"way": way, "new_wer": wer(scores), "others_before": self.old_before}
+        row |= {"others_after": others_after, "seconds": round(seconds, 1), "bytes": size}
+        append_row(self.arguments.out, row)
+        lines = [{"id": s.id, "speaker": u.speaker, "words": s.words, "errors": s.word_errors}
+                 for u, s in zip(self.tested, scores, strict=True)]  # fmt: skip
+        with scores_file(self.arguments.out).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.of | {"way": way, "scores": lines}) + "\n")
+
+    def missing(self, ways: Sequence[str]) -> list[str]:
+        """The ways that are not measured yet."""
+        there = {row["way"] for row in read_rows(self.arguments.out) if self.of.items() <= row.items()}
+        return [way for way in ways if way not in there]
+
+    def measure_frozen(self) -> None:
+        """The model as it is, and the ways that leave it as it is."""
+        opened = open_fresh(self.arguments)
+        if self.missing(["as it is"]):
+            self.write("as it is", scores_of(opened, self.others, self.tested), self.old_before, 0.0, 0)
+        data = enrolment_of(opened, self.corpus, self.enrolment, self.arguments.seed)
+        for way in ways_for(opened.recogniser):
+            if not self.missing([way]):
+                continue
+            started = time.monotonic()
+            terms = fit(data, way, data.all(), Candidates(data), way)
+            seconds = time.monotonic() - started
+            number = append_terms(opened.recogniser, terms)
+            new = scores_of(opened, self.others, self.tested, number)
+            after = wer(scores_of(opened, self.others, self.old))
+            self.write(way, new, after, seconds, stored_bytes(terms))
+            remove_last(opened.recogniser)
+
+    def measure_tuned(self) -> None:
+        """The sides that change weights."""
+        for way in self.missing(self.arguments.tuned):
+            opened = open_fresh(self.arguments)
+            model = fresh_lora(opened, self.arguments) if way == "fresh" else opened
+            train_part = [u for u in self.others.utterances if u.split == "train"]
+            replayed = random.Random(self.arguments.seed).sample(train_part, REPLAY * len(self.enrolment))
+            old = [(self.others, u) for u in replayed] if way == "replay" else []
+            rate = FRESH_RATE if way == "fresh" else TUNE_RATE
+            started = time.monotonic()
+            size = tune(model, self.corpus, self.enrolment, old, rate, self.arguments.seed)
+            seconds = time.monotonic() - started
+            after = wer(scores_of(model, self.others, self.old))
+            self.write(way, scores_of(model, self.others, self.tested), after, seconds, size)
+
+
+def measure_group(arguments: argparse.Namespace) -> None:
+    """A group that training never heard, by number of utterances."""
     column, value = parse_where(arguments.where)
     new, others = read_corpus(arguments.new), read_corpus(arguments.others)
-    enrolment = random.Random(arguments.seed).sample(enrolled(new, column, value), arguments.utterances)
-    new_test = [u for u in new.utterances if u.split == "test" and getattr(u, column) == value][: arguments.tested]
-    others_test = [u for u in others.utterances if u.split == "test" and getattr(u, column) != value]
-    others_test = random.Random(TEST_SEED).sample(others_test, min(arguments.others_tested, len(others_test)))
-    opened = open_fresh(arguments)
-    before = error_rate(opened, others, others_test)
-    common = {"model": arguments.model_name, "utterances": arguments.utterances, "seed": arguments.seed,
-              "others_before": before}  # fmt: skip
-    rows = [common | {"way": "as it is", "new_wer": error_rate(opened, new, new_test), "others_after": before,
-                      "seconds": 0.0, "bytes": 0}]  # fmt: skip
-    show(rows[-1])
-    data = enrolment_of(opened, new, enrolment, arguments.seed)
-    for way in ways_for(opened.recogniser):
-        started = time.monotonic()
-        loss_NC = candidate_losses(data, data.all()[:CHOOSING]) if way in ("choose", "neighbour") else None
-        terms = fit(data, way, data.all(), loss_NC, way)
-        seconds = time.monotonic() - started
-        number = append_terms(opened.recogniser, terms)
-        rows.append(common | {"way": way, "new_wer": error_rate(opened, new, new_test, number),
-                              "others_after": error_rate(opened, others, others_test), "seconds": round(seconds, 1),
-                              "bytes": stored_bytes(terms)})  # fmt: skip
-        remove_last(opened.recogniser)
-        show(rows[-1])
-    old = [u for u in others.utterances if u.split == "train"]
-    replayed = random.Random(arguments.seed).sample(old, min(len(old), REPLAY * arguments.utterances))
-    for way in arguments.tuned:
-        opened = open_fresh(arguments)
-        model = fresh_lora(opened, arguments) if way == "fresh" else opened
-        started = time.monotonic()
-        size = tune(model, new, enrolment, [(others, u) for u in replayed] if way == "replay" else [],
-                    FRESH_RATE if way == "fresh" else TUNE_RATE, arguments.seed)  # fmt: skip
-        seconds = time.monotonic() - started
-        rows.append(common | {"way": way, "new_wer": error_rate(model, new, new_test),
-                              "others_after": error_rate(model, others, others_test), "seconds": round(seconds, 1),
-                              "bytes": size})  # fmt: skip
-        show(rows[-1])
-    return rows
+    tests = [u for u in others.utterances if u.split == "test"]
+    tested = [u for u in tests if getattr(u, column) == value]
+    old = [u for u in tests if getattr(u, column) != value]
+    old = random.Random(TEST_SEED).sample(old, min(len(old), arguments.others_tested))
+    pool = [u for u in new.utterances if getattr(u, column) == value]
+    before = wer(scores_of(open_fresh(arguments), others, old))
+    for count in arguments.utterances:
+        enrolment = random.Random(arguments.seed).sample(pool, count)
+        of = {"model": arguments.model_name, "new": value, "utterances": count, "seed": arguments.seed}
+        sides = Sides(arguments, of, new, enrolment, others, tested, old, before)
+        sides.measure_frozen()
+        sides.measure_tuned()
 
 
-def show(row: dict[str, Any]) -> None:
-    """One row on the terminal."""
-    print(json.dumps(row), flush=True)
+def measure_persons(arguments: argparse.Namespace) -> None:
+    """Single test speakers, as many of the unheard group as of others."""
+    column, value = parse_where(arguments.where)
+    others = read_corpus(arguments.others)
+    by_speaker: dict[str, list[Utterance]] = {}
+    for u in others.utterances:
+        if u.split == "test":
+            by_speaker.setdefault(u.speaker, []).append(u)
+    shuffled = random.Random(TEST_SEED).sample(sorted(by_speaker), len(by_speaker))
+    unheard = [s for s in shuffled if getattr(by_speaker[s][0], column) == value][: arguments.persons // 2]
+    heard = [s for s in shuffled if getattr(by_speaker[s][0], column) != value][: arguments.persons - len(unheard)]
+    old = [u for s in shuffled if s not in (*heard, *unheard) for u in by_speaker[s]
+           if getattr(u, column) != value]  # fmt: skip
+    old = random.Random(TEST_SEED).sample(old, min(len(old), arguments.others_tested))
+    before = wer(scores_of(open_fresh(arguments), others, old))
+    for speaker in (*unheard, *heard):
+        own = by_speaker[speaker]
+        half = len(own) // 2
+        kind = "a person of the unheard group" if speaker in unheard else "a person of a trained group"
+        of = {"model": arguments.model_name, "new": kind, "speaker": speaker, "utterances": half,
+              "seed": arguments.seed}  # fmt: skip
+        sides = Sides(arguments, of, others, own[:half], others, own[half:], old, before)
+        sides.measure_frozen()
+        sides.measure_tuned()
 
 
-def group_found(arguments: argparse.Namespace, column: str = "etiology") -> dict[str, Any]:
+def group_found(arguments: argparse.Namespace, column: str = "etiology") -> Row:
     """How often `choose` finds the group of a heard test speaker from five utterances; the model routes by a table."""
     opened, corpus = open_fresh(arguments), read_corpus(arguments.others)
     assert opened.info is not None and opened.info.groups, "give a model that routes by a table"
@@ -190,35 +265,102 @@ def group_found(arguments: argparse.Namespace, column: str = "etiology") -> dict
     right = total = 0
     for own in by_speaker.values():
         data = enrolment_of(opened, corpus, own[:5], arguments.seed)
-        weights = choose_weights(candidate_losses(data, data.all()))
+        weights = Candidates(data).weights(data.all())
         best = max(weights, key=lambda expert: weights[expert], default=-1)
         right += best >= 0 and opened.info.groups[best] == getattr(own[0], column)
         total += 1
-    return {"way": "group found by choose", "model": arguments.model_name, "right": right, "speakers": total}
+    return {"way": "group found by choose", "model": arguments.model_name, "utterances": 5, "seed": arguments.seed,
+            "right": right, "speakers": total}  # fmt: skip
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Adds a row to the results, and prints it."""
+    print(json.dumps(row), flush=True)
+    path.write_text(json.dumps({"sides": [*read_rows(path), row]}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that are measured."""
+    rows: list[Row] = read_object(path)["sides"] if path.is_file() else []
+    return rows
+
+
+def scores_file(path: Path) -> Path:
+    """Scores by utterance, for intervals of differences."""
+    return path.with_name(f"{path.stem}-scores.jsonl")
+
+
+def table(path: Path) -> str:
+    """Means over seeds and persons in Markdown, with the difference from tuning all adapter weights."""
+    groups: dict[tuple[str, str], dict[int, dict[str, list[Row]]]] = {}
+    for row in read_rows(path):
+        if "new_wer" in row:
+            counts = groups.setdefault((row["model"], row["new"]), {})
+            count = 0 if "speaker" in row else row["utterances"]
+            counts.setdefault(count, {}).setdefault(row["way"], []).append(row)
+    scored = [json.loads(line) for line in scores_file(path).read_text(encoding="utf-8").splitlines()]
+    columns = "model, new speech|utterances|way|rows|new WER|minus tuned|others before|after|bytes|seconds"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
+    for (model, new), counts in groups.items():
+        for count, ways in sorted(counts.items()):
+            part = [one for one in scored if (one["model"], one["new"]) == (model, new)]
+            part = [one for one in part if not count or one["utterances"] == count]
+            for way, rows in ways.items():
+                own, tuned = pooled(part, way), pooled(part, "tuned")
+                delta = ""
+                if way not in ("tuned", "as it is") and tuned[0]:
+                    both = {s.id for s in own[0]} & {s.id for s in tuned[0]}
+                    before, after = ([s for s in side if s.id in both] for side in (tuned[0], own[0]))
+                    gap = paired_bootstrap(before, after, own[1], resamples=4000)
+                    delta = f"{100 * gap['delta']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+                mean = {key: statistics.mean(row[key] for row in rows)
+                        for key in ("others_before", "others_after", "bytes", "seconds")}  # fmt: skip
+                lines.append(
+                    f"| {model}, {new} | {count or 'half'} | {way} | {len(rows)} | {100 * wer(own[0]):.1f} | {delta} | "
+                    f"{100 * mean['others_before']:.1f} | {100 * mean['others_after']:.1f} | {mean['bytes']:,.0f} | "
+                    f"{mean['seconds']:.0f} |"
+                )
+    return "\n".join(lines)
+
+
+def pooled(scored: Sequence[Row], way: str) -> tuple[list[Score], dict[str, str]]:
+    """Scores of a way over all seeds, and the speaker of each."""
+    scores, speakers = [], {}
+    for one in scored:
+        for line in one["scores"] if one["way"] == way else ():
+            name = f"{one['seed']}/{one['utterances']}/{line['id']}"
+            scores.append(Score(name, line["words"], line["errors"], 0, chars=1, char_errors=0, reference=0))
+            speakers[name] = line["speaker"]
+    return scores, speakers
 
 
 def main() -> None:
     """Measures one model and seed, and appends the rows to a file."""
     parser = argparse.ArgumentParser("python -m bench.extend")
-    parser.add_argument("model", help="folder of a trained model")
+    parser.add_argument("model", nargs="?", help="name of a run in the store, or folder of a trained model")
+    parser.add_argument("--store", help="store of the run")
     parser.add_argument("--model-name", default="model", help="what the rows call it")
-    parser.add_argument("--new", help="corpus of the new speech")
+    parser.add_argument("--new", help="corpus from which the new group is enrolled, of whatever split")
     parser.add_argument("--where", default="etiology=island", help="the new group")
-    parser.add_argument("--others", required=True, help="corpus of everybody else")
-    parser.add_argument("--utterances", type=int, default=36, help="of the enrolment")
-    parser.add_argument("--tested", type=int, default=72, help="new utterances that are scored")
-    parser.add_argument("--others-tested", type=int, default=100, help="utterances of others that are scored")
+    parser.add_argument("--others", help="corpus of everybody else, and of the new group's test utterances")
+    parser.add_argument("--utterances", type=int, nargs="+", default=[36], help="of the enrolment")
+    parser.add_argument("--others-tested", type=int, default=60, help="utterances of others that are scored")
     parser.add_argument("--tuned", nargs="*", default=["tuned", "replay", "fresh"], help="sides that change weights")
+    parser.add_argument("--persons", type=int, help="measure single test speakers instead")
     parser.add_argument("--groups", action="store_true", help="measure instead how often choose finds the group")
+    parser.add_argument("--table", action="store_true", help="only print the means")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", default=tempfile.gettempdir())
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "extend.json")
     arguments = parser.parse_args()
-    rows = [group_found(arguments)] if arguments.groups else measure(arguments)
-    if arguments.groups:
-        show(rows[0])
-    there = json.loads(arguments.out.read_text(encoding="utf-8"))["sides"] if arguments.out.is_file() else []
-    arguments.out.write_text(json.dumps({"sides": [*there, *rows]}, indent=1) + "\n", encoding="utf-8")
+    if arguments.table:
+        print(table(arguments.out))
+    elif arguments.groups:
+        append_row(arguments.out, group_found(arguments))
+    elif arguments.persons:
+        measure_persons(arguments)
+    else:
+        measure_group(arguments)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,13 @@ class SpeechTrainConfig(TrainConfig):
     batch_tokens: int | None = Field(
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
+    full_context_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of each epoch's utterances that are padded to 30 s, so that the model also suits tools that "
+        "pad all audio to 30 s.",
+    )
     compile: bool = Field(
         False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."
     )

@@ -140,9 +140,9 @@ def _training(
     config: Config, section: SpeechTrainConfig, utterances: Sequence[Utterance], *, trainings: int = 1
 ) -> tuple[int, float]:
     """Steps and seconds of speech of all epochs, or of the maximum number of steps of each training."""
-    from common.data.batches import Example, epoch_batches
+    from common.data.batches import Example
     from common.data.features import context_positions
-    from stages.settings import augmentation
+    from stages.settings import augmentation, epoch_planner
 
     stretch, audio = augmentation(config).stretch, config.audio
     examples = [
@@ -158,7 +158,7 @@ def _training(
         )
         for number, u in enumerate(utterances)
     ]
-    batches = epoch_batches(examples, batch_size=section.batch_size, batch_seconds=section.batch_seconds)
+    batches = epoch_planner(examples, section, seed=0)(0)
     every = section.epochs * ceil(len(batches) / section.gradient_accumulation_steps)
     steps = min(every, trainings * (section.max_steps or every))
     return steps, _seconds_of(utterances) * section.epochs * steps / max(1, every)

@@ -83,6 +83,7 @@ def epoch_planner(
         batch_tokens=section.batch_tokens,
         seed=seed,
         epoch=epoch,
+        full_context_share=section.full_context_share,
     )
 
 

@@ -6,6 +6,7 @@ group, C columns between the two low-rank matrices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ def low_rank_delta(x_BTI: Tensor, columns: Columns) -> Tensor:
     a_GCI, b_GCO, scale_B1C = columns
     hidden_BTC = x_BTI @ a_GCI.transpose(1, 2)
     return (hidden_BTC if scale_B1C is None else hidden_BTC * scale_B1C) @ b_GCO
+
+
+def side_by_side(parts: Sequence[Columns]) -> Columns:
+    """The sum of several deltas as one pair: one product of all their columns in place of one for each."""
+    if len(parts) == 1:
+        return parts[0]
+    groups = max(len(a_GCI) for a_GCI, _, _ in parts)
+    a_GCI = torch.cat([a_GCI.expand(groups, -1, -1) for a_GCI, _, _ in parts], 1)
+    b_GCO = torch.cat([b_GCO.expand(groups, -1, -1) for _, b_GCO, _ in parts], 1)
+    rows = max((len(scale_B1C) for _, _, scale_B1C in parts if scale_B1C is not None), default=0)
+    if not rows:
+        return a_GCI, b_GCO, None
+    scales = [
+        a_GCI.new_ones(rows, 1, a_GCI.shape[1]) if scale_B1C is None else scale_B1C for a_GCI, _, scale_B1C in parts
+    ]
+    return a_GCI, b_GCO, torch.cat(scales, 2)
 
 
 def low_rank_linear(x_BTI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, columns: Columns) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear
+from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear, side_by_side
 from common.model.routing import Routing, RoutingSlot
 
 Kernel = Literal["auto", "masked", "gathered", "grouped"]
@@ -181,49 +181,41 @@ class MixtureLinear(nn.Module):
             return plain_BTO
         dtype = compute_dtype(x_BTI)
         x_BTI = x_BTI.to(dtype)
-        terms, grouped_BTO = self._terms(x_BTI, routing, dtype)
-        if not terms or (self.training and isinstance(self.dropout, nn.Dropout)):
+        columns, grouped_BTO = self._columns(x_BTI, routing, dtype)
+        if columns is None:
             y_BTO: Tensor = self.base(x_BTI)
-            if terms:
-                dropped_BTI = self.dropout(x_BTI)
-                y_BTO = y_BTO + sum(low_rank_delta(dropped_BTI, columns) for columns in terms)
+        elif self.training and isinstance(self.dropout, nn.Dropout):
+            y_BTO = self.base(x_BTI) + low_rank_delta(self.dropout(x_BTI), columns)
         else:
-            y_BTO = low_rank_linear(x_BTI, self.base.weight, self.base.bias, terms[0])
-            for columns in terms[1:]:
-                y_BTO = y_BTO + low_rank_delta(x_BTI, columns)
+            y_BTO = low_rank_linear(x_BTI, self.base.weight, self.base.bias, columns)
         y_BTO = y_BTO if grouped_BTO is None else y_BTO + grouped_BTO
-        for number, rows_N in routing.added:
-            term = self.added[number]
-            assert isinstance(term, AddedTerm)
-            delta_NTO = low_rank_delta(x_BTI[rows_N], term.columns(self, dtype))
+        for number, rows_N in () if routing.all_added else routing.added:
+            delta_NTO = low_rank_delta(x_BTI[rows_N], self._added_columns(number, dtype))
             y_BTO = y_BTO.index_add(0, rows_N, delta_NTO)
         return y_BTO
 
-    def _terms(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[list[Columns], Tensor | None]:
-        """Low-rank pairs whose deltas are summed, and the routed experts' delta if it is computed in groups."""
-        shared: Columns | None = None
+    def _columns(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[Columns | None, Tensor | None]:
+        """All experts of a batch as one low-rank pair, and the routed experts' delta if it is computed in groups."""
+        columns: list[Columns] = []
         if self.shared is not None:
             a_1RI, b_1OR = self.shared.factors(dtype)
-            shared = a_1RI, b_1OR.transpose(1, 2), None
-        if not self.routed.experts or not routing.topk_ids_BK.shape[1]:
-            return [shared] if shared else [], None
-        a_ERI, b_EOR = self.routed.factors(dtype)
-        kernel = pick_kernel(x_BTI, a_ERI, routing) if self.kernel == "auto" else self.kernel
-        if kernel == "grouped":
-            dropped_BTI = self.dropout(x_BTI)
-            return [shared] if shared else [], _grouped_delta(dropped_BTI, a_ERI, b_EOR, routing)
-        routed = mixture_columns(a_ERI, b_EOR, routing, kernel)
-        if shared is None:
-            return [routed], None
-        return ([_side_by_side(shared, routed)] if kernel == "masked" else [shared, routed]), None
+            columns.append((a_1RI, b_1OR.transpose(1, 2), None))
+        if routing.all_added:
+            columns.append(self._added_columns(routing.added[0][0], dtype))
+        grouped_BTO = None
+        if self.routed.experts and routing.topk_ids_BK.shape[1] and not routing.unrouted:
+            a_ERI, b_EOR = self.routed.factors(dtype)
+            kernel = pick_kernel(x_BTI, a_ERI, routing) if self.kernel == "auto" else self.kernel
+            if kernel == "grouped":
+                grouped_BTO = _grouped_delta(self.dropout(x_BTI), a_ERI, b_EOR, routing)
+            else:
+                columns.append(mixture_columns(a_ERI, b_EOR, routing, kernel))
+        return (side_by_side(columns) if columns else None), grouped_BTO
 
-
-def _side_by_side(shared: Columns, routed: Columns) -> Columns:
-    """Shared and routed columns as one pair, for one product instead of two."""
-    (a_1RI, b_1RO, _), (a_1CI, b_1CO, scale_B1C) = shared, routed
-    assert scale_B1C is not None
-    ones_B1R = scale_B1C.new_ones(len(scale_B1C), 1, a_1RI.shape[1])
-    return torch.cat([a_1RI, a_1CI], 1), torch.cat([b_1RO, b_1CO], 1), torch.cat([ones_B1R, scale_B1C], 2)
+    def _added_columns(self, number: int, dtype: torch.dtype) -> Columns:
+        term = self.added[number]
+        assert isinstance(term, AddedTerm)
+        return term.columns(self, dtype)
 
 
 def mixture_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Kernel = "auto") -> Tensor:

@@ -240,6 +240,7 @@ class Recogniser(nn.Module):
             routing = route(logits_BE, top_k, known_B)
         if added_B is not None:
             routing = replace(routing, added=rows_by_added(added_B))
+            routing = replace(routing, unrouted=routing.all_added and logits_BE is not None)
         if self.slot is not None:
             self.slot.routing = routing
         return routing

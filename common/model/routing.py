@@ -25,17 +25,24 @@ class Routing:
         topk_weights_BK: weights, summing to 1 in each row, or to 0 if the router abstains; the gate's gradient passes
             through them.
         added: (number of an added expert, the rows that use it), for each added expert in use.
+        unrouted: all weights are known to be 0, so that layers need not compute the routed experts.
     """
 
     topk_ids_BK: Tensor
     topk_weights_BK: Tensor
     added: tuple[tuple[int, Tensor], ...] = ()
+    unrouted: bool = False
+
+    @property
+    def all_added(self) -> bool:
+        """Whether all rows use the same added expert."""
+        return len(self.added) == 1 and len(self.added[0][1]) == len(self.topk_ids_BK)
 
     def rows(self, index_N: Tensor) -> Routing:
         """The routing of the utterances `index_N`, in that order."""
         added = [(number, torch.isin(index_N, rows_N).nonzero()[:, 0]) for number, rows_N in self.added]
         kept = tuple((number, rows_N) for number, rows_N in added if len(rows_N))
-        return Routing(self.topk_ids_BK[index_N], self.topk_weights_BK[index_N], kept)
+        return Routing(self.topk_ids_BK[index_N], self.topk_weights_BK[index_N], kept, self.unrouted)
 
 
 class RoutingSlot:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, train
 
 WAYS: tuple[Method, ...] = ("choose", "gates", "expert", "neighbour")  # the simplest first
-RATES: Mapping[Method, float] = {"gates": 5e-2, "expert": 1e-3, "neighbour": 3e-4}  # measured: docs/extending.md
+RATES: Mapping[Method, float] = {"gates": 5e-2, "expert": 1e-3, "neighbour": 1e-3}  # measured: docs/extending.md
 BATCH = 4  # utterances of a step
-STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 1.25, 15, 1500
+STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 0.75, 10, 1500  # measured, as the rates
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
-CHOOSING = 50  # utterances that `choose` listens to at most
+CHOOSING = 10  # utterances that `choose` uses at most: five tell the experts apart (docs/extending.md)
 
 Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
 
@@ -152,12 +152,38 @@ def choose_weights(loss_NC: np.ndarray) -> dict[int, float]:
     return {expert: float(share) for expert, share in enumerate(share_C[:-1]) if share > 0}
 
 
-def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.ndarray | None, name: str) -> Terms:
+@dataclass(frozen=True)
+class Candidates:
+    """`candidate_losses` of the utterances of an enrolment, measured once, and only of those that a choice uses."""
+
+    enrolment: Enrolment
+    measured: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def losses(self, numbers: Sequence[int]) -> np.ndarray:
+        """loss_NC of some of these utterances: of `CHOOSING`, spread over all of them, or of all if they are fewer."""
+        known = [number for number in numbers if number in self.measured]
+        count = min(CHOOSING, len(numbers))
+        if len(known) < count:
+            known = [numbers[place] for place in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
+            missing = [number for number in known if number not in self.measured]
+            self.measured.update(zip(missing, candidate_losses(self.enrolment, missing), strict=True))
+        return np.stack([self.measured[number] for number in known])
+
+    def weights(self, numbers: Sequence[int]) -> dict[int, float]:
+        """`choose_weights` by the texts of these utterances."""
+        return choose_weights(self.losses(numbers))
+
+    def best(self, numbers: Sequence[int]) -> int:
+        """The routed expert under which the texts of these utterances are most likely."""
+        return int(self.losses(numbers)[:, :-1].sum(0).argmin())
+
+
+def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], candidates: Candidates, name: str) -> Terms:
     """An expert fitted on some of the utterances.
 
     Args:
         numbers: numbers of these utterances.
-        loss_NC: `candidate_losses` of all utterances, for `choose` and `neighbour`.
+        candidates: of the same enrolment, for `choose` and `neighbour`.
         name: name of the training, for its checkpoints and progress bar.
 
     Raises:
@@ -166,21 +192,14 @@ def fit(enrolment: Enrolment, way: Method, numbers: Sequence[int], loss_NC: np.n
     recogniser = enrolment.recogniser
     recogniser.requires_grad_(False)
     if way == "choose":
-        assert loss_NC is not None
-        weights = choose_weights(loss_NC[list(numbers)])
+        weights = candidates.weights(numbers)
         return {layer_name: AddedTerm(weights=weights) for layer_name, _ in mixture_layers(recogniser.whisper)}
     torch.manual_seed(enrolment.seed)
-    start = best_expert(loss_NC, numbers) if way == "neighbour" else None
+    start = candidates.best(numbers) if way == "neighbour" else None
     rank = rank_for(len(numbers))
     terms = {layer_name: _new_term(layer, way, rank, start) for layer_name, layer in mixture_layers(recogniser.whisper)}
     _train(enrolment, terms, way, numbers, name)
     return terms
-
-
-def best_expert(loss_NC: np.ndarray | None, numbers: Sequence[int]) -> int:
-    """The routed expert under which the texts are most likely."""
-    assert loss_NC is not None
-    return int(loss_NC[list(numbers), :-1].sum(0).argmin())
 
 
 def _new_term(layer: MixtureLinear, way: Method, rank: int, start: int | None) -> AddedTerm:
@@ -288,7 +307,7 @@ def try_way(
     enrolment: Enrolment,
     way: Method,
     folds: Sequence[Sequence[int]],
-    loss_NC: np.ndarray | None,
+    candidates: Candidates,
     size: int | None = None,
 ) -> Trial:
     """Cross-validates a method: fits it on all folds except one, and measures it on that fold, for each fold.
@@ -301,7 +320,7 @@ def try_way(
         rest = [n for n in enrolment.all() if n not in set(held_out)]
         rest = rest if size is None else sorted(np.random.default_rng(number).permutation(rest)[:size].tolist())
         label = f"{way} {number + 1} of {len(folds)}" + ("" if size is None else f", {size} utterances")
-        terms = fit(enrolment, way, rest, loss_NC, label)
+        terms = fit(enrolment, way, rest, candidates, label)
         with enrolment.using(terms):
             summed_N, tokens_N = losses(enrolment, held_out)
         loss_N[list(held_out)] = summed_N / tokens_N

@@ -14,7 +14,7 @@ from common.inference.load_model import OpenedModel
 from common.inference.recordings import SUFFIXES
 from common.model.added import AddedExpert, append_terms
 from common.model.mixture import AddedTerm, mixture_layers
-from common.training.added import CHOOSING, Enrolment, candidate_losses, choose_weights
+from common.training.added import Candidates, Enrolment
 from stages.extend.enrolment import audible
 
 
@@ -52,11 +52,11 @@ def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
     if opened.recogniser.num_experts < 2:
         raise UsageError(f"--enrol: model {opened.name} has no experts to choose from; `moe-asr extend` adds one")
     corpus = read_enrolment(folder)
-    utterances = audible(corpus, corpus.utterances)[:CHOOSING]
+    utterances = audible(corpus, corpus.utterances)
     examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None)
-    weights = choose_weights(candidate_losses(enrolment, enrolment.all()))
+    weights = Candidates(enrolment).weights(enrolment.all())
     terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}
     number = append_terms(opened.recogniser, terms)
     info = AddedExpert(

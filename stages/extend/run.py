@@ -33,13 +33,11 @@ from common.model.added import AddedExpert, Method, Terms, append_terms, prepare
 from common.pipeline.attempts import counted_bar
 from common.pipeline.stage import Context
 from common.training.added import (
-    CHOOSING,
     ENOUGH_GROUPS,
+    Candidates,
     Choice,
     Enrolment,
     Trial,
-    best_expert,
-    candidate_losses,
     fit,
     folds_of,
     losses,
@@ -87,18 +85,20 @@ def run(
     utterances = audible(corpus, request.utterances)
     work = _Work(config, context, corpus, opened, utterances, groups_of(utterances))
     enrolment = _enrolment(work)
+    candidates = Candidates(enrolment)
     unchanged = losses(enrolment, enrolment.all())
     check_texts(work, enrolment, *unchanged)
-    method, details = _decide(work, enrolment, request, *unchanged)
+    method, details = _decide(work, candidates, request, *unchanged)
     terms: Terms = {}
     if method != "none":
-        terms = fit(enrolment, method, enrolment.all(), work.loss_NC, f"{request.name}: {method}")
-    info = _describe(request, work, method, terms, details)
+        terms = fit(enrolment, method, enrolment.all(), candidates, f"{request.name}: {method}")
+    start = candidates.best(enrolment.all()) if method == "neighbour" else None
+    info = _describe(request, work, method, terms, start, details)
     save_added(info, terms, output, base_model=opened.info.base if opened.info else str(opened.base))
     if terms:
         details["others"] = others_unchanged(work, terms, request)
     if request.curve and method != "none" and len(details["folds"]) > 1:
-        details["curve"] = _curve(work, enrolment, method)
+        details["curve"] = _curve(work, candidates, method)
     details |= {"method": method, "utterances": len(utterances), "seconds": info.seconds}
     (output / DETAILS).write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
     context.summary |= {"method": method, "utterances": len(utterances)}
@@ -114,7 +114,6 @@ class _Work:
     opened: OpenedModel
     utterances: list[Utterance]
     groups: list[str]
-    loss_NC: np.ndarray | None = None
 
 
 def _enrolment(work: _Work) -> Enrolment:
@@ -176,18 +175,17 @@ def check_texts(work: _Work, enrolment: Enrolment, own_N: np.ndarray, tokens_N: 
 
 
 def _decide(
-    work: _Work, enrolment: Enrolment, request: Request, summed_N: np.ndarray, tokens_N: np.ndarray
+    work: _Work, candidates: Candidates, request: Request, summed_N: np.ndarray, tokens_N: np.ndarray
 ) -> tuple[Method, dict[str, Any]]:
     """The selected method, and the results of all methods.
 
     Args:
         summed_N, tokens_N: `losses` of the unchanged model.
     """
+    enrolment = candidates.enrolment
     wanted, allowed = request.method, ways_for(enrolment.recogniser)
     if wanted not in (*allowed, "auto"):
         raise DataError(f"--method {wanted}: model {work.opened.name} allows {', '.join(allowed)}")
-    if {"choose", "neighbour"} & set(allowed):
-        work.loss_NC = _candidates(enrolment)
     folds = folds_of(work.groups, FOLDS)
     details: dict[str, Any] = {"folds": [len(fold) for fold in folds], "ways": {}}
     if len(folds) < 2:
@@ -195,7 +193,7 @@ def _decide(
         return (wanted if wanted != "auto" else "none"), details
     before_N = summed_N / tokens_N
     tried = allowed if wanted == "auto" else [wanted]
-    trials = {way: try_way(enrolment, way, folds, work.loss_NC) for way in tried}
+    trials = {way: try_way(enrolment, way, folds, candidates) for way in tried}
     details["ways"] = {"none": float(before_N.mean())} | {w: float(t.loss_N.mean()) for w, t in trials.items()}
     method = simplest_good(before_N, trials, work.groups) if wanted == "auto" else wanted
     shown = method if method != "none" else min(trials, key=lambda way: float(trials[way].loss_N.mean()))
@@ -208,14 +206,6 @@ def _decide(
     details["interval"] = [-found["high"], -found["low"]]
     request.page["rows"] = before, after
     return method, details
-
-
-def _candidates(enrolment: Enrolment) -> np.ndarray:
-    """`candidate_losses` of the utterances that `choose` uses, and 0 for the others."""
-    heard = enrolment.all()[:CHOOSING]
-    loss_NC = np.zeros((len(enrolment.examples), enrolment.recogniser.num_experts + 1))
-    loss_NC[heard] = candidate_losses(enrolment, heard)
-    return loss_NC
 
 
 def _held_out_rows(
@@ -252,13 +242,13 @@ def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str
         )
 
 
-def _curve(work: _Work, enrolment: Enrolment, method: Method) -> list[dict[str, float]]:
+def _curve(work: _Work, candidates: Candidates, method: Method) -> list[dict[str, float]]:
     """Held-out cross-entropy per token for different numbers of training utterances."""
     folds = folds_of(work.groups, FOLDS)
     smallest = len(work.utterances) - max(len(fold) for fold in folds)
     found = []
     for size in (size for size in CURVE if size <= smallest):
-        loss_N = try_way(enrolment, method, folds, work.loss_NC, size).loss_N
+        loss_N = try_way(candidates.enrolment, method, folds, candidates, size).loss_N
         found.append({"utterances": size, "loss": float(loss_N.mean())})
     return found
 
@@ -299,7 +289,9 @@ def others_unchanged(work: _Work, terms: Terms, request: Request) -> int:
     return len(others)
 
 
-def _describe(request: Request, work: _Work, method: Method, terms: Terms, details: Mapping[str, Any]) -> AddedExpert:
+def _describe(
+    request: Request, work: _Work, method: Method, terms: Terms, start: int | None, details: Mapping[str, Any]
+) -> AddedExpert:
     term = next(iter(terms.values()), None)
     return AddedExpert(
         name=request.name,
@@ -308,7 +300,7 @@ def _describe(request: Request, work: _Work, method: Method, terms: Terms, detai
         method=method,
         rank=term.stack.rank if term and term.stack else 0,
         weights=tuple(term.weights.items()) if term else (),
-        start=best_expert(work.loss_NC, range(len(work.utterances))) if method == "neighbour" else None,
+        start=start,
         utterances=len(work.utterances),
         seconds=round(sum(u.duration for u in work.utterances), 2),
         wer_before=details.get("wer_before"),

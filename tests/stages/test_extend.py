@@ -31,7 +31,7 @@ from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
-from common.training.added import Trial, choose_weights, folds_of, simplest_good
+from common.training.added import CHOOSING, Candidates, Trial, choose_weights, folds_of, simplest_good
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -454,6 +454,22 @@ def test_weights_are_those_of_the_likeliest_expert():
     assert choose_weights(loss_NC) == {1: pytest.approx(1.0)}
     assert choose_weights(loss_NC[:, ::-1]) == {1: pytest.approx(1.0)}
     assert choose_weights(np.array([[5.0, 5.0, 1.0]])) == {}  # the shared expert alone
+
+
+def test_a_choice_uses_utterances_from_the_whole_enrolment_and_measures_each_once(monkeypatch):
+    measured = []
+
+    def measure(_, numbers):
+        measured.extend(numbers)
+        return np.array([[1.0, float(number < 40), 1.0] for number in numbers])
+
+    monkeypatch.setattr("common.training.added.candidate_losses", measure)
+    candidates = Candidates(None)
+    assert candidates.best(range(40, 60)) == 1 and candidates.best([3, 5]) == 0
+    assert len(measured) == CHOOSING + 2 and measured[0] == 40 and measured[CHOOSING - 1] == 59
+    assert candidates.losses(range(60)).shape == (CHOOSING + 2, 3)  # all that are known: enough
+    assert candidates.weights([3]) == {0: pytest.approx(1 / 3), 1: pytest.approx(1 / 3)}
+    assert len(measured) == CHOOSING + 2
 
 
 def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
