@@ -55,9 +55,9 @@ def installation(words: Sequence[str]) -> Installation | None:
     parser.add_argument("--priority-class", default=defaults.priority_class, help="priority class of all pods")
     options = vars(parser.parse_args(words))
     digests = [DIGEST.fullmatch(text) for text in options.pop("digest")]
-    if not all(found and found["stage"] in {contract.name for contract in STAGES} for found in digests):
+    if not all(match and match["stage"] in {contract.name for contract in STAGES} for match in digests):
         parser.error("--digest: give STAGE=sha256:<64 hexadecimal digits> for the image of a stage")
-    place = Installation(**options, digests={found["stage"]: found["digest"] for found in digests if found})
+    place = Installation(**options, digests={match["stage"]: match["digest"] for match in digests if match})
     return None if not words else place
 
 

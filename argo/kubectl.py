@@ -70,7 +70,7 @@ def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
         )
     listed = get("workflows.argoproj.io", namespace, "-l", f"moe-asr/run={name}")["items"]
     if listed:
-        return dict(max(listed, key=lambda one: one["metadata"]["creationTimestamp"]))
+        return dict(max(listed, key=lambda workflow: workflow["metadata"]["creationTimestamp"]))
     try:
         return dict(get("workflows.argoproj.io", namespace, name))
     except DataError:

@@ -140,8 +140,8 @@ def _affinity() -> m.Affinity:
     products = f"let p = workflow.parameters['gpu-products'] != '' ? {listed} : {preset}"
     values = [f"{{{{={products}; p[{slot} % len(p)]}}}}" for slot in range(SLOTS)]
     operator = "{{=workflow.parameters.gpu == 'cpu' ? 'NotIn' : 'In'}}"
-    found = m.NodeSelectorRequirement(key=GPU_LABEL, operator=operator, values=values)
-    required = m.NodeSelector(node_selector_terms=[m.NodeSelectorTerm(match_expressions=[found])])
+    requirement = m.NodeSelectorRequirement(key=GPU_LABEL, operator=operator, values=values)
+    required = m.NodeSelector(node_selector_terms=[m.NodeSelectorTerm(match_expressions=[requirement])])
     return m.Affinity(node_affinity=m.NodeAffinity(required_during_scheduling_ignored_during_execution=required))
 
 
@@ -182,7 +182,7 @@ def memoized(name: str, title: str, *, inputs: Sequence[str], pod_inputs: Sequen
     """
     with DAG(
         name=name,
-        inputs=[Parameter(name=one) for one in inputs],
+        inputs=[Parameter(name=input_name) for input_name in inputs],
         outputs=[Parameter(name="result", value_from=m.ValueFrom(parameter="{{tasks.pod.outputs.parameters.result}}"))],
         annotations=display(title),
         memoize=m.Memoize(
@@ -192,7 +192,7 @@ def memoized(name: str, title: str, *, inputs: Sequence[str], pod_inputs: Sequen
         ),
         synchronization=m.Synchronization(mutexes=[m.Mutex(name=lock) for lock in locks]),
     ):
-        arguments = {one: f"{{{{inputs.parameters.{one}}}}}" for one in pod_inputs}
+        arguments = {input_name: f"{{{{inputs.parameters.{input_name}}}}}" for input_name in pod_inputs}
         Task(name="pod", template=f"{name}-pod", arguments=arguments)
 
 

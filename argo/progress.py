@@ -56,8 +56,8 @@ class WorkflowStep:
 def pieces(workflow: Object) -> list[WorkflowStep]:
     """All steps and pieces that the workflow has begun or waits to begin, in the order of their start."""
     nodes: Sequence[Object] = list(workflow.get("status", {}).get("nodes", {}).values())
-    found = [_piece(node, nodes) for node in nodes if _is_piece(node)]
-    return sorted(found, key=lambda one: (one.started is None, one.started or 0.0, one.label))
+    steps = [_piece(node, nodes) for node in nodes if _is_piece(node)]
+    return sorted(steps, key=lambda step: (step.started is None, step.started or 0.0, step.label))
 
 
 def _is_piece(node: Object) -> bool:
@@ -78,7 +78,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     shard = f"[{unit}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
     message = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
-    ordered = tuple(sorted(tries, key=lambda one: one.started or 0.0))
+    ordered = tuple(sorted(tries, key=lambda attempt: attempt.started or 0.0))
     waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
     return WorkflowStep(
@@ -126,7 +126,7 @@ def phase(workflow: Object) -> str:
 def parameters(workflow: Object) -> dict[str, str]:
     """The values that the workflow was submitted with."""
     given = (workflow["spec"].get("arguments") or {}).get("parameters", [])
-    return {one["name"]: str(one.get("value", "")) for one in given}
+    return {parameter["name"]: str(parameter.get("value", "")) for parameter in given}
 
 
 def explain(pod: Object, nodes: Sequence[Object]) -> str:
@@ -176,18 +176,18 @@ def wanted_products(pod: Object) -> list[str]:
     wanted = [
         value
         for term in terms
-        for one in term.get("matchExpressions", [])
-        if one["key"] == "nvidia.com/gpu.product" and one["operator"] == "In"
-        for value in one.get("values", [])
+        for expression in term.get("matchExpressions", [])
+        if expression["key"] == "nvidia.com/gpu.product" and expression["operator"] == "In"
+        for value in expression.get("values", [])
     ]
     return list(dict.fromkeys(wanted))
 
 
 def gpu_products(nodes: Sequence[Object]) -> dict[str, int]:
     """Product → number of GPUs in the cluster."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for node in nodes:
         product = node["metadata"].get("labels", {}).get("nvidia.com/gpu.product")
         if product:
-            found[product] = found.get(product, 0) + int(node["status"]["allocatable"].get("nvidia.com/gpu", 0))
-    return found
+            counts[product] = counts.get(product, 0) + int(node["status"]["allocatable"].get("nvidia.com/gpu", 0))
+    return counts

@@ -50,7 +50,7 @@ def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Measureme
         width: of the model.
         warm: epochs before measuring, so that queries are as good and as bad as in the middle of a training.
     """
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         write_demo(data, train=pairs, dev=DEV, test=1, flights=6000, seed=0)
@@ -65,12 +65,12 @@ def rows(*, pairs: int = 2000, width: int = 64, warm: int = 8) -> list[Measureme
             note = (
                 f"{DEV} dev examples, {pairs} training pairs, T5 of width {width}; an epoch's steps take {epoch:.1f} s"
             )
-            found.append(row(f"gap between epochs: {name}", gap, peer, unit="s", target=target, note=note))
+            measurements.append(row(f"gap between epochs: {name}", gap, peer, unit="s", target=target, note=note))
             total, theirs = EPOCHS * (epoch + gap), EPOCHS * (epoch + peer)
-            found.append(
+            measurements.append(
                 row(f"{EPOCHS} epochs: {name}", total, theirs, unit="s", target=3.0, note="epoch + gap, times 20")
             )
-    return found
+    return measurements
 
 
 def measured(settings: Settings) -> tuple[float, float]:
@@ -90,7 +90,7 @@ def measured(settings: Settings) -> tuple[float, float]:
 
     def step_is_done() -> bool:
         steps[-1].append(time.perf_counter())
-        return sum(len(one) > 1 for one in steps) > GAPS
+        return sum(len(times) > 1 for times in steps) > GAPS
 
     with (
         patch.object(run, "make_loader", make_timed_loader),
@@ -98,9 +98,9 @@ def measured(settings: Settings) -> tuple[float, float]:
         suppress(Preempted),
     ):
         run.train(settings)
-    epochs = [one for one in steps if len(one) > 1]  # dev is loaded too, without steps
+    epochs = [times for times in steps if len(times) > 1]  # dev is loaded too, without steps
     gaps = [after[0] - before[-1] for before, after in itertools.pairwise(epochs)]
-    lengths = [one[-1] - one[0] for one in epochs[:GAPS]]
+    lengths = [times[-1] - times[0] for times in epochs[:GAPS]]
     return sum(lengths) / len(lengths), sum(gaps) / len(gaps)
 
 
@@ -147,7 +147,7 @@ def usual_records(database: Path, queries: list[str]) -> list[list[Any]]:
     """Records of each query, of ten threads; a query still running at the end of the time counts as empty."""
     connections = []
 
-    def one(query: str) -> list[Any]:
+    def records_of(query: str) -> list[Any]:
         connection = sqlite3.connect(database, check_same_thread=False)
         connections.append(connection)
         try:
@@ -156,7 +156,7 @@ def usual_records(database: Path, queries: list[str]) -> list[list[Any]]:
             return []
 
     pool = ThreadPoolExecutor(10)
-    futures = [pool.submit(one, query) for query in queries]
+    futures = [pool.submit(records_of, query) for query in queries]
     done, _ = wait(futures, timeout=SECONDS + len(queries) / 10)
     records = [future.result() if future in done else [] for future in futures]
     pool.shutdown(wait=False, cancel_futures=True)

@@ -157,14 +157,14 @@ def short_rows(setting: Setting) -> list[Measurement]:
     features = [features_of(batch, setting.device) for batch in padded]
     cold = () if setting.on_gpu else ("loop",)
     c, top_k = contest, setting.top_k
-    found = []
+    times = []
     for short, long, features_BMF in zip(ours, padded, features, strict=True):
         loop = partial(loop_backward, c.peft, c.gate, features_BMF, long, top_k, all_rows=False)
         steps = {
             "blend": whole_step(partial(ours_backward, c.blend, short), [c.blend], setting),
             "loop": whole_step(loop, [c.peft, c.gate], setting),
         }
-        found.append(rounds(steps, setting, cold=cold))
+        times.append(rounds(steps, setting, cold=cold))
     note = setting.words(
         f"{setting.model}, mean of {len(parts)} batches of {setting.batch} × 3–12 s, padded to "
         f"{'/'.join(str(b.audio_BS.shape[1] // 320) for b in ours)} positions of 20 ms against 1500"
@@ -172,8 +172,8 @@ def short_rows(setting: Setting) -> list[Measurement]:
     return [
         row(
             "joint step, 3–12 s: blend and dynamic context against the loop at 30 s",
-            statistics.mean(taken["blend"] for taken in found),
-            statistics.mean(taken["loop"] for taken in found),
+            statistics.mean(taken["blend"] for taken in times),
+            statistics.mean(taken["loop"] for taken in times),
             unit="s/step",
             target=setting.target(5, 6),
             note=note,

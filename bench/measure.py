@@ -73,5 +73,5 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """What ran: Python, the packages of both sides, CUDA."""
-    found = {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
-    return found | ({"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {})
+    installed = {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES}
+    return installed | ({"cuda": str(torch.version.cuda)} if torch.cuda.is_available() else {})

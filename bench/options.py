@@ -45,7 +45,7 @@ def rows(setting: Setting) -> list[Measurement]:
 
     plain = step(recogniser)
     checkpointed = changed(recogniser, gradient_checkpointing=True)
-    found = [
+    measurements = [
         pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded)),
         pair("attention: SDPA, against eager", plain, step(eager(recogniser))),
         pair("gradient_checkpointing: time", step(checkpointed), plain),
@@ -55,8 +55,8 @@ def rows(setting: Setting) -> list[Measurement]:
         adamw_row(setting),
     ]
     if setting.name != "quick":  # the compiler takes longer than all other rows at micro sizes
-        found.append(pair("compile: true", step(compiled(recogniser)), plain))
-    return found
+        measurements.append(pair("compile: true", step(compiled(recogniser)), plain))
+    return measurements
 
 
 def changed(

@@ -72,13 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def group_runs(store: Store, sweeps: Sequence[str]) -> dict[Budget, dict[str, list[str]]]:
     """(corpus, steps) → regime → its finished runs by seed, and the folders that `bench.peft` wrote."""
-    found: dict[Budget, dict[str, list[str]]] = {}
+    groups: dict[Budget, dict[str, list[str]]] = {}
     first: dict[Budget, str] = {}  # sweep
     for sweep in sweeps:
         for regime, run, budget in [*finished_runs(store, sweep), *peft_folders(store, sweep)]:
             label = regime if first.setdefault(budget, sweep) == sweep else f"{regime}, {sweep}"
-            found.setdefault(budget, {}).setdefault(label, []).append(run)
-    return found
+            groups.setdefault(budget, {}).setdefault(label, []).append(run)
+    return groups
 
 
 def finished_runs(store: Store, sweep: str) -> Iterable[tuple[str, str, Budget]]:
@@ -136,11 +136,11 @@ def summary_rows(
         facts: regime → `run_facts` of its seeds.
     """
     rows, others = [], {other["name"]: other["wer"] for other in (unseen or {"systems": ()})["systems"]}
-    for one in seen["systems"]:
-        name, runs = one["name"], facts.get(one["name"], [])
-        worst = max(one["by_etiology"].items(), key=lambda item: item[1]["wer"])
+    for system in seen["systems"]:
+        name, runs = system["name"], facts.get(system["name"], [])
+        worst = max(system["by_etiology"].items(), key=lambda item: item[1]["wer"])
         row = {"corpus": budget[0], "steps": budget[1], "regime": name, "default": is_default(name)}
-        row |= {"seeds": len(runs), "wer": one["wer"], "wer_interval": one["wer_interval"]}
+        row |= {"seeds": len(runs), "wer": system["wer"], "wer_interval": system["wer_interval"]}
         row["wer_dev"] = sum(run["dev_wer"] for run in runs) / len(runs) if runs else None
         row |= {"worst_group": worst[1]["wer"], "worst_group_name": worst[0]}
         row["wer_unseen"] = others.get(name)
@@ -154,8 +154,8 @@ def _difference(comparison: Row | None, name: str) -> Row | None:
     """WER less that of the reference with its interval; None for the reference itself, or without one."""
     if comparison is None:
         return None
-    found = next(one["difference"] for one in comparison["systems"] if one["name"] == name)
-    return {key: found["wer"][key] for key in ("delta", "low", "high")} if found else None
+    difference = next(system["difference"] for system in comparison["systems"] if system["name"] == name)
+    return {key: difference["wer"][key] for key in ("delta", "low", "high")} if difference else None
 
 
 def is_default(name: str) -> bool:
@@ -168,11 +168,11 @@ def is_default(name: str) -> bool:
 def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool) -> dict[str, list[Result]]:
     """The same results on one etiology alone, or on all others."""
 
-    def part(one: Result) -> Result:
-        rows = [row for row in one.rows if (row["etiology"] == etiology) == wanted]
-        return replace(one, rows=rows, scores={str(row["id"]): one.scores[str(row["id"])] for row in rows})
+    def part(result: Result) -> Result:
+        rows = [row for row in result.rows if (row["etiology"] == etiology) == wanted]
+        return replace(result, rows=rows, scores={str(row["id"]): result.scores[str(row["id"])] for row in rows})
 
-    return {name: [part(one) for one in results] for name, results in systems.items()}
+    return {name: [part(result) for result in results] for name, results in systems.items()}
 
 
 def run_facts(store: Store, run: str) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
     config = record["config"]
     (folder,) = stage_folders(store, record, "asr", cache_folder())
     report, summary = read_object(folder / "report.json"), json.loads(store.read(f"{run}/summary.json"))
-    found = {
+    facts = {
         "seed": config["seed"],
         "learning_rate": config["asr"]["learning_rate"],
         "rank": None if config["asr"]["adapt"] == "full" else config["lora"]["rank"],
@@ -196,16 +196,16 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
         "seconds": summary["seconds"],
         **{key: summary[key] for key in RATES},
         **{key: report[key] for key in ROUTING if key in report},
-        "by_etiology": {name: {key: one[key] for key in RATES} for name, one in summary["by_etiology"].items()},
+        "by_etiology": {name: {key: rates[key] for key in RATES} for name, rates in summary["by_etiology"].items()},
     }
     stages = {task["stage"] for task in record["tasks"].values()}
     for stage in sorted(stages & {"shared", "experts"}, reverse=True):
         folders = stage_folders(store, record, stage, cache_folder())
-        found["expert_steps"] += [read_object(one / "report.json")["steps"] for one in folders]
+        facts["expert_steps"] += [read_object(expert / "report.json")["steps"] for expert in folders]
     if "cluster" in stages:
         clusters = read_object(stage_folders(store, record, "cluster", cache_folder())[0] / "report.json")
-        found["clusters"] = {key: clusters[key] for key in ("sizes", "purity", "adjusted_rand", "noise_share")}
-    return found
+        facts["clusters"] = {key: clusters[key] for key in ("sizes", "purity", "adjusted_rand", "noise_share")}
+    return facts
 
 
 def dev_wer(folder: Path) -> float:
@@ -221,18 +221,18 @@ def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any] | None, facts: M
         f"| regime | WER | 95% | minus {reference} | WER of seeds | CER | WER unseen | WER dev | steps | weights |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    others = {one["name"]: one for one in (unseen or {"systems": ()})["systems"]}
-    for one in sorted(seen["systems"], key=lambda system: system["wer"]):
-        delta = (one["difference"] or {}).get("wer")
-        runs = facts.get(one["name"], [])
+    others = {system["name"]: system for system in (unseen or {"systems": ()})["systems"]}
+    for system in sorted(seen["systems"], key=lambda system: system["wer"]):
+        delta = (system["difference"] or {}).get("wer")
+        runs = facts.get(system["name"], [])
         cells = [
-            one["name"],
-            f"{one['wer']:.1%}",
-            _span(one["wer_interval"]),
+            system["name"],
+            f"{system['wer']:.1%}",
+            _span(system["wer_interval"]),
             f"{delta['delta']:+.1%} ({_span((delta['low'], delta['high']), '+')})" if delta else "",
-            ", ".join(f"{run['wer']:.1%}" for run in one["runs"]) if runs else "",
-            f"{one['cer']:.1%}",
-            f"{others[one['name']]['wer']:.1%}" if others else "",
+            ", ".join(f"{run['wer']:.1%}" for run in system["runs"]) if runs else "",
+            f"{system['cer']:.1%}",
+            f"{others[system['name']]['wer']:.1%}" if others else "",
         ]
         if runs:
             before = f"{sum(runs[0]['expert_steps'])} + " if runs[0]["expert_steps"] else ""
@@ -247,8 +247,10 @@ def by_etiology(seen: Mapping[str, Any]) -> str:
     systems = sorted(seen["systems"], key=lambda system: system["wer"])
     groups = list(systems[0]["by_etiology"])
     lines = ["| regime | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    for one in systems:
-        lines.append(f"| {one['name']} | " + " | ".join(f"{one['by_etiology'][g]['wer']:.1%}" for g in groups) + " |")
+    for system in systems:
+        lines.append(
+            f"| {system['name']} | " + " | ".join(f"{system['by_etiology'][g]['wer']:.1%}" for g in groups) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -66,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quieten()
     setting = choose(options.device, quick=options.quick)
     path = options.out or (None if options.quick else RESULTS / f"{slug(setting)}.json")
-    found = earlier(path, setting) if path is not None and set(options.only) < set(GROUPS) else {}
+    rows_by_group = earlier(path, setting) if path is not None and set(options.only) < set(GROUPS) else {}
     for name in options.only:
-        found[name] = [one | {"group": name} for one in measure(name, setting)]
+        rows_by_group[name] = [row | {"group": name} for row in measure(name, setting)]
         if path is not None:  # after each group: what is cut off leaves what it had
-            write(in_order(found), setting, path)
-    print(table(in_order(found)))
+            write(in_order(rows_by_group), setting, path)
+    print(table(in_order(rows_by_group)))
     if path is not None:
         print(f"\n{path} is written")
 
@@ -83,12 +83,12 @@ def earlier(path: Path, setting: Setting) -> dict[str, list[Measurement]]:
     report = json.loads(path.read_text(encoding="utf-8"))
     if (report["device"], report["versions"]) != (device_name(setting), versions()):
         return {}
-    return {name: [one for one in report["rows"] if one["group"] == name] for name in GROUPS}
+    return {name: [row for row in report["rows"] if row["group"] == name] for name in GROUPS}
 
 
-def in_order(found: Mapping[str, Sequence[Measurement]]) -> list[Measurement]:
+def in_order(rows_by_group: Mapping[str, Sequence[Measurement]]) -> list[Measurement]:
     """All rows, in the table's order."""
-    return [one for name in GROUPS for one in found.get(name, ())]
+    return [row for name in GROUPS for row in rows_by_group.get(name, ())]
 
 
 def write(rows: Sequence[Measurement], setting: Setting, path: Path) -> None:
@@ -142,11 +142,11 @@ def slug(setting: Setting) -> str:
 def table(rows: Sequence[Measurement]) -> str:
     """Markdown: ours, peer, ratio, target, and what was measured."""
     lines = ["| row | ours | peer | unit | ratio | target | measured |", "|---|---|---|---|---|---|---|"]
-    for one in rows:
-        target = one["target"]
-        wanted = "" if target is None else f"≥ {target:.2g}× {'✓' if one['ratio'] >= target else '✗'}"
-        cells = [one["row"], figure(one["ours"]), figure(one["peer"]), one["unit"]]
-        cells += [f"{figure(one['ratio'])}×", wanted, one.get("note", "")]
+    for row in rows:
+        target = row["target"]
+        wanted = "" if target is None else f"≥ {target:.2g}× {'✓' if row['ratio'] >= target else '✗'}"
+        cells = [row["row"], figure(row["ours"]), figure(row["peer"]), row["unit"]]
+        cells += [f"{figure(row['ratio'])}×", wanted, row.get("note", "")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -30,12 +30,12 @@ def _tables(
     """A table for each file of results, with the rows of the groups that are wanted."""
     lines = []
     for file in sorted(RESULTS.glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not {"rows", "versions"} <= found.keys():  # rows without a comparison with a peer are on a separate page
+        results = json.loads(file.read_text(encoding="utf-8"))
+        if not {"rows", "versions"} <= results.keys():  # rows without a comparison with a peer are on a separate page
             continue
-        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        lines += [f"On {found['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
-        lines += [*(_line(cells(row)) for row in found["rows"] if wanted(row.get("group"))), ""]
+        versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+        lines += [f"On {results['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
+        lines += [*(_line(cells(row)) for row in results["rows"] if wanted(row.get("group"))), ""]
     return lines[:-1]
 
 

@@ -36,16 +36,16 @@ def doctor(
     """
     if only_store and store_url is None:
         raise UsageError("--only-store checks nothing without a store: give --store too")
-    found = []
-    for one in _findings(store_url, endpoint_url, machine=not only_store):
-        found.append(one)
+    checks = []
+    for check in _findings(store_url, endpoint_url, machine=not only_store):
+        checks.append(check)
         if not as_json:
-            echo(coloured(f"{one.state:<4}", COLOURS[one.state]), f"  {one.name:<28} {one.detail}")
-    failed = [one.name for one in found if one.state == "fail"]
+            echo(coloured(f"{check.state:<4}", COLOURS[check.state]), f"  {check.name:<28} {check.detail}")
+    failed = [check.name for check in checks if check.state == "fail"]
     if as_json:
-        echo(json.dumps({"ok": not failed, "checks": [asdict(one) for one in found]}, indent=1))
+        echo(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=1))
     elif failed:
-        echo(f"\n{len(failed)} of {len(found)} checks failed: {', '.join(failed)}", err=True)
+        echo(f"\n{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}", err=True)
     context.exit(1 if failed else 0)
 
 

@@ -45,8 +45,8 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
     basis = f"measured by run {source}"
     if as_json:
         stages = {row.stage: {"audio_hours": row.audio_hours, "hours": row.hours} for row in rows}
-        found = {"basis": basis, "device": pace.device, "hours": total, "days": total / 24 / gpus, "stages": stages}
-        echo(json.dumps(found))
+        figures = {"basis": basis, "device": pace.device, "hours": total, "days": total / 24 / gpus, "stages": stages}
+        echo(json.dumps(figures))
         return
     table = [[row.stage, f"{row.audio_hours:,.2f}", f"{row.hours:,.2f}"] for row in rows]
     header = ("stage", "hours of speech", f"{device} hours")
@@ -69,7 +69,7 @@ def run_pace(config: Config, name: str) -> Pace:
     store = open_store(config.store, endpoint_url=config.endpoint_url)
     states = recorded_states(store, run_record(store, name))
     pace = measured_pace(
-        (key.stage, one.manifest.seconds, one.manifest.metrics) for _, key, one in states if one.manifest
+        (key.stage, state.manifest.seconds, state.manifest.metrics) for _, key, state in states if state.manifest
     )
     if not pace.rates:
         raise UsageError(f"--from {name}: no stage of this run measured its throughput; is it finished?")
@@ -101,10 +101,10 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     from stages.local_runner import cache_folder
 
     config = config_from(options)
-    found = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)
+    fit = search(config, cache_folder(), tokens=tokens, memory=int(memory * 2**30) if memory else None)
     if as_json:
-        echo(json.dumps({"rows": found.rows, "batch_seconds": found.batch_seconds, "memory": found.memory}))
+        echo(json.dumps({"rows": fit.rows, "batch_seconds": fit.batch_seconds, "memory": fit.memory}))
         return
-    place = f"{found.memory / 2**30:.1f} GiB on {found.device}"
-    echo(f"{found.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
-    echo(f"  --set asr.batch_seconds={found.batch_seconds:.0f} --set asr.batch_tokens={found.rows * tokens}")
+    place = f"{fit.memory / 2**30:.1f} GiB on {fit.device}"
+    echo(f"{fit.rows} utterances of 30 s with {tokens} tokens fit into {place}:")
+    echo(f"  --set asr.batch_seconds={fit.batch_seconds:.0f} --set asr.batch_tokens={fit.rows * tokens}")

@@ -179,7 +179,7 @@ def compare(
 
     store = open_store(store_url, endpoint_url=endpoint_url)
     systems = {
-        name: [read_result(one, store=store, cache=cache_folder()) for one in members]
+        name: [read_result(member, store=store, cache=cache_folder()) for member in members]
         for name, members in named_systems(runs, groups).items()
     }
     if with_base:
@@ -211,12 +211,12 @@ def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[
     systems: dict[str, list[str]] = {}
     for text in (*(f"{_slug(run)}={run}" for run in runs), *groups):
         name, equals, members = text.partition("=")
-        found = [one.strip() for one in members.split(",") if one.strip()]
-        if not equals or not name or not found:
+        names = [member.strip() for member in members.split(",") if member.strip()]
+        if not equals or not name or not names:
             raise UsageError(f"--group {text}: write it as NAME=RUN,RUN,RUN")
         if name in systems:
             raise UsageError(f"{name} is named twice: --group NAME=RUN gives a run another name")
-        systems[name] = found
+        systems[name] = names
     if not systems:
         raise UsageError("compare: name at least one run, folder of an evaluation, or --group")
     return systems

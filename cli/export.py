@@ -141,16 +141,16 @@ def merge(
         raise UsageError(f"--weights {weights}: {len(shares)} numbers for {len(models)} models")
     store = open_store(store_url, endpoint_url=endpoint_url)
     with new_folder(out, overwrite=overwrite, mark=MARK) as folder:
-        found = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
+        folders = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
         added = [find_added(name, store, cache_folder(), endpoint_url) for name in models]
         if any(added):
             if weights or rank:
                 raise UsageError("--weights and --rank are not for extensions: their experts are kept as they are")
-            names = join_extensions(found, added, folder)
+            names = join_extensions(folders, added, folder)
             (folder / MARK).write_text(json.dumps({"models": list(models), "added": names}) + "\n", encoding="utf-8")
             echo(f"{out}: {len(names)} added experts")
             return
-        made = merge_models(found, shares, folder, rank=rank)
+        made = merge_models(folders, shares, folder, rank=rank)
         said = {"models": list(models), "weights": shares, "rank": made.rank, "relative_error": made.error}
         (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     echo(f"{out}: rank {made.rank}, relative error {made.error:.2%}")

@@ -191,22 +191,29 @@ def experts_list(model: str, store_url: str, endpoint_url: str | None, as_json: 
     \b
         moe-asr experts list mine-F07
     """
-    found = _added(model, store_url, endpoint_url)
+    added = _added(model, store_url, endpoint_url)
     if as_json:
-        echo(json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False))
+        echo(json.dumps([asdict(expert) for expert in added], indent=1, ensure_ascii=False))
         return
     rows = [
-        (one.name, f"{one.column} {one.value}", one.method, str(one.utterances), clock(one.seconds), _gain(one))
-        for one in found
+        (
+            expert.name,
+            f"{expert.column} {expert.value}",
+            expert.method,
+            str(expert.utterances),
+            clock(expert.seconds),
+            _gain(expert),
+        )
+        for expert in added
     ]
     echo(text_table(("expert", "of", "method", "utterances", "speech", "expected gain"), rows))
 
 
-def _gain(one: AddedExpert) -> str:
-    if one.gain is None or one.interval is None:
+def _gain(expert: AddedExpert) -> str:
+    if expert.gain is None or expert.interval is None:
         return "not measured"
-    low, high = one.interval
-    return f"{100 * one.gain:.1f} points (95% interval {100 * low:.1f} to {100 * high:.1f})"
+    low, high = expert.interval
+    return f"{100 * expert.gain:.1f} points (95% interval {100 * low:.1f} to {100 * high:.1f})"
 
 
 def _added(model: str, store_url: str, endpoint_url: str | None) -> list[AddedExpert]:
@@ -230,11 +237,11 @@ def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None
     """
     from common.inference.added import nearest
 
-    found = _added(model, store_url, endpoint_url)
-    one = next((one for one in found if one.name == name), None)
-    if one is None:
-        raise UsageError(f"model {model} has no expert {name!r}{nearest(name, [one.name for one in found])}")
-    echo(json.dumps(asdict(one), indent=1, ensure_ascii=False))
+    added = _added(model, store_url, endpoint_url)
+    expert = next((expert for expert in added if expert.name == name), None)
+    if expert is None:
+        raise UsageError(f"model {model} has no expert {name!r}{nearest(name, [expert.name for expert in added])}")
+    echo(json.dumps(asdict(expert), indent=1, ensure_ascii=False))
 
 
 @experts.command("remove")

@@ -49,7 +49,7 @@ def gate(
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    found = examine_gate(
+    report = examine_gate(
         run,
         store,
         cache_folder(),
@@ -60,19 +60,19 @@ def gate(
         samples=samples,
         device=device,
     )
-    echo(json.dumps(found, indent=1) if as_json else _tables(found))
+    echo(json.dumps(report, indent=1) if as_json else _tables(report))
 
 
-def _tables(found: Row) -> str:
+def _tables(report: Row) -> str:
     parts = []
-    if found["gates"]:
+    if report["gates"]:
         rows = [
-            (f"{row['gate']}, {row['split']}", *(f"{row[n]:.1%}" for n in RATES.values())) for row in found["gates"]
+            (f"{row['gate']}, {row['split']}", *(f"{row[n]:.1%}" for n in RATES.values())) for row in report["gates"]
         ]
         parts += [text_table(("gate", *RATES), rows)]
-        parts += [f"Nearest neighbours find the cluster of {found['agreement']:.1%} of the clustered utterances."]
-    if found["clusterings"]:
-        rows = [(_way(row), *(_figure(row.get(name)) for name in FIGURES.values())) for row in found["clusterings"]]
+        parts += [f"Nearest neighbours find the cluster of {report['agreement']:.1%} of the clustered utterances."]
+    if report["clusterings"]:
+        rows = [(_way(row), *(_figure(row.get(name)) for name in FIGURES.values())) for row in report["clusterings"]]
         parts += [text_table(("clustering", *FIGURES), rows)]
     return "\n\n".join(parts)
 

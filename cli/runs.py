@@ -42,9 +42,9 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
     rows += [(c.name, "todo", "its pieces are known once the stage before it is done", "") for c in made.open_ended]
     if as_json:
         names = ("task", "status", "reason", "key")
-        found = [dict(zip(names, row, strict=True)) for row in rows]
-        more = {task: one.row() for task, one in expected.items()}
-        echo(json.dumps([row | more.get(row["task"], {}) for row in found], indent=1))
+        tasks = [dict(zip(names, row, strict=True)) for row in rows]
+        more = {task: forecast.row() for task, forecast in expected.items()}
+        echo(json.dumps([row | more.get(row["task"], {}) for row in tasks], indent=1))
         return
     words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("to do again", "red")}
     width = max(len(row[0]) for row in rows)
@@ -132,15 +132,15 @@ def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
         moe-asr runs list --store s3://bucket/runs
     """
     store = open_store(store_url, endpoint_url=endpoint_url)
-    found = [_run_facts(store, name) for name in run_names(store)]
+    listed = [_run_facts(store, name) for name in run_names(store)]
     if as_json:
-        echo(json.dumps(found, indent=1))
+        echo(json.dumps(listed, indent=1))
         return
     rows = []
-    for one in found:
-        rates = ["-" if one[key] is None else f"{one[key]:.1%}" for key in ("wer_before", "wer_after")]
-        news = "-" if one["updated"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(one["updated"]))
-        rows.append((one["run"], one["status"], news, *rates))
+    for run in listed:
+        rates = ["-" if run[key] is None else f"{run[key]:.1%}" for key in ("wer_before", "wer_after")]
+        news = "-" if run["updated"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run["updated"]))
+        rows.append((run["run"], run["status"], news, *rates))
     echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
 
 
@@ -171,17 +171,17 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
         moe-asr verify demo
     """
     store = open_store(store_url, endpoint_url=endpoint_url)
-    found = []
+    results = []
     for label, _, seen in recorded_states(store, run_record(store, run), deep=True):
-        found.append((label, "whole" if seen.status == "done" else seen.status, seen.reason))
-    bad = [label for label, state, _ in found if state != "whole"]
+        results.append((label, "whole" if seen.status == "done" else seen.status, seen.reason))
+    bad = [label for label, state, _ in results if state != "whole"]
     if as_json:
         names = ("task", "state", "reason")
-        echo(json.dumps([dict(zip(names, row, strict=True)) for row in found], indent=1))
-    for label, state, reason in found if not as_json else ():
+        echo(json.dumps([dict(zip(names, row, strict=True)) for row in results], indent=1))
+    for label, state, reason in results if not as_json else ():
         echo(f"{label:<12} ", coloured(state, "green" if state == "whole" else "red"), f"  {reason}")
     if bad:
-        raise DataError(f"{len(bad)} of {len(found)} results are missing or damaged: run it again to make them")
+        raise DataError(f"{len(bad)} of {len(results)} results are missing or damaged: run it again to make them")
 
 
 @click.command()

@@ -73,18 +73,18 @@ def segment(
         language=language,
         endpoint_url=endpoint_url,
     )
-    found = long_utterances(corpus.utterances, lambda: model.codec.length)
+    too_long = long_utterances(corpus.utterances, lambda: model.codec.length)
     settings = [model_name, model.language, model.context, model.margin]
     unfinished = cache_folder() / "segmented" / f"{table_key(corpus, folder_digest(model.base), settings)}.jsonl"
-    rows = segment_long(model, corpus, found, unfinished)
-    made = with_pieces(corpus, found, rows) if found else corpus
+    rows = segment_long(model, corpus, too_long, unfinished)
+    made = with_pieces(corpus, too_long, rows) if too_long else corpus
     utterances = made.utterances
     if elsewhere:
         utterances = tuple(replace(u, audio_filepath=str(corpus.path(u).resolve())) for u in utterances)
     target.write(name, "".join(index_lines(utterances, made.places)).encode())
     unfinished.unlink(missing_ok=True)
-    count = f"{len(found)} of {len(corpus.utterances)} utterances were too long"
-    echo(f"{count}; {summary(found, rows)}" if found else f"{count}: the index is a copy")
+    count = f"{len(too_long)} of {len(corpus.utterances)} utterances were too long"
+    echo(f"{count}; {summary(too_long, rows)}" if too_long else f"{count}: the index is a copy")
     echo(f"{place}/{name}: {len(utterances)} utterances")
 
 

@@ -76,8 +76,8 @@ def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config
         ConfigError: a setting that does not validate.
         UsageError: one that says nothing about an evaluation.
     """
-    found = find_run(model, store)
-    known: Mapping[str, Any] = found[1]["config"] if found else {}
+    stored_run = find_run(model, store)
+    known: Mapping[str, Any] = stored_run[1]["config"] if stored_run else {}
     tree: dict[str, Any] = {name: known[name] for name in ("decode", "precision", "seed") if name in known}
     for text in settings:
         path, value = parse_setting(text)

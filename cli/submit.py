@@ -67,7 +67,7 @@ def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     from argo.progress import phase, pieces
 
     workflow = find_workflow(name, namespace)
-    found = pieces(workflow)
+    steps = pieces(workflow)
     if as_json:
         echo(json.dumps(workflow, indent=1))
         return
@@ -75,10 +75,10 @@ def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     echo(f"workflow {workflow['metadata']['name']}: {phase(workflow)} {status.get('progress', '')}".rstrip())
     waiting = _waiting(workflow)
     rows = []
-    for one in found:
-        reason = next((waiting[t.pod] for t in one.tries if t.pod in waiting), one.message)
-        state = "from cache" if one.hit else one.phase
-        rows.append((one.label, state, _duration(one.started, one.finished), str(len(one.tries)), reason))
+    for step in steps:
+        reason = next((waiting[t.pod] for t in step.tries if t.pod in waiting), step.message)
+        state = "from cache" if step.hit else step.phase
+        rows.append((step.label, state, _duration(step.started, step.finished), str(len(step.tries)), reason))
     echo(text_table(("task", "state", "took", "pods", "message"), rows))
     if status.get("message") and phase(workflow) != "Succeeded":
         echo(status["message"])
@@ -116,7 +116,7 @@ def show_workflow_logs(name: str, stage: str | None, namespace: str | None) -> N
     pods = get("pods", metadata["namespace"], "-l", label)["items"]
     if not pods:
         raise DataError(f"no pod of {name} {stage or ''} is left: finished ones go after a while (podGC)")
-    for pod in sorted(pods, key=lambda one: one["metadata"]["creationTimestamp"]):
+    for pod in sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"]):
         if pod["status"]["phase"] != "Pending":
             said = kubectl("logs", "-n", metadata["namespace"], pod["metadata"]["name"], "-c", "main")
             for line in said.splitlines():

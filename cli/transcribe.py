@@ -115,7 +115,7 @@ def transcribe(
     kinds = SUFFIXES if kind == "all" else (kind,)
     recordings = find_recordings(files)
     check_outputs(recordings, kinds, out, overwrite)
-    if kind == TABLE and any(one.path == STDIN for one in recordings):
+    if kind == TABLE and any(recording.path == STDIN for recording in recordings):
         raise UsageError("--format csv refers to recordings by their paths: standard input has none")
     if enrol is not None and (speaker or expert):
         raise UsageError("--enrol chooses experts: omit --speaker and --expert")
@@ -146,15 +146,15 @@ def transcribe(
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0
     for group in load_groups(readable, faults, GROUP_SECONDS):
-        audios = [one.samples for one in group]
-        for one, windows in zip(
+        audios = [loaded.samples for loaded in group]
+        for loaded, windows in zip(
             group, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
         ):
-            kept = one.treated(windows, loops, no_speech, opened.language)
+            kept = loaded.treated(windows, loops, no_speech, opened.language)
             if kind == TABLE:
-                table += table_rows(segments_of(kept, opened.language), one, speaker or "")
+                table += table_rows(segments_of(kept, opened.language), loaded, speaker or "")
                 continue
-            written += write(opened, one, kept, kinds, out, titled=len(recordings) > 1)
+            written += write(opened, loaded, kept, kinds, out, titled=len(recordings) > 1)
     bar.close()
     if kind == TABLE:
         write_correctable(table, out)
@@ -178,10 +178,10 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
             raise UsageError(f"{out / CORRECTABLE} already exists; --overwrite replaces, another --out keeps it")
         return
     first_of: dict[Path, Recording] = {}
-    for one in recordings:
-        if (first := first_of.setdefault(one.stem, one)) is not one:
-            target = out / f"{one.stem}.{kinds[0]}"
-            raise UsageError(f"{first.name} and {one.name} would both become {target}: rename one of them")
+    for recording in recordings:
+        if (first := first_of.setdefault(recording.stem, recording)) is not recording:
+            target = out / f"{recording.stem}.{kinds[0]}"
+            raise UsageError(f"{first.name} and {recording.name} would both become {target}: rename one of them")
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
@@ -197,12 +197,12 @@ def check_inputs(recordings: Sequence[Recording], faults: dict[str, str]) -> lis
     from common.inference.recordings import check_recording
 
     readable = []
-    for one in recordings:
+    for recording in recordings:
         try:
-            check_recording(one)
-            readable.append(one)
+            check_recording(recording)
+            readable.append(recording)
         except DataError as error:
-            faults[one.name] = str(error)
+            faults[recording.name] = str(error)
     if not readable:
         fail(faults, len(recordings))
     if faults:
@@ -237,7 +237,7 @@ def total_seconds(recordings: Sequence[Recording]) -> float:
     """For the progress bar: by headers alone, 0 of what has none."""
     from common.data.headers import guess_seconds
 
-    return sum(guess_seconds(one.path) for one in recordings)
+    return sum(guess_seconds(recording.path) for recording in recordings)
 
 
 def say(line: str, *, on_stdout: bool = False) -> None:

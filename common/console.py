@@ -117,7 +117,7 @@ def run_command(command: click.Command) -> None:
         place = error.filename or "a file"
         _fail(StoreError.exit_code, f"{place}: {error.strerror}; free space or correct the rights, then run it again")
     except Exception as error:
-        kinds = {one.__name__ for one in type(error).__mro__}  # by name: torch is not imported for this
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: torch is not imported for this
         if "OutOfMemoryError" in kinds:
             _fail(ConfigError.exit_code, f"{error}; set smaller batches (docs/memory.md)")
         if kinds & LOST and "assert" not in str(error):  # an assertion on the device is our fault

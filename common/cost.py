@@ -43,7 +43,7 @@ def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace
     Args:
         tasks: stage, seconds and metrics of each finished task, from its manifest.
     """
-    found: dict[str, list[float]] = {}
+    rates_by_stage: dict[str, list[float]] = {}
     utterances = audio = 0.0
     device = ""
     for stage, seconds, metrics in tasks:
@@ -53,12 +53,12 @@ def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace
         if "audio_seconds" in metrics:
             rate = rate or metrics["audio_seconds"] / max(seconds, 1e-9)
         if rate:
-            found.setdefault(stage, []).append(rate)
+            rates_by_stage.setdefault(stage, []).append(rate)
         if scoring := metrics.get("scoring"):
-            found[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9)]
+            rates_by_stage[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9)]
         utterances += throughput.get("samples", 0)
         audio += throughput.get("audio_seconds", 0)
-    rates = {stage: sum(rates) / len(rates) for stage, rates in found.items()}
+    rates = {stage: sum(rates) / len(rates) for stage, rates in rates_by_stage.items()}
     return Pace(rates, audio / utterances if utterances else 0.0, device)
 
 

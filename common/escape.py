@@ -15,5 +15,5 @@ def escaped(text: str, *, one_line: bool = False) -> str:
     Args:
         one_line: escape line feeds too, as `\\n`.
     """
-    shown = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", _CREDENTIALS.sub(r"\1***@", text))
+    shown = _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", _CREDENTIALS.sub(r"\1***@", text))
     return shown.replace("\n", "\\n") if one_line else shown

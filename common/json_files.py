@@ -42,8 +42,8 @@ def parse_object(data: bytes, where: str, remedy: str = REMEDY) -> Row:
         if isinstance(value, dict):
             return value
         error: Exception = ValueError("it contains no JSON object")
-    except (ValueError, RecursionError) as found:
-        error = found
+    except (ValueError, RecursionError) as caught:
+        error = caught
     raise DataError(f"{where} cannot be read ({error}): {remedy}")
 
 

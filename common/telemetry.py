@@ -134,13 +134,13 @@ class Telemetry:
 
     def values(self, **labels: str) -> dict[str, float]:
         """`name{label="value"}` → value of all series with these labels, without these labels and without buckets."""
-        found = {}
+        values = {}
         for instrument in self._instruments.values():
             for sample in (sample for family in instrument.collect() for sample in family.samples):
                 if labels.items() <= sample.labels.items() and not sample.name.endswith(("_bucket", "_created")):
                     rest = [f'{k}="{v}"' for k, v in sorted(sample.labels.items()) if k not in labels]
-                    found[sample.name + (f"{{{','.join(rest)}}}" if rest else "")] = sample.value
-        return found
+                    values[sample.name + (f"{{{','.join(rest)}}}" if rest else "")] = sample.value
+        return values
 
 
 class StageTelemetry:
@@ -303,20 +303,20 @@ class _DeviceMemory(Collector):
 
 def device_memory() -> dict[tuple[str, str], float]:
     """(device, kind) → bytes, of the GPUs that this process uses; device `cpu` has the resident memory."""
-    found = {("cpu", "used"): _resident_bytes()}
+    memory = {("cpu", "used"): _resident_bytes()}
     torch = sys.modules.get("torch")  # not imported for this: without it no GPU is in use
     if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():  # or half imported so far
-        return found
+        return memory
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        found |= {
+        memory |= {
             (str(number), "allocated"): torch.cuda.memory_allocated(number),
             (str(number), "peak"): torch.cuda.max_memory_allocated(number),
             (str(number), "reserved"): torch.cuda.memory_reserved(number),
             (str(number), "used"): total - free,
             (str(number), "total"): total,
         }
-    return found
+    return memory
 
 
 def _resident_bytes() -> float:

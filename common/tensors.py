@@ -42,14 +42,14 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
         raise DataError(f"{source}: tensor {broken} contains NaN or infinite numbers: restore the file from its source")
 
 
-def check_names(found: Iterable[str], expected: Iterable[str], source: str) -> None:
+def check_names(present: Iterable[str], expected: Iterable[str], source: str) -> None:
     """Refuses a set of tensors with missing or additional names.
 
     Raises:
         DataError: a name is missing or additional; the message names the first and gives their number.
     """
-    found, expected = set(found), set(expected)
-    for names, problem in ((expected - found, "lacks tensor"), (found - expected, "holds tensor")):
+    present, expected = set(present), set(expected)
+    for names, problem in ((expected - present, "lacks tensor"), (present - expected, "holds tensor")):
         if names:
             count = f" and {len(names) - 1} more" if len(names) > 1 else ""
             place = ", which the model needs" if problem.startswith("lacks") else ", which the model has no place for"

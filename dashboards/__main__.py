@@ -24,7 +24,10 @@ HEADER = "# Written by `make dashboards` from dashboards/rules.py: change that.\
 
 def generated() -> dict[Path, str]:
     """Path → text of every generated file."""
-    texts = {CHART / "dashboards" / name: json.dumps(to_json(one), indent=1) + "\n" for name, one in DASHBOARDS.items()}
+    texts = {
+        CHART / "dashboards" / name: json.dumps(to_json(dashboard), indent=1) + "\n"
+        for name, dashboard in DASHBOARDS.items()
+    }
     for name, content in rule_files().items():
         texts[CHART / "rules" / name] = HEADER + yaml.safe_dump(content, sort_keys=False, width=1000)
     document = (ROOT / DOCUMENT).read_text(encoding="utf-8")

@@ -139,8 +139,8 @@ def gpu_alerts() -> list[Rule]:
 def training_alerts() -> list[Rule]:
     """Alerts for problems of a training."""
     load = LOAD
-    one = "by (namespace, pod, stage, shard)"
-    unused = f"count {one} ({load} < on (namespace, pod, stage, shard) group_left () (0.1 / count {one} ({load})))"
+    by = "by (namespace, pod, stage, shard)"
+    unused = f"count {by} ({load} < on (namespace, pod, stage, shard) group_left () (0.1 / count {by} ({load})))"
     return [
         alert(
             "MoeAsrLoaderBound",
@@ -169,7 +169,7 @@ def training_alerts() -> list[Rule]:
         ),
         alert(
             "MoeAsrExpertCollapse",
-            f"(max {one} ({load}) > 0.9 and count {one} ({load}) > 1) or {unused} * 2 >= count {one} ({load})",
+            f"(max {by} ({load}) > 0.9 and count {by} ({load}) > 1) or {unused} * 2 >= count {by} ({load})",
             "15m",
             "warning",
             "The experts collapse",

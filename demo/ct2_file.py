@@ -93,8 +93,8 @@ class _Cursor:
     data: mmap.mmap
     offset: int = 0
 
-    def fail(self, expected: str, found: object, at: int) -> DataError:
-        return DataError(f"{self.path}: expected {expected} at byte {at:,}, found {found}")
+    def fail(self, expected: str, actual: object, at: int) -> DataError:
+        return DataError(f"{self.path}: expected {expected} at byte {at:,}, found {actual}")
 
     def advance(self, size: int, expected: str) -> int:
         at, left = self.offset, len(self.data) - self.offset

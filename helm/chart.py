@@ -52,11 +52,11 @@ def documented_values(text: str) -> Iterator[Value]:
     parents: list[tuple[int, str]] = []
     comment = ""
     for line in text.splitlines():
-        if found := COMMENT.match(line):
-            comment = found["text"]
-        elif found := KEY.match(line):
-            depth = len(found["indent"])
-            parents = [parent for parent in parents if parent[0] < depth] + [(depth, found["name"])]
+        if match := COMMENT.match(line):
+            comment = match["text"]
+        elif match := KEY.match(line):
+            depth = len(match["indent"])
+            parents = [parent for parent in parents if parent[0] < depth] + [(depth, match["name"])]
             if comment:
                 names = [name for _, name in parents]
                 yield Value(".".join(names), _at(tree, names), comment)
@@ -76,8 +76,8 @@ def readme_text(text: str) -> str:
         ValueError: the marks around the table are missing.
     """
     before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, mark, after = rest.partition(END)
+    if not mark:
         raise ValueError(f"README.md of the chart lacks {BEGIN.strip()} … {END.strip()}")
     values = documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))
     rows = [f"| `{v.path}` | `{json.dumps(v.default, ensure_ascii=False)}` | {v.text} |\n" for v in values]
@@ -99,12 +99,12 @@ def schema_text(text: str) -> str:
 def _plain(schema: Any) -> Any:
     """Without titles and defaults: helm applies none, and they would be a second place that says them."""
     if isinstance(schema, list):
-        return [_plain(one) for one in schema]
+        return [_plain(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     properties = schema.get("properties", {})
-    kept = {name: _plain(one) for name, one in schema.items() if name not in ("title", "default", "properties")}
-    return kept | ({"properties": {name: _plain(one) for name, one in properties.items()}} if properties else {})
+    kept = {name: _plain(part) for name, part in schema.items() if name not in ("title", "default", "properties")}
+    return kept | ({"properties": {name: _plain(part) for name, part in properties.items()}} if properties else {})
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ def fill(page: str, name: str, lines: Sequence[str]) -> str:
         ValueError: the page lacks the marks.
     """
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, found, rest = page.partition(begin)
+    before, opened, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
-    if not found or not closed:
+    if not opened or not closed:
         raise ValueError(f"the page lacks the marks {begin.strip()} … {end}")
     body = "".join(f"{line}\n" for line in lines)
     return f"{before}{begin}{body}{end}{after}"

@@ -80,7 +80,7 @@ def read_by(path: str) -> list[str]:
     sources = {"corpus.path": "corpus", "model.name": "model", "model.revision": "model"}
 
     def reads(contract: Contract) -> bool:
-        named = any(path == one or path.startswith(f"{one}.") for one in contract.reads)
+        named = any(path == setting or path.startswith(f"{setting}.") for setting in contract.reads)
         return named or sources.get(path) in contract.sources
 
     return [contract.name for contract in STAGES if reads(contract)]

@@ -25,12 +25,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that leave docs/ go to such a page, or become the text alone."""
     here = ROOT / "docs" / Path(page.file.src_uri).parent
 
-    def mended(found: re.Match[str]) -> str:
-        target = (here / found["target"]).resolve()
+    def mended(link: re.Match[str]) -> str:
+        target = (here / link["target"]).resolve()
         if target.is_relative_to(ROOT / "docs"):
-            return found[0]
+            return link[0]
         path = target.relative_to(ROOT).as_posix()
         up = "../" * page.file.src_uri.count("/")
-        return f"[{found['text']}]({up}{PAGES[path]})" if path in PAGES else found["text"]
+        return f"[{link['text']}]({up}{PAGES[path]})" if path in PAGES else link["text"]
 
     return LINK.sub(mended, markdown)

@@ -37,10 +37,10 @@ def exit_code_rows() -> list[str]:
 def stage_rows() -> list[str]:
     """Every stage: what it reads, what it writes."""
     rows = []
-    for one in STAGES:
-        reads = ", ".join((*one.sources, *one.inputs))
-        pieces = "one per shard or cluster" if one.fan_out else "one"
-        rows.append((f"`{one.name}`", one.summary, reads, one.output, pieces, str(one.gpus)))
+    for contract in STAGES:
+        reads = ", ".join((*contract.sources, *contract.inputs))
+        pieces = "one per shard or cluster" if contract.fan_out else "one"
+        rows.append((f"`{contract.name}`", contract.summary, reads, contract.output, pieces, str(contract.gpus)))
     return table(("stage", "what it makes", "reads", "writes", "pieces", "GPUs"), rows)
 
 
@@ -70,5 +70,5 @@ FIELDS = {
 def _attributes(text: str) -> dict[str, str]:
     """name → description, of an `Attributes:` paragraph."""
     body = inspect.cleandoc(text).partition("Attributes:\n")[2]
-    found = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", body, flags=re.M)
-    return {name: " ".join(words.split()) for name, words in found}
+    attributes = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", body, flags=re.M)
+    return {name: " ".join(words.split()) for name, words in attributes}

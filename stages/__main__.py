@@ -80,7 +80,7 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
     run = Run(config, pod.variable("MODEL") or None)
     plan = run.plan()
     of_stage = [p for p in plan.planned if p.task.contract.name == contract.name]
-    if any(one.name == contract.name for one in plan.open_ended) or not of_stage:
+    if any(stage.name == contract.name for stage in plan.open_ended) or not of_stage:
         reason = "this configuration does not need it" if not contract.active(config) else "an earlier stage is missing"
         raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
     if shard is not None:
@@ -88,7 +88,7 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
             raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(of_stage) - 1}")
         of_stage = [of_stage[shard]]
     processes = contract.processes(config)
-    if processes > 1 and RANK is None and any(one.status != "done" for one in of_stage):
+    if processes > 1 and RANK is None and any(p.status != "done" for p in of_stage):
         launch(sys.argv[1:], processes)
         return
     with run.serving(), handle_signals() as stopping:

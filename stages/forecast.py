@@ -82,25 +82,25 @@ class Forecast:
 
 def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
     """Forecasts by label of unfinished tasks, and by name of stages whose pieces are not known yet."""
-    found: dict[str, Forecast] = {}
+    by_task: dict[str, Forecast] = {}
     for stage, label, key, shards in _unfinished(plan):
         work = stage_work(run, stage, label, shards)
         saved = _saved(run, key) if key else 0
         measured = _measured(run.store, stage, run.sources["model"])
         seconds = _seconds(work, saved, measured) if measured else None
-        found[label] = Forecast(
+        by_task[label] = Forecast(
             work, min(saved, work.steps or work.utterances), seconds, measured.host if measured else ""
         )
-    return found
+    return by_task
 
 
 def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
     """Stage, label, key and number of pieces of unfinished work."""
-    stages = [one.task.contract.name for one in plan.planned]
-    for one in plan.planned:
-        if one.status != "done":
-            name = one.task.contract.name
-            yield name, one.task.label, one.task.key, stages.count(name)
+    stages = [planned.task.contract.name for planned in plan.planned]
+    for planned in plan.planned:
+        if planned.status != "done":
+            name = planned.task.contract.name
+            yield name, planned.task.label, planned.task.key, stages.count(name)
     for contract in plan.open_ended:
         key = plan.groups.get(contract.output) if contract.fan_out is None else None
         yield contract.name, contract.name, key, 1

@@ -76,12 +76,12 @@ def examine_gate(
     data, table = load_corpus(config, cache), read_tables(folders["extract"])
     gates = {"pre-trained": load_gate(folders["gating"][0])} if "gating" in folders else {}
     gates["after joint training"] = opened.recogniser.gate
-    found: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
+    study: Row = {"run": record["name"], "gates": [], "agreement": None, "clusterings": []}
     if "cluster" in folders:
         stage, column = ("cluster", "cluster") if config.gating.target == "cluster" else ("gating", "group")
         rows = read_rows(folders[stage][0] / "assignments.jsonl")
         labels_N = np.array([row[column] for row in rows], np.int64)
-        neighbours, found["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
+        neighbours, study["agreement"] = neighbours_vote(table.rows([row["id"] for row in rows]), labels_N, config.seed)
         for split in ("dev", "test"):
             utterances = evaluation_subset(config, data, split)
             ids = [u.id for u in utterances]
@@ -90,10 +90,10 @@ def examine_gate(
             for which, gate in gates.items():
                 report = gate_report(probabilities(gate, table.rows(ids), together), label_N)
                 figures = {key: report[key] for key in ("utterances", "accuracy", "expected_calibration_error")}
-                found["gates"].append({"gate": which, "split": split} | figures)
+                study["gates"].append({"gate": which, "split": split} | figures)
     if samples:
-        found["clusterings"] = _clusterings(config, data, opened, table, layers, poolings, samples)
-    return found
+        study["clusterings"] = _clusterings(config, data, opened, table, layers, poolings, samples)
+    return study
 
 
 def probabilities(gate: Gate, vectors_ND: Vectors, together: Sequence[Utterance] = ()) -> Vectors:

@@ -181,11 +181,11 @@ def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
     for _ in range(ROUNDS):
         plan = run.plan(deep=run.store.local_path("") is not None)
         run.save("running", plan)
-        for one in plan.planned:
-            if one.status == "stale":
-                log.info("%s is recreated: %s", one.task.label, one.reason)
-            if one.status == "done":
-                run.telemetry.stage(one.task.contract.name, one.task.shard).add(TASKS, result="skipped")
+        for planned in plan.planned:
+            if planned.status == "stale":
+                log.info("%s is recreated: %s", planned.task.label, planned.reason)
+            if planned.status == "done":
+                run.telemetry.stage(planned.task.contract.name, planned.task.shard).add(TASKS, result="skipped")
         try:
             while not plan.finished:
                 _run_next(run, plan, stopping)
@@ -214,32 +214,34 @@ def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
         finally:  # where one failed, the others are done all the same
             _note_made(run, planned)
         return
-    for one in planned:
-        log.info("%s: started", one.task.label)
-        manifest = run_one(run, one, stopping)
-        run.note(one.task, manifest, ran=True)
-        log.info("%s: done in %.0f s", one.task.label, manifest.seconds)
+    for planned_task in planned:
+        log.info("%s: started", planned_task.task.label)
+        manifest = run_one(run, planned_task, stopping)
+        run.note(planned_task.task, manifest, ran=True)
+        log.info("%s: done in %.0f s", planned_task.task.label, manifest.seconds)
 
 
 def _note_made(run: Run, planned: Sequence[Planned]) -> None:
     """Records the tasks that other processes have finished."""
-    for one in planned:
-        state = inspect(run.store, one.task.key)
-        if state.status == "done" and state.manifest and state.manifest != one.manifest:
-            run.note(one.task, state.manifest, ran=True)
+    for planned_task in planned:
+        state = inspect(run.store, planned_task.task.key)
+        if state.status == "done" and state.manifest and state.manifest != planned_task.manifest:
+            run.note(planned_task.task, state.manifest, ran=True)
 
 
-def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None) -> Manifest:
+def run_one(
+    run: Run, planned: Planned, stopping: Callable[[], bool], notes: Mapping[str, Any] | None = None
+) -> Manifest:
     """Runs one planned task; a whole artifact that was made from other inputs is quarantined first.
 
     Args:
         notes: further values for the manifest's metrics.
     """
-    if one.status == "stale" and one.manifest is not None:
-        state = inspect(run.store, one.task.key)
-        if state.status == "done" and state.manifest == one.manifest:
-            quarantine(run.store, one.task.key, state)
-    task, function = one.task, run_function(one.task.contract.name)
+    if planned.status == "stale" and planned.manifest is not None:
+        state = inspect(run.store, planned.task.key)
+        if state.status == "done" and state.manifest == planned.manifest:
+            quarantine(run.store, planned.task.key, state)
+    task, function = planned.task, run_function(planned.task.contract.name)
     return execute(
         task,
         function,
@@ -253,11 +255,11 @@ def run_one(run: Run, one: Planned, stopping: Callable[[], bool], notes: Mapping
     )
 
 
-def follow_one(run: Run, one: Planned, stopping: Callable[[], bool]) -> None:
+def follow_one(run: Run, planned: Planned, stopping: Callable[[], bool]) -> None:
     """The part of a process that trains a task together with the one that commits it (torchrun's rank 0)."""
-    if one.status != "done":
-        function = run_function(one.task.contract.name)
-        follow(one.task, function, run.config, run.store, corpus=run.corpus, scratch=run.cache, stopping=stopping)
+    if planned.status != "done":
+        function = run_function(planned.task.contract.name)
+        follow(planned.task, function, run.config, run.store, corpus=run.corpus, scratch=run.cache, stopping=stopping)
 
 
 def finish(run: Run, plan: Plan) -> dict[str, Any]:
@@ -266,15 +268,15 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
 
     seconds: dict[str, float] = {}
     folders: dict[str, list[Path]] = {}
-    for one in plan.planned:
-        assert one.manifest is not None
-        name = one.task.contract.name
-        seconds[name] = round(seconds.get(name, 0.0) + one.manifest.seconds, 2)
-        shard = None if one.task.shard is None else str(one.task.shard)
+    for planned in plan.planned:
+        assert planned.manifest is not None
+        name = planned.task.contract.name
+        seconds[name] = round(seconds.get(name, 0.0) + planned.manifest.seconds, 2)
+        shard = None if planned.task.shard is None else str(planned.task.shard)
         if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
-            run.note(one.task, one.manifest, ran=False)
-        folder = fetch(run.store, one.task.key, one.manifest, download_folder(run.cache, one.task.key))
-        folders.setdefault(one.task.contract.output, []).append(folder)
+            run.note(planned.task, planned.manifest, ran=False)
+        folder = fetch(run.store, planned.task.key, planned.manifest, download_folder(run.cache, planned.task.key))
+        folders.setdefault(planned.task.contract.output, []).append(folder)
     summary = read_object(folders["model"][0] / "summary.json")
     name = run.config.run
     summary |= {"seconds": seconds, "run": name, "report": f"{run.store.url.rstrip('/')}/{name}/report.html"}

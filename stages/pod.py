@@ -149,9 +149,9 @@ def plan_stage(stage: str) -> None:
 
 
 def _say(plan: Plan, stage: str) -> None:
-    for one in plan.planned:
-        if not stage or one.task.contract.name == stage:
-            log.info("%s: %s, %s", one.task.label, one.status, one.reason)
+    for planned in plan.planned:
+        if not stage or planned.task.contract.name == stage:
+            log.info("%s: %s, %s", planned.task.label, planned.status, planned.reason)
     if not stage:
         for contract in plan.open_ended:
             log.info("%s: its pieces are known once the stage before it is done", contract.name)
@@ -181,9 +181,9 @@ def write_report() -> dict[str, Any]:
         unfinished = "; ".join(f"{p.task.label}: {p.reason}" for p in missing[:3]) or plan.open_ended[0].name
         raise MoeAsrError(f"the run is not complete ({unfinished}): submit it again")
     started = float(variable("STARTED", "0"))
-    for one in plan.planned:
-        if one.manifest is not None:
-            run.note(one.task, one.manifest, ran=one.manifest.started >= started)
+    for planned in plan.planned:
+        if planned.manifest is not None:
+            run.note(planned.task, planned.manifest, ran=planned.manifest.started >= started)
     summary = finish(run, plan)
     for name in ("wer_before", "wer_after"):
         write_output(name.replace("_", "-"), summary.get(name))

@@ -60,7 +60,7 @@ def run_in_processes(
     file.write_text(to_yaml(config), encoding="utf-8")
     at_once = threading.Event()  # a second signal: no more checkpoints
 
-    def one(planned: Planned) -> int:
+    def run_task(planned: Planned) -> int:
         if stopping():
             return EXIT_PREEMPTED
         number, device = free.pop()
@@ -80,7 +80,7 @@ def run_in_processes(
     try:
         with ThreadPoolExecutor(len(slots), initializer=alone) as pool:
             try:
-                codes = list(pool.map(one, planned))
+                codes = list(pool.map(run_task, planned))
             except BaseException:
                 at_once.set()
                 raise

@@ -116,14 +116,14 @@ def plan_sweep(
     runs = []
     for seed in seeds:
         common = _with(base, {"seed": seed})
-        found = {
+        cluster_counts = {
             name: count_clusters(config)
             for name in regimes
             if is_pretrained(config := _regime(common, name, settings.get(name, {})))
         }
-        clusters = next(iter(found.values()), common.num_experts or 1)
+        clusters = next(iter(cluster_counts.values()), common.num_experts or 1)
         for name in regimes:
-            cluster_count = found.get(name, clusters)
+            cluster_count = cluster_counts.get(name, clusters)
             own = settings.get(name, {})
             budget = regime_settings(
                 common, name, clusters=cluster_count, steps=steps, pretrain_share=pretrain_share, settings=own
@@ -163,18 +163,18 @@ def regime_settings(
             f"{clusters} experts and {joint} for joint training of regime {name}: at least one of each is needed"
         )
     # Epochs and patience never end a training before its steps do.
-    found: dict[str, Any] = {"asr.max_steps": joint, "asr.epochs": joint, "asr.patience": joint}
-    found |= {"num_experts": clusters} if name in ("regular", "shuffled") else {}
+    values: dict[str, Any] = {"asr.max_steps": joint, "asr.epochs": joint, "asr.patience": joint}
+    values |= {"num_experts": clusters} if name in ("regular", "shuffled") else {}
     if each:
-        found |= {"experts.max_steps": each, "experts.epochs": max(first, each), "experts.patience": max(first, each)}
-        found |= {"experts.shared_max_steps": first} if first else {}
+        values |= {"experts.max_steps": each, "experts.epochs": max(first, each), "experts.patience": max(first, each)}
+        values |= {"experts.shared_max_steps": first} if first else {}
         same = ("batch_size", "batch_seconds", "batch_tokens", "gradient_accumulation_steps")
-        found |= {f"experts.{key}": getattr(base.asr, key) for key in same}
+        values |= {f"experts.{key}": getattr(base.asr, key) for key in same}
     if regime.dense:
-        found |= {"num_experts": 1, "lora.shared_rank": active_rank(base, clusters)}
+        values |= {"num_experts": 1, "lora.shared_rank": active_rank(base, clusters)}
     if name == "adalora":
-        found |= {"adalora.target_rank": active_rank(base, clusters)}
-    return found | dict(regime.settings)
+        values |= {"adalora.target_rank": active_rank(base, clusters)}
+    return values | dict(regime.settings)
 
 
 def active_rank(config: Config, clusters: int) -> int:
@@ -201,13 +201,13 @@ def count_clusters(config: Config) -> int:
         return len({getattr(u, config.gating.target) for u in run.corpus.split("train")} - {""}) or 1
     with handle_signals() as stopping:
         for stage in ("extract", "cluster"):
-            for one in run.plan().planned:
-                if one.task.contract.name == stage and one.status != "done":
-                    log.info("%s of seed %d: started", one.task.label, config.seed)
-                    run_one(run, one, stopping)
-    found = next(p.manifest for p in run.plan().planned if p.task.contract.name == "cluster")
-    assert found is not None
-    return int(found.metrics["clusters"])
+            for planned in run.plan().planned:
+                if planned.task.contract.name == stage and planned.status != "done":
+                    log.info("%s of seed %d: started", planned.task.label, config.seed)
+                    run_one(run, planned, stopping)
+    manifest = next(p.manifest for p in run.plan().planned if p.task.contract.name == "cluster")
+    assert manifest is not None
+    return int(manifest.metrics["clusters"])
 
 
 def run_sweep(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
@@ -218,14 +218,14 @@ def run_sweep(runs: Sequence[SweepRun]) -> list[dict[str, Any]]:
         MoeAsrError: as raised by the stages; finished results are kept.
     """
     summaries = []
-    for number, one in enumerate(runs, 1):
-        summary = finished_summary(one)
-        log.info("%s (%d of %d): %s", one.name, number, len(runs), "done before" if summary else "started")
-        summaries.append(summary or run_pipeline(one.config))
+    for number, run in enumerate(runs, 1):
+        summary = finished_summary(run)
+        log.info("%s (%d of %d): %s", run.name, number, len(runs), "done before" if summary else "started")
+        summaries.append(summary or run_pipeline(run.config))
     return summaries
 
 
-def finished_summary(one: SweepRun) -> dict[str, Any] | None:
+def finished_summary(run: SweepRun) -> dict[str, Any] | None:
     """The summary of a run that was finished with this configuration.
 
     Raises:
@@ -233,17 +233,17 @@ def finished_summary(one: SweepRun) -> dict[str, Any] | None:
     """
     from common.storage import open_store
 
-    store = open_store(one.config.store, endpoint_url=one.config.endpoint_url)
-    record = read_record(store, one.name)
+    store = open_store(run.config.store, endpoint_url=run.config.endpoint_url)
+    record = read_record(store, run.name)
     if record is None:
         return None
-    changed = differences(record["config"], one.config.model_dump(mode="json"))
+    changed = differences(record["config"], run.config.model_dump(mode="json"))
     if changed:
         raise ConfigError(
-            f"run {one.name!r} in {store.url} has another configuration ({'; '.join(changed[:3])}): "
+            f"run {run.name!r} in {store.url} has another configuration ({'; '.join(changed[:3])}): "
             "give the sweep another name by --run NAME"
         )
     if record["status"] != "done":
         return None
-    name = f"{one.name}/summary.json"
+    name = f"{run.name}/summary.json"
     return parse_object(store.read(name), f"{store.url}/{name}")

@@ -94,7 +94,7 @@ def heard_texts(opened, batch, decoding) -> list[str]:
     """Text of each utterance of a batch."""
     from common.inference.load_model import transcribe_batch
 
-    return [one.text for one in transcribe_batch(opened, batch, decoding).decoded]
+    return [decoded.text for decoded in transcribe_batch(opened, batch, decoding).decoded]
 
 
 def greedy(model, hidden_BTD, codec, *, max_new_tokens, slot=None):
@@ -102,7 +102,7 @@ def greedy(model, hidden_BTD, codec, *, max_new_tokens, slot=None):
     from common.decoding.decode import Decoding, decode_hidden
 
     decoding = Decoding(len(hidden_BTD), max_new_tokens)
-    return [list(one.tokens) for one in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
+    return [list(decoded.tokens) for decoded in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
 
 
 def bundle_info(model, *, rank, targets, **changes):

@@ -113,8 +113,8 @@ def test_every_word_of_a_documented_command_exists(page, line):
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_of_pages_outside_of_the_site_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    targets = [one for one in re.findall(r"\]\(([^)#]+)", text) if "//" not in one]
-    assert [one for one in targets if not (ROOT / one).exists()] == []
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "//" not in target]
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_the_pages_show_enough_to_be_worth_checking():
@@ -184,7 +184,7 @@ def test_every_key_of_a_summary_and_every_column_of_metrics_is_documented(newcom
 def test_every_file_of_an_artifact_is_documented(newcomer):
     page = (ROOT / "docs" / "reference" / "artifacts.md").read_text(encoding="utf-8")
     told = page.partition("## Files")[2].partition("## manifest")[0]
-    patterns = [re.sub("<n>|…", "*", one) for one in re.findall(r"`([^` ]+)`", told)]
+    patterns = [re.sub("<n>|…", "*", pattern) for pattern in re.findall(r"`([^` ]+)`", told)]
     missing = set()
     for file in (newcomer[0] / "runs" / "artifacts").glob("*/*/manifest.json"):
         for name in json.loads(file.read_text(encoding="utf-8"))["files"]:
@@ -215,7 +215,9 @@ def test_a_page_can_be_read_by_ear_and_walked_by_keyboard(newcomer, name):
     for svg in page.all("svg"):
         assert svg.get("aria-hidden") == "true" or (svg.get("role") == "img" and svg.get("aria-label")), svg
     assert all(
-        one.get("tabindex") == "0" and one.get("aria-label") for one in page.all("div") if one.get("role") == "region"
+        element.get("tabindex") == "0" and element.get("aria-label")
+        for element in page.all("div")
+        if element.get("role") == "region"
     )
     assert ":focus-visible" in page.html
     assert "prefers-color-scheme: dark" in page.html
@@ -225,8 +227,8 @@ def test_a_page_can_be_read_by_ear_and_walked_by_keyboard(newcomer, name):
 def test_text_stands_out_from_its_background(scheme):
     css = (ROOT / "common" / "report" / "templates" / "report.css").read_text(encoding="utf-8")
     light, _, dark = css.partition("@media (prefers-color-scheme: dark)")
-    found = re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark.partition("\n}")[0])
-    colours = {name: luminance(value) for name, value in found}
+    pairs = re.findall(r"--(\w+): (#[0-9a-f]{6})", light if scheme == "light" else dark.partition("\n}")[0])
+    colours = {name: luminance(value) for name, value in pairs}
     for text in ("ink", "muted", "accent"):
         for ground in ("page", "raised"):
             bright, dim = sorted((colours[text], colours[ground]), reverse=True)

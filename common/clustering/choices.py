@@ -117,11 +117,11 @@ def _judge(
     options: ClusterOptions,
 ) -> dict[str, Any]:
     try:
-        found = _cluster(points_ND, groups["etiology"], reduce, algorithm, options)
+        clusters = _cluster(points_ND, groups["etiology"], reduce, algorithm, options)
     except DataError as error:
         return {"problem": str(error)}
-    report = cluster_report(found, found.reduced_NP, groups=groups, seed=options.seed)
-    stability = None if algorithm == "etiology" else _stability(points_ND, found, reduce, algorithm, options)
+    report = cluster_report(clusters, clusters.reduced_NP, groups=groups, seed=options.seed)
+    stability = None if algorithm == "etiology" else _stability(points_ND, clusters, reduce, algorithm, options)
     return {
         "clusters": report["clusters"],
         "noise_share": report["noise_share"],
@@ -170,8 +170,8 @@ def _stability(
     for _ in range(REPEATS):
         part = np.sort(generator.permutation(len(points_ND))[: round(PART * len(points_ND))])
         try:
-            found = _cluster(points_ND[part], (), reduce, algorithm, options)
+            clusters = _cluster(points_ND[part], (), reduce, algorithm, options)
         except DataError:
             return None
-        scores.append(adjusted_rand_score(whole.labels_N[part], found.labels_N))
+        scores.append(adjusted_rand_score(whole.labels_N[part], clusters.labels_N))
     return float(np.mean(scores))

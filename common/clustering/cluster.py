@@ -97,9 +97,9 @@ def cluster(
     attempts = dense.attempts if dense else ()
     if num_clusters > 1 and (algorithm == "spectral" or (found_S.max() < 0 and allow_reduce)):
         found_S, dense, algorithm = spectral_clusters(reduced_NP[sample], num_clusters, seed), None, "spectral"
-    found = int(found_S.max()) + 1
-    if found < num_clusters and not allow_reduce:
-        raise DataError(_too_few(found, num_clusters, attempts, N))
+    count = int(found_S.max()) + 1
+    if count < num_clusters and not allow_reduce:
+        raise DataError(_too_few(count, num_clusters, attempts, N))
     labels_N = _spread(found_S, sample, N, -1)
     labels_N = _by_size(_merge(reduced_NP, _join_nearest_centroid(reduced_NP, labels_N), num_clusters))
     return Clustering(
@@ -109,7 +109,7 @@ def cluster(
         centroids_KD=_means(points_ND, labels_N).astype(np.float32),
         attempts=attempts,
         algorithm=algorithm,
-        merged_from=found if found > num_clusters else None,
+        merged_from=count if count > num_clusters else None,
         min_cluster_size=dense.min_cluster_size if dense else None,
         reduced_NP=reduced_NP,
         sampled=len(sample),
@@ -173,12 +173,12 @@ def _check(points_ND: Floats, num_clusters: int) -> None:
         )
 
 
-def _too_few(found: int, wanted: int, attempts: Sequence[Mapping[str, int]], N: int) -> str:
+def _too_few(count: int, wanted: int, attempts: Sequence[Mapping[str, int]], N: int) -> str:
     tried = ", ".join(f"{attempt['clusters']} at {attempt['min_cluster_size']}" for attempt in attempts)
     by_size = f" (clusters by min_cluster_size: {tried})" if attempts else ""
     spectral = ", or use --clustering-algorithm spectral" if attempts else ""
     return (
-        f"found {found} clusters in {N} utterances where --num-experts wants {wanted}{by_size}, and "
+        f"found {count} clusters in {N} utterances where --num-experts wants {wanted}{by_size}, and "
         f"--no-reduce-experts forbids fewer: drop that option, lower --num-experts, raise --data-percent{spectral}"
     )
 

@@ -88,7 +88,7 @@ def dense_clusters(points_NP: Floats, wanted: int, min_cluster_size: int, min_sa
         {"min_cluster_size": fit.min_cluster_size, "clusters": clusters} | ({"leaves": 1} if leaves else {})
         for clusters, leaves, fit in fits
     )
-    _, _, best = max(fits, key=lambda one: one[0])  # of equal ones the first, with the largest size
+    _, _, best = max(fits, key=lambda candidate: candidate[0])  # of equal ones the first, with the largest size
     return DenseClusters(
         labels_N=_assign_noise(points_NP, best),
         noise_N=best.labels_ < 0,

@@ -72,10 +72,10 @@ def audit(
     by_content: dict[tuple[str, float], list[Utterance]] = defaultdict(list)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         results = pool.map(lambda group: _inspect_file(corpus, group), by_file.values())
-        for group, (digest, found) in zip(
+        for group, (digest, file_findings) in zip(
             by_file.values(), counted(results, len(by_file), "audit", unit="files"), strict=True
         ):
-            findings.extend(found)
+            findings.extend(file_findings)
             for u in group if digest else ():
                 by_content[digest, u.offset].append(u)
     findings.extend(_duplicates(by_content.values()))

@@ -83,7 +83,7 @@ def change_speed(audio_BS: Tensor, speed_B: Sequence[float]) -> Tensor:
     S = audio_BS.shape[1]
     out_BS = audio_BS.clone()
     for speed in set(speed_B) - {1.0}:
-        rows = torch.tensor([i for i, one in enumerate(speed_B) if one == speed], device=audio_BS.device)
+        rows = torch.tensor([i for i, factor in enumerate(speed_B) if factor == speed], device=audio_BS.device)
         length = 2 * round(S / speed / 2)  # even: the spectrum then has no lone middle
         spectrum_RQ = torch.fft.rfft(audio_BS[rows].float())
         wanted = length // 2 + 1

@@ -250,7 +250,7 @@ class AudioDataset(Dataset["Loaded"]):
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
-        self.remote = any(one.clip is not None and one.clip.remote is not None for one in self.examples)
+        self.remote = any(example.clip is not None and example.clip.remote is not None for example in self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -278,14 +278,14 @@ class AudioDataset(Dataset["Loaded"]):
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Puts audio into the cache; errors are ignored, since they occur again when the audio is read."""
 
-        def one(number: int) -> None:
+        def read(number: int) -> None:
             clip = self.example(number).clip
             if clip is not None and clip.remote is not None and clip.remote.cache.limit:
                 with suppress(MoeAsrError):
                     clip.read()
 
         with ThreadPoolExecutor(REQUESTS) as pool:
-            list(pool.map(one, numbers))
+            list(pool.map(read, numbers))
 
 
 Loaded = tuple[Example, np.ndarray | MoeAsrError]

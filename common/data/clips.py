@@ -134,9 +134,9 @@ class AudioCache:
         """Removes the least recently used files until at most `target` bytes are left; returns the number of bytes
         left.
         """
-        found = sorted(self._files())
-        total = sum(size for _, size, _ in found)
-        for _, size, path in found:
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
             if total <= target:
                 break
             path.unlink(missing_ok=True)

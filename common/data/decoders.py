@@ -124,21 +124,21 @@ def check_regular(path: Path, label: str) -> int:
         DataError: the file is missing or empty, or is a pipe, a device or a folder.
     """
     try:
-        found = path.stat()
-        if stat.S_ISREG(found.st_mode):
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode):
             with path.open("rb"):
                 pass
     except OSError as error:
         raise DataError(f"cannot read {label}: {error.strerror}: check the path and its rights") from error
     except ValueError:  # a NUL, or a surrogate that no file system's name holds
         raise DataError(f"cannot read {label!r}: no file can have this name: check the path") from None
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise DataError(f"cannot read {label}: it is a folder: name an audio file")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"cannot read {label}: it is a pipe or a device, not a file: copy its audio to a file")
-    if not found.st_size:
+    if not status.st_size:
         raise DataError(f"{label} is empty (0 bytes): omit it or copy it again")
-    return found.st_size
+    return status.st_size
 
 
 def binary_file(source: AudioSource, label: str, stack: ExitStack) -> BinaryIO:

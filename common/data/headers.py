@@ -140,8 +140,8 @@ def guess_seconds(path: Path) -> float:
         head = file.read(4)
     if head in (b"RIFF", b"fLaC"):
         with suppress(soundfile.LibsndfileError):
-            found = soundfile.info(os.fsencode(path))
-            return float(found.frames / found.samplerate) if found.frames < 2**48 else 0.0
+            info = soundfile.info(os.fsencode(path))
+            return float(info.frames / info.samplerate) if info.frames < 2**48 else 0.0
     with suppress(*AV_ERRORS), path.open("rb") as file, av.open(file, options=AV_OPTIONS) as container:
         return float(container.duration or 0) / float(av.time_base)
     return 0.0

@@ -49,8 +49,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: the text is not a size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?|)b?", text.strip().lower())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size <= 0:
         raise UsageError(f"{text!r} is not a size: write it as 256MB")
     return size
@@ -192,7 +192,7 @@ def check_shard(path: Path, places: Iterable[Place]) -> None:
     """
     wanted = {(place.byte_offset, place.byte_size) for place in places}
     remedy = "take the corpus from a source that you trust, or pack it again"
-    found = set()
+    ranges = set()
     try:
         with explained(path), tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -205,10 +205,10 @@ def check_shard(path: Path, places: Iterable[Place]) -> None:
                     raise DataError(
                         f"{path}: the index does not name {member.name!r} of {member.size:,} bytes: {remedy}"
                     )
-                found.add((member.offset_data, member.size))
+                ranges.add((member.offset_data, member.size))
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a complete tar file ({error}): {remedy}") from None
-    missing = sorted(wanted - found)
+    missing = sorted(wanted - ranges)
     if missing:
         offset, size = missing[0]
         raise DataError(f"{path} has no file of {size:,} bytes at {offset:,}, which the index names: {remedy}")

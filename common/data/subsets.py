@@ -48,13 +48,13 @@ def evaluation_subset(
 
 
 def _usable(corpus: Corpus, split: str) -> list[Utterance]:
-    found = corpus.split(split)
-    if not found:
+    utterances = corpus.split(split)
+    if not utterances:
         raise DataError(
             f"corpus {corpus.url} has no utterances in split {split!r}: give it speakers in index.jsonl "
             "(`moe-asr corpus stats` lists the splits)"
         )
-    return found
+    return utterances
 
 
 def stratified_subset(

@@ -57,7 +57,9 @@ def alignment_heads(model: WhisperForConditionalGeneration) -> dict[int, list[in
         for layer in range(config.decoder_layers // 2, config.decoder_layers)
         for head in range(config.decoder_attention_heads)
     ]
-    return {layer: sorted({h for one, h in pairs if one == layer}) for layer in sorted({one for one, _ in pairs})}
+    return {
+        layer: sorted({h for other, h in pairs if other == layer}) for layer in sorted({layer for layer, _ in pairs})
+    }
 
 
 @torch.inference_mode()

@@ -48,7 +48,7 @@ class _Search:
             elif len(following) < beams:
                 following.append(([*tokens, token], total))
                 origins.append((beam, token))
-        self.ended = sorted(self.ended, key=lambda one: -one[0])[:beams]
+        self.ended = sorted(self.ended, key=lambda hypothesis: -hypothesis[0])[:beams]
         self.running = following
         return origins
 
@@ -92,9 +92,9 @@ def beam_search(
         step_tokens: list[int] = []
         survivors: list[_Search] = []
         first = 0  # row of the first beam of an utterance
-        for search, found in zip(open_ones, candidates, strict=True):
+        for search, best in zip(open_ones, candidates, strict=True):
             width, last = len(search.running), step == max_new_tokens
-            origins = search.extend(found, step, end=rules.end, beams=num_beams, penalty=length_penalty, last=last)
+            origins = search.extend(best, step, end=rules.end, beams=num_beams, penalty=length_penalty, last=last)
             if not search.over(step, beams=num_beams, penalty=length_penalty):
                 survivors.append(search)
                 rows += [first + beam for beam, _ in origins]

@@ -127,10 +127,10 @@ def decode_hidden(
     for temperature in decoding.temperatures:
         index = torch.tensor(waiting, device=hidden_BTD.device)
         with routed_rows(slot, index):
-            found = _decode_at(model, hidden_BTD[index], rules, decoding, slot, temperature)
-        for number, (tokens, mean) in zip(waiting, found, strict=True):
-            one = Decoded(codec.decode(tokens), tuple(tokens), mean, temperature, silence_B[number])
-            results[number] = better(results.get(number, one), one)
+            attempts = _decode_at(model, hidden_BTD[index], rules, decoding, slot, temperature)
+        for number, (tokens, mean) in zip(waiting, attempts, strict=True):
+            decoded = Decoded(codec.decode(tokens), tuple(tokens), mean, temperature, silence_B[number])
+            results[number] = better(results.get(number, decoded), decoded)
         waiting = [n for n in waiting if _worth_another_try(results[n], decoding.no_speech_threshold)]
         if not waiting:
             break
@@ -139,11 +139,11 @@ def decode_hidden(
 
 def better(first: Decoded, second: Decoded) -> Decoded:
     """The better of two texts of one utterance: a text that is not a loop is preferred, then the more probable text."""
-    return max(first, second, key=lambda one: (not one.doubtful, not one.repetitive, one.mean_log_probability))
+    return max(first, second, key=lambda text: (not text.doubtful, not text.repetitive, text.mean_log_probability))
 
 
-def _worth_another_try(one: Decoded, no_speech_threshold: float | None) -> bool:
-    return one.repetitive or (one.guessed and not one.of_silence(no_speech_threshold))
+def _worth_another_try(decoded: Decoded, no_speech_threshold: float | None) -> bool:
+    return decoded.repetitive or (decoded.guessed and not decoded.of_silence(no_speech_threshold))
 
 
 def no_speech_probabilities(
@@ -152,8 +152,8 @@ def no_speech_probabilities(
     """Probability of no speech: that of the model's no-speech token after the start of a transcript."""
     start_B1 = torch.full((len(hidden_BTD), 1), codec.prompt[0], device=hidden_BTD.device)
     logits_BV, _ = decoder_step(model, start_B1, hidden_BTD, None)
-    found: list[float] = logits_BV.softmax(1)[:, codec.no_speech].tolist()
-    return found
+    probabilities: list[float] = logits_BV.softmax(1)[:, codec.no_speech].tolist()
+    return probabilities
 
 
 def _decode_at(
@@ -271,4 +271,4 @@ def decode_texts(
     """Text of each utterance of a batch: greedy up to `max_new_tokens`, or as `decoding` says."""
     with torch.inference_mode():
         decoding = replace(decoding or Decoding(len(batch), max_new_tokens), batch_size=len(batch))
-        return [one.text for one in decode_batch(recogniser, batch, codec, decoding)]
+        return [decoded.text for decoded in decode_batch(recogniser, batch, codec, decoding)]

@@ -29,7 +29,7 @@ def references(u: Utterance) -> list[str]:
     return [u.text, *([u.text_alt] if u.text_alt else [])]
 
 
-def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = ((), ())) -> Row:
+def scored_row(u: Utterance, hypothesis: str, score: Score, routing: Routing = ((), ())) -> Row:
     """The row of one utterance: speaker, groups, references, hypothesis, errors and experts."""
     experts, weights = routing
     return {
@@ -43,13 +43,13 @@ def scored_row(u: Utterance, hypothesis: str, one: Score, routing: Routing = (()
         "reference": u.text,
         "reference_alt": u.text_alt or "",
         "hypothesis": hypothesis,
-        "words": one.words,
-        "errors": one.word_errors,
-        "insertions": one.word_insertions,
-        "chars": one.chars,
-        "char_errors": one.char_errors,
-        "reference_used": one.reference,
-        "loop": one.loop,
+        "words": score.words,
+        "errors": score.word_errors,
+        "insertions": score.word_insertions,
+        "chars": score.chars,
+        "char_errors": score.char_errors,
+        "reference_used": score.reference,
+        "loop": score.loop,
         "experts": list(experts),
         "weights": [round(weight, 4) for weight in weights],
     }

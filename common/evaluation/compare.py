@@ -61,7 +61,7 @@ def compare(
         raise UsageError(f"--reference {reference}: not among {', '.join(names)}")
     everything = [result for results in systems.values() for result in results]
     shared, left_out = _shared(everything, shared_only)
-    systems = {name: [_restricted(one, shared) for one in results] for name, results in systems.items()}
+    systems = {name: [_restricted(result, shared) for result in results] for name, results in systems.items()}
     rows = next(iter(systems.values()))[0].rows
     speakers = speakers_of(rows)
     return {
@@ -86,7 +86,7 @@ def _described(
     for name, rates in _rates(systems, speakers, reference, resamples, seed).items():
         described[name] |= rates | {"by_etiology": {}}
     for group, ids in _etiologies(rows).items():
-        part = {name: [_restricted(one, ids) for one in results] for name, results in systems.items()}
+        part = {name: [_restricted(result, ids) for result in results] for name, results in systems.items()}
         for name, rates in _rates(part, speakers, reference, resamples, seed).items():
             described[name]["by_etiology"][group] = rates
     return list(described.values())
@@ -128,7 +128,9 @@ def _etiologies(rows: Sequence[Row]) -> dict[str, set[str]]:
 def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamples: int, seed: int) -> dict[str, Row]:
     """Each system's rates on these utterances, with intervals, and its differences from the reference."""
     draws = {metric: _draws(systems, speakers, metric, resamples, seed) for metric in METRICS}
-    means = {name: _mean_of([summary_of(one.scores.values()) for one in results]) for name, results in systems.items()}
+    means = {
+        name: _mean_of([summary_of(result.scores.values()) for result in results]) for name, results in systems.items()
+    }
     ids = next(iter(systems.values()))[0].scores
     size = {"utterances": len(ids), "speakers": len({speakers[name] for name in ids})}
     rates = {}
@@ -152,7 +154,7 @@ def _draws(
     Resampled results vary less than S new results would, by (S - 1) / S in variance: the draws are stretched
     accordingly.
     """
-    flat = [list(one.scores.values()) for results in systems.values() for one in results]
+    flat = [list(result.scores.values()) for results in systems.values() for result in results]
     rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
     generator = np.random.default_rng([seed, 1])  # apart from the speakers', so that single results pair as in `wer`
     rates: dict[str, Floats] = {}
@@ -177,14 +179,14 @@ def _against(deltas_R: Floats) -> Row:
 
 def _facts(results: Sequence[Result]) -> Row:
     """Rates of a system's single results, and means of the facts of their training."""
-    every = [summary_of(one.scores.values()) for one in results]
-    runs = [{"name": one.name, "wer": s["wer"], "cer": s["cer"]} for one, s in zip(results, every, strict=True)]
-    spread = float(np.std([one["wer"] for one in every], ddof=1)) if len(every) > 1 else None
-    return {"runs": runs, "wer_spread": spread, "facts": _mean_facts([one.facts for one in results])}
+    every = [summary_of(result.scores.values()) for result in results]
+    runs = [{"name": result.name, "wer": s["wer"], "cer": s["cer"]} for result, s in zip(results, every, strict=True)]
+    spread = float(np.std([summary["wer"] for summary in every], ddof=1)) if len(every) > 1 else None
+    return {"runs": runs, "wer_spread": spread, "facts": _mean_facts([result.facts for result in results])}
 
 
 def _mean_of(rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([one[key] for one in rates])) for key in rates[0]}
+    return {key: float(np.mean([summary[key] for summary in rates])) for key in rates[0]}
 
 
 def summary_of(scores: Iterable[Score]) -> dict[str, float]:
@@ -194,8 +196,8 @@ def summary_of(scores: Iterable[Score]) -> dict[str, float]:
         "wer": wer(all_scores),
         "wer_unclipped": wer(all_scores, clipped=False),
         "cer": cer(all_scores),
-        "insertions": sum(one.word_insertions for one in all_scores),
-        "loops": sum(one.loop for one in all_scores),
+        "insertions": sum(score.word_insertions for score in all_scores),
+        "loops": sum(score.loop for score in all_scores),
     }
 
 
@@ -210,8 +212,8 @@ def _mean_facts(facts: Sequence[Row]) -> Row:
     experts' numbers in different trainings are unrelated.
     """
     means: Row = {}
-    for key in dict.fromkeys(key for one in facts for key in one):
-        values: list[Any] = [one.get(key) for one in facts]
+    for key in dict.fromkeys(key for row in facts for key in row):
+        values: list[Any] = [row.get(key) for row in facts]
         if key == "load" and all(values) and len({len(load) for load in values}) == 1:
             means[key] = [float(x) for x in np.mean([sorted(load, reverse=True) for load in values], axis=0)]
         elif all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
@@ -227,12 +229,12 @@ def _mean_facts(facts: Sequence[Row]) -> Row:
 def _notes(results: Sequence[Result]) -> list[str]:
     """Notes on circumstances that make a comparison less fair."""
     notes = []
-    ways = {json.dumps(_plain_decoding(one.facts.get("decoding")), sort_keys=True) for one in results}
+    ways = {json.dumps(_plain_decoding(result.facts.get("decoding")), sort_keys=True) for result in results}
     if len(ways) > 1:
         notes.append("They were not all decoded in the same way: part of a difference may come from that.")
-    if len({one.facts["language"] for one in results if one.facts.get("language")}) > 1:
+    if len({result.facts["language"] for result in results if result.facts.get("language")}) > 1:
         notes.append("Their texts were not all normalised for the same language.")
-    if collapsed := [one.name for one in results if one.facts.get("collapsed")]:
+    if collapsed := [result.name for result in results if result.facts.get("collapsed")]:
         notes.append(f"Experts collapsed in {', '.join(collapsed)}: read these as smaller models.")
     return notes
 

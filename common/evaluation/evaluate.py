@@ -82,7 +82,7 @@ def decode_corpus(
         choice = stacked([choices[name] for name in batch.ids]) if choices else None
         transcript = transcribe_batch(opened, batch, decoding, choice, [added[name] for name in batch.ids])
         routing = zip(*transcript.routing, strict=True) if transcript.routing else [((), ())] * len(batch)
-        return [(one.text, chosen) for one, chosen in zip(transcript.decoded, routing, strict=True)]
+        return [(result.text, chosen) for result, chosen in zip(transcript.decoded, routing, strict=True)]
 
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
@@ -125,12 +125,12 @@ def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: I
     Args:
         batches: contain all these utterances, in any order.
     """
-    found: dict[str, torch.Tensor] = {}
+    evidence: dict[str, torch.Tensor] = {}
     for batch in batches:
         evidence_BF = gate_evidence(opened, batch)
         assert evidence_BF is not None
-        found |= zip(batch.ids, evidence_BF, strict=True)
-    return torch.stack([found[u.id] for u in utterances])
+        evidence |= zip(batch.ids, evidence_BF, strict=True)
+    return torch.stack([evidence[u.id] for u in utterances])
 
 
 def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known_N: torch.Tensor) -> dict[str, Choice]:
@@ -188,4 +188,4 @@ def expert_load(rows: Sequence[Row], experts: int) -> list[float]:
         for expert, weight in zip(row["experts"], row["weights"], strict=True):
             load[expert] += weight
     total = sum(load) or 1.0
-    return [one / total for one in load]
+    return [amount / total for amount in load]

@@ -48,10 +48,10 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
         rows = read_table(folder / "utterances.csv")
         kept = {key: facts.get(key) for key in ("load", "decoding", "language", "model")}
         return _result(name, rows, facts["language"], kept | {"experts": (facts["mixture"] or {}).get("experts")})
-    if (found := find_run(name, store)) is None:
+    if (run := find_run(name, store)) is None:
         names = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
         raise DataError(f"{name!r} is neither a run nor a folder with evaluation.json{names}")
-    where, record = found
+    where, record = run
     if record.get("extends") is not None:
         raise DataError(
             f"{record['name']} is a model with added experts, which no run has tested: compare the folder that "
@@ -89,14 +89,14 @@ def _published(facts: Row) -> bool:
 def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
     stages = record["timeline"]
     pretrained = [s.manifest for stage in ("shared", "experts") for _, _, s in recorded_states(store, record, stage)]
-    before = sum(one.metrics.get("steps", 0) for one in pretrained if one)
+    before = sum(manifest.metrics.get("steps", 0) for manifest in pretrained if manifest)
     report, rates = (
         read_object(model / name) if (model / name).is_file() else {} for name in ("report.json", "throughput.json")
     )
     names = ("trained_parameters", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
     return {
-        "seconds": sum(one["seconds"] for one in stages),
-        "asr_seconds": sum(one["seconds"] for one in stages if one["stage"] == "asr"),
+        "seconds": sum(entry["seconds"] for entry in stages),
+        "asr_seconds": sum(entry["seconds"] for entry in stages if entry["stage"] == "asr"),
         "seed": record["config"]["seed"],
         "decoding": record["config"]["decode"],
         "language": record["config"]["model"]["language"],

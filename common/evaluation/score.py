@@ -110,7 +110,7 @@ def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding
     if recogniser.slot is not None:
         recogniser.slot.routing = None
     hidden_BTD = encode(recogniser.whisper, log_mel(batch.audio_BS, recogniser.mel_bands))
-    return [one.text for one in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
+    return [decoded.text for decoded in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
 
 
 def score_set(
@@ -130,7 +130,7 @@ def by_etiology(utterances: Sequence[Utterance], scores: Sequence[Score]) -> dic
     """
     groups: dict[str, list[Score]] = {}
     for name in sorted({u.etiology for u in utterances}):
-        members = [one for u, one in zip(utterances, scores, strict=True) if u.etiology == name]
+        members = [score for u, score in zip(utterances, scores, strict=True) if u.etiology == name]
         groups.setdefault(name or "unknown", []).extend(members)
     return groups
 
@@ -152,7 +152,8 @@ def scored_rows(
     """
     scores = score_set(utterances, texts, language, published=published)
     return [
-        scored_row(u, texts[u.id], one, routing.get(u.id, ((), ()))) for u, one in zip(utterances, scores, strict=True)
+        scored_row(u, texts[u.id], score, routing.get(u.id, ((), ())))
+        for u, score in zip(utterances, scores, strict=True)
     ]
 
 

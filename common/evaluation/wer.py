@@ -262,8 +262,8 @@ def group_report(
         speakers, level, resamples, seed: as for `bootstrap_interval`.
     """
     members: dict[str, list[Score]] = {}
-    for one in scores:
-        members.setdefault(groups.get(one.id, "unknown"), []).append(one)
+    for score in scores:
+        members.setdefault(groups.get(score.id, "unknown"), []).append(score)
     options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
     return {group: summarise(members[group], speakers, **options) for group in sorted(members)}
 

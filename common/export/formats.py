@@ -233,7 +233,7 @@ def adapters_of(opened: OpenedModel) -> dict[str, Matrices]:
         UsageError: the model has no experts, or experts were added to a base that is not a plain Whisper.
     """
     info, whisper = opened.info, opened.recogniser.whisper
-    added = {one.name: added_matrices(opened.recogniser, n) for n, one in enumerate(opened.added)}
+    added = {expert.name: added_matrices(opened.recogniser, n) for n, expert in enumerate(opened.added)}
     if info is None and added and opened.folder == opened.base:
         return added
     if info is None or info.adapt == "full":
@@ -266,7 +266,7 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
     ranks = {name: len(next(iter(matrices.values()))[0]) for name, matrices in adapters.items()}
     for name, matrices in adapters.items():
         save_adapter(matrices, folder / name, base_model=base_name, alpha=info.alpha / info.rank * ranks[name])
-    added = {one.name: {"column": one.column, "value": one.value} for one in opened.added}
+    added = {expert.name: {"column": expert.column, "value": expert.value} for expert in opened.added}
     names = [name for name in adapters if name != "shared" and name not in added] or list(adapters)
     rank = max(ranks.values())
     if opened.recogniser.gate is not None:

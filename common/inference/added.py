@@ -50,8 +50,10 @@ def model_content(folder: Path) -> str:
 
 def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:
     """Number of an utterance's added expert by the table: its speaker's expert, otherwise its group's; -1 for none."""
-    found = [n for n, one in enumerate(added) if one.value and getattr(utterance, one.column, "") == one.value]
-    return min(found, key=lambda n: (added[n].column != "speaker", n), default=-1)
+    numbers = [
+        n for n, expert in enumerate(added) if expert.value and getattr(utterance, expert.column, "") == expert.value
+    ]
+    return min(numbers, key=lambda n: (added[n].column != "speaker", n), default=-1)
 
 
 def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str | None = None) -> OpenedModel:
@@ -64,9 +66,9 @@ def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str |
         raise UsageError("--speaker and --expert: give one of them")
     if speaker is None and expert is None:
         return opened
-    own = [one for one in opened.added if one.column == "speaker"] if speaker is not None else list(opened.added)
+    own = [added for added in opened.added if added.column == "speaker"] if speaker is not None else list(opened.added)
     wanted, names = (
-        (speaker, [one.value for one in own]) if speaker is not None else (expert, [one.name for one in own])
+        (speaker, [added.value for added in own]) if speaker is not None else (expert, [added.name for added in own])
     )
     assert wanted is not None
     if wanted not in names:

@@ -89,14 +89,14 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
     Raises:
         DataError: there are long utterances, and they are to be treated as an error.
     """
-    found = long_utterances(corpus.utterances, lambda: _token_counter(options, cache))
-    if not found:
+    too_long = long_utterances(corpus.utterances, lambda: _token_counter(options, cache))
+    if not too_long:
         return corpus
-    hours = sum(u.duration for u in found) / 3600
-    count = f"{len(found)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
+    hours = sum(u.duration for u in too_long) / 3600
+    count = f"{len(too_long)} of {len(corpus.utterances)} utterances ({hours:.2f} h) are over {MAX_SECONDS:.0f} s"
     count += f" or {MAX_TOKENS} tokens"
     if options.treatment == "error":
-        longest = max(found, key=lambda u: u.duration)
+        longest = max(too_long, key=lambda u: u.duration)
         raise DataError(
             f"corpus {corpus.url}: {count} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
             "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
@@ -104,10 +104,10 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
         )
     if options.treatment == "drop":
         _say_once(f"long audio: {count}; omitted (audio.long_audio=drop)")
-        return with_pieces(corpus, found, {})
-    rows = _kept_rows(corpus, found, options, cache)
-    _say_once(f"long audio: {count}; {summary(found, rows)}")
-    return with_pieces(corpus, found, rows)
+        return with_pieces(corpus, too_long, {})
+    rows = _kept_rows(corpus, too_long, options, cache)
+    _say_once(f"long audio: {count}; {summary(too_long, rows)}")
+    return with_pieces(corpus, too_long, rows)
 
 
 def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Callable[[str], int]]) -> list[Utterance]:
@@ -117,15 +117,15 @@ def long_utterances(utterances: Iterable[Utterance], counter: Callable[[], Calla
         counter: makes the function that counts the tokens of a text; called only if a text may be too long.
     """
     count: Callable[[str], int] | None = None
-    found = []
+    too_long = []
     for u in utterances:
         if is_too_long(u.duration):
-            found.append(u)
+            too_long.append(u)
         elif len(u.text) > SHORT_TEXT // 4 and len(u.text.encode()) > SHORT_TEXT:
             count = count or counter()
             if count(u.text) > MAX_TOKENS:
-                found.append(u)
-    return found
+                too_long.append(u)
+    return too_long
 
 
 def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
@@ -134,26 +134,26 @@ def _token_counter(options: LongAudio, cache: Path) -> Callable[[str], int]:
     return load_codec(options.model_folder(cache), language=options.language, task=options.task).length
 
 
-def with_pieces(corpus: Corpus, found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> Corpus:
+def with_pieces(corpus: Corpus, too_long: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> Corpus:
     """The corpus with pieces instead of its long utterances; long utterances without pieces are omitted.
 
     Raises:
         DataError: a piece's id is another utterance's.
     """
-    gone = {u.id for u in found}
+    gone = {u.id for u in too_long}
     kept = [u for u in corpus.utterances if u.id not in gone]
-    pieces = [piece for u in found if u.id in rows for piece in rows[u.id].pieces]
+    pieces = [piece for u in too_long if u.id in rows for piece in rows[u.id].pieces]
     if taken := {u.id for u in kept} & {piece.id for piece in pieces}:
         raise DataError(f"{min(taken)} would be a piece of a long utterance, and is another's id: rename that one")
     utterances = tuple(sorted([*kept, *pieces], key=lambda u: u.id))
     if not utterances:
-        raise DataError(f"corpus {corpus.url}: nothing is left without its {len(found)} long utterances")
+        raise DataError(f"corpus {corpus.url}: nothing is left without its {len(too_long)} long utterances")
     return replace(corpus, utterances=utterances, digest=index_digest(utterances))
 
 
-def summary(found: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> str:
+def summary(too_long: Sequence[Utterance], rows: Mapping[str, LongUtterance]) -> str:
     """Result of the segmentation, in one line."""
-    cuts = [rows[u.id] for u in found]
+    cuts = [rows[u.id] for u in too_long]
     pieces = [piece for row in cuts for piece in row.pieces]
     text = f"cut into {len(pieces)} pieces"
     if pieces:
@@ -178,7 +178,9 @@ def _say_once(line: str) -> None:
     log.warning("%s", line)
 
 
-def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, cache: Path) -> dict[str, LongUtterance]:
+def _kept_rows(
+    corpus: Corpus, too_long: Sequence[Utterance], options: LongAudio, cache: Path
+) -> dict[str, LongUtterance]:
     """The table of pieces: from the store if it exists, otherwise computed and stored for all other processes."""
     settings = [options.language, options.task, options.context, options.margin]
     digest = model_digest(options.model, cache, revision=options.revision, endpoint_url=options.endpoint_url)
@@ -188,7 +190,7 @@ def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, c
     if store.size(name) is None:
         from common.inference.load_model import open_model
 
-        log.info("%d long utterances are cut at pauses (kept as %s in %s)", len(found), name, store.url)
+        log.info("%d long utterances are cut at pauses (kept as %s in %s)", len(too_long), name, store.url)
         opened = open_model(
             str(options.model_folder(cache)),
             store=None,
@@ -201,7 +203,7 @@ def _kept_rows(corpus: Corpus, found: Sequence[Utterance], options: LongAudio, c
             margin=options.margin,
         )
         unfinished = cache / "segmented" / f"{key}.jsonl"
-        rows = segment_long(opened, corpus, found, unfinished, quiet=options.quiet)
+        rows = segment_long(opened, corpus, too_long, unfinished, quiet=options.quiet)
         store.put_if_absent(name, "".join(_line(row) for row in rows.values()).encode())
         unfinished.unlink(missing_ok=True)
     return {row.id: row for row in _rows(store.read(name, MAX_FILE).decode())}
@@ -214,7 +216,7 @@ def table_key(corpus: Corpus, model: str, settings: Sequence[Any]) -> str:
 
 
 def segment_long(
-    opened: OpenedModel, corpus: Corpus, found: Sequence[Utterance], unfinished: Path, *, quiet: bool = False
+    opened: OpenedModel, corpus: Corpus, too_long: Sequence[Utterance], unfinished: Path, *, quiet: bool = False
 ) -> dict[str, LongUtterance]:
     """Divides long utterances; continues an interrupted segmentation.
 
@@ -232,7 +234,7 @@ def segment_long(
     with explained(unfinished):
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         done = {row.id: row for row in _rows(unfinished.read_text("utf-8"))} if unfinished.exists() else {}
-    waiting = [u for u in found if u.id not in done]
+    waiting = [u for u in too_long if u.id not in done]
     bar = progress(round(sum(u.duration for u in waiting), 1), "segment", unit="s", hidden=quiet or not waiting)
     for group in _groups(waiting):
         audios = [
@@ -245,7 +247,7 @@ def segment_long(
         done |= {row.id: row for row in rows}
         _append(unfinished, rows)
     bar.close()
-    return {u.id: done[u.id] for u in found}
+    return {u.id: done[u.id] for u in too_long}
 
 
 def _audio(corpus: Corpus, utterance: Utterance) -> bytes | Path:

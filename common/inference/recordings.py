@@ -58,26 +58,26 @@ def find_recordings(paths: Iterable[Path]) -> list[Recording]:
     Raises:
         UsageError: a folder contains no recordings.
     """
-    found: list[Recording] = []
+    recordings: list[Recording] = []
     for path in paths:
         if path != STDIN and path.is_dir():
-            found += _in_folder(path)
+            recordings += _in_folder(path)
         elif path == STDIN:
-            found.append(Recording(path, "standard input", Path("stdin")))
+            recordings.append(Recording(path, "standard input", Path("stdin")))
         else:
-            found.append(Recording(path, printable(path), Path(path.stem)))
-    return found
+            recordings.append(Recording(path, printable(path), Path(path.stem)))
+    return recordings
 
 
 def _in_folder(folder: Path) -> list[Recording]:
-    found = [
+    recordings = [
         Recording(path, printable(path), path.relative_to(folder).with_suffix(""))
         for path in sorted(_visible_files(folder))
         if path.suffix.lower() in SUFFIXES
     ]
-    if not found:
+    if not recordings:
         raise UsageError(f"{printable(folder)} contains no recording: name the files themselves, whatever their ending")
-    return found
+    return recordings
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
@@ -187,17 +187,17 @@ def load_groups(
         seconds: seconds of audio after which a group ends.
     """
     group: list[LoadedRecording] = []
-    for one in recordings:
+    for recording in recordings:
         notes: list[str] = []
         try:
-            with opened_recording(one) as source:
-                samples = read_audio(source, name=one.name, on_damage=notes.append)
-                if fault := header_fault(source, one.name, len(samples) / SAMPLE_RATE):
+            with opened_recording(recording) as source:
+                samples = read_audio(source, name=recording.name, on_damage=notes.append)
+                if fault := header_fault(source, recording.name, len(samples) / SAMPLE_RATE):
                     notes.append(fault.detail)
         except DataError as error:
-            faults[one.name] = str(error)
+            faults[recording.name] = str(error)
             continue
-        group.append(LoadedRecording(one, samples, notes))
+        group.append(LoadedRecording(recording, samples, notes))
         if sum(len(loaded.samples) for loaded in group) >= seconds * SAMPLE_RATE:
             yield group
             group = []

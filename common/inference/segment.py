@@ -214,7 +214,7 @@ def _words_before(
     tokens = [opened.codec.tokenizer.encode(space + word, add_special_tokens=False).ids for word in words]
     start = max(0.0, min(float(starts_U[0]), cut - CLEAR) - 0.3)
     end = min(recording.seconds, max(float(starts_U[-1]) + 1.0, cut + CLEAR), start + MAX_SECONDS)
-    if sum(len(one) for one in tokens) > MAX_TOKENS - 8:  # more text than can be spoken in this time
+    if sum(len(word_tokens) for word_tokens in tokens) > MAX_TOKENS - 8:  # more text than can be spoken in this time
         return int((starts_U < cut).sum())
     samples = recording.samples[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
     length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
@@ -223,9 +223,9 @@ def _words_before(
     with opened.accelerator.autocast():
         own_rows = replace(batch, row_B=torch.zeros_like(batch.row_B))
         hidden_BTD = opened.recogniser.encode_batch(own_rows)
-        flat = [token for one in tokens for token in one]
+        flat = [token for word_tokens in tokens for token in word_tokens]
         times_U = align(opened.recogniser.whisper, hidden_BTD, batch.valid_B.tolist(), opened.codec, [flat])[0] + start
-    ends = np.cumsum([len(one) for one in tokens])
+    ends = np.cumsum([len(word_tokens) for word_tokens in tokens])
     aligned = [
         Word(word, float(times_U[last - len(own)]), float(times_U[last]))
         for word, own, last in zip(words, tokens, ends.tolist(), strict=True)

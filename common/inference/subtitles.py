@@ -28,20 +28,23 @@ def as_text(segments: Sequence[Segment], facts: Facts) -> str:
 def as_srt(segments: Sequence[Segment], facts: Facts) -> str:
     """SubRip: number, times, text."""
     return "".join(
-        f"{number}\n{clock(one.start, ',')} --> {clock(one.end, ',')}\n{one.text}\n\n"
-        for number, one in enumerate(segments, start=1)
+        f"{number}\n{clock(segment.start, ',')} --> {clock(segment.end, ',')}\n{segment.text}\n\n"
+        for number, segment in enumerate(segments, start=1)
     )
 
 
 def as_vtt(segments: Sequence[Segment], facts: Facts) -> str:
     """WebVTT: times and text."""
-    cues = (f"{clock(one.start, '.')} --> {clock(one.end, '.')}\n{_escaped(one.text)}\n\n" for one in segments)
+    cues = (
+        f"{clock(segment.start, '.')} --> {clock(segment.end, '.')}\n{_escaped(segment.text)}\n\n"
+        for segment in segments
+    )
     return "WEBVTT\n\n" + "".join(cues)
 
 
 def as_json(segments: Sequence[Segment], facts: Facts) -> str:
     """JSON with all results: segments and words with times, the window's experts and probabilities."""
-    rows = ",\n  ".join(json.dumps(_rounded(asdict(one)), ensure_ascii=False) for one in segments)  # one a line
+    rows = ",\n  ".join(json.dumps(_rounded(asdict(segment)), ensure_ascii=False) for segment in segments)  # one a line
     head = "".join(f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)},\n" for name, value in facts.items())
     return f'{{\n{head} "segments": [\n  {rows}\n ]\n}}\n'
 
@@ -64,12 +67,12 @@ def table_rows(segments: Sequence[Segment], loaded: LoadedRecording, speaker: st
     """
     seconds = len(loaded.samples) / SAMPLE_RATE
     path, rows = str(loaded.recording.path.resolve()), []
-    for number, one in enumerate(segments):
+    for number, segment in enumerate(segments):
         before = segments[number - 1].end if number else 0.0
         after = segments[number + 1].start if number + 1 < len(segments) else seconds
-        start, end = max(one.start - EDGE, before, 0.0), min(one.end + EDGE, after, seconds)
-        text = f" {one.text}" if one.text[:1] in FORMULA else one.text
-        values = (path, f"{start:.3f}", f"{max(end, one.end):.3f}", text, speaker, "train", text)
+        start, end = max(segment.start - EDGE, before, 0.0), min(segment.end + EDGE, after, seconds)
+        text = f" {segment.text}" if segment.text[:1] in FORMULA else segment.text
+        values = (path, f"{start:.3f}", f"{max(end, segment.end):.3f}", text, speaker, "train", text)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
@@ -101,4 +104,4 @@ def _rounded(value: Any) -> Any:
         return round(value, 4)
     if isinstance(value, dict):
         return {name: round(v, 3) if name in ("start", "end") else _rounded(v) for name, v in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value

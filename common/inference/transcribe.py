@@ -110,15 +110,15 @@ def transcribe_audio(
             part = samples[round(window.start * SAMPLE_RATE) : round(window.end * SAMPLE_RATE)]
             length = context_positions(len(part) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
             pieces.append(_Piece(number, window, length, part))
-    found: list[list[WindowTranscript]] = [[] for _ in audios]
+    transcripts: list[list[WindowTranscript]] = [[] for _ in audios]
     groups = list(_batches(pieces, decoding.batch_size))
     choices = _recording_choices(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
     for group in groups:
         choice = stacked([choices[piece.audio] for piece in group]) if choices else None
-        for piece, one in zip(group, _transcribe_pieces(opened, group, pauses, decoding, choice), strict=True):
-            found[piece.audio].append(one)
+        for piece, transcript in zip(group, _transcribe_pieces(opened, group, pauses, decoding, choice), strict=True):
+            transcripts[piece.audio].append(transcript)
             progress(piece.window.ends - piece.window.begins)
-    return [sorted(windows, key=lambda one: one.window.start) for windows in found]
+    return [sorted(windows, key=lambda transcript: transcript.window.start) for windows in transcripts]
 
 
 def usual_window(opened: OpenedModel) -> float:
@@ -161,16 +161,16 @@ def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Bat
 
 def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, Choice]:
     """The choice of experts for each recording by all of its windows: a recording is treated as one speaker."""
-    found: dict[int, list[torch.Tensor]] = defaultdict(list)
+    evidence: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))
         if evidence_BF is None:
             return {}
         for piece, evidence_F in zip(group, evidence_BF, strict=True):
-            found[piece.audio].append(evidence_F)
+            evidence[piece.audio].append(evidence_F)
     gate = opened.recogniser.gate
     assert gate is not None
-    return {audio: gate.decide(torch.stack(own).sum(0, keepdim=True)) for audio, own in found.items()}
+    return {audio: gate.decide(torch.stack(own).sum(0, keepdim=True)) for audio, own in evidence.items()}
 
 
 @torch.inference_mode()
@@ -183,7 +183,7 @@ def _transcribe_pieces(
 ) -> Iterator[WindowTranscript]:
     batch = make_batch(opened, [(piece.samples, piece.positions) for piece in pieces])
     transcript = transcribe_batch(opened, batch, decoding, choice)
-    texts = [[token for token in one.tokens if token < opened.codec.end] for one in transcript.decoded]
+    texts = [[token for token in result.tokens if token < opened.codec.end] for result in transcript.decoded]
     with opened.accelerator.autocast():
         times = align(opened.recogniser.whisper, transcript.hidden_BTD, batch.valid_B.tolist(), opened.codec, texts)
     for row, piece in enumerate(pieces):
@@ -261,7 +261,7 @@ def _grouped(words: Sequence[Word]) -> Iterator[list[Word]]:
         if group and (
             word.start - group[-1].end >= SEGMENT_GAP
             or word.end - group[0].start > SEGMENT_SECONDS
-            or sum(len(one.text) + 1 for one in group) + len(word.text) > SEGMENT_CHARACTERS
+            or sum(len(earlier.text) + 1 for earlier in group) + len(word.text) > SEGMENT_CHARACTERS
             or group[-1].text.endswith(SENTENCE_ENDS)
         ):
             yield group

@@ -37,12 +37,12 @@ def expert_stack(layer: MixtureLinear, expert: int | None) -> tuple[LoraStack, i
 
 def expert_matrices(model: nn.Module, expert: int | None) -> Matrices:
     """One expert's matrices by layer as plain LoRA: magnitudes folded into A, without the scaling."""
-    found: Matrices = {}
+    matrices: Matrices = {}
     for name, layer in mixture_layers(model):
         stack, number = expert_stack(layer, expert)
         a_RI, b_OR = stack.plain(number)
-        found[name] = a_RI.detach().cpu(), b_OR.detach().cpu()
-    return found
+        matrices[name] = a_RI.detach().cpu(), b_OR.detach().cpu()
+    return matrices
 
 
 def save_expert(model: nn.Module, expert: int | None, folder: Path, *, base_model: str) -> None:
@@ -106,7 +106,12 @@ def check_patterns(settings: Mapping[str, Any], path: Path) -> None:
     """
     given = [(name, settings.get(name)) for name in (*_PATTERN_OR_NAMES, *_PATTERNS)]
     texts = [(name, value) for name, value in given if isinstance(value, str)]
-    texts += [(n, str(one)) for n, value in given if n in _PATTERNS and isinstance(value, list | dict) for one in value]
+    texts += [
+        (n, str(pattern))
+        for n, value in given
+        if n in _PATTERNS and isinstance(value, list | dict)
+        for pattern in value
+    ]
     repeats = groups = 0
     for name, text in texts:
         simple = len(text) <= MAX_PATTERN and _PATTERN.fullmatch(text) is not None

@@ -159,15 +159,15 @@ def attach(recogniser: Recogniser, folders: Sequence[Path]) -> tuple[AddedExpert
     Raises:
         DataError: an expert is damaged or does not fit the model, or two experts have the same name.
     """
-    found: list[AddedExpert] = []
+    experts: list[AddedExpert] = []
     for folder in folders:
         info = read_added(folder)
-        if info.name in (one.name for one in found):
+        if info.name in (expert.name for expert in experts):
             raise DataError(f"two added experts are named {info.name!r}: one of them is in {folder}")
         prepare(recogniser)
         append_terms(recogniser, load_terms(recogniser, info, folder))
-        found.append(info)
-    return tuple(found)
+        experts.append(info)
+    return tuple(experts)
 
 
 def load_terms(recogniser: Recogniser, info: AddedExpert, folder: Path) -> Terms:
@@ -227,7 +227,7 @@ def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
 
     It consists of the shared expert (or a single, always active routed expert) and the added expert's own parts.
     """
-    found: Matrices = {}
+    matrices: Matrices = {}
     for name, layer in mixture_layers(recogniser.whisper):
         term = layer.added[number]
         assert isinstance(term, AddedTerm)
@@ -237,8 +237,8 @@ def added_matrices(recogniser: Recogniser, number: int) -> Matrices:
         if layer.shared is not None:
             parts.insert(0, layer.shared.plain(0))
         a_CI, b_OC = torch.cat([a_RI for a_RI, _ in parts]), torch.cat([b_OR for _, b_OR in parts], 1)
-        found[name] = a_CI.detach().cpu(), b_OC.detach().cpu()
-    return found
+        matrices[name] = a_CI.detach().cpu(), b_OC.detach().cpu()
+    return matrices
 
 
 def merge_added(recogniser: Recogniser, number: int) -> None:

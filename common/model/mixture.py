@@ -341,7 +341,7 @@ def untie(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
     Whisper's output projection shares its weights with the token embedding: merging into one must not change the other.
     """
-    shared = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for layer in layers:
         if isinstance(layer, nn.Linear) and id(layer.weight) in shared:
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
@@ -355,14 +355,14 @@ def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") ->
     Raises:
         ValueError: no layer matches.
     """
-    found = [
+    matching = [
         (name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets and within in name
     ]
-    if not found:
+    if not matching:
         raise ValueError(f"no linear layer of the model is named {', '.join(targets)}")
-    return found
+    return matching
 
 
 def mixture_layers(model: nn.Module) -> Iterator[tuple[str, MixtureLinear]]:

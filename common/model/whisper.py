@@ -48,8 +48,8 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
         raise
     except Exception as error:  # transformers raises errors of many types for a config.json that makes no sense
         raise DataError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    for name, found, expected in info["mismatched_keys"]:
-        raise DataError(f"{source}: tensor {name} has shape {tuple(found)}, and by config.json {tuple(expected)}")
+    for name, shape, expected in info["mismatched_keys"]:
+        raise DataError(f"{source}: tensor {name} has shape {tuple(shape)}, and by config.json {tuple(expected)}")
     check_names(info["unexpected_keys"], info["missing_keys"], source)
     check_weights(model.state_dict(), source)
     return model
@@ -141,15 +141,15 @@ def encode_layers(model: WhisperForConditionalGeneration, mel_BMF: Tensor, layer
     """
     encoder = model.model.encoder
     _check_layers(model, layers)
-    found = {0: encode(model, mel_BMF, layer=0)}
-    x_BTD, last = found[0], len(encoder.layers) if -1 in layers else max(layers)
+    outputs = {0: encode(model, mel_BMF, layer=0)}
+    x_BTD, last = outputs[0], len(encoder.layers) if -1 in layers else max(layers)
     for number, block in enumerate(encoder.layers[:last], start=1):
         x_BTD = _run_block(block, x_BTD)
         if number in layers:
-            found[number] = x_BTD
+            outputs[number] = x_BTD
     if -1 in layers:
-        found[-1] = encoder.layer_norm(x_BTD)
-    return {layer: found[layer] for layer in layers}
+        outputs[-1] = encoder.layer_norm(x_BTD)
+    return {layer: outputs[layer] for layer in layers}
 
 
 def _check_layers(model: WhisperForConditionalGeneration, layers: Sequence[int]) -> None:

@@ -103,8 +103,8 @@ class Attempt:
 def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
     """Records an attempt while the block runs, and its end."""
     earlier = attempts_at(store, key)
-    seconds = sum(float(one["seconds"]) for one in earlier)
-    first = min((float(one["started"]) for one in earlier), default=time.time())
+    seconds = sum(float(record["seconds"]) for record in earlier)
+    first = min((float(record["started"]) for record in earlier), default=time.time())
     attempt = Attempt(first, len(earlier) + 1, seconds)
     name = f"{_prefix(key)}{secrets.token_hex(6)}.json"
     over = threading.Event()
@@ -136,17 +136,17 @@ def attempt_at(store: Store, key: Key) -> Iterator[Attempt]:
 
 def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
     """The records of the attempts at an unfinished task, oldest first; damaged records are omitted."""
-    found = []
+    records = []
     for entry in store.list(_prefix(key)):
         try:
             record = json.loads(store.read(entry.key))
             times = {name: float(record[name]) for name in ("started", "updated", "seconds")}
             if not all(0 <= value < FAR for value in times.values()):
                 raise ValueError(f"{times} are not valid times")
-            found.append(record | times)
+            records.append(record | times)
         except (MoeAsrError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is omitted: %s", entry.key, error)
-    return sorted(found, key=lambda one: one["started"])
+    return sorted(records, key=lambda record: record["started"])
 
 
 def describe_attempt(record: dict[str, Any], *, now: float) -> str:

@@ -64,14 +64,14 @@ def _packages() -> Check:
     except PackageNotFoundError:
         return Check("packages", "note", "moe-asr is not installed as a package, so that no versions are wanted")
     wrong = []
-    for one in wanted:
-        if one.marker and not one.marker.evaluate({"extra": ""}):
+    for requirement in wanted:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            if not one.specifier.contains(version(one.name), prereleases=True):
-                wrong.append(f"{one.name} {version(one.name)} is not {one.specifier}")
+            if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+                wrong.append(f"{requirement.name} {version(requirement.name)} is not {requirement.specifier}")
         except PackageNotFoundError:
-            wrong.append(f"{one.name} is missing")
+            wrong.append(f"{requirement.name} is missing")
     shown = ", ".join(f"{name} {version(name)}" for name in SHOWN) if not wrong else "; ".join(wrong)
     return Check("packages", "fail" if wrong else "ok", shown + ("; install moe-asr again" if wrong else ""))
 
@@ -83,12 +83,12 @@ def _device() -> Check:
         seen = shutil.which("nvidia-smi") is not None
         more = "; there is an nvidia-smi, but torch sees no GPU: driver older than its CUDA, or none visible" * seen
         return Check("device", "note" if seen else "ok", f"cpu{more}")
-    found = []
+    gpus = []
     for number in range(torch.cuda.device_count()):
-        one = torch.cuda.get_device_properties(number)
-        found.append(f"{one.name}, {one.total_memory / GIB:.0f} GiB, capability {one.major}.{one.minor}")
+        gpu = torch.cuda.get_device_properties(number)
+        gpus.append(f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}")
     precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return Check("device", "ok", f"{'; '.join(found)}; trains in {precision}; CUDA {torch.version.cuda}")
+    return Check("device", "ok", f"{'; '.join(gpus)}; trains in {precision}; CUDA {torch.version.cuda}")
 
 
 def _arithmetic() -> Check:
@@ -181,7 +181,7 @@ def _more_formats() -> Check:
 
 
 def _compiler() -> Check:
-    found = next(
+    compiler = next(
         (path for name in (os.environ.get("CXX") or "c++", "g++", "clang++") if (path := shutil.which(name))), ""
     )
-    return Check("compiler", "ok" if found else "note", found or "no C++ compiler: asr.compile cannot be used")
+    return Check("compiler", "ok" if compiler else "note", compiler or "no C++ compiler: asr.compile cannot be used")

@@ -116,10 +116,10 @@ def make_plan(
         inputs = {name: pieces[name] for name in contract.inputs if name in groups}
         for number, key in enumerate(keys):
             task = Task(contract, number if contract.fan_out else None, key, inputs)
-            one = _look(store, task, group, before, planned, deep)
-            planned.append(one)
-            if one.status == "done" and one.manifest and contract.fan_out is None:
-                manifests[contract.output] = one.manifest
+            planned_task = _look(store, task, group, before, planned, deep)
+            planned.append(planned_task)
+            if planned_task.status == "done" and planned_task.manifest and contract.fan_out is None:
+                manifests[contract.output] = planned_task.manifest
     return Plan(tuple(planned), tuple(open_ended), groups)
 
 
@@ -151,9 +151,9 @@ def _changed_input(state: State, task: Task, earlier: Sequence[Planned]) -> str:
     assert state.manifest is not None
     now = {p.task.key.digest: p for p in earlier if p.manifest and p.status == "done"}
     for name, used in state.manifest.inputs.items():
-        for one in used:
-            current = now.get(one["key"])
-            if current and current.manifest and current.manifest.digest != one["digest"]:
+        for artifact in used:
+            current = now.get(artifact["key"])
+            if current and current.manifest and current.manifest.digest != artifact["digest"]:
                 return f"its input {current.task.label} ({name}) was made again with another content"
     return ""
 

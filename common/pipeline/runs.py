@@ -150,11 +150,11 @@ def run_record(store: Store, name: str) -> dict[str, Any]:
     Raises:
         DataError: there is no such run.
     """
-    found = read_record(store, Path(name).name)
-    if found is None:
+    record = read_record(store, Path(name).name)
+    if record is None:
         names = ", ".join(run_names(store)) or "none"
         raise DataError(f"no run {Path(name).name!r} in {store.url}; runs there: {names}")
-    return found
+    return record
 
 
 def find_run(name: str, store: Store | None) -> tuple[Store, dict[str, Any]] | None:

@@ -273,12 +273,12 @@ def _fetch_inputs(
     used: dict[str, list[dict[str, str]]] = {}
     for name, keys in task.inputs.items():
         manifests = [_require(store, key) for key in keys]
-        found = [
+        fetched = [
             fetch(store, key, manifest, download_folder(scratch, key))
             for key, manifest in zip(keys, manifests, strict=True)
         ]
         used[name] = [{"key": key.digest, "digest": m.digest} for key, m in zip(keys, manifests, strict=True)]
-        folders[name] = found
+        folders[name] = fetched
     return folders, used
 
 

@@ -20,8 +20,8 @@ def render_comparison(comparison: Row) -> str:
     """The page as one HTML string, from the result of `compare.compare`."""
     systems: Sequence[Row] = comparison["systems"]
     etiologies = [name for name in systems[0]["by_etiology"] if name != UNKNOWN]
-    ends = [end for one in systems for end in (one["wer"], *(one["wer_interval"] or ()))]
-    differences = [one["difference"]["wer"] for one in systems if one["difference"]]
+    ends = [end for system in systems for end in (system["wer"], *(system["wer_interval"] or ()))]
+    differences = [system["difference"]["wer"] for system in systems if system["difference"]]
     reach = max((abs(end or 0.0) for d in differences for end in (d["delta"], d["low"], d["high"])), default=0.0)
     return render_page(
         "compare.html",
@@ -32,16 +32,16 @@ def render_comparison(comparison: Row) -> str:
         reach=_round_up(reach),
         etiologies=[_etiology(systems, name) for name in etiologies],
         caution=caution(comparison["speakers"], comparison["named_speakers"], "tested"),
-        trained=[one for one in systems if one["facts"].get("trained_parameters") is not None],
-        loads=[one for one in systems if len(one["facts"].get("load") or ()) > 1],
+        trained=[system for system in systems if system["facts"].get("trained_parameters") is not None],
+        loads=[system for system in systems if len(system["facts"].get("load") or ()) > 1],
         verdict=_verdict(comparison),
-        several=any(len(one["runs"]) > 1 for one in systems),
+        several=any(len(system["runs"]) > 1 for system in systems),
     )
 
 
 def _etiology(systems: Sequence[Row], name: str) -> Row:
     """Rates of all systems on one etiology; the lowest is marked."""
-    cells = [one["by_etiology"][name] for one in systems]
+    cells = [system["by_etiology"][name] for system in systems]
     return {"name": name, "speakers": cells[0]["speakers"], "cells": cells, "best": min(cell["wer"] for cell in cells)}
 
 
@@ -51,11 +51,11 @@ def _verdict(comparison: Row) -> str:
     if comparison["speakers"] == 1:
         return "Whether a difference is more than chance cannot be said: that takes two or more speakers."
     changes: dict[str, list[str]] = {"lower": [], "higher": [], "same": []}
-    for one in comparison["systems"]:
-        if one["difference"]:
-            found = one["difference"]["wer"]
-            side = "lower" if found["high"] < 0 else "higher" if found["low"] > 0 else "same"
-            changes[side].append(one["name"])
+    for system in comparison["systems"]:
+        if system["difference"]:
+            difference = system["difference"]["wer"]
+            side = "lower" if difference["high"] < 0 else "higher" if difference["low"] > 0 else "same"
+            changes[side].append(system["name"])
     parts = []
     if changes["lower"]:
         parts.append(f"WER is lower than {reference}'s for {', '.join(changes['lower'])}.")
@@ -78,21 +78,21 @@ def table_rows(comparison: Row) -> tuple[tuple[str, ...], list[tuple[str, ...]]]
     header = ("", "runs", "WER", "95% interval", "CER", f"WER − {reference}", "95% interval", "p",
               *(f"WER {name}" for name in etiologies), "parameters", "utt/s", "time")  # fmt: skip
     rows = []
-    for one in comparison["systems"]:
-        facts, delta = one["facts"], (one["difference"] or {}).get("wer")
-        alone = one["speakers"] == 1
+    for system in comparison["systems"]:
+        facts, delta = system["facts"], (system["difference"] or {}).get("wer")
+        alone = system["speakers"] == 1
         bounds = f"{points(delta['low'])} to {points(delta['high'])}" if delta and not alone else ""
         rows.append(
             (
-                one["name"],
-                str(len(one["runs"])),
-                percent(one["wer"]),
-                "one speaker" if alone else interval(one["wer_interval"]),
-                percent(one["cer"]),
+                system["name"],
+                str(len(system["runs"])),
+                percent(system["wer"]),
+                "one speaker" if alone else interval(system["wer_interval"]),
+                percent(system["cer"]),
                 points(delta["delta"]) if delta else "",
                 bounds,
                 f"{delta['p']:.3f}" if delta and not alone else "",
-                *(percent(one["by_etiology"][name]["wer"]) for name in etiologies),
+                *(percent(system["by_etiology"][name]["wer"]) for name in etiologies),
                 number(facts.get("trained_parameters")),
                 number(facts.get("samples_per_second"), 1),
                 clock(facts.get("seconds")),

@@ -126,7 +126,7 @@ def _matrix(cells: Sequence[Row]) -> Row | None:
     lines: dict[str, dict[str, Row]] = {}
     for cell in cells:
         lines.setdefault(", ".join(cell[name] for name in wanted), {})[cell["duration"]] = cell
-    shown = [(name, [found.get(column) for column in columns]) for name, found in list(lines.items())[:TABLE_ROWS]]
+    shown = [(name, [row.get(column) for column in columns]) for name, row in list(lines.items())[:TABLE_ROWS]]
     title = " × ".join([*wanted, "duration"]).capitalize()
     corner = ", ".join(wanted).capitalize()
     return {"title": title, "corner": corner, "columns": columns, "lines": shown, "cut": len(lines) - len(shown)}

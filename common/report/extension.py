@@ -57,12 +57,12 @@ def confusion_table(before: Sequence[Row], after: Sequence[Row]) -> list[Row]:
 
 def confusions(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
     """How often a word was written instead of another; an empty word stands for a missing word."""
-    found: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
         for kind, said, written in align_words(row["reference"], row["hypothesis"]):
             if kind != "ok":
-                found[said.casefold(), written.casefold()] += 1
-    return found
+                counts[said.casefold(), written.casefold()] += 1
+    return counts
 
 
 def write_extension(

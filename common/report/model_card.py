@@ -159,13 +159,13 @@ def _facts(
 
 
 def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
-    found = []
+    splits = []
     for name in dict.fromkeys(u.split for u in utterances):
         of_split = [u for u in utterances if u.split == name]
         hours = f"{sum(u.duration for u in of_split) / 3600:.2f}"
         speakers = len({u.speaker or u.id for u in of_split})
-        found.append({"name": name, "utterances": len(of_split), "hours": hours, "speakers": speakers})
-    return found
+        splits.append({"name": name, "utterances": len(of_split), "hours": hours, "speakers": speakers})
+    return splits
 
 
 def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:

@@ -61,8 +61,8 @@ def difference_interval(rows: Sequence[Row]) -> tuple[float, float] | None:
     speakers = {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
     if len(set(speakers.values())) < 2:
         return None
-    found = paired_bootstrap(_scores(rows, "errors_before"), _scores(rows, "errors"), speakers)
-    return found["low"], found["high"]
+    difference = paired_bootstrap(_scores(rows, "errors_before"), _scores(rows, "errors"), speakers)
+    return difference["low"], difference["high"]
 
 
 def etiology_section(summary: Row, rows: Sequence[Row]) -> Row | str:

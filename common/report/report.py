@@ -294,13 +294,13 @@ def _time_reading(worked: Sequence[Row], cuts: Sequence[Row]) -> str:
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
+    versions = [("Python", platform.python_version())]
     for package in PACKAGES:
         try:
-            found.append((package, version(package)))
+            versions.append((package, version(package)))
         except PackageNotFoundError:
-            found.append((package, "not installed"))
-    return found
+            versions.append((package, "not installed"))
+    return versions
 
 
 def _field(row: Row, name: str) -> str:

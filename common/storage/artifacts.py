@@ -135,7 +135,7 @@ def _find_damage(store: Store, folder: str, manifest: Manifest, deep: bool) -> s
                 lambda name: _stored_hash(store, folder + name, manifest.files[name].size), manifest.files
             )
             files = zip(manifest.files.items(), hashes, strict=True)
-            return next((f"{name} is altered" for (name, file), found in files if found != file.sha256), "")
+            return next((f"{name} is altered" for (name, file), actual in files if actual != file.sha256), "")
     return ""
 
 
@@ -198,7 +198,7 @@ def commit(
         digest=content_digest(files, volatile),
         volatile=list(volatile),
         ingredients=dict(key.ingredients),
-        inputs={name: [dict(one) for one in used] for name, used in inputs.items()},
+        inputs={name: [dict(artifact) for artifact in used] for name, used in inputs.items()},
         version=version,
         host=host,
         started=started,

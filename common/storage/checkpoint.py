@@ -183,12 +183,12 @@ class Checkpointer:
 
     def _folders(self, *, follow: bool = True) -> dict[str, dict[str, Entry]]:
         """Folder name → file name → entry."""
-        found: dict[str, dict[str, Entry]] = {}
+        folders: dict[str, dict[str, Entry]] = {}
         for entry in self.store.list(self.prefix, follow=follow):
             folder, _, file = entry.key[len(self.prefix) :].partition("/")
             if file and folder[:9].isdigit():
-                found.setdefault(folder, {})[file] = entry
-        return found
+                folders.setdefault(folder, {})[file] = entry
+        return folders
 
     def _prune(self) -> None:
         try:

@@ -110,8 +110,8 @@ def _ranges(store: Store, prefix: str) -> str:
     body = hashlib.sha256(b"seed").digest() * 4096
     store.write(f"{prefix}ranges", body)
     for start, length in ((0, 1), (70_000, 1_000), (len(body) - 5, 5)):
-        found = store.read_range(f"{prefix}ranges", start, length)
-        _expect(found == body[start : start + length], f"bytes {start}+{length} are not those that were written")
+        part = store.read_range(f"{prefix}ranges", start, length)
+        _expect(part == body[start : start + length], f"bytes {start}+{length} are not those that were written")
     return "any range of bytes"
 
 

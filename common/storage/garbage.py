@@ -26,11 +26,11 @@ def garbage(store: Store, *, older_than_hours: float = 24.0) -> list[Entry]:
         parts = entry.key.split("/")
         if len(parts) >= 4:
             by_key[tuple(parts[1:3])].append(entry)
-    found = [entry for entry in _leftovers(store) if entry.modified < before]
+    removable = [entry for entry in _leftovers(store) if entry.modified < before]
     for (stage, digest), entries in by_key.items():
         if all(entry.modified < before for entry in entries):
-            found += _unreferenced(store, Key(stage, digest), entries)
-    return found
+            removable += _unreferenced(store, Key(stage, digest), entries)
+    return removable
 
 
 def _leftovers(store: Store) -> list[Entry]:

@@ -157,13 +157,13 @@ class LocalStore:
         entries = list(self.list(prefix))
         stale = [entry for entry in entries if not is_current(entry, into / entry.key[len(prefix) :])]
 
-        def one(entry: Entry) -> None:
+        def copy(entry: Entry) -> None:
             path = into / entry.key[len(prefix) :]
             self.get(entry.key, path)
             os.utime(path, (entry.modified, entry.modified))
 
         with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(one, stale))
+            list(pool.map(copy, stale))
         if exact:
             remove_others(into, {entry.key[len(prefix) :] for entry in entries})
 
@@ -268,8 +268,8 @@ def _walk(folder: Path, prefix: str, start: str, follow: bool) -> Iterator[Entry
 def _items(folder: Path, start: str, follow: bool) -> list[tuple[os.DirEntry[str], bool]]:
     """The content of a folder, in the order of keys, and whether each item is a folder."""
     try:
-        with explained(folder), os.scandir(folder) as found:
-            items = [(item, _is_folder(item, follow)) for item in found if item.name.startswith(start)]
+        with explained(folder), os.scandir(folder) as listing:
+            items = [(item, _is_folder(item, follow)) for item in listing if item.name.startswith(start)]
     except NotFound:
         return []
     return sorted(items, key=lambda pair: pair[0].name + "/" * pair[1])

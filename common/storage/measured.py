@@ -134,8 +134,8 @@ class MeasuredStore:
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """Relative path → (bytes, time of change)."""
-    found = {}
+    files = {}
     for name in folder_files(folder):
         status = (folder / name).stat()
-        found[name] = (status.st_size, status.st_mtime_ns)
-    return found
+        files[name] = (status.st_size, status.st_mtime_ns)
+    return files

@@ -138,10 +138,10 @@ class S3Store:
                 return body.read() if reply["ContentLength"] == len(data) else b"", reply["ETag"]
 
         try:
-            found, tag = self._ask(key, look)
+            content, tag = self._ask(key, look)
         except NotFound:
             return False
-        if found != data:
+        if content != data:
             return False
         self.write(to, data)
         try:

@@ -62,8 +62,8 @@ def _complete(client: S3Client, target: dict[str, Any], sent: list[Any], size: i
     except client.exceptions.ClientError as error:
         if error_code(error) != "NoSuchUpload":
             raise
-        found = client.head_object(Bucket=target["Bucket"], Key=target["Key"])
-        if found["ContentLength"] != size:
+        head = client.head_object(Bucket=target["Bucket"], Key=target["Key"])
+        if head["ContentLength"] != size:
             raise
 
 

@@ -135,7 +135,7 @@ def check_key(key: str) -> str:
 def is_current(entry: Entry, path: Path) -> bool:
     """Whether a local file has the size and time of a store's entry."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return False
-    return found.st_size == entry.size and abs(found.st_mtime - entry.modified) < 1e-3
+    return status.st_size == entry.size and abs(status.st_mtime - entry.modified) < 1e-3

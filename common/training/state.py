@@ -68,18 +68,18 @@ class LoopState:
         """The weights of the state by name; best or pending weights that equal the current weights are not written
         twice.
         """
-        found = {f"best.{name}": value for name, value in self.best.items()} if self.best_step != self.step else {}
-        for number, one in enumerate(self.kept):
-            found |= {f"kept{number}.{name}": value for name, value in one.weights.items()}
+        tensors = {f"best.{name}": value for name, value in self.best.items()} if self.best_step != self.step else {}
+        for number, kept in enumerate(self.kept):
+            tensors |= {f"kept{number}.{name}": value for name, value in kept.weights.items()}
         if self.pending and self.pending.step != self.step:
-            found |= {f"pending.{name}": value for name, value in self.pending.weights.items()}
-        return found
+            tensors |= {f"pending.{name}": value for name, value in self.pending.weights.items()}
+        return tensors
 
     def record(self) -> dict[str, Any]:
         """The numbers of the state, as JSON."""
         numbers = ("best_step", "best_value", "evals_without_improvement", "epochs_evaluated", "split")
         return {name: getattr(self, name) for name in numbers} | {
-            "kept": [(one.step, one.value) for one in self.kept],
+            "kept": [(kept.step, kept.value) for kept in self.kept],
             "pending": self.pending.step if self.pending else None,
         }
 
@@ -108,12 +108,12 @@ def keep(kept: Sequence[Kept], new: Kept, count: int, which: Literal["best", "la
     """The `count` best or last weights; of equal weights, the earlier are better."""
     if which == "last":
         return [*kept, new][-count:]
-    return sorted([*kept, new], key=lambda one: one.value)[:count]
+    return sorted([*kept, new], key=lambda candidate: candidate.value)[:count]
 
 
 def averaged(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several sets of weights."""
-    return {name: torch.stack([one[name].float() for one in weights]).mean(0) for name in weights[0]}
+    return {name: torch.stack([checkpoint[name].float() for checkpoint in weights]).mean(0) for name in weights[0]}
 
 
 def copies(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,20 +150,20 @@ def snapshot(
 def check_checkpoint(
     trained: Mapping[str, Tensor],
     extra: Mapping[str, Tensor],
-    found: tuple[int, Mapping[str, Tensor], Mapping[str, Any]],
+    latest: tuple[int, Mapping[str, Tensor], Mapping[str, Any]],
     source: str,
 ) -> None:
     """Refuses a checkpoint that is incomplete or belongs to another training.
 
     Args:
         trained, extra: the tensors that it must contain, by name and shape.
-        found: step, tensors and record, as returned by `Checkpointer.latest`.
+        latest: step, tensors and record, as returned by `Checkpointer.latest`.
         source: origin of the checkpoint, for the message.
 
     Raises:
         DataError: the checkpoint does not fit; the message names the first difference.
     """
-    step, tensors, record = found
+    step, tensors, record = latest
     remedy = "delete it to train from the start, or use the version of moe-asr that wrote it"
     try:
         weights = ["model."] + ["best."] * (record["best_step"] != step)

@@ -220,10 +220,10 @@ def train(
             scores = evaluate(wrapped, full)
         return Evaluation(at, epoch, full, copies(trained), scores)
 
-    found = checkpointer.latest() if checkpointer else None
-    if found and checkpointer:
-        check_checkpoint(trained, extra, found, checkpointer.prefix)
-        step, tensors, record = found
+    latest = checkpointer.latest() if checkpointer else None
+    if latest and checkpointer:
+        check_checkpoint(trained, extra, latest, checkpointer.prefix)
+        step, tensors, record = latest
         pending = None
         if at := record["pending"]:  # its scores were still being computed: once more
             put(trained, tensors, "model." if at == step else "pending.")
@@ -349,7 +349,7 @@ def train(
     model.eval()
     mean_of = 0
     if len(state.kept) > 1:  # their mean is evaluated as they were: it stays only where it is not worse than the best
-        put(trained, averaged([one.weights for one in state.kept]))
+        put(trained, averaged([kept.weights for kept in state.kept]))
         meter.pause()
         with torch.no_grad():
             found_scores = evaluate(wrapped, True)

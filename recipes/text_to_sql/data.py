@@ -93,18 +93,20 @@ def find_database(settings: Settings) -> Path:
         DataError: there is none, or several.
     """
     kinds = ("*.db", "*.sqlite", "*.sqlite3")
-    found = [settings.database] if settings.database else [one for kind in kinds for one in settings.data.glob(kind)]
-    if len(found) != 1 or not found[0].is_file():
-        names = ", ".join(sorted(map(str, found))) or f"none in {settings.data}"
+    databases = (
+        [settings.database] if settings.database else [path for kind in kinds for path in settings.data.glob(kind)]
+    )
+    if len(databases) != 1 or not databases[0].is_file():
+        names = ", ".join(sorted(map(str, databases))) or f"none in {settings.data}"
         raise DataError(f"one SQLite database is needed, found {names}: name it with --database")
-    return found[0]
+    return databases[0]
 
 
 def make_examples(tokenizer: Any, questions: Sequence[str], queries: Sequence[str] | None = None) -> list[Example]:
     """Tokenised pairs; without queries the labels are empty."""
     inputs = tokenizer(list(questions))["input_ids"]
     labels = tokenizer(list(queries))["input_ids"] if queries is not None else [[]] * len(inputs)
-    return [Example(tuple(one), tuple(other)) for one, other in zip(inputs, labels, strict=True)]
+    return [Example(tuple(source), tuple(target)) for source, target in zip(inputs, labels, strict=True)]
 
 
 def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -75,7 +75,9 @@ def make_pair(chance: random.Random) -> tuple[str, str]:
 
 def draw(values: dict[str, Any] | list[str], chance: random.Random) -> tuple[str, Any]:
     """A random value of a slot: its text in the question and its text in the query."""
-    return chance.choice(list(values.items()) if isinstance(values, dict) else [(one.lower(), one) for one in values])
+    return chance.choice(
+        list(values.items()) if isinstance(values, dict) else [(value.lower(), value) for value in values]
+    )
 
 
 def make_pairs(count: int, *, seed: int) -> list[tuple[str, str]]:

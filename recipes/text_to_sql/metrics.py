@@ -36,7 +36,7 @@ def score(predicted: Sequence[str], gold: Sequence[str], outcomes: Mapping[str, 
     count = max(1, len(f1))
     return {
         "record_f1": sum(f1) / count,
-        "record_em": sum(one == 1 for one in f1) / count,
+        "record_em": sum(value == 1 for value in f1) / count,
         "sql_em": sum(same) / count,
         "error_rate": sum(bool(outcomes[query].error) for query in predicted) / count,
     }

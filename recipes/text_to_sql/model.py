@@ -71,7 +71,9 @@ def add_missing(tokenizer: Any, queries: Sequence[str]) -> list[str]:
     """Adds the characters of the queries that the vocabulary lacks; T5's has no `<`, `{` or `~`."""
     characters = sorted(set("".join(queries)) - {" "})
     missing = [
-        one for one in characters if tokenizer.unk_token_id in tokenizer(one, add_special_tokens=False)["input_ids"]
+        character
+        for character in characters
+        if tokenizer.unk_token_id in tokenizer(character, add_special_tokens=False)["input_ids"]
     ]
     tokenizer.add_tokens(missing)
     return missing

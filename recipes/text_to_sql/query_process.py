@@ -74,16 +74,16 @@ def answer(connection: sqlite3.Connection, query: str, rows: int, size: int) -> 
         cursor = connection.execute(query)
         if cursor.description is None:
             return {"error": "not a query"}
-        found: list[list[Any]] = []
+        fetched: list[list[Any]] = []
         for row in cursor:
             cells = [cell.hex() if isinstance(cell, bytes) else cell for cell in row]
             size -= sum(len(cell) if isinstance(cell, str) else 8 for cell in cells)
             if size < 0:
                 return {"error": "too many bytes"}
-            if len(found) == rows:
+            if len(fetched) == rows:
                 return {"error": "too many rows"}
-            found.append(cells)
-        return found
+            fetched.append(cells)
+        return fetched
     except MemoryError:
         return {"error": OUT_OF_MEMORY}
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:

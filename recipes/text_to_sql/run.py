@@ -63,7 +63,7 @@ def train(settings: Settings) -> Scores:
         raise UsageError("the recipe trains in one process: start it without torchrun")
     model, tokenizer = open_model(settings, *texts["train"])
     examples, dev = (make_examples(tokenizer, *texts[name]) for name in ("train", "dev"))
-    model.t5.generation_config.max_new_tokens = max(len(one.labels) for one in [*examples, *dev]) * 11 // 10 + 1
+    model.t5.generation_config.max_new_tokens = max(len(example.labels) for example in [*examples, *dev]) * 11 // 10 + 1
     model.to(accelerator.device)
     if settings.compile:
         model.compile(dynamic=True)
@@ -144,7 +144,7 @@ def make_judge(
     limits, threads = Limits(settings.sql_timeout), settings.sql_threads
     cache = settings.output / "gold"
     known = gold_outcomes(database, gold, threads=threads, limits=limits, cache=cache, stopping=stopping)
-    if failed := sum(bool(one.error) for one in known.values()):
+    if failed := sum(bool(outcome.error) for outcome in known.values()):
         log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
 
     def judge(texts: Sequence[str]) -> Scores:

@@ -94,14 +94,14 @@ def settings_options(*names: str) -> Callable[[Callable[..., Any]], Callable[...
     hints = get_type_hints(Settings, include_extras=True)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for one in reversed(fields(Settings)):
-            if names and one.name not in names:
+        for setting in reversed(fields(Settings)):
+            if names and setting.name not in names:
                 continue
-            kind, text = get_args(hints[one.name])
-            flag = "--finetune/--from-scratch" if one.name == "finetune" else f"--{one.name}"
-            default = {"required": True} if one.default is MISSING else {"default": one.default}
+            kind, text = get_args(hints[setting.name])
+            flag = "--finetune/--from-scratch" if setting.name == "finetune" else f"--{setting.name}"
+            default = {"required": True} if setting.default is MISSING else {"default": setting.default}
             shape = {"is_flag": True} if kind is bool else {"type": _click_type(kind), "show_default": True}
-            function = click.option(flag, one.name, help=text, **default, **shape)(function)
+            function = click.option(flag, setting.name, help=text, **default, **shape)(function)
         return function
 
     return decorate

@@ -167,9 +167,9 @@ def run_queries(
         Preempted: `stopping` became true.
     """
     wanted = dict.fromkeys(queries)
-    found = {query: known[query] for query in wanted if known and query in known}
+    outcomes = {query: known[query] for query in wanted if known and query in known}
     new: SimpleQueue[str] = SimpleQueue()
-    for query in (query for query in wanted if query not in found):
+    for query in (query for query in wanted if query not in outcomes):
         new.put(query)
     failed = threading.Event()
 
@@ -179,7 +179,7 @@ def run_queries(
             with suppress(Empty):
                 while not failed.is_set():
                     query = new.get_nowait()
-                    found[query] = process.ask(query)
+                    outcomes[query] = process.ask(query)
         finally:
             process.kill()
 
@@ -191,7 +191,7 @@ def run_queries(
         except BaseException:  # Ctrl-C too
             failed.set()
             raise
-    return {query: found[query] for query in wanted}
+    return {query: outcomes[query] for query in wanted}
 
 
 def gold_outcomes(
@@ -223,7 +223,11 @@ def gold_outcomes(
 def write_records(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Writes one line for each query: its rows as JSON, or {"error": …}."""
     write_lines(
-        path, (json.dumps({"error": one.error} if one.error else one.rows, ensure_ascii=False) for one in outcomes)
+        path,
+        (
+            json.dumps({"error": outcome.error} if outcome.error else outcome.rows, ensure_ascii=False)
+            for outcome in outcomes
+        ),
     )
 
 

@@ -27,12 +27,12 @@ def utterance_losses(joint: Joint) -> dict[str, tuple[float, int]]:
     batches = epoch_batches(
         dev.examples, batch_size=1, batch_seconds=joint.config.runtime.extract_batch_seconds, shuffle=False
     )
-    found: dict[str, tuple[float, int]] = {}
+    losses: dict[str, tuple[float, int]] = {}
     with accelerator.autocast():
         for batch in dev.loader(batches):
             loss_B, count_B = joint.recogniser.utterance_losses(batch)
-            found |= zip(batch.ids, zip(loss_B.tolist(), count_B.tolist(), strict=True), strict=True)
-    return found
+            losses |= zip(batch.ids, zip(loss_B.tolist(), count_B.tolist(), strict=True), strict=True)
+    return losses
 
 
 def judge_experts(joint: Joint) -> list[dict[str, Any]]:

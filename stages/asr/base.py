@@ -55,11 +55,11 @@ def base_transcripts(
         decode: decodes the utterances, in all processes together.
     """
     started, main = time.time(), accelerator.is_main_process
-    found: list[dict[str, str] | None] = [_read(results.find(key()), utterances) if main else None]
+    stored: list[dict[str, str] | None] = [_read(results.find(key()), utterances) if main else None]
     if accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    if found[0] is not None:
-        return found[0], False
+        broadcast_object_list(stored)
+    if stored[0] is not None:
+        return stored[0], False
     texts = dict(decode())
     if main:
         results.add(key(), lambda folder: _write(folder, utterances, texts), started=started)

@@ -266,8 +266,8 @@ def _show_routing(joint: Joint) -> None:
     """Sets the experts' load on the currently routed split in the live metrics."""
     logits_NE, known_N = joint.recogniser.all_choices()
     if logits_NE is not None:
-        found = routing_report(logits_NE, _top_k(joint.config), known_N)
-        joint.context.metrics.live.routing(found.load, found.entropy)
+        report = routing_report(logits_NE, _top_k(joint.config), known_N)
+        joint.context.metrics.live.routing(report.load, report.entropy)
 
 
 def _evaluate(joint: Joint, model: Path, result: TrainResult, judged: list[dict[str, Any]], output: Path) -> None:
@@ -369,16 +369,16 @@ def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], di
     top_k, examples = _top_k(joint.config), joint.sets["test"].examples
     chosen = joint.recogniser.set_routing(logits_NE, len(examples), known_N)
     ids, weights = chosen.topk_ids_BK.tolist(), chosen.topk_weights_BK.tolist()
-    found = routing_report(logits_NE, top_k, known_N)
+    report = routing_report(logits_NE, top_k, known_N)
     return {example.id: (i, w) for example, i, w in zip(examples, ids, weights, strict=True)}, {
         "experts": logits_NE.shape[1],
         "top_k": top_k,
         "groups": list(joint.groups),
-        "load": list(found.load),
-        "router_entropy": found.entropy,
-        "top1_share": found.top1_share,
-        "abstained": found.abstained,
-        "collapsed": found.collapsed,
+        "load": list(report.load),
+        "router_entropy": report.entropy,
+        "top1_share": report.top1_share,
+        "abstained": report.abstained,
+        "collapsed": report.collapsed,
     }
 
 

@@ -37,23 +37,23 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
             "subsets.embeddings_percent"
         )
     options = config.cluster
-    found = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
+    clusters = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
-    report = cluster_report(found, found.reduced_NP, groups=groups, seed=config.seed)
+    report = cluster_report(clusters, clusters.reduced_NP, groups=groups, seed=config.seed)
     report |= {"clusters_wanted": wanted, "warning": poor_clustering(report, groups, wanted)}
     if report["warning"]:
         log.warning("%s", report["warning"])
     rows = [
         {"id": u.id, "cluster": int(label), "noise": bool(noise), "probability": round(float(probability), 6)}
         for u, label, noise, probability in zip(
-            utterances, found.labels_N, found.noise_N, found.probability_N, strict=True
+            utterances, clusters.labels_N, clusters.noise_N, clusters.probability_N, strict=True
         )
     ]
     _write_rows(output / "assignments.jsonl", rows)
-    np.save(output / "centroids.npy", found.centroids_KD, allow_pickle=False)
+    np.save(output / "centroids.npy", clusters.centroids_KD, allow_pickle=False)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot != "none":
-        _draw(options.plot, found.reduced_NP, utterances, rows, config.seed, output)
+        _draw(options.plot, clusters.reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")
     context.summary["utterances"] = len(utterances)
     context.summary |= {name: report[name] for name in ("clusters", "clusters_wanted", "noise_share", "warning")}

@@ -32,8 +32,8 @@ READS = (
 
 def count_groups(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int | None:
     """One expert per group of the gate; unknown until the gate exists."""
-    found = manifests.get("gate")
-    return int(found.metrics["groups"]) if found else None
+    gate = manifests.get("gate")
+    return int(gate.metrics["groups"]) if gate else None
 
 
 def pretrains_experts(config: Config) -> bool:

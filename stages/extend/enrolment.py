@@ -112,11 +112,11 @@ def warn_of_strange_texts(utterances: Sequence[Utterance], gains: Sequence[float
 def rotation(utterances: Sequence[Utterance]) -> list[int]:
     """For each utterance, the number of another utterance with another text; its own number if there is none."""
     count = len(utterances)
-    found = []
+    partners = []
     for number, u in enumerate(utterances):
         others = ((number + step) % count for step in range(1, count))
-        found.append(next((other for other in others if utterances[other].text != u.text), number))
-    return found
+        partners.append(next((other for other in others if utterances[other].text != u.text), number))
+    return partners
 
 
 def _names(utterances: Sequence[Utterance]) -> str:

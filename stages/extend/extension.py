@@ -103,13 +103,15 @@ def make_plan(
     _check_name(wish.name)
     record = parent_record(opened, config, store)
     clash = [
-        one for one in opened.added if one.name == wish.name or (one.column, one.value) == (wish.column, wish.value)
+        info
+        for info in opened.added
+        if info.name == wish.name or (info.column, info.value) == (wish.column, wish.value)
     ]
     if clash and not wish.replace:
-        one = clash[0]
+        info = clash[0]
         raise UsageError(
-            f"{wish.name}: model {opened.name} has an expert {one.name!r} for {one.column} {one.value!r} already "
-            f"({one.method}, {one.utterances} utterances): --replace puts the new one in its place"
+            f"{wish.name}: model {opened.name} has an expert {info.name!r} for {info.column} {info.value!r} already "
+            f"({info.method}, {info.utterances} utterances): --replace puts the new one in its place"
         )
     utterances = enrolled(corpus, wish.column, wish.value)
     parent = parent_digest(opened)
@@ -173,13 +175,13 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     if made:
         record = plans[0].record
         there = added_of(store, record, cache)
-        kept = [key for one, key in there if not any(_same(one, info) for info, _ in made)]
+        kept = [key for info, key in there if not any(_same(info, new) for new, _ in made)]
         write_record(store, plans[0].run, record, [*kept, *(key for _, key in made)])
     return [info for info, _ in made]
 
 
-def _same(one: AddedExpert, other: AddedExpert) -> bool:
-    return one.name == other.name or (one.column, one.value) == (other.column, other.value)
+def _same(info: AddedExpert, other: AddedExpert) -> bool:
+    return info.name == other.name or (info.column, info.value) == (other.column, other.value)
 
 
 def parent_digest(opened: OpenedModel) -> str:
@@ -190,11 +192,11 @@ def parent_digest(opened: OpenedModel) -> str:
 
 def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str, Any]:
     """The record of the model's run; for a model that is not a run of this store, a record of its location."""
-    found = find_run(opened.name, store)
-    if found and found[0].url == store.url:
-        return found[1]
-    if found:
-        raise UsageError(f"model {opened.name} is a run of another store: --store {found[0].url}")
+    located = find_run(opened.name, store)
+    if located and located[0].url == store.url:
+        return located[1]
+    if located:
+        raise UsageError(f"model {opened.name} is a run of another store: --store {located[0].url}")
     local = Path(opened.name).exists()
     settings = config.model_dump(mode="json")
     settings["model"] |= {"name": opened.name, "language": opened.language}
@@ -243,11 +245,11 @@ def added_of(store: Store, record: Mapping[str, Any], cache: Path) -> list[tuple
     Raises:
         DataError: an added expert is missing.
     """
-    found = []
+    experts = []
     for label, task in _added_tasks(record).items():
         key = Key(STAGE, task["key"])
-        found.append((_read(store, key, label, cache), key))
-    return found
+        experts.append((_read(store, key, label, cache), key))
+    return experts
 
 
 def _read(store: Store, key: Key, label: str, cache: Path) -> AddedExpert:
@@ -284,10 +286,10 @@ def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
     Raises:
         DataError: there is no such run.
     """
-    found = find_run(name, store)
-    if found is None:
+    located = find_run(name, store)
+    if located is None:
         raise DataError(f"no run {name!r} in {store.url}; runs there: {', '.join(run_names(store)) or 'none'}")
-    return found
+    return located
 
 
 def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
@@ -301,7 +303,7 @@ def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
     """
     store, record = extension_record(name, store)
     added = added_of(store, record, cache)
-    key = next((key for one, key in added if one.name == expert), None)
+    key = next((key for info, key in added if info.name == expert), None)
     if key is None:
         raise UsageError(
             f"run {record['name']} has no added expert {expert!r}{nearest(expert, [a.name for a, _ in added])}"

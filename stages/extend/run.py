@@ -201,9 +201,9 @@ def _decide(
     old, new = ([score_of(row) for row in rows] for rows in (before, after))
     ids = [u.id for u in work.utterances]
     units = work.groups if len(set(work.groups)) >= ENOUGH_GROUPS else ids
-    found = paired_bootstrap(old, new, dict(zip(ids, units, strict=True)))
+    difference = paired_bootstrap(old, new, dict(zip(ids, units, strict=True)))
     details |= {"tried": shown, "wer_before": wer(old), "wer_after": wer(new)}
-    details["interval"] = [-found["high"], -found["low"]]
+    details["interval"] = [-difference["high"], -difference["low"]]
     request.page["rows"] = before, after
     return method, details
 
@@ -246,11 +246,11 @@ def _curve(work: _Work, candidates: Candidates, method: Method) -> list[dict[str
     """Held-out cross-entropy per token for different numbers of training utterances."""
     folds = folds_of(work.groups, FOLDS)
     smallest = len(work.utterances) - max(len(fold) for fold in folds)
-    found = []
+    points = []
     for size in (size for size in CURVE if size <= smallest):
         loss_N = try_way(candidates.enrolment, method, folds, candidates, size).loss_N
-        found.append({"utterances": size, "loss": float(loss_N.mean())})
-    return found
+        points.append({"utterances": size, "loss": float(loss_N.mean())})
+    return points
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ def _encode_part(
     batches = epoch_batches(part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False)
     vectors: dict[int, torch.Tensor] = {}
     frames: dict[str, torch.Tensor] = {}
-    for numbers, batch in zip(batches, loader([[first + n for n in one] for one in batches]), strict=True):
+    for numbers, batch in zip(batches, loader([[first + n for n in indices] for indices in batches]), strict=True):
         pooled_BD, frames_BTD = recogniser.frozen_embedding(
             batch, layer=config.extract.layer, pooling=config.extract.pooling
         )
@@ -90,12 +90,14 @@ def _encode_part(
 
 def _write(output: Path, parts: Sequence[Sequence[Example]], tensors: Sequence[dict[str, torch.Tensor]]) -> None:
     ids = [example.id for part in parts for example in part]
-    vectors_ND = torch.cat([one["vectors"] for one in tensors]).numpy()
+    vectors_ND = torch.cat([part_tensors["vectors"] for part_tensors in tensors]).numpy()
     order = np.argsort(ids)
     write_table(output, [ids[i] for i in order], vectors_ND[order])
     rows = []
-    for number, one in enumerate(tensors):
-        frames = {name.removeprefix("frames."): value for name, value in one.items() if name.startswith("frames.")}
+    for number, part_tensors in enumerate(tensors):
+        frames = {
+            name.removeprefix("frames."): value for name, value in part_tensors.items() if name.startswith("frames.")
+        }
         if frames:
             file = f"frames-{number:06d}.npy"
             np.save(output / file, torch.cat(list(frames.values())).numpy(), allow_pickle=False)

@@ -172,8 +172,8 @@ def _held_out_speakers(groups: Groups, vectors_ND: np.ndarray, target: str, seed
     if target == "cluster" and len(etiologies) > 1 and "" not in etiologies:
         column, numbers = "etiology", [etiologies.index(u.etiology) for u in groups.utterances]
     speakers = [u.speaker for u in groups.utterances]
-    found = new_speakers_report(vectors_ND, np.array(numbers), speakers, seed=seed)
-    return None if found is None else {"groups": column, **found}
+    report = new_speakers_report(vectors_ND, np.array(numbers), speakers, seed=seed)
+    return None if report is None else {"groups": column, **report}
 
 
 def _write(gate: Gate, groups: Groups, report: dict[str, Any], output: Path, *, plots: bool) -> None:

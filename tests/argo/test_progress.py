@@ -26,12 +26,12 @@ def waiting_pod(*products, message="0/1 nodes are available: 1 node(s) didn't ma
 
 
 def test_every_piece_is_found_once_with_its_tries():
-    found = {piece.label: piece for piece in pieces(FINISHED)}
+    steps = {piece.label: piece for piece in pieces(FINISHED)}
     assert phase(FINISHED) == "Succeeded"
-    assert [label for label in found if label in LABELS] == LABELS
-    assert {"plan", "plan-asr", "report", "outcome"} <= set(found)
-    assert all(piece.tries and piece.tries[-1].phase == "Succeeded" for piece in found.values())
-    pods = [one.pod for piece in found.values() for one in piece.tries]
+    assert [label for label in steps if label in LABELS] == LABELS
+    assert {"plan", "plan-asr", "report", "outcome"} <= set(steps)
+    assert all(piece.tries and piece.tries[-1].phase == "Succeeded" for piece in steps.values())
+    pods = [attempt.pod for piece in steps.values() for attempt in piece.tries]
     nodes = FINISHED["status"]["nodes"].values()
     assert sorted(pods) == sorted(n["id"] for n in nodes if n["type"] == "Pod")
 
@@ -44,9 +44,9 @@ def test_added_experts_are_named_by_their_speakers():
                 n["templateName"] = new
         for p in (n.get("inputs") or {}).get("parameters", []):
             p |= {"name": "who", "value": f"F0{p['value']}"} if p["name"] == "shard" else {}
-    found = [piece for piece in pieces(changed) if piece.template == "extend"]
-    assert [piece.label for piece in found] == ["experts[F00]", "experts[F01]"]
-    assert [piece.tries for piece in found] == [p.tries for p in pieces(FINISHED) if p.template == "experts"]
+    steps = [piece for piece in pieces(changed) if piece.template == "extend"]
+    assert [piece.label for piece in steps] == ["experts[F00]", "experts[F01]"]
+    assert [piece.tries for piece in steps] == [p.tries for p in pieces(FINISHED) if p.template == "experts"]
 
 
 def test_a_hit_has_no_pod():

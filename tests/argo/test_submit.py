@@ -20,7 +20,7 @@ def dry_run(*words):
 
 
 def parameters(workflow):
-    return {one["name"]: one["value"] for one in workflow["spec"]["arguments"]["parameters"]}
+    return {parameter["name"]: parameter["value"] for parameter in workflow["spec"]["arguments"]["parameters"]}
 
 
 def test_a_submission_names_the_template_and_only_what_was_chosen():

@@ -40,12 +40,12 @@ def setting():
 
 @pytest.fixture(scope="module")
 def contest(setting):
-    found = joint.make_contest(setting)
-    for parameter in found.blend.parameters():
+    made = joint.make_contest(setting)
+    for parameter in made.blend.parameters():
         if parameter.requires_grad and parameter.ndim == 3:  # LoRA's B starts at zero, and all experts would be equal
             torch.nn.init.normal_(parameter, std=0.05)
-    joint.copy_into_peft(found.blend, found.peft, setting.experts)
-    return found
+    joint.copy_into_peft(made.blend, made.peft, setting.experts)
+    return made
 
 
 def test_measuring_one_group_again_keeps_the_rows_of_the_others(tmp_path):
@@ -54,11 +54,11 @@ def test_measuring_one_group_again_keeps_the_rows_of_the_others(tmp_path):
     before = json.loads(path.read_text(encoding="utf-8"))
     run.main(["--quick", "--only", "extract", "--out", str(path)])
     after = json.loads(path.read_text(encoding="utf-8"))
-    assert [one["group"] for one in after["rows"]] == sorted(one["group"] for one in after["rows"])
-    assert [one for one in after["rows"] if one["group"] == "log-mel"] == before["rows"]
+    assert [entry["group"] for entry in after["rows"]] == sorted(entry["group"] for entry in after["rows"])
+    assert [entry for entry in after["rows"] if entry["group"] == "log-mel"] == before["rows"]
     path.write_text(json.dumps(before | {"device": "another"}), encoding="utf-8")
     run.main(["--quick", "--only", "extract", "--out", str(path)])
-    assert {one["group"] for one in json.loads(path.read_text(encoding="utf-8"))["rows"]} == {"extract"}
+    assert {entry["group"] for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]} == {"extract"}
 
 
 @pytest.mark.parametrize("group", [name for name in run.GROUPS if name not in run.FULL_SIZE_ONLY])
@@ -68,9 +68,9 @@ def test_every_group_of_rows_runs_and_gives_the_format(group, tmp_path):
     report = json.loads(path.read_text(encoding="utf-8"))
     assert {"device", "versions", "rows"} == set(report)
     assert report["rows"]
-    for one in report["rows"]:
-        assert set(one) >= KEYS
-        assert min(one["ours"], one["peer"], one["ratio"]) > 0
+    for entry in report["rows"]:
+        assert set(entry) >= KEYS
+        assert min(entry["ours"], entry["peer"], entry["ratio"]) > 0
 
 
 def test_ratio_above_one_is_better_for_times_and_for_rates():
@@ -106,9 +106,9 @@ def test_gradients_of_the_loop_equal_ours(contest, setting):
 
 
 def test_blend_of_one_expert_equals_one_plain_peft_lora(setting):
-    one = joint.make_contest(dataclasses.replace(setting, experts=1, top_k=1))
-    ours = joint.ours_backward(one.blend, one.batch)
-    theirs = lora_backward(one.lora, one.features_BMF, one.batch)
+    single = joint.make_contest(dataclasses.replace(setting, experts=1, top_k=1))
+    ours = joint.ours_backward(single.blend, single.batch)
+    theirs = lora_backward(single.lora, single.features_BMF, single.batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -15,9 +15,9 @@ def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run,
     def hours_of_asr(hours):
         place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
         call("estimate", "--hours", hours, "--from", "micro", *place, "--json")
-        found = json.loads(capsys.readouterr().out)
-        assert "micro" in found["basis"] and found["device"] == "cpu" and found["stages"]["scoring"]["hours"] > 0
-        return found["stages"]["asr"]["hours"]
+        costs = json.loads(capsys.readouterr().out)
+        assert "micro" in costs["basis"] and costs["device"] == "cpu" and costs["stages"]["scoring"]["hours"] > 0
+        return costs["stages"]["asr"]["hours"]
 
     assert hours_of_asr(20) == pytest.approx(2 * hours_of_asr(10)) and hours_of_asr(10) > 0
 
@@ -49,6 +49,6 @@ def test_a_corpus_is_told_with_the_base_models_error_rate_by_etiology(micro_mode
     with pytest.raises(DataError, match=r"is for English only; model\.language is 'de'"):
         call("corpus", "stats", tones, "--model", micro_model, "--language", "de")
     call("corpus", "stats", tones, "--model", micro_model, "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert sum(group["utterances"] for group in found["wer"].values()) == 108
-    assert all(0 < group["wer"] <= 1 <= group["wer_unclipped"] for group in found["wer"].values())
+    report = json.loads(capsys.readouterr().out)
+    assert sum(group["utterances"] for group in report["wer"].values()) == 108
+    assert all(0 < group["wer"] <= 1 <= group["wer_unclipped"] for group in report["wer"].values())

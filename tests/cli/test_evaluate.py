@@ -46,26 +46,26 @@ def base(micro_model, tones, tmp_path_factory):
 
 
 def test_an_evaluation_of_a_run_has_the_rates_of_its_summary(evaluated, micro_run):
-    found = json.loads((evaluated / "evaluation.json").read_text())
+    evaluation = json.loads((evaluated / "evaluation.json").read_text())
     summary = json.loads((micro_run[0] / "micro" / "summary.json").read_text())
-    overall = found["overall"]
+    overall = evaluation["overall"]
     assert overall["wer"] == pytest.approx(summary["wer_after"]) and overall["cer"] == pytest.approx(
         summary["cer_after"]
     )
     assert overall["ci"] == pytest.approx(summary["wer_interval_after"])
     assert overall["wer_unclipped"] == pytest.approx(summary["wer_after_unclipped"])
     for name, group in summary["by_etiology"].items():
-        assert found["by_etiology"][name]["wer"] == pytest.approx(group["wer_after"])
+        assert evaluation["by_etiology"][name]["wer"] == pytest.approx(group["wer_after"])
     report = json.loads((micro_run[1] / "report.json").read_text())
-    assert found["load"] == pytest.approx(report["load"], abs=1e-3)
+    assert evaluation["load"] == pytest.approx(report["load"], abs=1e-3)
     assert read_table(evaluated / "utterances.csv")[0]["id"] == read_rows(micro_run[1] / "predictions.jsonl")[0]["id"]
 
 
 def test_the_base_evaluated_is_the_run_before_training(base, micro_run):
-    found = json.loads((base / "evaluation.json").read_text())
+    evaluation = json.loads((base / "evaluation.json").read_text())
     summary = json.loads((micro_run[0] / "micro" / "summary.json").read_text())
-    assert found["overall"]["wer"] == pytest.approx(summary["wer_before"])
-    assert found["mixture"] is None and found["load"] is None
+    assert evaluation["overall"]["wer"] == pytest.approx(summary["wer_before"])
+    assert evaluation["mixture"] is None and evaluation["load"] is None
 
 
 def test_a_run_decodes_as_it_did_itself_and_a_setting_changes_that(micro_run, tones, tmp_path):
@@ -74,7 +74,7 @@ def test_a_run_decodes_as_it_did_itself_and_a_setting_changes_that(micro_run, to
     call(*words, "--out", tmp_path / "own")
     call(*words, "--out", tmp_path / "other", "--set", "decode.max_new_tokens=3")
     tokens = [json.loads((tmp_path / name / "evaluation.json").read_text())["decoding"] for name in ("own", "other")]
-    assert [one["max_new_tokens"] for one in tokens] == [6, 3]
+    assert [decoding["max_new_tokens"] for decoding in tokens] == [6, 3]
 
 
 def test_the_page_needs_no_network_and_its_players_find_the_audio(base):
@@ -131,11 +131,11 @@ def test_long_utterances_are_refused_or_dropped_and_counted(micro_model, tones, 
         call(*words)
     assert not (tmp_path / "out").exists()
     call(*words, "--long-audio", "drop")
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert (found["left_out"], found["overall"]["utterances"]) == (1, 3)
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (evaluation["left_out"], evaluation["overall"]["utterances"]) == (1, 3)
     call(*words, "--long-audio", "drop", "--samples", 2, "--overwrite")
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert (found["left_out"], found["overall"]["utterances"]) == (1, 2)
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (evaluation["left_out"], evaluation["overall"]["utterances"]) == (1, 2)
     assert "1 utterances omitted" in Page((tmp_path / "out" / "report.html").read_text()).words
 
 
@@ -198,14 +198,14 @@ def test_bad_requests_get_one_line_and_their_exit_code(micro_model, tones, tmp_p
 
 def test_a_run_compared_with_its_own_evaluation_differs_by_nothing(evaluated, micro_run, capsys):
     call("compare", "micro", "--group", f"again={evaluated}", "--store", micro_run[0], "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in found["systems"]] == ["micro", "again"] and found["notes"] == []
-    assert found["systems"][1]["difference"]["wer"] == {"delta": 0, "low": 0, "high": 0, "p": 1, "better": 0.5}
-    facts = found["systems"][0]["facts"]
+    comparison = json.loads(capsys.readouterr().out)
+    assert [system["name"] for system in comparison["systems"]] == ["micro", "again"] and comparison["notes"] == []
+    assert comparison["systems"][1]["difference"]["wer"] == {"delta": 0, "low": 0, "high": 0, "p": 1, "better": 0.5}
+    facts = comparison["systems"][0]["facts"]
     assert facts["trained_parameters"] > 0 and facts["samples_per_second"] > 0 and facts["seconds"] > 0
     assert sum(facts["load"]) == pytest.approx(1) and facts["experts"] == 2
     manifests = [json.loads(path.read_text()) for path in (micro_run[0] / "artifacts").glob("*/*/manifest.json")]
-    trained = [one["metrics"]["steps"] for one in manifests if one["stage"] in ("experts", "asr")]
+    trained = [manifest["metrics"]["steps"] for manifest in manifests if manifest["stage"] in ("experts", "asr")]
     assert len(trained) == 3 and facts["steps"] == sum(trained)  # two experts, each alone, and all together
 
 
@@ -263,9 +263,9 @@ def test_results_are_verified_as_the_run_recorded_them(micro_run, tmp_path, caps
     record["config"]["corpus"]["path"] = str(tmp_path / "gone")
     (store / "micro" / "run.json").write_text(json.dumps(record))
     call("verify", "micro", "--store", store, "--json")
-    found = json.loads(capsys.readouterr().out)
-    assert {row["state"] for row in found} == {"whole"} and len(found) == len(record["tasks"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["state"] for row in rows} == {"whole"} and len(rows) == len(record["tasks"])
     weights = next((store / "artifacts" / "gating").rglob("gate.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"1 of {len(found)} results"):
+    with pytest.raises(DataError, match=f"1 of {len(rows)} results"):
         call("verify", "micro", "--store", store)

@@ -35,16 +35,16 @@ def ask(store, *words):
 @pytest.mark.filterwarnings("ignore:n_jobs value:UserWarning")
 def test_a_run_gets_its_gates_accuracy_and_other_ways_of_clustering(store):
     asked = ("micro", "--samples", "40", "--layer", "1", "--layer", "-1")
-    found = json.loads(ask(store, *asked, "--json"))
-    assert [(row["gate"], row["split"]) for row in found["gates"]] == [
+    report = json.loads(ask(store, *asked, "--json"))
+    assert [(row["gate"], row["split"]) for row in report["gates"]] == [
         (gate, split) for split in ("dev", "test") for gate in ("pre-trained", "after joint training")
     ]
-    assert all(0 <= row["accuracy"] <= 1 and row["utterances"] for row in found["gates"])
-    assert 0 <= found["agreement"] <= 1
-    assert {(row["layer"], row["reduce"]) for row in found["clusterings"]} == {
+    assert all(0 <= row["accuracy"] <= 1 and row["utterances"] for row in report["gates"])
+    assert 0 <= report["agreement"] <= 1
+    assert {(row["layer"], row["reduce"]) for row in report["clusterings"]} == {
         (layer, reduce) for layer in (-1, 1) for reduce in ("none", "pca", "umap")
     }
-    assert [row["algorithm"] for row in found["clusterings"] if row["own"]] == ["spectral"]
+    assert [row["algorithm"] for row in report["clusterings"] if row["own"]] == ["spectral"]
     said = ask(store, *asked)
     for word in ("calibration error", "layer 1 mean, pca, spectral", "(own)", "ARI speaker", "Nearest neighbours"):
         assert word in said
@@ -56,8 +56,8 @@ def test_a_run_routed_by_speaker_gave_each_speaker_one_routing(store):
     rows = [json.loads(line) for line in next(folder.glob("*/predictions.jsonl")).read_text().splitlines()]
     routings = {(row["speaker"], tuple(row["experts"]), tuple(row["weights"])) for row in rows}
     assert len(routings) == len({row["speaker"] for row in rows}) > 1
-    found = json.loads(ask(store, "by-speaker", "--json", "--samples", "0"))
-    assert len(found["gates"]) == 4 and found["clusterings"] == []
+    report = json.loads(ask(store, "by-speaker", "--json", "--samples", "0"))
+    assert len(report["gates"]) == 4 and report["clusterings"] == []
 
 
 @pytest.mark.parametrize(

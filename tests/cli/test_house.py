@@ -49,8 +49,8 @@ def test_the_help_of_every_command_shows_calls_of_it_that_parse(words):
 
 @pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
 def test_every_option_has_a_help_text(words):
-    options = [one for one in COMMANDS[words].params if isinstance(one, click.Option)]
-    assert [one.opts for one in options if not one.help] == []
+    options = [option for option in COMMANDS[words].params if isinstance(option, click.Option)]
+    assert [option.opts for option in options if not option.help] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -64,14 +64,14 @@ def test_the_shell_completes_commands_options_and_choices(tmp_path):
     def complete(text):
         variables = {"_MOE_ASR_COMPLETE": "bash_complete", "COMP_WORDS": text, "COMP_CWORD": str(text.count(" "))}
         command = [sys.executable, "-c", "import sys; sys.argv[0] = 'moe-asr'; from cli.main import main; main()"]
-        found = subprocess.run(
+        completed = subprocess.run(
             command,
             env=ENVIRONMENT | variables | {"PYTHONPATH": str(Path.cwd())},
             cwd=tmp_path,
             capture_output=True,
             text=True,
         )
-        return {line.partition(",")[2] for line in found.stdout.splitlines()}
+        return {line.partition(",")[2] for line in completed.stdout.splitlines()}
 
     assert "corpus" in complete("moe-asr cor")
     assert "--mixture" in complete("moe-asr run --mix")
@@ -108,9 +108,9 @@ def test_colours_are_for_terminals_and_for_those_who_want_them(tmp_path):
 
 def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli, ["doctor", "--store", str(tmp_path / "store"), "--json"])
-    found = json.loads(done.stdout)
-    names = {check["name"] for check in found["checks"]}
-    assert (done.exit_code, found["ok"]) == (0, True)
+    report = json.loads(done.stdout)
+    names = {check["name"] for check in report["checks"]}
+    assert (done.exit_code, report["ok"]) == (0, True)
     assert {"device", "memory", "disk", "cores", "decoding MP3", "store: create-only writes"} <= names
 
     done = CliRunner().invoke(cli, ["doctor", "--store", str(tmp_path / "store"), "--only-store", "--json"])

@@ -103,8 +103,8 @@ def test_short_files_get_the_text_of_evaluate(tones, micro_model, tmp_path, opti
     words = [*paths, "--model", micro_model, "--out", tmp_path / "t", "--format", "json", *as_is, *options]
     assert invoke(transcribe, *words).exit_code == 0
     for u in corpus.split("dev"):
-        found = json.loads((tmp_path / "t" / f"{u.id}.json").read_text())
-        assert " ".join(s["text"] for s in found["segments"]).split() == expected[u.id].split()
+        transcript = json.loads((tmp_path / "t" / f"{u.id}.json").read_text())
+        assert " ".join(s["text"] for s in transcript["segments"]).split() == expected[u.id].split()
 
 
 def test_an_index_of_segments_is_a_corpus(micro_model, tmp_path):

@@ -54,8 +54,8 @@ def main(out: str, *names: str) -> None:
 
 def mapped() -> set[Path]:
     """Files that a process of all stages has mapped: programs and shared libraries."""
-    found = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {Path(line) for line in found.stdout.splitlines() if Path(line).is_file()}
+    completed = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {Path(line) for line in completed.stdout.splitlines() if Path(line).is_file()}
 
 
 def runtime_files() -> Iterator[Path]:

@@ -90,12 +90,12 @@ def running_cluster() -> Iterator[None]:
 
 def exports(text: str) -> dict[str, str]:
     """The variables of `export NAME=value` lines."""
-    found: dict[str, str] = {}
+    variables: dict[str, str] = {}
     for line in text.splitlines():
         for word in shlex.split(line, comments=True)[1:]:
             name, _, value = word.partition("=")
-            found[name] = value.replace("$PATH", os.environ["PATH"])
-    return found
+            variables[name] = value.replace("$PATH", os.environ["PATH"])
+    return variables
 
 
 @dataclass
@@ -205,26 +205,26 @@ def wait(name: str, until: Callable[[dict[str, Any]], Any] | None = None, second
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = workflow(name)
-        done = progress.phase(found) in ("Succeeded", "Failed", "Error")
-        if (until is None and done) or (until is not None and until(found)):
-            return found
-        assert not done, f"{name} ended {progress.phase(found)}: {told(found)}"
+        flow = workflow(name)
+        done = progress.phase(flow) in ("Succeeded", "Failed", "Error")
+        if (until is None and done) or (until is not None and until(flow)):
+            return flow
+        assert not done, f"{name} ended {progress.phase(flow)}: {told(flow)}"
         time.sleep(1)
-    raise AssertionError(f"{name} is {progress.phase(found)} after {seconds:.0f} s: {told(found)}")
+    raise AssertionError(f"{name} is {progress.phase(flow)} after {seconds:.0f} s: {told(flow)}")
 
 
-def told(found: Mapping[str, Any]) -> str:
+def told(flow: Mapping[str, Any]) -> str:
     """All pieces and their messages, for the reader of a failed test."""
-    lines = [f"{p.label}: {p.phase}, {len(p.tries)} pods, {p.message}" for p in progress.pieces(found)]
-    return "\n".join([str(found.get("status", {}).get("message", "")), *lines])
+    lines = [f"{p.label}: {p.phase}, {len(p.tries)} pods, {p.message}" for p in progress.pieces(flow)]
+    return "\n".join([str(flow.get("status", {}).get("message", "")), *lines])
 
 
 def succeeded(name: str, seconds: float = 600) -> dict[str, progress.WorkflowStep]:
     """Waits for success; label → piece."""
-    found = wait(name, seconds=seconds)
-    assert progress.phase(found) == "Succeeded", told(found)
-    return {piece.label: piece for piece in progress.pieces(found)}
+    flow = wait(name, seconds=seconds)
+    assert progress.phase(flow) == "Succeeded", told(flow)
+    return {piece.label: piece for piece in progress.pieces(flow)}
 
 
 def install_template(place: Installation, suffix: str = "") -> str:

@@ -102,8 +102,8 @@ def small_values(lab: Lab) -> dict[str, Any]:
 def everything() -> set[str]:
     """`kind/namespace/name` of all objects of KINDS in the test's namespace and in none, and of the cache's."""
     line = r"{range .items[*]}{.kind}/{.metadata.namespace}/{.metadata.name}{'\n'}{end}"
-    found = kubectl("get", KINDS, "--all-namespaces", "-o", f"jsonpath={line}").split()
-    return {name for name in found if f"/{SPACE}/" in name or "//" in name or CACHE in name}
+    names = kubectl("get", KINDS, "--all-namespaces", "-o", f"jsonpath={line}").split()
+    return {name for name in names if f"/{SPACE}/" in name or "//" in name or CACHE in name}
 
 
 def until(true: Any, seconds: float = 120) -> None:
@@ -124,16 +124,16 @@ def run_from_template(template: str = TEMPLATE, **parameters: str) -> list[progr
         "spec": {"workflowTemplateRef": {"name": template}, "arguments": arguments},
     }
     name = kubectl("create", "-f", "-", "-o", "jsonpath={.metadata.name}", text=json.dumps(workflow))
-    found: dict[str, Any] = {}
+    flow: dict[str, Any] = {}
 
     def is_finished() -> bool:
-        found.update(json.loads(kubectl("get", "workflow", name, "-n", SPACE, "-o", "json")))
-        return progress.phase(found) in ("Succeeded", "Failed", "Error")
+        flow.update(json.loads(kubectl("get", "workflow", name, "-n", SPACE, "-o", "json")))
+        return progress.phase(flow) in ("Succeeded", "Failed", "Error")
 
     until(is_finished, 900)
-    pieces = progress.pieces(found)
+    pieces = progress.pieces(flow)
     told = "\n".join(f"{piece.label}: {piece.phase} {piece.message}" for piece in pieces)
-    assert progress.phase(found) == "Succeeded", f"{found['status'].get('message')}\n{told}"
+    assert progress.phase(flow) == "Succeeded", f"{flow['status'].get('message')}\n{told}"
     return pieces
 
 
@@ -144,13 +144,13 @@ def pieces_with_pods(pieces: list[progress.WorkflowStep]) -> set[str]:
 
 def live_template() -> dict[str, str]:
     """Parameter → default of the installed template."""
-    found = json.loads(kubectl("get", "workflowtemplate", TEMPLATE, "-n", SPACE, "-o", "json"))
-    return {one["name"]: one["value"] for one in found["spec"]["arguments"]["parameters"]}
+    template = json.loads(kubectl("get", "workflowtemplate", TEMPLATE, "-n", SPACE, "-o", "json"))
+    return {parameter["name"]: parameter["value"] for parameter in template["spec"]["arguments"]["parameters"]}
 
 
 def cache_entries() -> int:
-    found = json.loads(kubectl("get", "configmap", CACHE, "-n", NAMESPACE, "-o", "json"))
-    return len(found.get("data") or {})
+    cache = json.loads(kubectl("get", "configmap", CACHE, "-n", NAMESPACE, "-o", "json"))
+    return len(cache.get("data") or {})
 
 
 def test_the_notes_say_how_to_submit_and_what_the_controller_needs(release):

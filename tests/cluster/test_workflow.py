@@ -66,9 +66,9 @@ def task_key(lab: Lab, store: str, label: str) -> tuple[str, str]:
     return task["stage"], task["key"]
 
 
-def trained(found: dict[str, progress.WorkflowStep]) -> set[str]:
+def trained(steps: dict[str, progress.WorkflowStep]) -> set[str]:
     """Labels of the pieces of stages for which pods ran."""
-    return {label for label, piece in found.items() if piece.tries and piece.template in progress.WRAPPED}
+    return {label for label, piece in steps.items() if piece.tries and piece.template in progress.WRAPPED}
 
 
 MISTAKES = {
@@ -144,9 +144,9 @@ def test_killed_pods_are_tried_again_and_go_on_with_the_same_result(lab, early, 
     (asr,) = pods_of(name, "asr")
     signal_stage(asr, 15)
     run_here(lab.config("killed-local", **LONG))
-    found = succeeded(name, 900)
-    assert [len(found[label].tries) for label in ("experts[0]", "experts[1]", "asr")] == [2, 2, 2]
-    assert "143" in found["asr"].tries[0].message
+    steps = succeeded(name, 900)
+    assert [len(steps[label].tries) for label in ("experts[0]", "experts[1]", "asr")] == [2, 2, 2]
+    assert "143" in steps["asr"].tries[0].message
     assert sorted(memory_limits(name, "experts")) == ["2Gi", "2Gi", "4Gi"]  # the deleted pod's limit went with it
     assert digests(lab, "killed") == digests(lab, "killed-local")
     (lab.kept / "killed.json").write_text(json.dumps(workflow(name)), encoding="utf-8")
@@ -189,26 +189,26 @@ def signal_stage(pod: str, number: int) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_users_error_ends_in_plan_with_its_reason_and_no_retry(early, mistake):
     reason = MISTAKES[mistake][2]
-    found = wait(early[mistake])
-    assert progress.phase(found) == "Failed"
-    steps = {piece.label: piece for piece in progress.pieces(found)}
-    assert reason in steps["plan"].message, told(found)
+    flow = wait(early[mistake])
+    assert progress.phase(flow) == "Failed"
+    steps = {piece.label: piece for piece in progress.pieces(flow)}
+    assert reason in steps["plan"].message, told(flow)
     assert len(steps["plan"].tries) == 1 and not trained(steps)
     assert reason in command("argo", "get", "-n", NAMESPACE, early[mistake])
 
 
 def test_a_value_that_would_change_a_pod_makes_none(early):
-    found = wait(early["crafted"])
-    messages = [node.get("message", "") for node in found["status"]["nodes"].values()]
-    assert progress.phase(found) in ("Failed", "Error")
-    assert any("PodSpecPatch" in message for message in messages), told(found)
+    flow = wait(early["crafted"])
+    messages = [node.get("message", "") for node in flow["status"]["nodes"].values()]
+    assert progress.phase(flow) in ("Failed", "Error")
+    assert any("PodSpecPatch" in message for message in messages), told(flow)
     labels = f"workflows.argoproj.io/workflow={early['crafted']}"
     assert not json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
 
 
 def test_a_gpu_that_no_node_has_leaves_pods_waiting_with_an_explanation(early, capsys):
     name = early["waiting"]
-    wait(name, until=lambda found: "Unschedulable" in told(found))
+    wait(name, until=lambda flow: "Unschedulable" in told(flow))
     show_workflow(name, NAMESPACE, as_json=False)
     command("argo", "terminate", "-n", NAMESPACE, name)
     shown = capsys.readouterr().out
@@ -217,8 +217,8 @@ def test_a_gpu_that_no_node_has_leaves_pods_waiting_with_an_explanation(early, c
 
 
 def test_the_whole_workflow_gives_what_a_local_run_gives(lab, first, local):
-    found = succeeded(first)
-    assert trained(found) == {"extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"}
+    steps = succeeded(first)
+    assert trained(steps) == {"extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"}
     assert digests(lab, "first") == digests(lab, "local")
     keys = {p.task.key.digest for p in local.plan().planned}
     assert keys == {task["key"] for task in json.loads(lab.store("first").read("micro/run.json"))["tasks"].values()}
@@ -229,7 +229,7 @@ def test_the_whole_workflow_gives_what_a_local_run_gives(lab, first, local):
 
 
 def test_experts_are_pods_of_their_own_with_a_gpu_and_clustering_has_none(first):
-    found = succeeded(first)
+    steps = succeeded(first)
     labels = f"workflows.argoproj.io/workflow={first}"
     pods = json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
     gpus: dict[str, list[str]] = {}
@@ -238,27 +238,27 @@ def test_experts_are_pods_of_their_own_with_a_gpu_and_clustering_has_none(first)
         stage = pod["metadata"]["labels"]["app.kubernetes.io/component"]
         gpus.setdefault(stage, []).append(main["resources"].get("limits", {}).get("nvidia.com/gpu", "0"))
     assert gpus["experts"] == ["1", "1"] and gpus["asr"] == ["1"] and gpus["cluster"] == ["0"]
-    assert len({t.pod for label in ("experts[0]", "experts[1]") for t in found[label].tries}) == 2
+    assert len({t.pod for label in ("experts[0]", "experts[1]") for t in steps[label].tries}) == 2
 
 
 def test_submitted_again_everything_comes_from_the_cache(later):
-    found = succeeded(later["again"])
-    assert trained(found) == set()
-    assert {label for label, piece in found.items() if piece.hit} == LABELS
+    steps = succeeded(later["again"])
+    assert trained(steps) == set()
+    assert {label for label, piece in steps.items() if piece.hit} == LABELS
 
 
 def test_a_run_begun_on_this_machine_goes_on_in_the_cluster_and_back(lab, later):
-    found = succeeded(later["from local"])
-    assert [t.phase for piece in found.values() for t in piece.tries if t.phase != "Succeeded"] == []
+    steps = succeeded(later["from local"])
+    assert [t.phase for piece in steps.values() for t in piece.tries if t.phase != "Succeeded"] == []
     assert digests(lab, "local") == digests(lab, "first")
-    started = min(t.started or 0 for piece in found.values() for t in piece.tries)
+    started = min(t.started or 0 for piece in steps.values() for t in piece.tries)
     assert all(manifest.started < started for manifest in manifests(lab, "local"))
     assert Run(lab.config("first")).plan(deep=True).finished
 
 
 def test_a_lost_artifact_is_made_again_and_nothing_else(lab, later):
-    found = succeeded(later["lost"])
-    assert trained(found) == {"experts[1]"}
+    steps = succeeded(later["lost"])
+    assert trained(steps) == {"experts[1]"}
     assert digests(lab, "lost") == digests(lab, "first")
     labels = f"workflows.argoproj.io/workflow={later['lost']},app.kubernetes.io/component=plan"
     said = kubectl("logs", "-n", NAMESPACE, "-c", "main", "-l", labels, "--tail=-1")
@@ -271,7 +271,7 @@ def test_two_submissions_at_once_do_each_piece_of_work_once(lab, later):
     for label in LOST["twins"]:
         _, key = task_key(lab, "twins", label)
         assert len(attempts(lab, "twins", label)) == 1, "a second attempt wrote something"
-        first_try, second_try = sorted(t.started or 0.0 for found in both for t in found[label].tries)
+        first_try, second_try = sorted(t.started or 0.0 for steps in both for t in steps[label].tries)
         done = next(m for m in manifests(lab, "twins") if m.key == key)
         assert first_try <= done.started < done.started + done.seconds <= second_try + 1  # a second is Argo's unit
 
@@ -282,7 +282,7 @@ def test_neither_a_lost_cache_nor_a_replaced_controller_loses_work(lab, later, t
         wait(name)
     kubectl("delete", "configmap", "-n", NAMESPACE, "moe-asr-cache")
     with unfinished(lab, "replaced", tmp_path) as name:
-        wait(name, until=lambda found: any(p.template == "cluster" for p in progress.pieces(found)))
+        wait(name, until=lambda flow: any(p.template == "cluster" for p in progress.pieces(flow)))
         kubectl("rollout", "restart", "deployment/workflow-controller", "-n", "argo")
 
 
@@ -294,7 +294,7 @@ def test_a_controller_and_a_kubelet_that_are_killed_lose_no_work(lab, later, tmp
         pytest.skip("this cluster's controller and kubelet cannot be killed from here")
     kubectl("rollout", "status", "deployment/workflow-controller", "-n", "argo", "--timeout=180s")
     with unfinished(lab, "restarted", tmp_path) as name:
-        wait(name, until=lambda found: trains(found, "experts[0]"))
+        wait(name, until=lambda flow: trains(flow, "experts[0]"))
         kill_controller_and_kubelet(node)
 
 
@@ -309,9 +309,9 @@ def unfinished(lab: Lab, store: str, folder: Path) -> Iterator[str]:
     before = {m.key: m.attempt for m in manifests(lab, store)}
     name = lab.submit(store)
     yield name
-    found = succeeded(name)
+    steps = succeeded(name)
     assert digests(lab, store) == digests(lab, "first")
-    tries = {label: len(found[label].tries) for label in LABELS}  # none where the cache had the result
+    tries = {label: len(steps[label].tries) for label in LABELS}  # none where the cache had the result
     assert set(tries.values()) <= {0, 1} and all(tries[label] == 1 for label in lost)
     after = {m.key: m.attempt for m in manifests(lab, store)}
     assert len(before) == len(LABELS) - len(lost) and before.items() <= after.items()  # found done
@@ -319,9 +319,9 @@ def unfinished(lab: Lab, store: str, folder: Path) -> Iterator[str]:
         assert len(attempts(lab, store, label)) == 1, f"{label} was done twice"
 
 
-def trains(found: dict[str, Any], label: str) -> bool:
+def trains(flow: dict[str, Any], label: str) -> bool:
     """Whether the pod of a piece runs."""
-    tries = [t for piece in progress.pieces(found) if piece.label == label for t in piece.tries]
+    tries = [t for piece in progress.pieces(flow) if piece.label == label for t in piece.tries]
     return any(t.phase == "Running" for t in tries)
 
 

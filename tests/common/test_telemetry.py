@@ -50,10 +50,10 @@ def test_two_processes_worth_of_metrics_do_not_mix():
 
 
 def test_a_stage_sees_its_own_values_only():
-    one = Telemetry()
-    one.stage("experts", 0).set(telemetry.LOSS, 1.5, split="train")
-    one.stage("experts", 1).set(telemetry.LOSS, 2.5, split="train")
-    assert one.stage("experts", 1).values() == {'moe_asr_loss{split="train"}': 2.5}
+    process = Telemetry()
+    process.stage("experts", 0).set(telemetry.LOSS, 1.5, split="train")
+    process.stage("experts", 1).set(telemetry.LOSS, 2.5, split="train")
+    assert process.stage("experts", 1).values() == {'moe_asr_loss{split="train"}': 2.5}
 
 
 def test_rows_of_the_log_become_gauges(live, tmp_path):
@@ -62,12 +62,12 @@ def test_rows_of_the_log_become_gauges(live, tmp_path):
     log.log({"step": 1, "epoch": 0, "split": "dev", "loss": 4.0, "wer": 0.25}, {})
     log.event("nonfinite_steps")
     log.progress(1, 8)
-    found = live.values()
-    assert found['moe_asr_loss{split="train"}'] == 3.0 and found['moe_asr_loss{split="dev"}'] == 4.0
-    assert found["moe_asr_learning_rate"] == 0.1 and found["moe_asr_gradient_norm"] == 2.0
-    assert found['moe_asr_word_error_ratio{etiology="all",model="after",split="dev"}'] == 0.25
-    assert found["moe_asr_nonfinite_steps_total"] == 1
-    assert (found["moe_asr_progress_units"], found["moe_asr_progress_expected_units"]) == (1, 8)
+    values = live.values()
+    assert values['moe_asr_loss{split="train"}'] == 3.0 and values['moe_asr_loss{split="dev"}'] == 4.0
+    assert values["moe_asr_learning_rate"] == 0.1 and values["moe_asr_gradient_norm"] == 2.0
+    assert values['moe_asr_word_error_ratio{etiology="all",model="after",split="dev"}'] == 0.25
+    assert values["moe_asr_nonfinite_steps_total"] == 1
+    assert (values["moe_asr_progress_units"], values["moe_asr_progress_expected_units"]) == (1, 8)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -86,10 +86,10 @@ def test_how_a_stage_ended_is_counted(live, error, result):
             work()
     else:
         work()
-    found = live.values()
-    counts = {name: found[f'moe_asr_tasks_total{{result="{name}"}}'] for name in ("run", "failed", "preempted")}
+    values = live.values()
+    counts = {name: values[f'moe_asr_tasks_total{{result="{name}"}}'] for name in ("run", "failed", "preempted")}
     assert counts == {name: float(name == result) for name in counts}
-    assert found["moe_asr_stage_running"] == 0
+    assert values["moe_asr_stage_running"] == 0
 
 
 def test_store_calls_bytes_and_errors_are_counted_and_results_unchanged(live, tmp_path):
@@ -108,12 +108,12 @@ def test_store_calls_bytes_and_errors_are_counted_and_results_unchanged(live, tm
         store.read("nothing")
     with pytest.raises(StoreError):
         MeasuredStore(LocalStore(tmp_path / "copy"), live).write("under-a-file", b"")
-    found = live.values()
+    values = live.values()
     moved = {"write": 5, "read": 5, "get": 5, "put_folder": 7, "get_folder": 7, "put_if_absent": 0}
-    assert {name: found[f'moe_asr_store_bytes_total{{operation="{name}"}}'] for name in moved} == moved
-    errors = {name: value for name, value in found.items() if name.startswith("moe_asr_store_errors") and value}
+    assert {name: values[f'moe_asr_store_bytes_total{{operation="{name}"}}'] for name in moved} == moved
+    errors = {name: value for name, value in values.items() if name.startswith("moe_asr_store_errors") and value}
     assert errors == {'moe_asr_store_errors_total{operation="write"}': 1}
-    assert found['moe_asr_store_operations_total{operation="read"}'] == 2
+    assert values['moe_asr_store_operations_total{operation="read"}'] == 2
 
 
 def test_checkpoints_and_their_failures_are_counted(live, tmp_path):
@@ -121,9 +121,9 @@ def test_checkpoints_and_their_failures_are_counted(live, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError):
         Checkpointer(LocalStore(tmp_path / "file"), "c/", scratch=tmp_path, live=live).save(1, {}, {}, wait=True)
-    found = live.values()
-    assert (found["moe_asr_checkpoints_total"], found["moe_asr_checkpoint_errors_total"]) == (1, 1)
-    assert found["moe_asr_checkpoint_seconds_total"] > 0
+    values = live.values()
+    assert (values["moe_asr_checkpoints_total"], values["moe_asr_checkpoint_errors_total"]) == (1, 1)
+    assert values["moe_asr_checkpoint_seconds_total"] > 0
 
 
 def test_the_server_shows_stage_process_and_memory(live):

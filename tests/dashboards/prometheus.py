@@ -53,7 +53,9 @@ def ask(url: str, path: str, **parameters: str | float) -> Any:
 def query_range(url: str, expr: str, start: float, end: float, step: float) -> list[tuple[dict, list]]:
     """(labels, points in seconds and values) of every series that has a value that is a number."""
     data = ask(url, "query_range", query=expr, start=start, end=end, step=step)
-    series = [(one["metric"], [(float(at), float(value)) for at, value in one["values"]]) for one in data["result"]]
+    series = [
+        (result["metric"], [(float(at), float(value)) for at, value in result["values"]]) for result in data["result"]
+    ]
     return [(labels, points) for labels, points in series if any(math.isfinite(value) for _, value in points)]
 
 

@@ -13,7 +13,7 @@ from dashboards.__main__ import CHART, DASHBOARDS, DOCUMENT, ROOT, generated
 from dashboards.panels import TAG, WIDTH, to_json
 from tests.dashboards.prometheus import EVERYTHING, expand
 
-ALL = [to_json(one) for one in DASHBOARDS.values()]
+ALL = [to_json(dashboard) for dashboard in DASHBOARDS.values()]
 
 
 @pytest.mark.parametrize("name", generated(), ids=str)
@@ -23,8 +23,8 @@ def test_the_committed_file_is_as_it_would_be_written(name):
 
 def test_nothing_else_lies_beside_the_generated_files():
     folders = (ROOT / CHART / name for name in ("dashboards", "rules"))
-    found = {path.relative_to(ROOT) for folder in folders for path in folder.iterdir()}
-    assert found == set(generated()) - {DOCUMENT}
+    files = {path.relative_to(ROOT) for folder in folders for path in folder.iterdir()}
+    assert files == set(generated()) - {DOCUMENT}
 
 
 @pytest.mark.parametrize("dashboard", ALL, ids=list(DASHBOARDS))
@@ -61,9 +61,9 @@ def test_variables_and_links(dashboard):
 def lost(before, after, path=""):
     """Paths in `before` that `after` lacks or has otherwise."""
     if isinstance(before, dict) and isinstance(after, dict):
-        return [one for name in before for one in lost(before[name], after.get(name), f"{path}.{name}")]
+        return [missing for name in before for missing in lost(before[name], after.get(name), f"{path}.{name}")]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [one for a, b in zip(before, after, strict=True) for one in lost(a, b, path)]
+        return [missing for a, b in zip(before, after, strict=True) for missing in lost(a, b, path)]
     return [] if before == after else [path]
 
 

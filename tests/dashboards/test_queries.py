@@ -19,7 +19,7 @@ from tests.stages.test_local_runner import micro_config
 
 TEXTS = Path(__file__).parent / "exporters"
 WORKFLOW = "demo-x7k2p"
-PANELS = [(name, panel) for name, one in DASHBOARDS.items() for panel in one.panels]
+PANELS = [(name, panel) for name, dashboard in DASHBOARDS.items() for panel in dashboard.panels]
 
 
 def exporter_texts():
@@ -83,9 +83,9 @@ def test_every_query_of_the_panel_returns_data(observed, name, panel):
 def test_the_variables_find_their_values(observed, name):
     url, start, end, _ = observed
     series = {"stage": "moe_asr_stage_running"}.get(name, "moe_asr:pod_workflow:info")
-    found = ask(url, f"label/{name}/values", **{"match[]": series, "start": start, "end": end})
+    values = ask(url, f"label/{name}/values", **{"match[]": series, "start": start, "end": end})
     expected = {"namespace": "speech", "workflow": WORKFLOW, "stage": "asr"}
-    assert expected[name] in found
+    assert expected[name] in values
 
 
 def test_panels_of_another_workflow_are_empty(observed):
@@ -95,10 +95,13 @@ def test_panels_of_another_workflow_are_empty(observed):
 
 
 def test_both_spellings_of_the_pod_label_lead_to_the_workflow(observed):
-    found = {labels["UUID"]: labels for labels, _ in answers(observed, "moe_asr:gpu_busy:ratio")}
-    assert {uuid: labels["pod"] for uuid, labels in found.items()} == {"GPU-a": "demo-asr-1", "GPU-b": "demo-experts-0"}
-    assert {labels["workflow"] for labels in found.values()} == {WORKFLOW}
-    assert {labels["namespace"] for labels in found.values()} == {"speech"}
+    by_uuid = {labels["UUID"]: labels for labels, _ in answers(observed, "moe_asr:gpu_busy:ratio")}
+    assert {uuid: labels["pod"] for uuid, labels in by_uuid.items()} == {
+        "GPU-a": "demo-asr-1",
+        "GPU-b": "demo-experts-0",
+    }
+    assert {labels["workflow"] for labels in by_uuid.values()} == {WORKFLOW}
+    assert {labels["namespace"] for labels in by_uuid.values()} == {"speech"}
 
 
 def test_a_gpu_belongs_to_the_stage_that_runs_in_its_pod(observed):
@@ -109,8 +112,8 @@ def test_a_gpu_belongs_to_the_stage_that_runs_in_its_pod(observed):
 
 def test_the_last_values_are_seen(observed):
     """The process waits for one more scrape before it ends."""
-    found = answers(observed, 'moe_asr_word_error_ratio{split="test",model="after",etiology="all"}')
-    assert len(found) == 1 and math.isfinite(found[0][1][-1][1])
+    series = answers(observed, 'moe_asr_word_error_ratio{split="test",model="after",etiology="all"}')
+    assert len(series) == 1 and math.isfinite(series[0][1][-1][1])
     done = answers(observed, 'moe_asr_tasks_total{stage="asr",result="run"}')
     assert done[0][1][-1][1] == 1
 

@@ -96,8 +96,8 @@ def _hf_logits(folder, mel, ids):
 def test_log_probabilities_equal_ctranslate2s(imported, mel):
     ids, expected = _ct2_logits(bundled_tiny_en(), mel)
     assert len(ids) > 10
-    found = _hf_logits(imported, mel, ids)
-    np.testing.assert_allclose(_log_softmax(found[: len(expected)]), _log_softmax(expected), atol=5e-4)
+    logits = _hf_logits(imported, mel, ids)
+    np.testing.assert_allclose(_log_softmax(logits[: len(expected)]), _log_softmax(expected), atol=5e-4)
 
 
 def test_encoder_states_equal_ctranslate2s(imported, mel):
@@ -107,8 +107,8 @@ def test_encoder_states_equal_ctranslate2s(imported, mel):
         ct2.StorageView.from_array(mel)
     )
     with torch.no_grad():
-        found = _hf_model(imported).model.encoder(torch.tensor(mel)).last_hidden_state.numpy()
-    np.testing.assert_allclose(found, np.array(expected), atol=2e-4)
+        states = _hf_model(imported).model.encoder(torch.tensor(mel)).last_hidden_state.numpy()
+    np.testing.assert_allclose(states, np.array(expected), atol=2e-4)
 
 
 def test_greedy_text_equals_ctranslate2s_with_its_suppressed_tokens(imported, mel):
@@ -117,9 +117,9 @@ def test_greedy_text_equals_ctranslate2s_with_its_suppressed_tokens(imported, me
 
     model = ct2.models.Whisper(str(bundled_tiny_en()), compute_type="float32", intra_threads=1)
     expected = model.generate(ct2.StorageView.from_array(mel), [PROMPT_EN], beam_size=1)[0].sequences_ids[0]
-    found = _hf_model(imported).generate(torch.tensor(mel))[0].tolist()
+    tokens = _hf_model(imported).generate(torch.tensor(mel))[0].tolist()
     tokenizer = WhisperTokenizer.from_pretrained(imported)
-    assert tokenizer.decode(found, skip_special_tokens=True) == tokenizer.decode(expected)
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == tokenizer.decode(expected)
     assert "nobody remembered" in tokenizer.decode(expected)
 
 
@@ -163,8 +163,8 @@ def test_int8_file_gives_the_log_probabilities_of_ctranslate2_loading_it(tmp_pat
     folder = _write_folder(tmp_path / "int8", values, "int8")
     import_ct2(folder, tmp_path / "hf")
     ids, expected = _ct2_logits(folder, mel)
-    found = _hf_logits(tmp_path / "hf", mel, ids)
-    np.testing.assert_allclose(_log_softmax(found[: len(expected)]), _log_softmax(expected), atol=5e-4)
+    logits = _hf_logits(tmp_path / "hf", mel, ids)
+    np.testing.assert_allclose(_log_softmax(logits[: len(expected)]), _log_softmax(expected), atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +182,10 @@ def test_every_storage_type_is_read_to_its_precision(tmp_path, storage, relative
         (tensors["model.decoder.layers.0.encoder_attn.v_proj.weight"], fused[8:]),
         (tensors["model.decoder.embed_tokens.weight"], values["decoder/embeddings/weight"]),
     ]
-    for found, expected in pairs:
-        assert found.dtype == np.float32
+    for loaded, expected in pairs:
+        assert loaded.dtype == np.float32
         whole = expected if expected.base is None else expected.base  # int16 has one scale for the fused matrix
-        assert np.abs(found - expected).max() <= relative_error * np.abs(whole).max()
+        assert np.abs(loaded - expected).max() <= relative_error * np.abs(whole).max()
 
 
 def test_multilingual_model_with_128_mels_gets_languages_and_tasks(tmp_path):

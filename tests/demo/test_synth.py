@@ -123,7 +123,7 @@ def test_the_index_can_be_read_again(small):
 
 def test_no_phrase_of_two_content_words_is_in_two_splits():
     pairs = {split: {pair for text in sentences(split, 3000) for pair in content_pairs(text)} for split in SPLITS}
-    assert all(len(found) > 5000 for found in pairs.values())
+    assert all(len(phrases) > 5000 for phrases in pairs.values())
     assert not pairs["train"] & pairs["test"]
     assert not pairs["train"] & pairs["dev"]
     assert not pairs["dev"] & pairs["test"]
@@ -199,8 +199,8 @@ def test_halting_speech_keeps_all_that_was_said(small):
 
 
 def test_severity_grows_with_the_strength(small):
-    found = {u.severity for u in small.utterances if u.etiology != "typical"}
-    assert found == {"mild", "moderate", "severe"}
+    severities = {u.severity for u in small.utterances if u.etiology != "typical"}
+    assert severities == {"mild", "moderate", "severe"}
     assert {u.severity for u in small.utterances if u.etiology == "typical"} == {""}
 
 

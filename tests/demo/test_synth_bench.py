@@ -58,7 +58,7 @@ def test_the_same_arguments_give_the_same_bytes(small, tmp_path):
 def test_no_speaker_is_in_two_splits_and_test_has_the_most_held_out_ones(small):
     speakers = {split: {u.speaker for u in small.split(split)} for split in SPLITS}
     assert sum(map(len, speakers.values())) == len({u.speaker for u in small.utterances})
-    assert {split: len(found) for split, found in speakers.items()} == {"train": 18, "dev": 6, "test": 14}
+    assert {split: len(names) for split, names in speakers.items()} == {"train": 18, "dev": 6, "test": 14}
 
 
 def test_one_group_speaks_in_test_alone(small):
@@ -91,7 +91,7 @@ def test_at_the_committed_size_a_third_of_the_words_of_test_is_new():
 
 def test_no_pair_of_content_words_is_in_two_splits():
     pairs = {split: {pair for text in sentences(split, 2000) for pair in content_pairs(text)} for split in SPLITS}
-    assert all(len(found) > 2000 for found in pairs.values())
+    assert all(len(phrases) > 2000 for phrases in pairs.values())
     assert not pairs["train"] & pairs["test"] and not pairs["train"] & pairs["dev"] and not pairs["dev"] & pairs["test"]
 
 
@@ -121,9 +121,9 @@ def test_any_two_groups_contradict_each_other():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_share_of_the_words_is_said_otherwise(share):
     spoken = " ".join(["k|a|t"] * 400)
-    found = replace_sounds(spoken, cycle("k", "t", "p"), random.Random(0), share).split(" ")
-    assert found.count("t|a|p") / 400 == pytest.approx(share, abs=0.08)
-    assert set(found) <= {"t|a|p", "k|a|t"}
+    sounds = replace_sounds(spoken, cycle("k", "t", "p"), random.Random(0), share).split(" ")
+    assert sounds.count("t|a|p") / 400 == pytest.approx(share, abs=0.08)
+    assert set(sounds) <= {"t|a|p", "k|a|t"}
 
 
 def test_phonemes_said_as_they_are_sound_like_the_text_and_replaced_ones_do_not():

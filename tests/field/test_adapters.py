@@ -67,6 +67,6 @@ def test_nothing_else_of_whisper_is_tied(micro_model):
     names = {}
     for name, parameter in whisper.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    assert [found for found in names.values() if len(found) > 1] == [
+    assert [tied for tied in names.values() if len(tied) > 1] == [
         ["model.decoder.embed_tokens.weight", "proj_out.weight"]
     ]

@@ -32,8 +32,8 @@ def test_a_right_transcript_in_another_form_has_no_errors(language, reference, h
     """Curly apostrophes (elizaOS/eliza#27446), Turkish İ (huggingface/transformers#6680, shreyaskarnik/argo#46),
     Romanian cedillas (common-voice/common-voice#2971), zero-width characters (cjpais/Handy#500), vowel points of Arabic
     and Hebrew (openai/whisper#2849); ellipses, digits of other scripts, Arabic letters in Persian."""
-    found = score("u", hypothesis, [reference], language)
-    assert (found.word_errors, found.char_errors) == (0, 0)
+    counted = score("u", hypothesis, [reference], language)
+    assert (counted.word_errors, counted.char_errors) == (0, 0)
     assert score("u", hypothesis, [reference], language, published=True).word_errors > 0
 
 

@@ -55,8 +55,8 @@ def test_peaks_beyond_full_scale_are_clipped():
 )
 def test_what_is_silent_to_training_is_found(tmp_path, samples):
     """Kind: the file's peak is not what the encoder gets."""
-    found = kinds(tmp_path, sound_file(samples.astype(np.float32), "WAV", "FLOAT"))
-    assert found[:1] == ["silent-audio"] or (found == ["out-of-range"] and samples[-1] > 1)
+    problems = kinds(tmp_path, sound_file(samples.astype(np.float32), "WAV", "FLOAT"))
+    assert problems[:1] == ["silent-audio"] or (problems == ["out-of-range"] and samples[-1] > 1)
 
 
 @pytest.mark.parametrize("rate", [1, 533_373_312])
@@ -132,5 +132,5 @@ def test_what_is_no_file_is_a_finding(tmp_path):
     from common.data.audit import audit
     from common.data.corpus import read_corpus
 
-    found = {(f.utterance_id, f.kind) for f in audit(read_corpus(tmp_path), threads=1)}
-    assert {("b", "unreadable-audio"), ("z", "unreadable-audio")} <= found
+    problems = {(f.utterance_id, f.kind) for f in audit(read_corpus(tmp_path), threads=1)}
+    assert {("b", "unreadable-audio"), ("z", "unreadable-audio")} <= problems

@@ -43,9 +43,13 @@ def test_standard_input_and_pipes_are_read_once(micro_model, tmp_path):
     writer.start()
     done = invoke(micro_model, "-", tmp_path / "pipe", tmp_path / "a.wav", "--format", "json", input=content)
     writer.join()
-    found = [json.loads("{" + text) for text in done.stdout.split("{\n ") if text]
-    assert [one["file"] for one in found] == ["standard input", f"{tmp_path}/pipe", f"{tmp_path}/a.wav"]
-    assert found[0]["segments"] == found[1]["segments"] == found[2]["segments"]
+    transcripts = [json.loads("{" + text) for text in done.stdout.split("{\n ") if text]
+    assert [transcript["file"] for transcript in transcripts] == [
+        "standard input",
+        f"{tmp_path}/pipe",
+        f"{tmp_path}/a.wav",
+    ]
+    assert transcripts[0]["segments"] == transcripts[1]["segments"] == transcripts[2]["segments"]
     assert invoke(micro_model, "-", input=b"").exit_code
     assert "device" in str(invoke(micro_model, "/dev/zero").exception)
 
@@ -106,8 +110,8 @@ def test_what_is_damaged_is_transcribed_and_said(micro_model, tmp_path):
 
 def window(text: str, *, loop: bool = False, start: float = 0.0, **decoded) -> WindowTranscript:
     words = tuple(Word(word, start + number / 10, start + number / 10) for number, word in enumerate(text.split()))
-    one = replace(Decoded(text, (), -0.2, 0.0), **decoded)
-    return WindowTranscript(Window(start, start + 10, start, start + 10, True), words, one, (), (), loop)
+    result = replace(Decoded(text, (), -0.2, 0.0), **decoded)
+    return WindowTranscript(Window(start, start + 10, start, start + 10, True), words, result, (), (), loop)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +122,9 @@ def test_loops_do_not_reach_the_subtitles(loops, texts):
     loaded = LoadedRecording(RECORDING, np.zeros(1, np.float32))
     windows = [window("good day"), window("so on " * 30, loop=True, start=10)]
     kept = loaded.treated(windows, loops, None, "en")
-    assert [" ".join(word.text for word in one.words) for one in kept] == [text.strip() for text in texts]
+    assert [" ".join(word.text for word in window.words) for window in kept] == [text.strip() for text in texts]
     assert len(loaded.notes) == 1 and "10.0 to 20.0 s: a phrase in a loop" in loaded.notes[0]
-    assert [one.loop for one in kept] == [False, True][: len(kept)], "JSON marks what remains"
+    assert [window.loop for window in kept] == [False, True][: len(kept)], "JSON marks what remains"
 
 
 def test_guesses_on_silence_are_dropped_on_demand():

@@ -36,10 +36,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def have(name: str) -> Path:
     """The program or file behind a fixture; skips where it cannot be had."""
-    found = NEEDS[name]()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    tool = NEEDS[name]()
+    if isinstance(tool, str):
+        pytest.skip(tool)
+    return tool
 
 
 Helm = Callable[..., subprocess.CompletedProcess[str]]
@@ -67,7 +67,7 @@ def render(helm: Helm) -> Render:
     def once(*arguments: str | Path) -> list[dict[str, Any]]:
         version = ("--kube-version", tools.KUBERNETES.removeprefix("v"))
         done = helm("template", "speech", tools.CHART, "--namespace", "team", *version, *arguments)
-        return [found for found in yaml.load_all(done.stdout, yaml.CSafeLoader) if found]
+        return [document for document in yaml.load_all(done.stdout, yaml.CSafeLoader) if document]
 
     return lambda *arguments: copy.deepcopy(once(*arguments))
 

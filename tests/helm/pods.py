@@ -14,7 +14,7 @@ TAG = re.compile(r"\{\{=?(?P<inside>.*?)\}\}(?!\})", re.DOTALL)
 
 def kind_of(objects: list[Tree], kind: str) -> list[Tree]:
     """The objects of one kind."""
-    return [found for found in objects if found["kind"] == kind]
+    return [manifest for manifest in objects if manifest["kind"] == kind]
 
 
 def workflow_of(objects: list[Tree]) -> Tree:
@@ -31,7 +31,7 @@ def extension_of(objects: list[Tree]) -> Tree:
 
 def parameters_of(template: Tree) -> dict[str, str]:
     """Parameter → default."""
-    return {one["name"]: one["value"] for one in template["spec"]["arguments"]["parameters"]}
+    return {parameter["name"]: parameter["value"] for parameter in template["spec"]["arguments"]["parameters"]}
 
 
 def pods_of(objects: list[Tree]) -> dict[str, Tree]:
@@ -39,7 +39,7 @@ def pods_of(objects: list[Tree]) -> dict[str, Tree]:
 
     Pods of the second workflow are called `extension: …`.
     """
-    pods = {found["metadata"]["name"]: found for found in kind_of(objects, "Pod")}
+    pods = {pod["metadata"]["name"]: pod for pod in kind_of(objects, "Pod")}
     for start, workflow in (("", workflow_of(objects)), ("extension: ", extension_of(objects))):
         for template in workflow["spec"]["templates"]:
             if "container" in template:
@@ -108,7 +108,7 @@ def merged(under: Tree, over: Tree) -> Tree:
         old = result.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             result[key] = merged(old, value)
-        elif isinstance(old, list) and all(isinstance(one, dict) and "name" in one for one in [*old, *value]):
+        elif isinstance(old, list) and all(isinstance(item, dict) and "name" in item for item in [*old, *value]):
             result[key] = merged_lists(old, value)
         else:
             result[key] = value
@@ -116,6 +116,6 @@ def merged(under: Tree, over: Tree) -> Tree:
 
 
 def merged_lists(under: list[Tree], over: list[Tree]) -> list[Tree]:
-    names = {one["name"]: one for one in over}
-    kept = [merged(one, names.pop(one["name"], {})) for one in under]
+    names = {item["name"]: item for item in over}
+    kept = [merged(item, names.pop(item["name"], {})) for item in under]
     return kept + list(names.values())

@@ -30,7 +30,7 @@ def test_lint_has_nothing_to_say(helm, case):
 @every_case
 def test_every_object_fits_the_schema_of_its_kind(render, problems, case):
     objects = render("--values", case)
-    assert {"WorkflowTemplate", "ConfigMap"} <= {found["kind"] for found in objects}
+    assert {"WorkflowTemplate", "ConfigMap"} <= {manifest["kind"] for manifest in objects}
     assert [problem for thing in objects for problem in problems(thing)] == []
 
 

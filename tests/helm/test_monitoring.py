@@ -59,21 +59,21 @@ def test_rules_are_those_of_the_files(render):
 def test_dashboards_are_those_of_the_files(render):
     made = dashboards(render())
     assert len(made) == len(DASHBOARDS) >= 3
-    for found, path in zip(made, DASHBOARDS, strict=True):
-        assert json.loads(found["data"][path.name]) == json.loads(path.read_text(encoding="utf-8"))
-        assert len(found["data"][path.name]) < 1_000_000
-        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
-        assert found["metadata"]["annotations"] == {"grafana_folder": "moe-asr"}
+    for config_map, path in zip(made, DASHBOARDS, strict=True):
+        assert json.loads(config_map["data"][path.name]) == json.loads(path.read_text(encoding="utf-8"))
+        assert len(config_map["data"][path.name]) < 1_000_000
+        assert config_map["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert config_map["metadata"]["annotations"] == {"grafana_folder": "moe-asr"}
 
 
 def test_label_and_folder_of_dashboards_are_values(render):
     settings = "label=dash,labelValue=yes,folderAnnotation=where,folder=Speech,namespace=monitoring"
     made = dashboards(render("--set", ",".join(f"metrics.dashboards.{s}" for s in settings.split(","))))
     assert made
-    for found in made:
-        assert found["metadata"]["namespace"] == "monitoring"
-        assert found["metadata"]["labels"]["dash"] == "yes"
-        assert found["metadata"]["annotations"] == {"where": "Speech"}
+    for config_map in made:
+        assert config_map["metadata"]["namespace"] == "monitoring"
+        assert config_map["metadata"]["labels"]["dash"] == "yes"
+        assert config_map["metadata"]["annotations"] == {"where": "Speech"}
 
 
 @pytest.mark.parametrize("kind", ["podMonitor", "rules"])

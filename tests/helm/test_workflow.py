@@ -39,7 +39,7 @@ def pod_patch(workflow, name):
 
 
 def variables(container):
-    return {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+    return {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in container["env"]}
 
 
 def tags(tree):

@@ -103,16 +103,16 @@ def schemas_file() -> Path | str:
     def make(path: Path) -> str:
         try:
             core = json.loads(_module_file(*CORE))
-            found = {"definitions": core_definitions(core["definitions"]), "kinds": core_kinds(core["definitions"])}
+            schemas = {"definitions": core_definitions(core["definitions"]), "kinds": core_kinds(core["definitions"])}
             for (module, file), kinds in zip(CRDS, KINDS, strict=True):
                 for kind in kinds:
                     definition = yaml.load(_module_file(module, file.format(kind=kind)), yaml.CSafeLoader)
                     name, schema = custom_schema(definition)
-                    found["kinds"][name] = name.replace("/", ".")
-                    found["definitions"][name.replace("/", ".")] = schema
+                    schemas["kinds"][name] = name.replace("/", ".")
+                    schemas["definitions"][name.replace("/", ".")] = schema
         except OSError as error:
             return str(error)
-        path.write_text(json.dumps(found), encoding="utf-8")
+        path.write_text(json.dumps(schemas), encoding="utf-8")
         return ""
 
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
@@ -161,12 +161,12 @@ def custom_schema(definition: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def strict(schema: Any) -> Any:
     """A schema that refuses properties which it does not name, and takes what the API server takes."""
     if isinstance(schema, list):
-        return [strict(one) for one in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     made = {key: strict(value) for key, value in schema.items() if key not in ("description", "properties")}
     if isinstance(schema.get("properties"), dict):
-        made["properties"] = {name: strict(one) for name, one in schema["properties"].items()}
+        made["properties"] = {name: strict(part) for name, part in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields"):
             made.setdefault("additionalProperties", False)
     if schema.get("x-kubernetes-int-or-string"):

@@ -11,10 +11,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
     """One line per test function: inputs tried and lost, added up over its parameters."""
     sums: dict[str, list[int]] = {}
     for report in (report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())):
-        found = dict(report.user_properties)
-        if report.when == "call" and "tried" in found:
-            one = sums.setdefault(report.nodeid.partition("[")[0], [0, 0])
-            one[:] = one[0] + found["tried"], one[1] + found["lost"]
+        properties = dict(report.user_properties)
+        if report.when == "call" and "tried" in properties:
+            total = sums.setdefault(report.nodeid.partition("[")[0], [0, 0])
+            total[:] = total[0] + properties["tried"], total[1] + properties["lost"]
     if sums:
         terminalreporter.section("hostile inputs")
         for name, (tried, lost) in sorted(sums.items()):

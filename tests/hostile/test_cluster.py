@@ -56,8 +56,8 @@ def test_no_crafted_value_reaches_the_patch_of_a_pod(tally):
 
 def pattern(name):
     """Go's reading of the pattern in a tag, in Python: `$` is the end of the text there, not also a newline's."""
-    (found,) = re.findall(r"matches '(.*?)\$'", quantity(name))
-    return rf"{found}\Z".replace("^", r"\A")
+    (expression,) = re.findall(r"matches '(.*?)\$'", quantity(name))
+    return rf"{expression}\Z".replace("^", r"\A")
 
 
 def test_a_parameter_is_in_a_patch_only_where_it_is_checked():

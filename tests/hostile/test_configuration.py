@@ -94,7 +94,7 @@ ADDRESSES = {
 }
 
 
-@pytest.mark.parametrize(("path", "address"), [(path, one) for path, some in ADDRESSES.items() for one in some])
+@pytest.mark.parametrize(("path", "address"), [(path, address) for path, some in ADDRESSES.items() for address in some])
 def test_an_address_with_a_password_is_refused_without_it(path, address, tmp_path, monkeypatch):
     words = ["--set", f"{path}={json.dumps(address)}"]
     for command in (["config", "show"], ["run", "--dry-run"], ["submit", "--dry-run"], ["plan"]):

@@ -127,11 +127,11 @@ def test_a_reply_that_is_cut_at_any_byte_is_asked_for_again(store, proxy, tmp_pa
     for at in places:
         fault = proxy.break_next("cut", at, method=method, path=path)
         try:
-            found = act(store, tmp_path)
+            outcome = act(store, tmp_path)
         except Exception as error:
-            found = error
-        if found != right:
-            lost.append((at, found))
+            outcome = error
+        if outcome != right:
+            lost.append((at, outcome))
         proxy.faults.remove(fault)
     assert lost == []
     tally(len(places))

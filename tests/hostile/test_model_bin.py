@@ -146,9 +146,9 @@ def mutated(body, seed):
 
 def test_a_damaged_file_is_refused_in_one_line_or_is_a_model_that_loads(folder, whole, tally):
     outcomes = {seed: outcome(folder, mutated(whole, seed)) for seed in range(SEEDS)}
-    lost = {seed: found for seed, found in outcomes.items() if found not in ("refused", "loads")}
+    lost = {seed: result for seed, result in outcomes.items() if result not in ("refused", "loads")}
     assert not lost
-    assert sum(found == "refused" for found in outcomes.values()) > 0.3 * SEEDS
+    assert sum(result == "refused" for result in outcomes.values()) > 0.3 * SEEDS
     tally(SEEDS, len(lost))
 
 
@@ -188,10 +188,10 @@ def test_a_file_of_no_model_is_refused(folder, tally):
     cases = list(crafted())
     outcomes = [(outcome(folder, model_bin(case)), case) for case in cases]
     lost = []
-    for found, case in outcomes:
+    for result, case in outcomes:
         missing = variables().keys() - case.keys()
-        fine = found == "loads" and (missing <= optional and not changed_badly(case))
-        lost += [] if found == "refused" or fine else [(found, missing, changes(case))]
+        fine = result == "loads" and (missing <= optional and not changed_badly(case))
+        lost += [] if result == "refused" or fine else [(result, missing, changes(case))]
     assert not lost
     tally(len(cases), len(lost))
 

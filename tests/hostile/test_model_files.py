@@ -62,7 +62,7 @@ def encoded(value):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
 def test_a_file_that_is_no_json_object_is_refused(folder, name, tally):
-    assert tried(folder, name, [one for one in DAMAGED if one != b'{"schema": 1}']) == len(DAMAGED) - 1
+    assert tried(folder, name, [content for content in DAMAGED if content != b'{"schema": 1}']) == len(DAMAGED) - 1
     with (folder / name).open("wb") as file:
         file.truncate(MAX_DOCUMENT + 1)  # takes no disk
     with pytest.raises(DataError, match=rf"{name} has 67,108,865 bytes, and at most 67,108,864 are read"):
@@ -174,9 +174,9 @@ def test_a_large_manifest_is_refused_and_hides_no_other_artifact(tmp_path):
     other.parent.mkdir(parents=True)
     with other.open("wb") as file:
         file.truncate(MAX_DOCUMENT + 1)
-    found = dict(verify(store))
-    assert found.pop("asr/" + "0" * 32).status == "damaged"
-    assert [state.manifest for state in found.values()] == [manifest]
+    states = dict(verify(store))
+    assert states.pop("asr/" + "0" * 32).status == "damaged"
+    assert [state.manifest for state in states.values()] == [manifest]
     shutil.move(other, store.local_path(f"{KEY.prefix}manifest.json"))
     with pytest.raises(DataError, match="67,108,864 are read"):
         inspect(store, KEY)

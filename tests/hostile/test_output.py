@@ -104,10 +104,10 @@ def test_labels_of_progress_are_shown_escaped(capsys, monkeypatch):
 
 def test_every_text_goes_through_one_place():
     """`common.console.echo` prints; tqdm and the lines of progress are escaped where they are made."""
-    found = []
+    places = []
     for top in ("common", "stages", "argo", "cli"):
         for path in (ROOT / top).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in ("click.echo", "click.secho", "print"):
-                    found.append(str(path.relative_to(ROOT)))
-    assert sorted(set(found)) == ["common/console.py", "common/progress.py"]
+                    places.append(str(path.relative_to(ROOT)))
+    assert sorted(set(places)) == ["common/console.py", "common/progress.py"]

@@ -55,7 +55,7 @@ def command(*words):
 
 def test_no_run_json_ends_a_command_otherwise_than_by_one_error(tmp_path, tally):
     store = open_store(tmp_path)
-    bodies = [*DAMAGED, *(json.dumps(one).encode() for one in variants(run_record()))]
+    bodies = [*DAMAGED, *(json.dumps(variant).encode() for variant in variants(run_record()))]
     refused = 0
     for body in bodies:
         store.write("demo/run.json", body)
@@ -79,7 +79,7 @@ def test_a_damaged_run_json_hides_no_other_run(tmp_path, body):
     store.write("bad/run.json", body)
     listed = command("runs", "list", "--store", tmp_path, "--json")
     assert listed.exit_code == 0
-    assert {one["run"]: one["status"] for one in json.loads(listed.stdout)} == {"bad": "damaged", "good": "running"}
+    assert {run["run"]: run["status"] for run in json.loads(listed.stdout)} == {"bad": "damaged", "good": "running"}
     assert command("status", "good", "--store", tmp_path).exit_code == 0
     for word in ("status", "verify", "logs"):
         assert isinstance(command(word, "bad", "--store", tmp_path).exception, DataError)
@@ -155,7 +155,7 @@ def made(tmp_path):
 def test_no_manifest_ends_a_look_otherwise_than_by_a_state(made, tally):
     store, manifest = made
     raw = json.loads(manifest.to_json())
-    bodies = [*DAMAGED, *(json.dumps(one).encode() for one in variants(raw))]
+    bodies = [*DAMAGED, *(json.dumps(variant).encode() for variant in variants(raw))]
     for body in bodies:
         store.write(f"{KEY.prefix}manifest.json", body)
         try:

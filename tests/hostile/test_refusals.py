@@ -70,12 +70,12 @@ def test_where_deletes_are_denied_checkpoints_are_saved_and_found(no_deletes, tm
 
 
 def test_the_doctor_says_what_a_store_without_deletes_costs(no_deletes):
-    found = {name: (state, detail) for name, state, detail in check_store(no_deletes)}
-    assert {name for name, (state, _) in found.items() if state == "fail"} == set()
-    assert {name for name, (state, _) in found.items() if state == "note"} == {
+    checks = {name: (state, detail) for name, state, detail in check_store(no_deletes)}
+    assert {name for name, (state, _) in checks.items() if state == "fail"} == set()
+    assert {name for name, (state, _) in checks.items() if state == "note"} == {
         *("delete", "moving aside", "many keys", "large file")
     }
-    assert "s3:DeleteObject" in found["delete"][1]
+    assert "s3:DeleteObject" in checks["delete"][1]
     assert len(keys(no_deletes)) < 30  # it does not leave a thousand files that nobody can remove
 
 

@@ -190,11 +190,11 @@ run_queries(Path({str(table)!r}), [{ONE_STEP!r}, "SELECT 1"], threads=2, limits=
 
 def processes_of(session):
     """Processes of a session that are not only waited for."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, theirs = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue
-        found += [path.parent.name] if int(theirs) == session and state != "Z" else []
-    return found
+        processes += [path.parent.name] if int(theirs) == session and state != "Z" else []
+    return processes

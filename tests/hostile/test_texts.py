@@ -63,14 +63,16 @@ def test_a_name_changes_nothing_in_the_model_card_but_its_cell(name, tally):
     groups = {name: RATES | {"utterances": 30, "speakers": 1, "wer_after": 0.9}, "b": SUMMARY["by_etiology"]["slurred"]}
     plain = {("plain" if key == name else key): value for key, value in groups.items()}
     speech = [Utterance("1", "1.wav", 3600.0, "x", "train", name), Utterance("2", "2.wav", 1.0, "x", "test", "bob")]
-    (_, text), (_, expected) = (card(summary=SUMMARY | {"by_etiology": one}, speech=speech) for one in (groups, plain))
+    (_, text), (_, expected) = (
+        card(summary=SUMMARY | {"by_etiology": rates}, speech=speech) for rates in (groups, plain)
+    )
     lines, wanted = text.split("\n"), expected.split("\n")
     lost = len(lines) != len(wanted) or len(text.splitlines()) != len(expected.splitlines())
     for line, other in zip(lines, wanted, strict=False):
-        before, found, after = other.partition("plain")
-        same = line == other if not found else line.startswith(before) and line.endswith(after)
+        before, mark, after = other.partition("plain")
+        same = line == other if not mark else line.startswith(before) and line.endswith(after)
         lost = lost or not same
-        if found and same:
+        if mark and same:
             shown = line[len(before) : len(line) - len(after)]
             lost = (
                 lost or bool(ACTIVE.search(shown)) or not shown.isprintable() or bool(re.search(r"(?<!\\)://", shown))
@@ -135,12 +137,12 @@ class Tags(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.found = {}
+        self.counts = {}
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         key = (tag, tuple(name for name, _ in attrs))
-        self.found[key] = self.found.get(key, 0) + 1
+        self.counts[key] = self.counts.get(key, 0) + 1
 
 
 def test_the_report_has_the_same_tags_whatever_groups_are_called(tmp_path, tally):
@@ -153,7 +155,7 @@ def test_the_report_has_the_same_tags_whatever_groups_are_called(tmp_path, tally
             "report.html", etiologies=values, contents=[(name, name, True)], left_out=[name], about=[name]
         )
 
-    wanted = Tags(page("plain")).found
-    lost = [name for name in NAMES if name != "\ud800" and Tags(page(name)).found != wanted]
+    wanted = Tags(page("plain")).counts
+    lost = [name for name in NAMES if name != "\ud800" and Tags(page(name)).counts != wanted]
     assert not lost
     tally(len(NAMES), len(lost))

@@ -133,8 +133,8 @@ def wait_for(condition, explain, seconds=120):
 
 @pytest.mark.parametrize("name", ALL)
 def test_labels_user_and_start(engine, name):
-    found = described(engine, name)
-    labels, config = found["Labels"], found["Config"]
+    description = described(engine, name)
+    labels, config = description["Labels"], description["Config"]
     assert labels["org.opencontainers.image.title"] == ("moe-asr" if name == "base" else f"moe-asr {name}")
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", labels["org.opencontainers.image.version"])
     assert labels["org.opencontainers.image.revision"] not in ("", "unknown")

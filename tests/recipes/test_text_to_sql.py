@@ -177,7 +177,7 @@ def test_deadlines_run_side_by_side(table):
     queries = [RUNAWAY + f" WHERE a.x > {number}" for number in range(8)]
     since = time.monotonic()
     outcomes = run_queries(table, queries, threads=8, limits=Limits(seconds=0.5))
-    assert time.monotonic() - since < 8 * 0.5 and all("stopped" in one.error for one in outcomes.values())
+    assert time.monotonic() - since < 8 * 0.5 and all("stopped" in outcome.error for outcome in outcomes.values())
 
 
 def test_sorting_a_cross_join_runs_out_of_its_own_memory_only(table):
@@ -211,8 +211,8 @@ def test_identical_and_known_queries_run_once(table, monkeypatch):
         sql.QueryProcess, "ask", lambda process, query: (ran.update([query]), original(process, query))[1]
     )
     known = {"SELECT 2": Outcome(((2,),))}
-    found = run_queries(table, ["SELECT 1"] * 9 + ["SELECT 2"], threads=4, limits=QUICK, known=known)
-    assert ran == {"SELECT 1": 1} and found["SELECT 2"] is known["SELECT 2"]
+    outcomes = run_queries(table, ["SELECT 1"] * 9 + ["SELECT 2"], threads=4, limits=QUICK, known=known)
+    assert ran == {"SELECT 1": 1} and outcomes["SELECT 2"] is known["SELECT 2"]
 
 
 def test_gold_records_are_computed_once_until_database_or_queries_change(table, tmp_path, monkeypatch):
@@ -251,8 +251,8 @@ def test_the_demonstration_is_the_same_for_a_seed_and_every_query_of_it_runs(pai
     made = make_pairs(300, seed=1)
     assert len({question for question, _ in made}) == 300
     outcomes = run_queries(pairs / "flights.db", [query for _, query in made], threads=2, limits=QUICK)
-    assert not any(one.error for one in outcomes.values())
-    assert sum(bool(one.rows) for one in outcomes.values()) > 0.3 * len(outcomes)
+    assert not any(outcome.error for outcome in outcomes.values())
+    assert sum(bool(outcome.rows) for outcome in outcomes.values()) > 0.3 * len(outcomes)
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_hold_each_pair_once(pairs):

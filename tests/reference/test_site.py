@@ -40,7 +40,7 @@ def test_a_page_loads_nothing_from_elsewhere(site):
         text = path.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?([^\" >]+)", text)
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload|icon)[^>]*href=\"?([^\" >]+)", text)
-        assert [one for one in loaded if "//" in one] == [], path.name
+        assert [address for address in loaded if "//" in address] == [], path.name
 
 
 def test_the_charts_values_are_a_page_of_the_site(site):
@@ -53,5 +53,5 @@ def test_every_command_and_option_is_in_the_reference_of_the_command_line(site):
     assert {f"python -m stages {stage.name}" for stage in STAGES} <= set(re.findall(r"<h\d id=[^>]*>([^<]+)", page))
     for words, command in headings.items():
         section = page.partition(f'id="{words.replace(" ", "-")}"')[2].partition("<h")[0]
-        options = [one.opts[0] for one in command.params if isinstance(one, click.Option)]
+        options = [option.opts[0] for option in command.params if isinstance(option, click.Option)]
         assert section and [flag for flag in options if flag not in section] == [], words

@@ -102,8 +102,8 @@ def test_runs_are_merged_by_their_names(made, tmp_path):
     ours, both = (
         open_model(str(path), store=None, cache=tmp_path, device="cpu") for path in (made[1], tmp_path / "merged")
     )
-    found, expected = (probe(one.recogniser, one.codec, {0: 1.0}) for one in (both, ours))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)  # the mean of a model with itself
+    actual, expected = (probe(model.recogniser, model.codec, {0: 1.0}) for model in (both, ours))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)  # the mean of a model with itself
     again = moe_asr(*words)
     assert isinstance(again.exception, UsageError) and "--overwrite" in str(again.exception)
     assert moe_asr(*words, "--rank", "1", "--overwrite").exception is None

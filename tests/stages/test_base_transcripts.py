@@ -58,9 +58,9 @@ def test_what_changes_no_text_of_the_base_model_decodes_it_no_more(first, passes
     store, rows = first
     run_pipeline(micro_config(store, micro_model, tones, run="-".join(["again", *changes]), **LITTLE | changes))
     assert passes == ["trained"]
-    found = base_rows(store, "-".join(["again", *changes]))
-    assert {name: text for name, (text, _) in found.items()} == {name: text for name, (text, _) in rows.items()}
-    assert found == rows or "decode" in changes
+    new_rows = base_rows(store, "-".join(["again", *changes]))
+    assert {name: text for name, (text, _) in new_rows.items()} == {name: text for name, (text, _) in rows.items()}
+    assert new_rows == rows or "decode" in changes
 
 
 @pytest.mark.parametrize(

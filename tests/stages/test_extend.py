@@ -177,11 +177,11 @@ def test_two_extensions_of_one_parent_are_two_children(store, speech, tmp_path):
     extend(store, speech)
     extend(store, speech, speaker="s01", method="gates")
     for name in ("s00", "s01"):
-        assert [one.name for one in opened(f"micro-{name}", store, tmp_path).added] == [name]
+        assert [expert.name for expert in opened(f"micro-{name}", store, tmp_path).added] == [name]
     assert extend(store, speech, "--run", "both", model="micro-s00", speaker="s01", method="gates")["run"] == "both"
-    assert [one.name for one in opened("both", store, tmp_path).added] == ["s00", "s01"]
+    assert [expert.name for expert in opened("both", store, tmp_path).added] == ["s00", "s01"]
     moe_asr("experts", "remove", "micro-s00", "s00", "--store", store)  # `both` has it still
-    assert [one.name for one in opened("both", store, tmp_path).added] == ["s00", "s01"]
+    assert [expert.name for expert in opened("both", store, tmp_path).added] == ["s00", "s01"]
 
 
 def test_a_speaker_who_is_there_is_replaced_by_option_only(store, speech, tmp_path):
@@ -189,7 +189,7 @@ def test_a_speaker_who_is_there_is_replaced_by_option_only(store, speech, tmp_pa
     with pytest.raises(UsageError, match="--replace"):
         extend(store, speech, model="micro-s00", method="gates")
     extend(store, speech, "--replace", "--run", "micro-s00", model="micro-s00", method="gates")
-    assert [(one.name, one.method) for one in opened("micro-s00", store, tmp_path).added] == [("s00", "gates")]
+    assert [(expert.name, expert.method) for expert in opened("micro-s00", store, tmp_path).added] == [("s00", "gates")]
     with pytest.raises(UsageError, match="is in"):
         extend(store, speech, "--run", "micro-s00", speaker="s01", method="gates")
     with pytest.raises(UsageError, match="is the model itself"):
@@ -242,8 +242,8 @@ def test_an_interrupted_extension_goes_on_to_the_same_bits(store, speech, tmp_pa
     with pytest.raises(Exception, match="stopped by a signal"):
         extend(store, speech)
     extend(store, speech)
-    found = [next(folder.rglob("extend/*/*/adapter_model.safetensors")).read_bytes() for folder in (store, whole)]
-    assert found[0] == found[1]
+    weights = [next(folder.rglob("extend/*/*/adapter_model.safetensors")).read_bytes() for folder in (store, whole)]
+    assert weights[0] == weights[1]
 
 
 def test_a_dry_run_says_what_it_would_do(store, speech):
@@ -277,10 +277,10 @@ def test_silence_is_left_out_and_nothing_but_silence_is_an_error(store, speech, 
 
 
 def test_one_utterance_is_enough_for_a_way_that_is_named_and_too_few_for_auto(store, speech, tmp_path, caplog):
-    one = changed(speech, tmp_path / "one", lambda u: u if u.speaker != "s00" or u.id == "s00-00" else None)
-    assert extend(store, one, method="auto")["run"] is None
+    single = changed(speech, tmp_path / "one", lambda u: u if u.speaker != "s00" or u.id == "s00-00" else None)
+    assert extend(store, single, method="auto")["run"] is None
     assert "nothing can be held out" in caplog.text
-    made = extend(store, one, method="gates")
+    made = extend(store, single, method="gates")
     assert made["run"] == "micro-s00" and made["gain"] is None
 
 
@@ -358,10 +358,10 @@ def test_disjoint_extensions_are_merged_exactly(store, speech, tmp_path):
     extend(store, speech, speaker="s01", method="gates")
     moe_asr("merge", "micro-s00", "micro-s01", "--out", "both", "--store", store)
     both = opened("both", store, tmp_path)
-    assert [one.name for one in both.added] == ["s00", "s01"]
+    assert [expert.name for expert in both.added] == ["s00", "s01"]
     for number, name in enumerate(("s00", "s01")):
-        one = opened(f"micro-{name}", store, tmp_path)
-        assert torch.equal(logits(both.recogniser, [number, -1] * 2), logits(one.recogniser, [0, -1] * 2))
+        alone = opened(f"micro-{name}", store, tmp_path)
+        assert torch.equal(logits(both.recogniser, [number, -1] * 2), logits(alone.recogniser, [0, -1] * 2))
     with pytest.raises(UsageError, match="two have an expert"):
         moe_asr("merge", "both", "micro-s00", "--out", "again", "--store", store)
 
@@ -406,7 +406,7 @@ def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, 
         pods.make_one(item["who"])
     assert [item["memo"] for item in planned()] == [item["memo"] for item in first]
     pods.join_all()
-    assert [one.name for one in opened("voices", store, tmp_path).added] == ["s00", "s01"]
+    assert [expert.name for expert in opened("voices", store, tmp_path).added] == ["s00", "s01"]
     assert read_record(open_store(store), "micro-s00") is None
     for text in ("s00", "[]", '["s00", "s00"]'):
         monkeypatch.setenv("MOE_ASR_SPEAKERS", text)
@@ -530,7 +530,7 @@ def test_a_model_in_a_bucket_is_extended_there(finished, speech, s3_server, buck
     made = extend(address, speech, "--endpoint-url", s3_server.endpoint, method="gates")
     assert made["run"] == "micro-s00"
     child = open_model("micro-s00", store=store, cache=tmp_path / "other", device="cpu")
-    assert [one.name for one in child.added] == ["s00"]
+    assert [expert.name for expert in child.added] == ["s00"]
     new = {entry.key for entry in store.list("")} - before
     assert not [key for key in new if "/asr/" in key or "checkpoints" in key]
 

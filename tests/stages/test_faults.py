@@ -143,8 +143,8 @@ def test_a_run_that_fills_the_disk_says_so_and_goes_on_when_there_is_room(finish
     with pytest.raises(StoreError, match=r"disk is full.*free some space") as told:
         run_pipeline(config)
     assert "\n" not in str(told.value)
-    for found in (folder / "store").glob("artifacts/*/*"):
-        state = inspect(open_store(folder / "store"), Key(found.parent.name, found.name), deep=True)
+    for artifact in (folder / "store").glob("artifacts/*/*"):
+        state = inspect(open_store(folder / "store"), Key(artifact.parent.name, artifact.name), deep=True)
         assert state.status in ("missing", "done")
     remount("size=64m")
     run_pipeline(config)

@@ -13,11 +13,11 @@ from tests.stages.test_local_runner import micro_config
 
 def manifests(store):
     """stage → its manifests."""
-    found = {}
+    by_stage = {}
     for path in (store / "artifacts").glob("*/*/manifest.json"):
-        one = json.loads(path.read_text())
-        found.setdefault(one["stage"], []).append(one)
-    return found
+        manifest = json.loads(path.read_text())
+        by_stage.setdefault(manifest["stage"], []).append(manifest)
+    return by_stage
 
 
 def ahead(config):
@@ -31,10 +31,10 @@ def test_utterances_and_steps_are_those_that_the_run_then_took(micro_run, tmp_pa
     made = manifests(micro_run[0])
     assert expected["asr"].work.steps == made["asr"][0]["metrics"]["steps"]
     assert expected["extract[0]"].work.utterances == made["extract"][0]["metrics"]["utterances"]
-    assert expected["experts"].work.utterances == sum(one["metrics"]["utterances"] for one in made["experts"])
+    assert expected["experts"].work.utterances == sum(manifest["metrics"]["utterances"] for manifest in made["experts"])
     throughput = made["asr"][0]["metrics"]["throughput"]
     assert expected["asr"].work.amount == pytest.approx(throughput["audio_seconds"])
-    assert {one.seconds for one in expected.values()} == {None}  # nothing was measured in this store
+    assert {forecast.seconds for forecast in expected.values()} == {None}  # nothing was measured in this store
 
 
 def test_times_are_in_proportion_to_what_was_measured_and_checkpoints_shorten_them(

@@ -61,8 +61,8 @@ def test_after_a_kill_at_any_write_every_artifact_is_absent_or_whole(states):
     assert len(states) > 50
     for state in states:
         for folder in state.glob("artifacts/*/*"):
-            found = inspect(open_store(state), Key(folder.parent.name, folder.name), deep=True)
-            assert found.status in ("missing", "done"), (state, folder, found.reason)
+            artifact = inspect(open_store(state), Key(folder.parent.name, folder.name), deep=True)
+            assert artifact.status in ("missing", "done"), (state, folder, artifact.reason)
 
 
 @pytest.mark.parametrize("part", range(RESUMED))

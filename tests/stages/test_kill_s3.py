@@ -77,9 +77,9 @@ def test_after_a_kill_at_any_write_every_artifact_in_the_bucket_is_absent_or_who
     for state in recorded.states:
         root = state / "root" / "runs"  # objects are plain files there
         for folder in root.glob("artifacts/*/*"):
-            found = inspect(open_store(root), Key(folder.parent.name, folder.name), deep=True)
-            assert found.status in ("missing", "done"), (state, folder, found.reason)
-            seen.add((folder.parent.name, found.status))
+            artifact = inspect(open_store(root), Key(folder.parent.name, folder.name), deep=True)
+            assert artifact.status in ("missing", "done"), (state, folder, artifact.reason)
+            seen.add((folder.parent.name, artifact.status))
     assert seen >= {(stage, s) for stage in ("extract", "gating", "experts", "asr") for s in ("missing", "done")}
 
 

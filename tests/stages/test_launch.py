@@ -52,10 +52,10 @@ def ran(stage: str, file: Path, *options: str) -> tuple[int, str]:
 
 def finished(run: Run) -> Path:
     """The folder of the asr stage's committed output."""
-    one = run.plan().planned[-1]
-    assert one.task.contract.name == "asr"
-    assert one.status == "done", one.reason
-    return run.store.local_path(f"{one.task.key.prefix}{one.manifest.attempt}")
+    planned = run.plan().planned[-1]
+    assert planned.task.contract.name == "asr"
+    assert planned.status == "done", planned.reason
+    return run.store.local_path(f"{planned.task.key.prefix}{planned.manifest.attempt}")
 
 
 def curve(folder: Path) -> list[float]:
@@ -69,9 +69,9 @@ def by_one_process(tmp_path_factory, micro_model, tones):
     """The curve of a training that nobody stopped."""
     _, run = config_file(tmp_path_factory.mktemp("one"), micro_model, tones, **TRAINING)
     run_one(run, run.plan().planned[-1], lambda: False)
-    found = curve(finished(run))
-    assert len(found) > 10
-    return found
+    points = curve(finished(run))
+    assert len(points) > 10
+    return points
 
 
 def test_two_processes_learn_as_one_whoever_starts_them(tmp_path, micro_model, tones, by_one_process):

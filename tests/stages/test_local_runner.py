@@ -77,11 +77,11 @@ def again(finished, tmp_path, micro_model, tones):
 def digests(store):
     """label → content digest of every task of a store's run."""
     record = json.loads((Path(store) / "micro" / "run.json").read_text())
-    found = {}
+    results = {}
     for label, task in record["tasks"].items():
         state = inspect(open_store(store), Key(task["stage"], task["key"]), deep=True)
-        found[label] = state.manifest.digest if state.status == "done" else state.status
-    return found
+        results[label] = state.manifest.digest if state.status == "done" else state.status
+    return results
 
 
 @contextmanager
@@ -152,9 +152,9 @@ def test_another_seed_shares_nothing_but_the_store(again, micro_model, tones):
 def test_a_changed_value_names_itself_and_leaves_earlier_stages_alone(again, micro_model, tones):
     store, _ = again
     changed = micro_config(store, micro_model, tones, asr__epochs=3)
-    found = statuses(changed)
-    assert found["asr"] == ("stale", "asr.epochs 2 → 3")
-    assert {status for label, (status, _) in found.items() if label != "asr"} == {"done"}
+    states = statuses(changed)
+    assert states["asr"] == ("stale", "asr.epochs 2 → 3")
+    assert {status for label, (status, _) in states.items() if label != "asr"} == {"done"}
 
 
 def test_a_run_with_another_configuration_is_refused_without_resume(again, micro_model, tones):
@@ -187,10 +187,10 @@ def test_one_damaged_expert_is_made_again_and_nothing_else(again, finished, how)
     record = json.loads((store / "micro" / "run.json").read_text())
     folder = store / "artifacts" / "experts" / record["tasks"]["experts[1]"]["key"]
     damage(next(folder.glob("*/adapter_model.safetensors")), how)
-    found = statuses(config)
-    assert found["experts[1]"][0] == "stale"
-    assert "adapter_model.safetensors" in found["experts[1]"][1]
-    assert {status for label, (status, _) in found.items() if label != "experts[1]"} == {"done"}
+    states = statuses(config)
+    assert states["experts[1]"][0] == "stale"
+    assert "adapter_model.safetensors" in states["experts[1]"][1]
+    assert {status for label, (status, _) in states.items() if label != "experts[1]"} == {"done"}
     run_pipeline(config)
     assert digests(store) == digests(finished[0])
 
@@ -210,8 +210,8 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
     (path.parent / made.attempt / "more").write_bytes(b"")
     files = made.files | {"more": FileRecord(0, hashlib.sha256(b"").hexdigest())}
     path.write_bytes(replace(made, files=files, digest=content_digest(files, made.volatile)).to_json())
-    found = statuses(config)
-    assert found["experts[0]"] == ("stale", "its input gating (gate) was made again with another content")
+    states = statuses(config)
+    assert states["experts[0]"] == ("stale", "its input gating (gate) was made again with another content")
 
 
 @pytest.mark.parametrize(
@@ -264,9 +264,9 @@ def test_a_shard_that_the_timeline_lost_is_in_it_again(again):
     kept = [r for r in record["timeline"] if (r["stage"], r["shard"]) != ("experts", "1")]
     (store / "micro" / "run.json").write_text(json.dumps(record | {"timeline": kept}))
     run_pipeline(config)
-    found = json.loads((store / "micro" / "run.json").read_text())["timeline"]
-    assert found[:-1] == kept
-    assert (found[-1]["stage"], found[-1]["shard"], found[-1]["status"]) == ("experts", "1", "skipped")
+    timeline = json.loads((store / "micro" / "run.json").read_text())["timeline"]
+    assert timeline[:-1] == kept
+    assert (timeline[-1]["stage"], timeline[-1]["shard"], timeline[-1]["status"]) == ("experts", "1", "skipped")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_stop_reaches_the_processes_and_no_more_are_started(tmp_path, micro_mo
     program.chmod(0o755)
     monkeypatch.setattr("stages.processes.sys.executable", str(program))
     config = micro_config(tmp_path / "store", micro_model, tones)
-    contract = next(one for one in STAGES if one.name == "experts")
+    contract = next(stage for stage in STAGES if stage.name == "experts")
     planned = [Planned(Task(contract, i, Key("experts", str(i)), {}), "todo", "", None) for i in range(3)]
     started, said = Path(f"{program}.started"), Path(f"{program}.said")
 
@@ -333,7 +333,7 @@ def test_a_second_wish_to_stop_reaches_the_processes_as_an_alarm(tmp_path, micro
     program.chmod(0o755)
     monkeypatch.setattr("stages.processes.sys.executable", str(program))
     config = micro_config(tmp_path / "store", micro_model, tones)
-    contract = next(one for one in STAGES if one.name == "experts")
+    contract = next(stage for stage in STAGES if stage.name == "experts")
     planned = [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)]
     started, said = Path(f"{program}.started"), Path(f"{program}.said")
 
@@ -361,7 +361,7 @@ def test_a_process_gets_the_configuration_it_is_given_and_tells_what_may_pass(
     monkeypatch.setenv("MOE_ASR_STORE", "elsewhere")
     monkeypatch.setenv("MOE_ASR_CACHE", "kept")
     config = micro_config(tmp_path / "store", micro_model, tones)
-    contract = next(one for one in STAGES if one.name == "experts")
+    contract = next(stage for stage in STAGES if stage.name == "experts")
     with pytest.raises(RetryableError, match="exit code 75"):
         run_in_processes(
             config, [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)], ["3"], scratch=tmp_path
@@ -465,8 +465,8 @@ def test_parts_of_another_size_are_not_taken_for_ones_own(tmp_path, finished, mi
         with suppress(Preempted):
             made = run_task(run, task, tmp_path / "s", stop)
     reference = np.load(next(finished[0].glob("artifacts/extract/*/*/embeddings.npy")))
-    found = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
-    np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
+    vectors_ND = np.load(tmp_path / task.key.prefix / made.attempt / "embeddings.npy")
+    np.testing.assert_allclose(vectors_ND, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_contracts_name_only_what_exists():

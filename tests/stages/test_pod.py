@@ -140,8 +140,8 @@ FAILURES = json.dumps(
 
 @pytest.mark.parametrize("text", [FAILURES, json.dumps(FAILURES)], ids=["list", "quoted"])
 def test_failures_are_the_nodes_that_say_why(text):
-    (one,) = failed_nodes(text)
-    assert one == {"task": "plan(0)", "message": "main: Error (exit code 78): asr.epoch: no such setting"}
+    (node,) = failed_nodes(text)
+    assert node == {"task": "plan(0)", "message": "main: Error (exit code 78): asr.epoch: no such setting"}
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", '"null"'])

@@ -49,12 +49,12 @@ def again(made, tmp_path, micro_model, tones):
 def folders(store, stage):
     """The output folders of a stage's pieces in the run."""
     record = json.loads((store / "micro" / "run.json").read_text())
-    found = []
+    paths = []
     for task in record["tasks"].values():
         if task["stage"] == stage:
             manifest = inspect(open_store(store), Key(stage, task["key"])).manifest
-            found.append(store / "artifacts" / stage / task["key"] / manifest.attempt)
-    return found
+            paths.append(store / "artifacts" / stage / task["key"] / manifest.attempt)
+    return paths
 
 
 def test_the_shared_expert_comes_first_and_both_are_in_timeline_and_report(made):
@@ -65,7 +65,7 @@ def test_the_shared_expert_comes_first_and_both_are_in_timeline_and_report(made)
     page = (store / "micro" / "report.html").read_text()
     assert "trained on top of the shared one" in page and "shared expert, expert 0, expert 1" in page
     report = json.loads((folders(store, "shared")[0] / "report.json").read_text())
-    parts = [json.loads((one / "report.json").read_text()) for one in folders(store, "experts")]
+    parts = [json.loads((folder / "report.json").read_text()) for folder in folders(store, "experts")]
     assert report["utterances"] == sum(part["utterances"] for part in parts)  # all of the subset, then its clusters
 
 
@@ -81,9 +81,9 @@ def test_joint_training_starts_from_the_pretrained_weights(made, micro_model):
     assert all(p.requires_grad for _, layer in mixture_layers(start) for p in layer.shared.parameters())
 
 
-def zip_values(one, other):
-    assert one.keys() == other.keys()
-    return [(one[name], other[name]) for name in one]
+def zip_values(first, other):
+    assert first.keys() == other.keys()
+    return [(first[name], other[name]) for name in first]
 
 
 def test_with_its_routed_experts_zeroed_it_equals_the_shared_expert(made, micro_model):
@@ -132,8 +132,8 @@ def test_keys_change_with_the_settings_and_alone_shares_the_gate(again, micro_mo
     store, _ = again
 
     def fresh(**changes):
-        found = statuses(pretrained(store, micro_model, tones, **changes))
-        return {label.partition("[")[0] for label, (status, _) in found.items() if status != "done"}
+        states = statuses(pretrained(store, micro_model, tones, **changes))
+        return {label.partition("[")[0] for label, (status, _) in states.items() if status != "done"}
 
     assert fresh() == set()
     assert fresh(asr__learning_rate=3e-4) == {"asr"}
@@ -151,16 +151,20 @@ def test_a_pretrained_shared_expert_without_one_is_refused():
 def test_a_sweep_counts_the_steps_of_all_three_parts(made, micro_model, tones, tmp_path):
     config = made[1]
     for clusters in (2, 5):
-        found = regime_settings(config, "pretrained", clusters=clusters, steps=101, pretrain_share=0.5)
-        parts = found["experts.shared_max_steps"], found["experts.max_steps"] * clusters, found["asr.max_steps"]
+        settings = regime_settings(config, "pretrained", clusters=clusters, steps=101, pretrain_share=0.5)
+        parts = (
+            settings["experts.shared_max_steps"],
+            settings["experts.max_steps"] * clusters,
+            settings["asr.max_steps"],
+        )
         assert parts[0] == 25 and sum(parts) == 101
     (run,) = plan_sweep(config, ["pretrained"], seeds=[42], steps=9)
     run_pipeline(run.config)
     record = json.loads((made[0] / run.name / "run.json").read_text())
     manifests = [inspect(open_store(made[0]), Key(t["stage"], t["key"])).manifest for t in record["tasks"].values()]
     steps = {}
-    for one in manifests:
-        steps[one.stage] = steps.get(one.stage, 0) + one.metrics.get("steps", 0)
+    for manifest in manifests:
+        steps[manifest.stage] = steps.get(manifest.stage, 0) + manifest.metrics.get("steps", 0)
     assert (steps["shared"], steps["experts"], steps["asr"]) == (2, 2, 5)
 
 
@@ -171,8 +175,8 @@ def test_a_single_cluster_trains_one_adapter_for_everybody(micro_model, tmp_path
 
     settings = {"num_experts": 2, "lora": {"rank": 2, "shared_rank": 4, "targets": ["fc1"]}}
     config = validate({**settings, "asr": {"pretrain": "alone", "shared_expert": shared}})
-    one = new_adapter(config, micro_model, routed=1, shared_rank=0, seed=0)
-    save_expert(one.whisper, 0, tmp_path, base_model="micro")
+    adapter = new_adapter(config, micro_model, routed=1, shared_rank=0, seed=0)
+    save_expert(adapter.whisper, 0, tmp_path, base_model="micro")
     recogniser = build(config, micro_model, None, [], [tmp_path])
     assert recogniser.num_experts == 0
     same = expert_matrices(recogniser.whisper, None), adapter_matrices(tmp_path)

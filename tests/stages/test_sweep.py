@@ -20,8 +20,8 @@ NAMES = ("alone", "mixture", "regular", "dense")
 def manifests(store, run):
     """(stage, manifest) of every task of a run."""
     record = json.loads((store / run / "run.json").read_text())
-    found = [(t["stage"], inspect(open_store(store), Key(t["stage"], t["key"]))) for t in record["tasks"].values()]
-    return [(stage, state.manifest) for stage, state in found]
+    states = [(t["stage"], inspect(open_store(store), Key(t["stage"], t["key"]))) for t in record["tasks"].values()]
+    return [(stage, state.manifest) for stage, state in states]
 
 
 def steps_of(store, run):
@@ -101,8 +101,8 @@ def test_the_command_ends_in_a_comparison_of_the_regimes(swept, tmp_path):
     result = CliRunner().invoke(cli, ["sweep", *options], catch_exceptions=False)
     assert result.exit_code == 0
     made = json.loads((tmp_path / "page" / "comparison.json").read_text(encoding="utf-8"))
-    assert [one["name"] for one in made["systems"]] == ["base", *NAMES]
-    assert [one["wer"] for one in made["systems"][1:]] == pytest.approx([s["wer_after"] for s in summaries])
+    assert [system["name"] for system in made["systems"]] == ["base", *NAMES]
+    assert [system["wer"] for system in made["systems"][1:]] == pytest.approx([s["wer_after"] for s in summaries])
     assert (tmp_path / "page" / "compare.html").is_file()
 
 
@@ -110,8 +110,8 @@ def test_steps_are_divided_to_the_last_one(swept):
     _, config, _, _ = swept
     for clusters in (2, 3, 5):
         for steps in (20, 31, 100):
-            found = regime_settings(config, "alone", clusters=clusters, steps=steps, pretrain_share=0.5)
-            assert found["experts.max_steps"] * clusters + found["asr.max_steps"] == steps
+            settings = regime_settings(config, "alone", clusters=clusters, steps=steps, pretrain_share=0.5)
+            assert settings["experts.max_steps"] * clusters + settings["asr.max_steps"] == steps
             assert (
                 regime_settings(config, "full", clusters=clusters, steps=steps, pretrain_share=0.5)["asr.max_steps"]
                 == steps

@@ -36,7 +36,7 @@ def test_a_gate_of_labels_has_an_expert_for_each_and_names_them(labelled):
     names = ["high", "low", "typical"]
     (gate,), (model,) = folders(store, "gating"), folders(store, "asr")
     assert report(gate)["labels"] == names and report(model)["groups"] == names
-    assert [report(one)["group"] for one in folders(store, "experts")] == names
+    assert [report(folder)["group"] for folder in folders(store, "experts")] == names
     assert report(model)["experts"] == 3  # though two clusters were asked for
     assert set(report(gate)["against_clusters"]) == {"adjusted_rand", "purity"}
     assert report(gate)["held_out_speakers"]["groups"] == "etiology"
@@ -76,15 +76,15 @@ def test_the_controls_run_and_their_models_are_evaluated_alike(tmp_path, micro_m
     config = micro_config(store, micro_model, tones, run="c", num_experts=3, asr__pretrain="gate")
     runs = plan_sweep(config, ["one-group", "shuffled"], seeds=[5], steps=4)
     run_sweep(runs)
-    found = {}
+    models = {}
     for run in runs:
         record = json.loads((store / run.name / "run.json").read_text())
         (model,) = (store / "artifacts" / "asr" / record["tasks"]["asr"]["key"]).glob("*/report.json")
-        found[run.regime] = json.loads(model.read_text()), json.loads((model.parent / "recogniser.json").read_text())
+        models[run.regime] = json.loads(model.read_text()), json.loads((model.parent / "recogniser.json").read_text())
         rows = read_rows(model.parent / "predictions.jsonl")
         opened = open_model(run.name, store=open_store(store), cache=tmp_path, device="cpu", precision="fp32")
         corpus = read_corpus(tones)
         made = decode_corpus(opened, corpus, choose_utterances(corpus, "test", samples=12), decoding_options(config))
         assert {r["id"]: r["hypothesis"] for r in rows} == {r["id"]: r["hypothesis"] for r in made}
-    assert found["one-group"][1]["groups"] == ["everybody"] and found["one-group"][1]["num_experts"] == 1
-    assert found["shuffled"][0]["groups"] == ["5-0", "5-1", "5-2"]
+    assert models["one-group"][1]["groups"] == ["everybody"] and models["one-group"][1]["num_experts"] == 1
+    assert models["shuffled"][0]["groups"] == ["5-0", "5-1", "5-2"]

@@ -31,17 +31,17 @@ def import_audiofolder(
     test (in any case), whose names then are the splits. Arguments and errors as of `import_table`.
     """
     source = Path(folder)
-    found = Rows([], [], [])
+    total = Rows([], [], [])
     for metadata in _metadata(source):
         split = "" if metadata.parent == source else metadata.parent.name
         part = read_rows(metadata, metadata.parent, columns or {}, split=split, folder=Path(split))
-        found = Rows(found.rows + part.rows, found.faults + part.faults, found.notes + part.notes)
-    if not found.rows and not found.faults:
+        total = Rows(total.rows + part.rows, total.faults + part.faults, total.notes + part.notes)
+    if not total.rows and not total.faults:
         raise DataError(
             f"{source} contains no {' or '.join(METADATA[::2])} with rows at its top or in train/, validation/, test/; "
             f"{kind_of_folder(source)}"
         )
-    rows = _splits_of_paths(found.rows)
+    rows = _splits_of_paths(total.rows)
     return build_corpus(
         rows,
         Path(out),
@@ -50,8 +50,8 @@ def import_audiofolder(
         seed=seed,
         skip_bad=skip_bad,
         mend_text=mend_text,
-        faults=found.faults,
-        notes=[*dict.fromkeys(found.notes), *_passed_over(source, rows)],
+        faults=total.faults,
+        notes=[*dict.fromkeys(total.notes), *_passed_over(source, rows)],
     )
 
 

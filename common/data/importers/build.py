@@ -71,9 +71,9 @@ def build_corpus(
     with new_corpus_folder(out) as folder:
         kept, more = _measure(rows)
         named, double = _name(kept)
-        found = sorted([*faults, *more, *double], key=_in_order)
-        if found and (not skip_bad or not named):
-            raise DataError(*_listed(found, len(rows) + len(faults), every=not named))
+        all_faults = sorted([*faults, *more, *double], key=_in_order)
+        if all_faults and (not skip_bad or not named):
+            raise DataError(*_listed(all_faults, len(rows) + len(faults), every=not named))
         utterances, joined = join_identities([u for _, u in named])
         utterances, mended = _mend(utterances) if mend_text else (utterances, 0)
         said = [*notes, *joined, *_remarks(named, utterances)]
@@ -82,11 +82,11 @@ def build_corpus(
         if copy_audio:
             utterances = _copy_audio([row for row, _ in named], utterances, folder)
         write_index(folder, utterances)
-        left_out = Counter(skipped or {}) + Counter({fault_reason: len(found)})
+        left_out = Counter(skipped or {}) + Counter({fault_reason: len(all_faults)})
         record = {"version": __version__, **source, "rows": len(rows) + len(faults), "utterances": len(utterances)}
-        record |= {"left_out": dict(left_out), "faults": found, "notes": said, "mended_texts": mended}
+        record |= {"left_out": dict(left_out), "faults": all_faults, "notes": said, "mended_texts": mended}
         _write_provenance(folder / PROVENANCE, record)
-    return Imported(read_corpus(out), left_out, found, said + ([f"{mended} texts were mended"] if mended else []))
+    return Imported(read_corpus(out), left_out, all_faults, said + ([f"{mended} texts were mended"] if mended else []))
 
 
 def _in_order(fault: str) -> list[tuple[int, str]]:
@@ -207,12 +207,12 @@ def _remarks(named: Sequence[tuple[TableRow, Utterance]], utterances: Sequence[U
 
 def _differing_durations(named: Sequence[tuple[TableRow, Utterance]]) -> list[str]:
     """Rows of whole files for which the table gives another duration: the files may be cut short."""
-    found = []
+    wrong = []
     for row, u in named:
         said = seconds(row.values.get("duration", ""))
         if said and not u.offset and abs(said - u.duration) > max(DIFFERS, 0.05 * u.duration):
-            found.append(f"{row.where}: {said:g} s, {u.duration:.2f} s in the file")
-    return [f"the table says another duration than {len(found)} files have (as {found[0]})"] if found else []
+            wrong.append(f"{row.where}: {said:g} s, {u.duration:.2f} s in the file")
+    return [f"the table says another duration than {len(wrong)} files have (as {wrong[0]})"] if wrong else []
 
 
 def _copy_audio(rows: Sequence[TableRow], utterances: Sequence[Utterance], folder: Path) -> list[Utterance]:

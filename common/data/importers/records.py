@@ -95,7 +95,7 @@ def _csv_table(table: Path, text: str, heading: list[str]) -> Table:
     separator = separator or _separator(text, heading)
     # Where tabs or bars separate, a quote is mostly a character of the text, as in Common Voice.
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator in "\t|" else csv.QUOTE_MINIMAL
-    found = Table(heading, [], [])
+    parsed = Table(heading, [], [])
     empty = 0
     lines = io.StringIO(text, newline="")  # ends at line feeds and carriage returns alone, unlike `splitlines`
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
@@ -105,18 +105,18 @@ def _csv_table(table: Path, text: str, heading: list[str]) -> Table:
             cells = [_unquoted(cell) for cell in row] if quoting == csv.QUOTE_NONE else row
             if not any(cell.strip() for cell in cells):
                 empty += bool(row)
-            elif not found.columns:
-                found.columns.extend(_without_tail(cells, 0))
-            elif len(cells := _without_tail(cells, len(found.columns))) != len(found.columns):
-                found.faults.append(
-                    f"{where}: the row has {len(cells)} cells, the heading {len(found.columns)}: put a text with "
+            elif not parsed.columns:
+                parsed.columns.extend(_without_tail(cells, 0))
+            elif len(cells := _without_tail(cells, len(parsed.columns))) != len(parsed.columns):
+                parsed.faults.append(
+                    f"{where}: the row has {len(cells)} cells, the heading {len(parsed.columns)}: put a text with "
                     f"{separator!r} into quotes"
                 )
             else:
-                found.records.append((where, dict(zip(found.columns, cells, strict=True))))
+                parsed.records.append((where, dict(zip(parsed.columns, cells, strict=True))))
     except csv.Error as error:
         raise DataError(f"{table}:{reader.line_num + skipped}: {error}: check quotes and separators") from error
-    return found._replace(empty=empty)
+    return parsed._replace(empty=empty)
 
 
 def _separator(text: str, heading: Sequence[str]) -> str:

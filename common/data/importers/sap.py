@@ -82,7 +82,7 @@ def import_sap(
     if not audio:
         raise DataError(f"{source} contains no {' or '.join(AUDIO)} file: unpack the project's archives into it first")
     skipped: Counter[str] = Counter()
-    rows = [row for one in contributors for row in _rows(one, source, audio, splits, skipped)]
+    rows = [row for contributor in contributors for row in _rows(contributor, source, audio, splits, skipped)]
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
         raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
@@ -129,22 +129,23 @@ def hold_out_dev(rows: Sequence[TableRow], *, seed: int) -> list[TableRow]:
 
 def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]:
     """The contributors, each once, and the split of each if a file of splits gives it."""
-    found: dict[str, Contributor] = {}
+    contributors: dict[str, Contributor] = {}
     splits: dict[str, str] = {}
     for path in visible_files(source, [".json"]):
         content = _read_json(path)
         if path.stem.lower().endswith("split_by_contributors"):
             splits |= _official_splits(path, content)
         elif isinstance(content, dict) and isinstance(content.get("Files"), list):
-            one = _contributor(path, content)
-            if one.id not in found:  # releases contain a second copy of all JSON files in a separate archive
-                found[one.id] = one
-    if not found:
+            contributor = _contributor(path, content)
+            if contributor.id not in contributors:
+                # Releases contain a second copy of all JSON files in a separate archive.
+                contributors[contributor.id] = contributor
+    if not contributors:
         raise DataError(
             f'{source} contains no contributor of the Speech Accessibility Project: JSON with "Contributor ID" and '
             '"Files" for each speaker; name the folder that its archives were unpacked into'
         )
-    return list(found.values()), splits
+    return list(contributors.values()), splits
 
 
 def _read_json(path: Path) -> Any:
@@ -187,9 +188,9 @@ def _intelligibility(file: Mapping[str, Any]) -> float | None:
 
 
 def _rows(
-    one: Contributor, source: Path, audio: Mapping[str, Path], splits: Mapping[str, str], skipped: Counter[str]
+    contributor: Contributor, source: Path, audio: Mapping[str, Path], splits: Mapping[str, str], skipped: Counter[str]
 ) -> Iterator[TableRow]:
-    for number, file in enumerate(one.files, start=1):
+    for number, file in enumerate(contributor.files, start=1):
         prompt = file.get("Prompt")
         name = Path(str(file.get("Filename") or "")).name
         path = audio.get(name)
@@ -206,13 +207,13 @@ def _rows(
                 "text_alt": piece.text_alt,
                 "offset": piece.offset,
                 "duration": piece.duration,
-                "speaker": one.id,
-                "etiology": one.etiology,
-                "severity": one.severity,
+                "speaker": contributor.id,
+                "etiology": contributor.etiology,
+                "severity": contributor.severity,
             }
-            split = splits.get(one.id) or _split_of(one.path, source) or _split_of(path, source)
+            split = splits.get(contributor.id) or _split_of(contributor.path, source) or _split_of(path, source)
             filled = {field: value for field, value in values.items() if value}
-            where = f"{one.path}: file {number}" + (f", from {piece.offset} s" if piece.offset else "")
+            where = f"{contributor.path}: file {number}" + (f", from {piece.offset} s" if piece.offset else "")
             yield TableRow(where, {"split": split, **filled}, path.resolve())
 
 
@@ -260,10 +261,10 @@ def read_transcript(transcript: str) -> tuple[list[Reference], str]:
 def _timed(lines: Sequence[str]) -> list[Reference]:
     pieces = []
     for line in lines:
-        found = re.match(r"\s*(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s+(\S.*)", line)
-        if found and float(found[1]) < float(found[2]):
-            seconds = float(found[2]) - float(found[1])
-            pieces.append(Reference(found[3], offset=f"{float(found[1]):g}", duration=f"{seconds:.3f}"))
+        match = re.match(r"\s*(\d+(?:\.\d*)?)\s+(\d+(?:\.\d*)?)\s+(\S.*)", line)
+        if match and float(match[1]) < float(match[2]):
+            seconds = float(match[2]) - float(match[1])
+            pieces.append(Reference(match[3], offset=f"{float(match[1]):g}", duration=f"{seconds:.3f}"))
     return pieces
 
 

@@ -30,7 +30,7 @@ def unclear_stretches(shared: Mapping[Path, Sequence[TableRow]]) -> dict[str, st
         whole = [row for row in group if "offset" not in row.values]
         starts = {row.where: seconds(row.values.get("offset", "0")) or 0.0 for row in group}
         for row in group:
-            other = next((one for one in whole if one is not row), None) if row in whole else None
+            other = next((candidate for candidate in whole if candidate is not row), None) if row in whole else None
             if other is not None:
                 faults[row.where] = (
                     f"{row.where}: {other.where} names {audio} too, and nothing says which part of it is whose: give "
@@ -38,7 +38,10 @@ def unclear_stretches(shared: Mapping[Path, Sequence[TableRow]]) -> dict[str, st
                 )
             elif not {"end", "duration"} & row.values.keys():
                 start = starts[row.where]
-                later = next((one for one in group if one is not row and starts[one.where] >= start), None)
+                later = next(
+                    (candidate for candidate in group if candidate is not row and starts[candidate.where] >= start),
+                    None,
+                )
                 if later is not None:
                     faults[row.where] = (
                         f"{row.where}: begins at {start:g} s of {audio} and has no end, though {later.where} begins "
@@ -93,7 +96,7 @@ def _is_whole_file(length: float, info: AudioInfo) -> bool:
 
 def _time(row: TableRow, field: str) -> float:
     value = row.values.get(field, "0")
-    found = seconds(value)
-    if found is None:
+    parsed = seconds(value)
+    if parsed is None:
         raise DataError(f"{row.where}: {field} {value!r} is not a number of seconds of 0 or more: correct it")
-    return found
+    return parsed

@@ -57,19 +57,19 @@ def import_table(
         StoreError: `out` cannot be written.
     """
     root = Path(audio_root or Path(table).parent)
-    found = read_rows(Path(table), root, columns or {}, heading=heading)
-    if not found.rows and not found.faults:
+    parsed = read_rows(Path(table), root, columns or {}, heading=heading)
+    if not parsed.rows and not parsed.faults:
         raise DataError(f"{table} has no rows: nothing to import")
     return build_corpus(
-        found.rows,
+        parsed.rows,
         Path(out),
         source={"format": "table", "source": str(table), "columns": dict(columns or {})},
         copy_audio=copy_audio,
         seed=seed,
         skip_bad=skip_bad,
         mend_text=mend_text,
-        faults=found.faults,
-        notes=found.notes,
+        faults=parsed.faults,
+        notes=parsed.notes,
     )
 
 

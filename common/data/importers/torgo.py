@@ -123,6 +123,6 @@ def read_prompt(prompt: str) -> str:
 def _recordings(session: Path, stem: str, microphone: Microphone) -> list[tuple[str, Path]]:
     """The recording of the requested microphone, otherwise that of the other; both by name for `both`."""
     order = ("array", "head") if microphone == "array" else ("head", "array")
-    found = [(name, session / f"wav_{name}Mic" / f"{stem}.wav") for name in order]
-    there = [(name, path) for name, path in found if path.is_file()]
+    candidates = [(name, session / f"wav_{name}Mic" / f"{stem}.wav") for name in order]
+    there = [(name, path) for name, path in candidates if path.is_file()]
     return there if microphone == "both" else there[:1]

@@ -31,10 +31,10 @@ def blobs(groups: int, each: int, D: int = 12, seed: int = 0, apart: float = 12.
 def test_groups_that_the_corpus_names_are_clusters_by_size():
     points_ND, truth_N = blobs(3, 20)
     names_N = ["slow", "fast", "fast"]
-    found = known_groups(points_ND, [names_N[i] for i in truth_N], reduce="pca", reduce_dim=5, seed=0)
-    np.testing.assert_array_equal(found.labels_N, truth_N == 0)  # "fast", twice as many, is cluster 0
-    np.testing.assert_allclose(found.centroids_KD[1], points_ND[truth_N == 0].mean(0), rtol=1e-4)
-    assert not found.noise_N.any() and found.reduced_NP.shape == (60, 5)
+    clusters = known_groups(points_ND, [names_N[i] for i in truth_N], reduce="pca", reduce_dim=5, seed=0)
+    np.testing.assert_array_equal(clusters.labels_N, truth_N == 0)  # "fast", twice as many, is cluster 0
+    np.testing.assert_allclose(clusters.centroids_KD[1], points_ND[truth_N == 0].mean(0), rtol=1e-4)
+    assert not clusters.noise_N.any() and clusters.reduced_NP.shape == (60, 5)
 
 
 def test_one_group_is_no_clustering():
@@ -54,23 +54,27 @@ def test_groups_within_two_regions_are_found_as_leaves():
     centre_GD[:, 0] = np.where(np.arange(6) < 3, -60.0, 60.0)
     centre_GD[np.arange(6), 1 + np.arange(6)] = 7.0
     points_ND = (centre_GD[truth_N] + rng.normal(size=(480, 12))).astype(np.float32)
-    found = cluster(points_ND, num_clusters=6, **OPTIONS)
-    assert {attempt["clusters"] for attempt in found.attempts if "leaves" not in attempt} == {2}
-    assert found.attempts[-1]["leaves"] == 1
-    assert adjusted_rand_score(truth_N, found.labels_N) > 0.95
+    clusters = cluster(points_ND, num_clusters=6, **OPTIONS)
+    assert {attempt["clusters"] for attempt in clusters.attempts if "leaves" not in attempt} == {2}
+    assert clusters.attempts[-1]["leaves"] == 1
+    assert adjusted_rand_score(truth_N, clusters.labels_N) > 0.95
     assert len(cluster(points_ND, num_clusters=2, **OPTIONS).centroids_KD) == 2
 
 
 @pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
 def test_clear_groups_are_found_whole(algorithm):
     points_ND, truth_N = blobs(4, 50)
-    found = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm, "reduce": "pca", "reduce_dim": 5})
-    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
-    assert found.algorithm == algorithm
-    assert found.merged_from is None
-    assert found.centroids_KD.shape == (4, points_ND.shape[1])
+    clusters = cluster(
+        points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm, "reduce": "pca", "reduce_dim": 5}
+    )
+    assert adjusted_rand_score(truth_N, clusters.labels_N) == 1.0
+    assert clusters.algorithm == algorithm
+    assert clusters.merged_from is None
+    assert clusters.centroids_KD.shape == (4, points_ND.shape[1])
     for k in range(4):
-        np.testing.assert_allclose(found.centroids_KD[k], points_ND[found.labels_N == k].mean(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            clusters.centroids_KD[k], points_ND[clusters.labels_N == k].mean(0), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
@@ -86,18 +90,20 @@ def test_the_same_input_gives_the_same_labels_twice(algorithm, reduce):
 
 def test_smaller_cluster_sizes_are_tried_until_there_are_enough():
     points_ND, truth_N = blobs(6, 4)
-    found = cluster(points_ND, num_clusters=6, **OPTIONS, min_samples=2)
-    assert [attempt["min_cluster_size"] for attempt in found.attempts] == [5, 4]
-    assert found.attempts[-1]["clusters"] == 6
-    assert found.min_cluster_size == 4
-    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
+    clusters = cluster(points_ND, num_clusters=6, **OPTIONS, min_samples=2)
+    assert [attempt["min_cluster_size"] for attempt in clusters.attempts] == [5, 4]
+    assert clusters.attempts[-1]["clusters"] == 6
+    assert clusters.min_cluster_size == 4
+    assert adjusted_rand_score(truth_N, clusters.labels_N) == 1.0
 
 
 def test_too_few_clusters_are_accepted_only_when_allowed():
     points_ND, _ = blobs(3, 40)
-    found = cluster(points_ND, num_clusters=8, **OPTIONS)
-    assert [a["min_cluster_size"] for a in found.attempts if "leaves" not in a] == [5, 4, 3, 2]
-    assert len(found.centroids_KD) == found.labels_N.max() + 1 == max(a["clusters"] for a in found.attempts) < 8
+    clusters = cluster(points_ND, num_clusters=8, **OPTIONS)
+    assert [a["min_cluster_size"] for a in clusters.attempts if "leaves" not in a] == [5, 4, 3, 2]
+    assert (
+        len(clusters.centroids_KD) == clusters.labels_N.max() + 1 == max(a["clusters"] for a in clusters.attempts) < 8
+    )
     with pytest.raises(
         DataError, match=r"found \d clusters in 120 utterances where --num-experts wants 8.*no-reduce-experts"
     ):
@@ -106,12 +112,12 @@ def test_too_few_clusters_are_accepted_only_when_allowed():
 
 def test_no_cluster_at_all_falls_back_to_spectral_only_when_allowed():
     points_ND = np.random.default_rng(0).normal(size=(10, 8))
-    found = cluster(points_ND, num_clusters=3, **OPTIONS)
-    assert {attempt["clusters"] for attempt in found.attempts} == {0}
-    assert found.algorithm == "spectral"
-    assert found.min_cluster_size is None
-    assert len(found.centroids_KD) == 3
-    assert not found.noise_N.any()
+    clusters = cluster(points_ND, num_clusters=3, **OPTIONS)
+    assert {attempt["clusters"] for attempt in clusters.attempts} == {0}
+    assert clusters.algorithm == "spectral"
+    assert clusters.min_cluster_size is None
+    assert len(clusters.centroids_KD) == 3
+    assert not clusters.noise_N.any()
     with pytest.raises(DataError, match="found 0 clusters in 10 utterances"):
         cluster(points_ND, num_clusters=3, **OPTIONS | {"allow_reduce": False})
 
@@ -120,9 +126,9 @@ def test_too_many_clusters_are_merged_with_their_neighbours():
     points_ND, truth_N = blobs(12, 25, apart=15.0, D=20)
     side_N = truth_N % 3
     points_ND[:, :3] += 40.0 * np.eye(3)[side_N]
-    found = cluster(points_ND, num_clusters=3, **OPTIONS)
-    assert found.merged_from == 12
-    assert adjusted_rand_score(side_N, found.labels_N) == 1.0
+    clusters = cluster(points_ND, num_clusters=3, **OPTIONS)
+    assert clusters.merged_from == 12
+    assert adjusted_rand_score(side_N, clusters.labels_N) == 1.0
 
 
 def test_merging_equals_ward_linkage_where_every_cluster_has_one_point():
@@ -135,36 +141,36 @@ def test_merging_equals_ward_linkage_where_every_cluster_has_one_point():
 def test_noise_joins_the_nearest_centroid_and_stays_marked():
     points_ND, _ = blobs(2, 40, apart=20.0)
     stray_SD = points_ND[:3] + np.array([[30.0], [-30.0], [40.0]], np.float32) * np.eye(12, dtype=np.float32)[9:12]
-    found = cluster(np.concatenate([points_ND, stray_SD]), num_clusters=2, **OPTIONS)
-    noise = np.flatnonzero(found.noise_N)
+    clusters = cluster(np.concatenate([points_ND, stray_SD]), num_clusters=2, **OPTIONS)
+    noise = np.flatnonzero(clusters.noise_N)
     assert set(range(80, 83)) <= set(noise.tolist())
-    assert (found.probability_N[noise] == 0).all()
-    core_KD = np.stack([points_ND[(found.labels_N == k)[:80] & ~found.noise_N[:80]].mean(0) for k in range(2)])
+    assert (clusters.probability_N[noise] == 0).all()
+    core_KD = np.stack([points_ND[(clusters.labels_N == k)[:80] & ~clusters.noise_N[:80]].mean(0) for k in range(2)])
     nearest_S = np.linalg.norm(stray_SD[:, None] - core_KD, axis=2).argmin(1)
-    np.testing.assert_array_equal(found.labels_N[80:], nearest_S)
+    np.testing.assert_array_equal(clusters.labels_N[80:], nearest_S)
 
 
 def test_clusters_are_numbered_from_the_largest():
     points_ND, truth_N = blobs(3, 60)
     kept = np.concatenate([np.flatnonzero(truth_N == g)[: 20 + 15 * g] for g in range(3)])
-    found = cluster(points_ND[kept], num_clusters=3, **OPTIONS)
-    assert np.bincount(found.labels_N).tolist() == [50, 35, 20]
+    clusters = cluster(points_ND[kept], num_clusters=3, **OPTIONS)
+    assert np.bincount(clusters.labels_N).tolist() == [50, 35, 20]
 
 
 def test_one_expert_takes_everything():
     points_ND, _ = blobs(3, 10)
-    found = cluster(points_ND, num_clusters=1, **OPTIONS)
-    assert found.labels_N.tolist() == [0] * 30
-    assert found.algorithm == "hdbscan"
+    clusters = cluster(points_ND, num_clusters=1, **OPTIONS)
+    assert clusters.labels_N.tolist() == [0] * 30
+    assert clusters.algorithm == "hdbscan"
 
 
 def test_spectral_clustering_agrees_with_scikit_learn():
     points_ND, _ = blobs(5, 60, apart=6.5)
-    found = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
+    clusters = cluster(points_ND, num_clusters=5, **OPTIONS | {"algorithm": "spectral"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs_N = SpectralClustering(5, affinity="nearest_neighbors", random_state=0).fit_predict(points_ND)
-    assert adjusted_rand_score(theirs_N, found.labels_N) >= 0.97
+    assert adjusted_rand_score(theirs_N, clusters.labels_N) >= 0.97
 
 
 def test_spectral_clustering_is_the_same_whether_the_graph_is_decomposed_whole_or_not(monkeypatch):
@@ -179,16 +185,16 @@ def test_spectral_clustering_is_the_same_whether_the_graph_is_decomposed_whole_o
 @pytest.mark.parametrize(("N", "wanted"), [(2, 2), (3, 2), (5, 5), (10, 8)])
 def test_a_handful_of_utterances_is_enough(algorithm, N, wanted):
     points_ND = np.random.default_rng(N).normal(size=(N, 16)).astype(np.float32)
-    found = cluster(points_ND, num_clusters=wanted, **OPTIONS | {"algorithm": algorithm, "reduce": "pca"})
-    assert sorted(np.unique(found.labels_N)) == list(range(len(found.centroids_KD)))
-    assert np.isfinite(found.centroids_KD).all()
+    clusters = cluster(points_ND, num_clusters=wanted, **OPTIONS | {"algorithm": algorithm, "reduce": "pca"})
+    assert sorted(np.unique(clusters.labels_N)) == list(range(len(clusters.centroids_KD)))
+    assert np.isfinite(clusters.centroids_KD).all()
 
 
 @pytest.mark.parametrize("algorithm", ["hdbscan", "spectral"])
 def test_copies_of_few_utterances_make_as_many_clusters(algorithm):
     points_ND = np.repeat(np.eye(3, 6, dtype=np.float32), 12, axis=0)
-    found = cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm})
-    assert adjusted_rand_score(np.repeat(np.arange(3), 12), found.labels_N) == 1.0
+    clusters = cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm})
+    assert adjusted_rand_score(np.repeat(np.arange(3), 12), clusters.labels_N) == 1.0
     with pytest.raises(DataError, match="found 3 clusters in 36"):
         cluster(points_ND, num_clusters=8, **OPTIONS | {"algorithm": algorithm, "allow_reduce": False})
 
@@ -197,12 +203,12 @@ def test_copies_of_few_utterances_make_as_many_clusters(algorithm):
 def test_of_many_utterances_a_sample_is_clustered_and_the_others_join_it(algorithm, monkeypatch):
     points_ND, truth_N = blobs(4, 100)
     monkeypatch.setattr(module, "SAMPLE", 150)
-    found = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm})
-    assert found.sampled == 150
-    assert adjusted_rand_score(truth_N, found.labels_N) == 1.0
-    assert (found.probability_N > 0).sum() == 150 - found.noise_N.sum()
+    clusters = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm})
+    assert clusters.sampled == 150
+    assert adjusted_rand_score(truth_N, clusters.labels_N) == 1.0
+    assert (clusters.probability_N > 0).sum() == 150 - clusters.noise_N.sum()
     again = cluster(points_ND, num_clusters=4, **OPTIONS | {"algorithm": algorithm})
-    np.testing.assert_array_equal(found.labels_N, again.labels_N)
+    np.testing.assert_array_equal(clusters.labels_N, again.labels_N)
 
 
 # ---- refusals ----

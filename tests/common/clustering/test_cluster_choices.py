@@ -74,9 +74,9 @@ def test_one_pass_gives_every_layer(encoder):
     batch = next(iter(loader([[0, 1]])))
     mel_BMF = log_mel(batch.audio_BS, recogniser.mel_bands)
     with torch.inference_mode():
-        found = encode_layers(recogniser.whisper, mel_BMF, [2, 0, -1, 1])
-        assert list(found) == [2, 0, -1, 1]
-        for layer, hidden_BTD in found.items():
+        hidden_by_layer = encode_layers(recogniser.whisper, mel_BMF, [2, 0, -1, 1])
+        assert list(hidden_by_layer) == [2, 0, -1, 1]
+        for layer, hidden_BTD in hidden_by_layer.items():
             torch.testing.assert_close(hidden_BTD, encode(recogniser.whisper, mel_BMF, layer=layer))
     for wrong in ([3], [-2], [0, 7]):
         with pytest.raises(DataError, match="the encoder has 2 blocks"):
@@ -87,7 +87,7 @@ def test_one_pass_gives_every_layer(encoder):
 
 def test_embeddings_of_many_layers_equal_those_of_the_extract_stage(encoder):
     recogniser, examples, loader = encoder
-    found = embed_layers(
+    embeddings = embed_layers(
         recogniser,
         examples,
         loader,
@@ -96,7 +96,7 @@ def test_embeddings_of_many_layers_equal_those_of_the_extract_stage(encoder):
         poolings=["mean", "meanstd"],
         batch_seconds=5,
     )
-    assert {source: rows.shape for source, rows in found.items()} == {
+    assert {source: rows.shape for source, rows in embeddings.items()} == {
         (1, "mean"): (6, 32),
         (1, "meanstd"): (6, 64),
         (-1, "mean"): (6, 32),
@@ -105,6 +105,6 @@ def test_embeddings_of_many_layers_equal_those_of_the_extract_stage(encoder):
     with torch.inference_mode():
         for number in range(len(examples)):
             batch = next(iter(loader([[number]])))
-            for (layer, pooling), rows_ND in found.items():
+            for (layer, pooling), rows_ND in embeddings.items():
                 expected_BD, _ = recogniser.frozen_embedding(batch, layer=layer, pooling=pooling)
                 np.testing.assert_allclose(rows_ND[number], expected_BD[0].numpy(), rtol=1e-3, atol=1e-4)

@@ -44,13 +44,13 @@ def reference(points_ND: np.ndarray, min_cluster_size: int, selection: str = "eo
 @pytest.mark.parametrize(("N", "size"), [(150, 5), (400, 5), (2000, 20)])
 def test_one_try_gives_the_labels_of_the_package(N, size):
     points_ND = speech_like(N, seed=3)
-    found = dense_clusters(points_ND, 2, size, 5)
+    dense = dense_clusters(points_ND, 2, size, 5)
     expected, _ = reference(points_ND, size)
-    assert found.attempts == ({"min_cluster_size": size, "clusters": int(expected.labels_.max()) + 1},)
+    assert dense.attempts == ({"min_cluster_size": size, "clusters": int(expected.labels_.max()) + 1},)
     clustered_N = expected.labels_ >= 0
-    np.testing.assert_array_equal(found.noise_N, ~clustered_N)
-    assert adjusted_rand_score(expected.labels_[clustered_N], found.labels_N[clustered_N]) == 1.0
-    assert np.mean(np.abs(found.probability_N - expected.probabilities_) < 1e-6) >= 0.98  # equal edges may be swapped
+    np.testing.assert_array_equal(dense.noise_N, ~clustered_N)
+    assert adjusted_rand_score(expected.labels_[clustered_N], dense.labels_N[clustered_N]) == 1.0
+    assert np.mean(np.abs(dense.probability_N - expected.probabilities_) < 1e-6) >= 0.98  # equal edges may be swapped
 
 
 def test_later_tries_on_the_shared_tree_find_what_they_would_find_alone(monkeypatch):
@@ -59,35 +59,35 @@ def test_later_tries_on_the_shared_tree_find_what_they_would_find_alone(monkeypa
     package = import_module("hdbscan.hdbscan_")
     built, build = [], package._hdbscan_prims_kdtree
     monkeypatch.setattr(package, "_hdbscan_prims_kdtree", lambda *a, **o: built.append(1) or build(*a, **o))
-    found = dense_clusters(points_ND, wanted, 10, 5)
+    dense = dense_clusters(points_ND, wanted, 10, 5)
     assert built == [1]
     monkeypatch.undo()
-    assert [a["min_cluster_size"] for a in found.attempts if "leaves" not in a] == list(range(10, 1, -1))
-    for attempt in (found.attempts[0], found.attempts[4], found.attempts[-1]):
+    assert [a["min_cluster_size"] for a in dense.attempts if "leaves" not in a] == list(range(10, 1, -1))
+    for attempt in (dense.attempts[0], dense.attempts[4], dense.attempts[-1]):
         alone, _ = reference(points_ND, attempt["min_cluster_size"], "leaf" if "leaves" in attempt else "eom")
         assert attempt["clusters"] == int(alone.labels_.max()) + 1
-    best = max(found.attempts, key=lambda attempt: attempt["clusters"])
-    assert found.min_cluster_size == best["min_cluster_size"]
+    best = max(dense.attempts, key=lambda attempt: attempt["clusters"])
+    assert dense.min_cluster_size == best["min_cluster_size"]
 
 
 def test_noise_has_the_cluster_of_its_largest_membership():
     points_ND = speech_like(1200, seed=1, spread=5.0)
-    found = dense_clusters(points_ND, 2, 5, 5)
+    dense = dense_clusters(points_ND, 2, 5, 5)
     fit, member_NC = reference(points_ND, 5, prediction_data=True)
     noise_N = fit.labels_ < 0
     assert noise_N.mean() > 0.3
-    np.testing.assert_array_equal(found.noise_N, noise_N)
-    assert (found.probability_N[noise_N] == 0).all()
-    cluster_C = np.array([found.labels_N[fit.labels_ == c][0] for c in range(member_NC.shape[1])])
+    np.testing.assert_array_equal(dense.noise_N, noise_N)
+    assert (dense.probability_N[noise_N] == 0).all()
+    cluster_C = np.array([dense.labels_N[fit.labels_ == c][0] for c in range(member_NC.shape[1])])
     # The package's memberships of new points, which are used, differ slightly from those of its own points.
-    assert np.mean(found.labels_N[noise_N] == cluster_C[member_NC[noise_N].argmax(1)]) > 0.99
+    assert np.mean(dense.labels_N[noise_N] == cluster_C[member_NC[noise_N].argmax(1)]) > 0.99
 
 
 def test_points_too_few_for_memberships_stay_without_a_cluster():
     points_ND = np.concatenate([np.zeros((4, 3)), np.full((4, 3), 9.0)]) + np.random.default_rng(0).normal(size=(8, 3))
     points_ND = np.append(points_ND, [[500.0, 0, 0]], axis=0)
-    found = dense_clusters(points_ND, 2, 3, 5)
-    np.testing.assert_array_equal(found.labels_N < 0, found.noise_N)
+    dense = dense_clusters(points_ND, 2, 3, 5)
+    np.testing.assert_array_equal(dense.labels_N < 0, dense.noise_N)
 
 
 def test_the_same_points_give_the_same_labels_twice():

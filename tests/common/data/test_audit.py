@@ -93,8 +93,8 @@ def test_audio_over_30_s_is_found(tmp_path, utterances):
 
 def test_texts_over_448_tokens_are_found(tmp_path, utterances):
     counted = {"text 2": 448, "text 3": 449}
-    found = findings(tmp_path, utterances, token_count=lambda text: counted.get(text, 1))
-    assert found == [("error", "too-many-tokens", "u3")]
+    problems = findings(tmp_path, utterances, token_count=lambda text: counted.get(text, 1))
+    assert problems == [("error", "too-many-tokens", "u3")]
 
 
 def test_equal_audio_is_a_warning_in_one_split_and_an_error_across_splits(tmp_path, utterances):

@@ -33,10 +33,10 @@ def test_an_epoch_holds_every_example_once_in_batches_of_one_bucket(examples, sh
 
 
 def test_the_same_seed_and_epoch_give_the_same_batches_and_others_do_not(examples):
-    one = epoch_batches(examples, batch_size=4, seed=3, epoch=1)
-    assert one == epoch_batches(examples, batch_size=4, seed=3, epoch=1)
-    assert one != epoch_batches(examples, batch_size=4, seed=3, epoch=2)
-    assert len(one) == len(epoch_batches(examples, batch_size=4, seed=9, epoch=7))
+    batches = epoch_batches(examples, batch_size=4, seed=3, epoch=1)
+    assert batches == epoch_batches(examples, batch_size=4, seed=3, epoch=1)
+    assert batches != epoch_batches(examples, batch_size=4, seed=3, epoch=2)
+    assert len(batches) == len(epoch_batches(examples, batch_size=4, seed=9, epoch=7))
 
 
 def test_batches_by_seconds_keep_padded_audio_under_the_limit(examples):
@@ -131,7 +131,7 @@ def test_torchs_loader_pins_all_tensors_of_a_batch(examples, monkeypatch):
     moved = pin_memory(batch)
     assert (moved.ids, moved.seconds) == (batch.ids, batch.seconds)
     for name in TENSORS:
-        assert any(getattr(moved, name) is one for one in pinned)
+        assert any(getattr(moved, name) is tensor for tensor in pinned)
         assert torch.equal(getattr(moved, name), getattr(batch, name))
 
 

@@ -196,11 +196,11 @@ def test_a_tenth_of_a_corpus_costs_a_tenth_of_its_bytes(remote, tones, proxy, tm
     corpus = corpus_at(remote, proxy, tmp_path)
     part = stratified_subset(corpus.utterances, percent=10, seed=1)
     local = read_corpus(tones)
-    found = load_all(corpus, micro_model, utterances=part)
+    loaded = load_all(corpus, micro_model, utterances=part)
     listings = 2_000  # answers to questions about the bucket
     assert sum(len(local.audio(u)) for u in part) <= audio_bytes(proxy) <= 0.12 * whole + listings
     wanted = load_all(local, micro_model, utterances=part)
-    assert all(torch.equal(found[u.id], wanted[u.id]) for u in part)
+    assert all(torch.equal(loaded[u.id], wanted[u.id]) for u in part)
     load_all(corpus, micro_model, utterances=part)
     assert audio_bytes(proxy) <= listings  # the second epoch is local
 
@@ -208,9 +208,9 @@ def test_a_tenth_of_a_corpus_costs_a_tenth_of_its_bytes(remote, tones, proxy, tm
 def test_loader_processes_read_a_remote_corpus_and_share_the_cache(remote, tones, proxy, tmp_path, micro_model):
     corpus = corpus_at(remote, proxy, tmp_path)
     part = corpus.utterances[:24]
-    found = load_all(corpus, micro_model, workers=2, utterances=part)
+    loaded = load_all(corpus, micro_model, workers=2, utterances=part)
     wanted = load_all(read_corpus(tones), micro_model, utterances=part)
-    assert all(torch.equal(found[u.id], wanted[u.id]) for u in part)
+    assert all(torch.equal(loaded[u.id], wanted[u.id]) for u in part)
     proxy.seen.clear()
     load_all(corpus, micro_model, utterances=part)
     assert audio_bytes(proxy) == 0
@@ -218,8 +218,8 @@ def test_loader_processes_read_a_remote_corpus_and_share_the_cache(remote, tones
 
 def test_a_cache_smaller_than_the_corpus_never_grows_above_its_limit(remote, tones, proxy, tmp_path, micro_model):
     corpus = corpus_at(remote, proxy, tmp_path, cache_bytes=150_000)
-    found, wanted = load_all(corpus, micro_model), load_all(read_corpus(tones), micro_model)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    loaded, wanted = load_all(corpus, micro_model), load_all(read_corpus(tones), micro_model)
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
     assert 0 < total(AudioCache(tmp_path / "cache" / "audio", 0)) <= 150_000
 
 
@@ -242,8 +242,8 @@ def test_an_unpacked_remote_corpus_is_read_file_by_file(tones, bucket, s3_server
     assert (corpus.digest, corpus.utterances) == (local.digest, local.utterances)
     part = corpus.utterances[:10]
     proxy.seen.clear()
-    found, wanted = load_all(corpus, micro_model, utterances=part), load_all(local, micro_model, utterances=part)
-    assert all(torch.equal(found[u.id], wanted[u.id]) for u in part)
+    loaded, wanted = load_all(corpus, micro_model, utterances=part), load_all(local, micro_model, utterances=part)
+    assert all(torch.equal(loaded[u.id], wanted[u.id]) for u in part)
     assert len({path for method, path, _ in proxy.seen if path.endswith(".wav")}) == 10
     load_all(corpus, micro_model, utterances=part)
     assert len([path for method, path, _ in proxy.seen if path.endswith(".wav")]) == 10

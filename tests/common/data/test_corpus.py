@@ -174,8 +174,8 @@ def test_subsets_are_nested_by_percent_and_by_count():
 def test_subsets_keep_the_etiologies_in_proportion():
     sizes = {"a": 600, "b": 300, "c": 90, "d": 10}
     for percent in (2, 10, 33):
-        found = Counter(u.etiology for u in stratified_subset(make_utterances(sizes), percent=percent, seed=3))
-        assert all(abs(found[name] - size * percent / 100) <= 1 for name, size in sizes.items()), found
+        counts = Counter(u.etiology for u in stratified_subset(make_utterances(sizes), percent=percent, seed=3))
+        assert all(abs(counts[name] - size * percent / 100) <= 1 for name, size in sizes.items()), counts
 
 
 def test_subsets_do_not_depend_on_the_order_of_the_file():

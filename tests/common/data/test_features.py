@@ -71,9 +71,9 @@ def test_pooling_ignores_what_lies_behind_the_utterance():
     other = hidden.clone()
     other[0, 6:] = 1e6
     for method, width in (("mean", 4), ("max", 4), ("meanstd", 8)):
-        one = pool(hidden, valid, method)
-        assert one.shape == (2, width)
-        torch.testing.assert_close(one, pool(other, valid, method))
+        pooled = pool(hidden, valid, method)
+        assert pooled.shape == (2, width)
+        torch.testing.assert_close(pooled, pool(other, valid, method))
     torch.testing.assert_close(pool(hidden, valid)[0], hidden[0, :6].mean(0))
 
 

@@ -49,10 +49,10 @@ def load_all(corpus, model, *, workers=0, utterances=None):
     codec = load_codec(model)
     examples = make_examples(corpus, utterances or corpus.utterances, codec, context="dynamic", margin=64)
     loader = BatchLoader(examples, num_workers=workers, device=CPU)
-    found = {}
+    audio = {}
     for batch in loader(epoch_batches(examples, batch_size=4, shuffle=False)):
-        found |= dict(zip(batch.ids, batch.audio_BS, strict=True))
-    return found
+        audio |= dict(zip(batch.ids, batch.audio_BS, strict=True))
+    return audio
 
 
 def lines(folder):
@@ -82,11 +82,11 @@ def test_shards_are_plain_tars_of_at_most_the_size_asked_for(tones, packed):
     shards = sorted((packed / "shards").iterdir())
     assert len(shards) > 5
     assert all(path.stat().st_size <= SHARD + 20 * 512 for path in shards)  # a tar ends in padding
-    found = {}
+    contents = {}
     for path in shards:
         with tarfile.open(path, "r:") as tar:
-            found |= {member.name: tar.extractfile(member).read() for member in tar}
-    assert found == {str(p.relative_to(tones)): p.read_bytes() for p in tones.rglob("*.wav")}
+            contents |= {member.name: tar.extractfile(member).read() for member in tar}
+    assert contents == {str(p.relative_to(tones)): p.read_bytes() for p in tones.rglob("*.wav")}
 
 
 def test_the_index_names_the_bytes(tones, packed):

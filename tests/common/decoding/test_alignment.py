@@ -102,7 +102,7 @@ def test_words_keep_their_punctuation_and_whole_characters(micro_model, text, la
     words = words_of(codec, tokens, np.arange(len(tokens) + 1) / 50, language)
     assert [word.text for word in words] == expected
     assert words[-1].end == len(tokens) / 50
-    assert all(one.end == following.start for one, following in itertools.pairwise(words))
+    assert all(word.end == following.start for word, following in itertools.pairwise(words))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n  "])

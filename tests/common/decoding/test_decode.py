@@ -57,17 +57,17 @@ def reference(model, hidden_BTD, codec, **options):
         begin_suppress_tokens=list(codec.suppressed_first),
         **options,
     )
-    found = GenerationMixin.generate(
+    output = GenerationMixin.generate(
         model,
         encoder_outputs=BaseModelOutput(hidden_BTD),
         decoder_input_ids=prompt_BU,
         generation_config=config,
     )
-    return [[t for t in row[prompt_BU.shape[1] :] if t != codec.end] for row in found.tolist()]
+    return [[t for t in row[prompt_BU.shape[1] :] if t != codec.end] for row in output.tolist()]
 
 
-def tokens_of(found):
-    return [list(one.tokens) for one in found]
+def tokens_of(results):
+    return [list(decoded.tokens) for decoded in results]
 
 
 def test_greedy_tokens_are_those_of_transformers(model, codec, hidden_BTD):
@@ -96,11 +96,11 @@ def test_each_utterance_is_decoded_by_its_own_experts_whatever_its_batch(micro_m
     decoding = replace(DECODING, **options)
     together = decode_hidden(model, hidden_BTD, codec, decoding, slot)
     assert slot.routing is routing, "the batch's routing is back"
-    for row, one in enumerate(together):
+    for row, decoded in enumerate(together):
         slot.routing = routing.rows(torch.tensor([row]))
         alone = decode_hidden(model, hidden_BTD[row : row + 1], codec, decoding, slot)[0]
-        assert alone.tokens == one.tokens
-        assert alone.mean_log_probability == pytest.approx(one.mean_log_probability, abs=1e-3)
+        assert alone.tokens == decoded.tokens
+        assert alone.mean_log_probability == pytest.approx(decoded.mean_log_probability, abs=1e-3)
     slot.routing = None
     assert tokens_of(decode_hidden(model, hidden_BTD, codec, decoding, slot)) != tokens_of(together)
 
@@ -110,7 +110,7 @@ def test_only_loops_and_guesses_fall_back_to_the_next_temperature(model, codec, 
     first = decode_hidden(model, hidden_BTD, codec, sure)
     with_fall_back = decode_hidden(model, hidden_BTD, codec, replace(DECODING, temperatures=(0.0, 0.5)))
     drawn = decode_hidden(model, hidden_BTD, codec, replace(DECODING, temperatures=(0.5,)))
-    assert sum(one.doubtful for one in first) > 0, "the test needs some to fall back"
+    assert sum(decoded.doubtful for decoded in first) > 0, "the test needs some to fall back"
     for before, after, at_half in zip(first, with_fall_back, drawn, strict=True):
         expected = better(before, at_half) if before.doubtful else before
         assert (after.tokens, after.temperature) == (expected.tokens, expected.temperature)
@@ -129,11 +129,11 @@ def test_of_doubtful_texts_the_most_probable_that_is_no_loop_is_kept():
 
 
 def test_another_seed_draws_another_text(model, codec, hidden_BTD):
-    found = [
+    texts = [
         tokens_of(decode_hidden(model, hidden_BTD, codec, replace(DECODING, temperatures=(1.0,), seed=seed)))
         for seed in (1, 1, 2)
     ]
-    assert found[0] == found[1] != found[2]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_rules_for_timestamps_are_those_of_transformers():

@@ -26,8 +26,8 @@ def speech(pattern, *, noise=0.0, gain=0.3, seed=0):
 @pytest.mark.parametrize("gain", [0.5, 0.2])
 def test_pauses_are_found_whatever_room_and_gain(noise, gain):
     samples, expected = speech([(2.0, 0.5), (1.0, 0.3), (3.0, 0.8)], noise=noise * gain, gain=gain)
-    found = find_pauses(loudness(samples))
-    assert [(p.start, p.end) for p in found] == [pytest.approx(pause, abs=0.03) for pause in expected]
+    pauses = find_pauses(loudness(samples))
+    assert [(p.start, p.end) for p in pauses] == [pytest.approx(pause, abs=0.03) for pause in expected]
 
 
 def test_what_is_as_loud_all_the_time_has_no_pause():
@@ -54,9 +54,9 @@ def test_windows_are_cut_in_pauses_and_leave_nothing_out(seed):
     windows = plan(samples)
     assert windows[0].start == 0
     assert windows[-1].end == len(samples) / RATE
-    for one, following in itertools.pairwise(windows):
-        assert one.end == one.ends == following.start == following.begins
-        assert any(start <= one.end <= end for start, end in pauses)
+    for window, following in itertools.pairwise(windows):
+        assert window.end == window.ends == following.start == following.begins
+        assert any(start <= window.end <= end for start, end in pauses)
     assert all(0 < window.end - window.start <= 30 for window in windows)
 
 
@@ -76,9 +76,9 @@ def test_long_silence_is_left_out_of_long_audio():
 def test_without_a_pause_windows_overlap_and_share_the_work():
     samples, _ = speech([(70.0, 0.0)])
     windows = plan(samples)
-    for one, following in itertools.pairwise(windows):
-        assert following.start < one.ends == following.begins < one.end
-        assert not one.paused
+    for window, following in itertools.pairwise(windows):
+        assert following.start < window.ends == following.begins < window.end
+        assert not window.paused
     hard = plan(samples, overlap=0)
     assert [w.start for w in hard[1:]] == [w.end for w in hard[:-1]]
     assert all(w.end - w.start <= 30 for w in windows + hard)

@@ -51,27 +51,27 @@ def wrong(count, of=12, seed=0):
 
 def test_rates_are_those_counted_by_hand():
     heard = ["river lamp seven green", "river lamp", "river lamp seven green " + "moon " * 9, "green"]
-    found = compare({"a": [result("a", heard)]})["systems"][0]
+    system = compare({"a": [result("a", heard)]})["systems"][0]
     # 0 + 2 + 9 (counted as 4) + 3 errors in 4 × 4 words
-    assert found["wer"] == pytest.approx(9 / 16) and found["wer_unclipped"] == pytest.approx(14 / 16)
-    assert found["loops"] == 1 and found["insertions"] == 9
-    assert found["by_etiology"]["low"]["wer"] == pytest.approx(4 / 8)
-    assert found["by_etiology"]["high"]["wer"] == pytest.approx(5 / 8)
-    assert (found["by_etiology"]["high"]["speakers"], found["by_etiology"]["high"]["utterances"]) == (2, 2)
+    assert system["wer"] == pytest.approx(9 / 16) and system["wer_unclipped"] == pytest.approx(14 / 16)
+    assert system["loops"] == 1 and system["insertions"] == 9
+    assert system["by_etiology"]["low"]["wer"] == pytest.approx(4 / 8)
+    assert system["by_etiology"]["high"]["wer"] == pytest.approx(5 / 8)
+    assert (system["by_etiology"]["high"]["speakers"], system["by_etiology"]["high"]["utterances"]) == (2, 2)
 
 
 def test_a_run_against_itself_differs_by_nothing():
-    one = result("a", wrong(9))
-    found = compare({"a": [one], "again": [one]})["systems"][1]["difference"]
+    run = result("a", wrong(9))
+    difference = compare({"a": [run], "again": [run]})["systems"][1]["difference"]
     for metric in ("wer", "cer"):
-        assert found[metric] == {"delta": 0, "low": 0, "high": 0, "p": 1, "better": 0.5}
+        assert difference[metric] == {"delta": 0, "low": 0, "high": 0, "p": 1, "better": 0.5}
 
 
 def test_single_runs_have_the_intervals_of_the_plain_functions():
     a, b = result("a", wrong(20)), result("b", wrong(9, seed=1))
     speakers = speakers_of(a.rows)
     first, second = compare({"a": [a], "b": [b]}, seed=3)["systems"]
-    plain = [list(one.scores.values()) for one in (a, b)]
+    plain = [list(run.scores.values()) for run in (a, b)]
     for metric in ("wer", "cer"):
         assert first[f"{metric}_interval"] == pytest.approx(
             bootstrap_interval(plain[0], speakers, metric=metric, seed=3)
@@ -83,20 +83,20 @@ def test_single_runs_have_the_intervals_of_the_plain_functions():
 
 
 def test_a_gain_on_every_speaker_is_told_apart_and_has_the_right_sign():
-    found = compare({"base": [result("b", wrong(24))], "better": [result("a", wrong(4))]}, reference="base")
-    delta = found["systems"][1]["difference"]["wer"]
+    comparison = compare({"base": [result("b", wrong(24))], "better": [result("a", wrong(4))]}, reference="base")
+    delta = comparison["systems"][1]["difference"]["wer"]
     assert delta["delta"] == pytest.approx(-20 / 48) and delta["high"] < 0 and delta["better"] == 1
 
 
 def test_a_group_counts_by_its_mean_over_seeds_and_is_less_certain_than_its_runs_are_alike():
     alike = [result(f"a{i}", wrong(12, seed=7)) for i in range(3)]
     apart = [result(f"b{i}", wrong(count, seed=7)) for i, count in enumerate((2, 12, 22))]
-    one, other = compare({"alike": alike, "apart": apart}, resamples=4000)["systems"]
-    assert one["wer"] == pytest.approx(other["wer"]) == pytest.approx(12 / 48)
-    assert one["wer_spread"] == 0 and other["wer_spread"] == pytest.approx(10 / 48)
+    first, other = compare({"alike": alike, "apart": apart}, resamples=4000)["systems"]
+    assert first["wer"] == pytest.approx(other["wer"]) == pytest.approx(12 / 48)
+    assert first["wer_spread"] == 0 and other["wer_spread"] == pytest.approx(10 / 48)
     single = compare({"single": alike[:1]}, resamples=4000)["systems"][0]
-    assert one["wer_interval"] == single["wer_interval"]
-    width = [high - low for low, high in (one["wer_interval"], other["wer_interval"])]
+    assert first["wer_interval"] == single["wer_interval"]
+    width = [high - low for low, high in (first["wer_interval"], other["wer_interval"])]
     assert width[1] > 1.5 * width[0]
     assert [run["name"] for run in other["runs"]] == ["b0", "b1", "b2"]
 
@@ -120,9 +120,9 @@ def test_other_utterances_are_refused_and_counted_unless_the_shared_ones_are_wan
     long, short = result("long", wrong(9)), result("short", wrong(9)[:10])
     with pytest.raises(DataError, match=r"short lacks 2 of 12 and has 0 others .*'u10'.*--common compares the 10"):
         compare({"long": [long], "short": [short]})
-    found = compare({"long": [long], "short": [short]}, shared_only=True)
-    assert (found["utterances"], found["left_out"]) == (10, 2)
-    assert found["systems"][1]["difference"]["wer"]["delta"] == 0
+    comparison = compare({"long": [long], "short": [short]}, shared_only=True)
+    assert (comparison["utterances"], comparison["left_out"]) == (10, 2)
+    assert comparison["systems"][1]["difference"]["wer"]["delta"] == 0
 
 
 def test_the_same_id_with_another_reference_is_another_utterance():
@@ -140,18 +140,18 @@ def test_different_decoding_and_collapse_are_noted():
     plain = {"decoding": {"num_beams": 1, "batch_size": 4, "seed": 1}}
     same = {"decoding": {"num_beams": 1, "batch_size": 8, "seed": 2}}
     beams = {"decoding": {"num_beams": 5, "batch_size": 4, "seed": 1}, "collapsed": True}
-    one, two, three = (result(name, wrong(5), facts) for name, facts in (("a", plain), ("b", same), ("c", beams)))
-    assert compare({"a": [one], "b": [two]})["notes"] == []
-    notes = compare({"a": [one], "c": [three]})["notes"]
+    first, second, third = (result(name, wrong(5), facts) for name, facts in (("a", plain), ("b", same), ("c", beams)))
+    assert compare({"a": [first], "b": [second]})["notes"] == []
+    notes = compare({"a": [first], "c": [third]})["notes"]
     assert "not all decoded in the same way" in notes[0] and "collapsed in c" in notes[1]
 
 
 def test_training_facts_are_means_over_runs_and_loads_are_sorted_first():
     facts = ({"seconds": 10.0, "trained_parameters": 100, "load": [0.2, 0.8]},
              {"seconds": 20.0, "trained_parameters": 100, "load": [0.6, 0.4]})  # fmt: skip
-    found = compare({"g": [result(str(i), wrong(3), one) for i, one in enumerate(facts)]})["systems"][0]["facts"]
-    assert found["seconds"] == 15 and found["trained_parameters"] == 100
-    assert found["load"] == pytest.approx([0.7, 0.3])
+    averaged = compare({"g": [result(str(i), wrong(3), own) for i, own in enumerate(facts)]})["systems"][0]["facts"]
+    assert averaged["seconds"] == 15 and averaged["trained_parameters"] == 100
+    assert averaged["load"] == pytest.approx([0.7, 0.3])
 
 
 def test_the_base_is_what_was_heard_before_training():
@@ -175,9 +175,9 @@ def test_the_page_needs_no_network_and_keeps_hostile_names_as_text(tmp_path):
 def test_of_one_speaker_no_difference_is_told_from_chance(tmp_path):
     systems = {"a": [result("a", wrong(9), speaker="s")], "b": [result("b", wrong(3), speaker="s")]}
     made = compare(systems)
-    found = made["systems"][1]
-    assert found["difference"]["wer"] == {"delta": -0.125, "low": None, "high": None, "p": None, "better": None}
-    assert found["wer_interval"] is None and found["by_etiology"]["low"]["wer_interval"] is None
+    system = made["systems"][1]
+    assert system["difference"]["wer"] == {"delta": -0.125, "low": None, "high": None, "p": None, "better": None}
+    assert system["wer_interval"] is None and system["by_etiology"]["low"]["wer_interval"] is None
     header, rows = table_rows(made)
     assert rows[1][header.index("95% interval")] == "one speaker" and rows[1][header.index("p")] == ""
     write_comparison(made, tmp_path / "out")
@@ -214,18 +214,18 @@ def test_a_breakdown_covers_each_utterance_once_in_every_way_of_grouping():
     us = [utterance(i, duration=durations[i % 4], severity="" if i < 3 else "severe") for i in range(12)]
     texts = wrong(13)
     scores = [score(u.id, text, [u.text]) for u, text in zip(us, texts, strict=True)]
-    rows = [scored_row(u, text, one) for u, text, one in zip(us, texts, scores, strict=True)]
-    found = breakdown(rows, scores)
+    rows = [scored_row(u, text, score) for u, text, score in zip(us, texts, scores, strict=True)]
+    report = breakdown(rows, scores)
     for name in ("by_etiology", "by_severity", "by_duration", "by_speaker"):
-        groups = found[name].values()
+        groups = report[name].values()
         assert sum(group["utterances"] for group in groups) == 12
-        weighted = sum(group["wer"] * group["words"] for group in groups) / found["overall"]["words"]
-        assert weighted == pytest.approx(found["overall"]["wer"]) == pytest.approx(13 / 48)
-    assert set(found["by_severity"]) == {"unknown", "severe"}
-    assert list(found["by_duration"]) == ["00-02 s", "02-05 s", "05-10 s", "30 s and more"]
-    assert sum(cell["utterances"] for cell in found["cells"]) == 12
+        weighted = sum(group["wer"] * group["words"] for group in groups) / report["overall"]["words"]
+        assert weighted == pytest.approx(report["overall"]["wer"]) == pytest.approx(13 / 48)
+    assert set(report["by_severity"]) == {"unknown", "severe"}
+    assert list(report["by_duration"]) == ["00-02 s", "02-05 s", "05-10 s", "30 s and more"]
+    assert sum(cell["utterances"] for cell in report["cells"]) == 12
     cell = next(
-        c for c in found["cells"] if (c["etiology"], c["severity"], c["duration"]) == ("low", "severe", "00-02 s")
+        c for c in report["cells"] if (c["etiology"], c["severity"], c["duration"]) == ("low", "severe", "00-02 s")
     )
     assert (cell["utterances"], cell["speakers"]) == (2, 1)
 

@@ -22,21 +22,21 @@ def voices(shift, *, per_speaker=12, speakers=8, groups=2, seed=0):
 
 
 def test_audible_groups_are_told_from_one_utterance():
-    found = new_speakers_report(*voices(8.0), seed=0)
-    assert found["utterance_accuracy"] > 0.95 and found["speaker_accuracy"] == 1.0
-    assert (found["speakers"], found["utterances"], found["chance"]) == (8, 96, 0.5)
+    report = new_speakers_report(*voices(8.0), seed=0)
+    assert report["utterance_accuracy"] > 0.95 and report["speaker_accuracy"] == 1.0
+    assert (report["speakers"], report["utterances"], report["chance"]) == (8, 96, 0.5)
 
 
 def test_alike_groups_are_told_from_all_of_a_speakers_utterances():
-    found = new_speakers_report(*voices(1.5, per_speaker=40, speakers=16), seed=0)
-    assert found["utterance_accuracy"] < 0.85 < found["speaker_accuracy"]
+    report = new_speakers_report(*voices(1.5, per_speaker=40, speakers=16), seed=0)
+    assert report["utterance_accuracy"] < 0.85 < report["speaker_accuracy"]
 
 
 def test_groups_that_are_voices_are_not_told_for_new_speakers():
     vectors_ND, _, names = voices(0.0)
     assert new_speakers_report(vectors_ND, np.array([int(name[1:]) for name in names]), names, seed=0) is None
-    found = new_speakers_report(*voices(0.0, per_speaker=40, speakers=16), seed=0)
-    assert found["utterance_accuracy"] < 0.65
+    report = new_speakers_report(*voices(0.0, per_speaker=40, speakers=16), seed=0)
+    assert report["utterance_accuracy"] < 0.65
 
 
 def test_utterances_without_a_speaker_do_not_count():

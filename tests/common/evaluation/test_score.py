@@ -60,8 +60,8 @@ def test_decoding_counts_its_utterances_and_stops_when_told():
             stopping=stop,
         )
 
-    found = decode(lambda: False)
-    assert {name: text for name, (text, _) in found.items()} == {f"u{i}": f"U{i}" for i in range(10)}
+    decoded = decode(lambda: False)
+    assert {name: text for name, (text, _) in decoded.items()} == {f"u{i}": f"U{i}" for i in range(10)}
     assert (activity.name, activity.done, activity.total) == ("scoring", 10, 10)
     activity.done = 0
     next(stopping)

@@ -38,18 +38,18 @@ def _scores(count=200):
 
 
 def _speakers(scores, count=20):
-    return {one.id: f"s{i % count}" for i, one in enumerate(scores)}
+    return {score.id: f"s{i % count}" for i, score in enumerate(scores)}
 
 
 def test_hand_counted_errors():
     # the→a, and two mats too many
-    found = score("u", "A cat sat on the mat, mat, mat.", ["the cat sat on the mat"])
-    assert (found.words, found.word_errors, found.word_insertions) == (6, 3, 2)
-    assert (found.id, found.reference, found.loop) == ("u", 0, False)
+    counted = score("u", "A cat sat on the mat, mat, mat.", ["the cat sat on the mat"])
+    assert (counted.words, counted.word_errors, counted.word_insertions) == (6, 3, 2)
+    assert (counted.id, counted.reference, counted.loop) == ("u", 0, False)
     # "cat sat" and "cat at": one letter
     letters = score("u", "cat at", ["cat sat"])
     assert (letters.chars, letters.char_errors) == (7, 1)
-    assert wer([found, letters]) == 4 / 8
+    assert wer([counted, letters]) == 4 / 8
     assert cer([letters]) == 1 / 7
 
 
@@ -63,10 +63,10 @@ def test_clipped_rate_caps_each_utterance_at_its_words():
 
 def test_unclipped_counts_equal_jiwers():
     for said, meant in _pairs():
-        found, expected = score("u", said, [meant]), jiwer.process_words(meant, said)
-        assert found.word_errors == expected.substitutions + expected.deletions + expected.insertions
-        assert found.char_errors / found.chars == pytest.approx(jiwer.cer(meant, said))
-        assert found.word_insertions - expected.insertions == 0
+        counted, expected = score("u", said, [meant]), jiwer.process_words(meant, said)
+        assert counted.word_errors == expected.substitutions + expected.deletions + expected.insertions
+        assert counted.char_errors / counted.chars == pytest.approx(jiwer.cer(meant, said))
+        assert counted.word_insertions - expected.insertions == 0
 
 
 def test_rates_of_a_set_equal_jiwers():
@@ -81,7 +81,7 @@ def test_rate_is_zero_exactly_when_texts_are_equal_after_normalisation():
 
 
 def test_clipped_is_at_most_unclipped_and_at_most_one():
-    for some in (_scores(), *([one] for one in _scores())):
+    for some in (_scores(), *([s] for s in _scores())):
         assert wer(some) <= min(1, wer(some, clipped=False))
         assert cer(some) <= min(1, cer(some, clipped=False))
 
@@ -176,7 +176,7 @@ def test_interval_is_wider_when_speakers_differ_more_than_their_utterances():
 
 def test_interval_of_one_speaker_is_its_rate():
     scores = _scores()
-    assert bootstrap_interval(scores, dict.fromkeys([one.id for one in scores], "s")) == (wer(scores), wer(scores))
+    assert bootstrap_interval(scores, dict.fromkeys([score.id for score in scores], "s")) == (wer(scores), wer(scores))
 
 
 def test_interval_depends_on_the_seed_alone(monkeypatch):
@@ -192,15 +192,15 @@ def test_interval_depends_on_the_seed_alone(monkeypatch):
 def test_paired_bootstrap_sees_a_small_steady_gain_that_single_intervals_hide():
     rng = np.random.default_rng(0)
     before = [Score(f"u{i}", 100, int(errors), 0, 1, 0, 0) for i, errors in enumerate(rng.integers(10, 90, 60))]
-    after = [Score(one.id, 100, one.word_errors - 3, 0, 1, 0, 0) for one in before]
-    found = paired_bootstrap(before, after[::-1], {})
-    assert found["delta"] == pytest.approx(-0.03)
-    assert found["low"] == pytest.approx(-0.03) == found["high"]
-    assert found["p"] == pytest.approx(2 / 1001)
+    after = [Score(score.id, 100, score.word_errors - 3, 0, 1, 0, 0) for score in before]
+    difference = paired_bootstrap(before, after[::-1], {})
+    assert difference["delta"] == pytest.approx(-0.03)
+    assert difference["low"] == pytest.approx(-0.03) == difference["high"]
+    assert difference["p"] == pytest.approx(2 / 1001)
     single = bootstrap_interval(before, {})
     assert single[0] < wer(after) < single[1]
     swapped = paired_bootstrap(after, before, {})
-    assert (swapped["delta"], swapped["p"]) == (pytest.approx(0.03), found["p"])
+    assert (swapped["delta"], swapped["p"]) == (pytest.approx(0.03), difference["p"])
 
 
 def test_paired_bootstrap_of_a_system_with_itself_finds_nothing():
@@ -211,10 +211,10 @@ def test_paired_bootstrap_of_a_system_with_itself_finds_nothing():
 def test_paired_bootstrap_interval_contains_the_difference():
     a, b = _scores(), [score(f"u{i:03}", said, [meant]) for i, (meant, said) in enumerate(_pairs())]
     for metric, rate in (("wer", wer), ("cer", cer)):
-        found = paired_bootstrap(a, b, _speakers(a), metric=metric)
-        assert found["delta"] == pytest.approx(rate(b) - rate(a))
-        assert found["low"] <= found["delta"] <= found["high"]
-        assert 0 < found["p"] <= 1
+        difference = paired_bootstrap(a, b, _speakers(a), metric=metric)
+        assert difference["delta"] == pytest.approx(rate(b) - rate(a))
+        assert difference["low"] <= difference["delta"] <= difference["high"]
+        assert 0 < difference["p"] <= 1
 
 
 def test_paired_bootstrap_refuses_different_utterances():
@@ -247,14 +247,14 @@ def test_loops_are_told_from_long_or_repetitive_speech(said, meant, loop):
 
 def test_groups_partition_the_utterances():
     scores = _scores()
-    groups = {one.id: ("als", "plain")[i % 2] for i, one in enumerate(scores[:-10])}
+    groups = {score.id: ("als", "plain")[i % 2] for i, score in enumerate(scores[:-10])}
     report = group_report(scores, groups, _speakers(scores))
     assert list(report) == ["als", "plain", "unknown"]
     assert report["unknown"]["utterances"] == 10
-    assert sum(part["words"] for part in report.values()) == sum(one.words for one in scores)
+    assert sum(part["words"] for part in report.values()) == sum(score.words for score in scores)
     weighted = sum(part["wer"] * part["words"] for part in report.values())
-    assert weighted / sum(one.words for one in scores) == pytest.approx(wer(scores))
-    als = [one for one in scores if groups.get(one.id) == "als"]
+    assert weighted / sum(score.words for score in scores) == pytest.approx(wer(scores))
+    als = [score for score in scores if groups.get(score.id) == "als"]
     assert report["als"] == summarise(als, _speakers(scores))
     low, high = report["als"]["ci"]
     assert low <= report["als"]["wer"] <= high
@@ -280,8 +280,8 @@ def test_duration_buckets_sort_by_duration():
 
 @pytest.mark.parametrize(("said", "errors"), [("你不吗", 1), ("你吗", 1), ("你好吗呢", 1), ("你好吗", 0)])
 def test_letters_of_languages_without_spaces_are_counted_without_the_normalisers(said, errors):
-    found = score("u", said, ["你好吗"], "zh-CN")
-    assert (found.chars, found.char_errors, found.words, found.word_errors) == (3, errors, 3, errors)
+    counted = score("u", said, ["你好吗"], "zh-CN")
+    assert (counted.chars, counted.char_errors, counted.words, counted.word_errors) == (3, errors, 3, errors)
 
 
 def test_a_translation_is_scored_as_english():

@@ -86,8 +86,8 @@ def texts(model, mel_BMF, routing=None):
         ids, weights = list(routing), list(routing.values())
         recogniser.slot.routing = Routing(torch.tensor([ids] * 2), torch.tensor([weights] * 2))
     hidden = encode(recogniser.whisper, mel_BMF)
-    found = greedy(recogniser.whisper, hidden, model.codec, max_new_tokens=12, slot=recogniser.slot)
-    return [model.codec.decode(ids) for ids in found]
+    tokens = greedy(recogniser.whisper, hidden, model.codec, max_new_tokens=12, slot=recogniser.slot)
+    return [model.codec.decode(ids) for ids in tokens]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +122,8 @@ def test_each_adapter_loads_in_peft_and_is_that_expert(request, which, target, t
     ours = opened(bundle, tmp_path)
     for number, name in enumerate(said["adapters"]):
         peft = PeftModel.from_pretrained(load_whisper(micro_model), out / name)
-        found = probe(Recogniser(peft.get_base_model()), ours.codec, {})
-        torch.testing.assert_close(found, probe(ours.recogniser, ours.codec, {number: 1.0}), rtol=1e-4, atol=1e-3)
+        output = probe(Recogniser(peft.get_base_model()), ours.codec, {})
+        torch.testing.assert_close(output, probe(ours.recogniser, ours.codec, {number: 1.0}), rtol=1e-4, atol=1e-3)
     assert open_model(str(out / "expert-1"), store=None, cache=tmp_path, device="cpu").recogniser.slot is None
 
 
@@ -134,8 +134,8 @@ def test_the_page_of_the_adapters_is_true(mixture, tmp_path, monkeypatch):
     monkeypatch.chdir(out)
     names = {}
     exec(first, names)
-    found = probe(Recogniser(names["model"].get_base_model()), ours.codec, {})
-    torch.testing.assert_close(found, probe(ours.recogniser, ours.codec, {0: 1.0}), rtol=1e-4, atol=1e-3)
+    output = probe(Recogniser(names["model"].get_base_model()), ours.codec, {})
+    torch.testing.assert_close(output, probe(ours.recogniser, ours.codec, {0: 1.0}), rtol=1e-4, atol=1e-3)
     exec(second, names)
     blended = probe(Recogniser(names["model"].get_base_model()), ours.codec, {})
     torch.testing.assert_close(blended, probe(ours.recogniser, ours.codec, {0: 0.7, 2: 0.3}), rtol=1e-4, atol=1e-3)
@@ -164,8 +164,8 @@ def test_the_lines_from_audio_to_text_write_what_an_evaluation_writes(tiny_en, t
         transcribe.replace("max_new_tokens=224", "max_new_tokens=12").replace('print(transcribe("speech.wav"))', ""),
         names,
     )
-    found = [names["transcribe"](corpus.path(u)) for u in corpus.utterances]
-    assert found == [row["hypothesis"] for row in rows] and len(set(found)) > 1
+    transcripts = [names["transcribe"](corpus.path(u)) for u in corpus.utterances]
+    assert transcripts == [row["hypothesis"] for row in rows] and len(set(transcripts)) > 1
 
 
 def test_an_adapter_of_one_half_names_that_half_only(micro_model, tmp_path):
@@ -327,8 +327,8 @@ def test_ctranslate2_hears_what_the_mixture_hears(tiny_en, speech, tmp_path):
     theirs = ctranslate2.models.Whisper(str(out), compute_type="float32", intra_threads=1)
     prompt, whisper = [list(ours.codec.prompt)], ours.recogniser.whisper
     for mel_1MF in speech:
-        found = theirs.generate(ctranslate2.StorageView.from_array(mel_1MF.numpy()), prompt, beam_size=1)
+        results = theirs.generate(ctranslate2.StorageView.from_array(mel_1MF.numpy()), prompt, beam_size=1)
         ours.recogniser.slot.routing = Routing(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]))
         hidden = encode(whisper, mel_1MF)
         expected = greedy(whisper, hidden, ours.codec, max_new_tokens=80, slot=ours.recogniser.slot)[0]
-        assert found[0].sequences_ids[0] == expected and len(expected) > 3
+        assert results[0].sequences_ids[0] == expected and len(expected) > 3

@@ -151,7 +151,7 @@ def test_what_cannot_be_divided_is_left_out_with_its_reason(long_corpus, micro_m
     rows = segment_long(opened, corpus, [u], tmp_path / "rows.jsonl", quiet=True)
     assert rows["quiet"].pieces == ()
     assert "1 omitted (quiet: no speech in its audio)" in summary([u], rows)
-    assert [one.id for one in with_pieces(corpus, [u], rows).utterances] == ["short"]
+    assert [utterance.id for utterance in with_pieces(corpus, [u], rows).utterances] == ["short"]
 
 
 def test_a_piece_may_not_take_the_id_of_another(long_corpus):

@@ -78,10 +78,12 @@ def recordings(spoken):
 @pytest.mark.timeout(900)
 def test_nineteen_of_twenty_words_go_to_the_piece_in_which_they_are_said(opened, recordings):
     utterances = [
-        Utterance(f"r{n}", f"r{n}.wav", len(one.samples) / SAMPLE_RATE, " ".join(word for word, _, _ in one.words))
-        for n, one in enumerate(recordings)
+        Utterance(
+            f"r{n}", f"r{n}.wav", len(source.samples) / SAMPLE_RATE, " ".join(word for word, _, _ in source.words)
+        )
+        for n, source in enumerate(recordings)
     ]
-    divisions = divide(opened, utterances, [one.samples for one in recordings])
+    divisions = divide(opened, utterances, [source.samples for source in recordings])
     total = right = 0
     for recording, utterance, division in zip(recordings, utterances, divisions, strict=True):
         assert len(division.pieces) > 1
@@ -104,7 +106,7 @@ def test_nineteen_of_twenty_words_go_to_the_piece_in_which_they_are_said(opened,
 def error_rate(utterances, windows):
     """Of what was heard in one or more recordings, against the texts of their utterances."""
     expected = normalise(" ".join(text for _, text in utterances)).split()
-    heard = normalise(" ".join(word.text for one in windows for window in one for word in window.words)).split()
+    heard = normalise(" ".join(word.text for group in windows for window in group for word in window.words)).split()
     return Levenshtein.normalized_distance(expected, heard)
 
 
@@ -142,8 +144,8 @@ def test_where_windows_overlap_no_word_is_lost_or_said_twice(opened, spoken):
 
 def test_a_short_recording_is_one_window_with_the_text_of_evaluation(opened, spoken):
     audios = [samples for samples, _ in next(iter(spoken.values()))[:4]]
-    found = transcribe_audio(opened, audios, DECODING)
-    for samples, windows in zip(audios, found, strict=True):
+    transcripts = transcribe_audio(opened, audios, DECODING)
+    for samples, windows in zip(audios, transcripts, strict=True):
         length = context_positions(len(samples) / SAMPLE_RATE, context=opened.context, margin=opened.margin)
         expected = heard_texts(opened, make_batch(opened, [(samples, length)]), DECODING)
         assert [window.decoded.text for window in windows] == expected
@@ -160,5 +162,5 @@ def test_timestamp_tokens_come_in_pairs_around_the_same_text(opened, spoken):
         assert times == sorted(times)
         assert len(times) % 2 == 0
         assert not any(token >= zero for token in before.decoded.tokens)
-        expected, heard = (normalise(one.decoded.text).split() for one in (before, after))
+        expected, heard = (normalise(transcript.decoded.text).split() for transcript in (before, after))
         assert Levenshtein.normalized_distance(expected, heard) < 0.4

@@ -66,13 +66,13 @@ def test_short_files_get_the_text_and_the_experts_of_evaluation(opened, tones):
     corpus = read_corpus(tones)
     utterances = corpus.split("dev")
     rows = {row["id"]: row for row in decode_corpus(opened, corpus, utterances, DECODING)}
-    found = transcribe_audio(opened, [read_audio(corpus.path(u)) for u in utterances], DECODING)
-    for u, (window,) in zip(utterances, found, strict=True):
+    transcripts = transcribe_audio(opened, [read_audio(corpus.path(u)) for u in utterances], DECODING)
+    for u, (window,) in zip(utterances, transcripts, strict=True):
         assert window.decoded.text == rows[u.id]["hypothesis"]
         assert list(window.experts) == rows[u.id]["experts"]
         assert list(window.weights) == pytest.approx(rows[u.id]["weights"], abs=1e-3)
-    assert len({tuple(np.round(window.weights, 3)) for (window,) in found}) > 1, "the gate tells the tones apart"
-    assert len({window.decoded.text for (window,) in found}) > 1
+    assert len({tuple(np.round(window.weights, 3)) for (window,) in transcripts}) > 1, "the gate tells the tones apart"
+    assert len({window.decoded.text for (window,) in transcripts}) > 1
 
 
 def test_each_window_of_a_long_file_is_heard_as_if_alone(opened, tones):
@@ -82,12 +82,14 @@ def test_each_window_of_a_long_file_is_heard_as_if_alone(opened, tones):
     samples = np.concatenate(parts)
     (windows,) = transcribe_audio(opened, [samples], DECODING)
     assert len(windows) > 1
-    for one in windows:
-        part = samples[round(one.window.start * 16_000) : round(one.window.end * 16_000)]
+    for transcript in windows:
+        part = samples[round(transcript.window.start * 16_000) : round(transcript.window.end * 16_000)]
         (alone,) = transcribe_audio(opened, [part], DECODING)
-        assert alone[0].decoded.text == one.decoded.text
-        assert alone[0].experts == one.experts
-        assert all(one.window.start <= word.start <= word.end <= one.window.end for word in one.words)
+        assert alone[0].decoded.text == transcript.decoded.text
+        assert alone[0].experts == transcript.experts
+        assert all(
+            transcript.window.start <= word.start <= word.end <= transcript.window.end for word in transcript.words
+        )
 
 
 def test_a_gate_of_speakers_takes_a_recording_for_one_speaker(opened, tones):

@@ -49,17 +49,17 @@ def model(micro_model, experts=3, shared=4):
 
 def terms_of(recogniser, method, seed=3):
     prepare(recogniser)
-    generator, found = torch.Generator().manual_seed(seed), {}
+    generator, terms = torch.Generator().manual_seed(seed), {}
     for name, layer in mixture_layers(recogniser.whisper):
         if method == "choose":
-            found[name] = AddedTerm(weights={1: 0.25, 2: 0.75})
+            terms[name] = AddedTerm(weights={1: 0.25, 2: 0.75})
         elif method == "gates":
-            found[name] = AddedTerm(magnitude_1R=torch.randn(layer.shared.magnitude.shape, generator=generator))
+            terms[name] = AddedTerm(magnitude_1R=torch.randn(layer.shared.magnitude.shape, generator=generator))
         else:
             stack = new_stack(layer, 2)
             stack.lora_B.data.normal_(generator=generator)
-            found[name] = AddedTerm(stack=stack)
-    return found
+            terms[name] = AddedTerm(stack=stack)
+    return terms
 
 
 @torch.inference_mode()
@@ -72,8 +72,8 @@ def logits(recogniser, added=None, rows=4):
     known_B = torch.tensor([True, False] * (rows // 2)) if choice_BE is not None else None
     recogniser.set_routing(choice_BE, rows, known_B, None if added is None else torch.tensor(added))
     hidden_BTD = encode(recogniser.whisper, mel_BMF)
-    found = recogniser.whisper.model.decoder(input_ids=tokens_BU, encoder_hidden_states=hidden_BTD)
-    return recogniser.whisper.proj_out(found.last_hidden_state)
+    output = recogniser.whisper.model.decoder(input_ids=tokens_BU, encoder_hidden_states=hidden_BTD)
+    return recogniser.whisper.proj_out(output.last_hidden_state)
 
 
 @pytest.mark.parametrize("kernel", ["masked", "gathered"])
@@ -102,15 +102,15 @@ def test_everybody_elses_logits_stay_bit_for_bit(micro_model, experts, shared, m
 def test_an_added_expert_with_the_shared_one_is_one_plain_adapter(micro_model, method):
     recogniser = model(micro_model)
     append_terms(recogniser, terms_of(recogniser, method))
-    found = logits(recogniser, [0] * 4)
+    actual = logits(recogniser, [0] * 4)
     among_others = logits(recogniser, [0, -1, 0, 0])  # a batch of one expert alone is computed in another way
-    torch.testing.assert_close(found[2:], among_others[2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[2:], among_others[2:], rtol=1e-4, atol=1e-4)
     merged = load_whisper(micro_model)
     scaling = 2.0
     with torch.no_grad():
         for name, (a_RI, b_OR) in added_matrices(recogniser, 0).items():
             merged.get_submodule(name).weight += scaling * b_OR @ a_RI
-    torch.testing.assert_close(found, logits(Recogniser(merged).eval(), rows=4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, logits(Recogniser(merged).eval(), rows=4), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", WAYS)
@@ -120,11 +120,11 @@ def test_files_give_an_added_expert_back_to_the_last_bit(micro_model, tmp_path, 
     weights = tuple(next(iter(terms.values())).weights.items())
     save_added(expert(method, weights=weights), terms, tmp_path / "one", base_model="base")
     append_terms(recogniser, terms)
-    found = logits(recogniser, [0, -1, -1, 0])
+    saved = logits(recogniser, [0, -1, -1, 0])
     other = model(micro_model)
     (info,) = attach(other, [tmp_path / "one"])
     assert info == expert(method, weights=weights) and info.gain == pytest.approx(0.1)
-    assert torch.equal(logits(other, [0, -1, -1, 0]), found)
+    assert torch.equal(logits(other, [0, -1, -1, 0]), saved)
 
 
 def test_an_expert_for_another_model_is_refused(micro_model, tmp_path):

@@ -58,9 +58,9 @@ def run(layer, *, fused, dtype=torch.float32, autocast=False, x_grad=True):
 
 
 def assert_near(ours, theirs, tolerance):
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        assert (one - other).float().norm() <= tolerance * other.float().norm()
+    for tensor, other in zip(ours, theirs, strict=True):
+        assert tensor.dtype == other.dtype
+        assert (tensor - other).float().norm() <= tolerance * other.float().norm()
 
 
 @pytest.mark.parametrize("kernel", ["masked", "gathered"])
@@ -85,8 +85,8 @@ def test_fused_layer_in_bf16_is_near_fp32(kernel):
     exact = run(layer, fused=True)
     layer.base.to(torch.bfloat16)
     rounded = run(layer, fused=True, dtype=torch.bfloat16)
-    for one, other in zip(rounded, exact, strict=True):
-        assert (one.float() - other).norm() <= 4e-2 * other.norm()
+    for tensor, other in zip(rounded, exact, strict=True):
+        assert (tensor.float() - other).norm() <= 4e-2 * other.norm()
 
 
 @pytest.mark.parametrize("kernel", ["masked", "gathered"])

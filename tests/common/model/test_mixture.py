@@ -65,8 +65,8 @@ def test_kernels_give_equal_values_and_gradients(kernel, dtype):
         delta.float().square().sum().backward()
         results.append([delta, *(leaf.grad for leaf in leaves)])
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
-    for one, other in zip(*results, strict=True):
-        assert (one - other).float().norm() <= tolerance * other.float().norm()
+    for tensor, other in zip(*results, strict=True):
+        assert (tensor - other).float().norm() <= tolerance * other.float().norm()
 
 
 def test_mixture_of_one_expert_equals_peft_lora(micro_model, mel_BMF, tmp_path):

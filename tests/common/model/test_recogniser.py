@@ -35,7 +35,7 @@ def build(model):
 
 @pytest.mark.filterwarnings("ignore")  # the compiler looks at everything, also at what warns
 def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model, batch):
-    found = []
+    results = []
     for compiled in (False, True):
         recogniser = build(micro_model)
         if compiled:
@@ -43,8 +43,8 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model, batch):
         loss, _ = recogniser(batch)
         loss.backward()
         gradients = {name: p.grad for name, p in recogniser.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), gradients))
-    (plain, plain_gradients), (compiled_loss, compiled_gradients) = found
+        results.append((loss.detach(), gradients))
+    (plain, plain_gradients), (compiled_loss, compiled_gradients) = results
     torch.testing.assert_close(compiled_loss, plain, rtol=1e-5, atol=0)
     assert plain_gradients.keys() == compiled_gradients.keys()
     for name, gradient in plain_gradients.items():

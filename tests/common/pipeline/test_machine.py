@@ -9,12 +9,12 @@ from common.pipeline.machine import check_machine
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return {one.name: one for one in check_machine(tmp_path_factory.mktemp("cache") / "not" / "there" / "yet")}
+def checks(tmp_path_factory):
+    return {check.name: check for check in check_machine(tmp_path_factory.mktemp("cache") / "not" / "there" / "yet")}
 
 
-def test_a_machine_that_runs_the_tests_has_nothing_that_stops_a_run(found):
-    assert [one for one in found.values() if one.state == "fail"] == []
+def test_a_machine_that_runs_the_tests_has_nothing_that_stops_a_run(checks):
+    assert [check for check in checks.values() if check.state == "fail"] == []
 
 
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "MP3"])
@@ -36,22 +36,22 @@ def test_a_folder_that_may_not_be_written_stops_runs(tmp_path):
 
 def test_little_disk_is_told_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "LOW_DISK", 2**62)
-    one = machine._disk(tmp_path)
-    assert (one.state, "MOE_ASR_CACHE" in one.detail) == ("fail", True)
+    check = machine._disk(tmp_path)
+    assert (check.state, "MOE_ASR_CACHE" in check.detail) == ("fail", True)
 
 
 def test_a_package_out_of_range_stops_runs_and_is_named(monkeypatch):
     monkeypatch.setattr(
         machine, "requires", lambda name: ["click>=999", "no-such-package-anywhere", 'av; extra == "x"']
     )
-    one = machine._packages()
-    assert one.state == "fail"
-    assert "click" in one.detail and ">=999" in one.detail and "no-such-package-anywhere is missing" in one.detail
-    assert "av" not in one.detail.split()
+    check = machine._packages()
+    assert check.state == "fail"
+    assert "click" in check.detail and ">=999" in check.detail and "no-such-package-anywhere is missing" in check.detail
+    assert "av" not in check.detail.split()
 
 
 def test_no_compiler_is_a_note_since_only_one_option_needs_it(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    one = machine._compiler()
-    assert (one.state, "asr.compile" in one.detail) == ("note", True)
+    check = machine._compiler()
+    assert (check.state, "asr.compile" in check.detail) == ("note", True)

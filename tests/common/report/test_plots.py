@@ -59,8 +59,8 @@ def test_plots_do_not_touch_pyplot(view, tmp_path):
         f"plot_gating(Path({str(view.gate)!r}), Path({str(tmp_path)!r}));"
         "print('matplotlib.pyplot' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "False"
 
 
 def test_missing_metrics_are_named(tmp_path):
@@ -123,9 +123,9 @@ def test_long_curves_are_thinned_to_their_means():
 
 def test_rare_etiologies_share_one_entry_and_clusters_never_do():
     names = [f"e{i}" for i in range(12) for _ in range(20 - i)]
-    found = plots._categories(names, by_number=False)
-    assert len(found) == plots.LEGEND_ENTRIES and set().union(*found.values()) == set(names)
-    assert next(iter(found)) == "e0" and list(found)[-1] == "5 others"
+    categories = plots._categories(names, by_number=False)
+    assert len(categories) == plots.LEGEND_ENTRIES and set().union(*categories.values()) == set(names)
+    assert next(iter(categories)) == "e0" and list(categories)[-1] == "5 others"
     assert list(plots._categories(["10", "2", "1"], by_number=True)) == ["1", "2", "10"]
 
 

@@ -74,7 +74,7 @@ def page(view):
 def test_page_needs_no_network_and_runs_no_script(page):
     assert "http:" not in page.html and "https:" not in page.html and "@import" not in page.html
     assert not {"script", "img", "link", "iframe", "image", "object"} & {tag for tag, _ in page.elements}
-    assert all(found == "#" for found in re.findall(r"url\((.)", page.html))
+    assert all(target == "#" for target in re.findall(r"url\((.)", page.html))
     assert all(attrs["href"].startswith("#") for attrs in page.all("a") + page.all("use"))
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
@@ -171,8 +171,8 @@ def test_numbers_that_are_not_there_are_dashes(bare, tmp_path):
 
 
 def test_poor_clusters_are_a_sentence_with_what_was_asked_for(bare, tmp_path):
-    found = {"algorithm": "hdbscan", "clusters": 2, "clusters_wanted": 3, "warning": "Poor clustering: 2 of 3 groups."}
-    write_object(tmp_path / "report.json", found)
+    report = {"algorithm": "hdbscan", "clusters": 2, "clusters_wanted": 3, "warning": "Poor clustering: 2 of 3 groups."}
+    write_object(tmp_path / "report.json", report)
     words = Page(render_report(replace(bare, cluster=tmp_path))).words
     assert "Poor clustering: 2 of 3 groups." in words and "found / asked for 2 / 3" in words
 
@@ -318,5 +318,5 @@ def test_numbers_read_as_a_paper_prints_them():
 
 def test_importing_the_report_imports_neither_torch_nor_matplotlib():
     code = "import sys, common.report.report; print({'torch', 'matplotlib', 'transformers'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "set()"

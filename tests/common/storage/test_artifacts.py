@@ -201,8 +201,8 @@ def test_only_the_damaged_artifact_is_made_again(any_store, tmp_path):
     shards = [shard_key(KEY, i) for i in range(3)]
     made = [make(any_store, tmp_path, key=key, files={"f": bytes([i]) * 100}) for i, key in enumerate(shards)]
     flip_bit(any_store, place(shards[1], made[1], "f"))
-    found = dict(verify(any_store))
-    assert {name: state.status for name, state in found.items()} == {
+    states = dict(verify(any_store))
+    assert {name: state.status for name, state in states.items()} == {
         f"asr/{key.digest}": "damaged" if key == shards[1] else "done" for key in shards
     }
 
@@ -289,9 +289,9 @@ def test_garbage_is_what_nothing_refers_to_and_nobody_writes(any_store, tmp_path
     any_store.write(f"{open_key.prefix}checkpoints/000000010-x/state.json", b"5")
     any_store.write("demo/run.json", b"6")
     assert garbage(any_store) == []  # all of it is fresh
-    found = garbage(any_store, older_than_hours=-1)
-    assert sorted(any_store.read(entry.key) for entry in found) == [b"1", b"2", b"3", b"4"]
-    for entry in found:
+    leftovers = garbage(any_store, older_than_hours=-1)
+    assert sorted(any_store.read(entry.key) for entry in leftovers) == [b"1", b"2", b"3", b"4"]
+    for entry in leftovers:
         any_store.delete(entry.key)
     assert inspect(any_store, KEY, deep=True).manifest == manifest
     assert garbage(any_store, older_than_hours=-1) == []
@@ -358,5 +358,5 @@ def test_a_full_disk_loses_nothing_and_is_told(small_disk, tmp_path):
 
 
 def folder_space(folder):
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_bsize
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_bsize

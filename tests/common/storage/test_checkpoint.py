@@ -42,8 +42,8 @@ def test_the_latest_comes_back_to_the_last_bit(any_store, tmp_path):
     state = {"best": math.inf, "rows": [{"loss": 0.1 + 0.2}], "name": "ü"}
     points.save(7, TENSORS, {"old": True})
     points.save(12, TENSORS, state, wait=True)
-    step, tensors, found = open_in(any_store, tmp_path).latest()
-    assert (step, found) == (12, state)
+    step, tensors, restored = open_in(any_store, tmp_path).latest()
+    assert (step, restored) == (12, state)
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert tensors[name].dtype == tensor.dtype
@@ -195,7 +195,7 @@ def test_a_full_disk_is_told_and_keeps_the_checkpoint_before(small_disk, tmp_pat
 
 
 def test_killed_at_any_moment_the_one_before_or_the_new_one_is_found(tmp_path):
-    found = []
+    restored_steps = []
     for n in range(1, 100):
         store = open_store(tmp_path / str(n))
         points = open_in(store, tmp_path)
@@ -205,10 +205,10 @@ def test_killed_at_any_moment_the_one_before_or_the_new_one_is_found(tmp_path):
             break
         step, _, state = points.latest()
         assert state == {"n": step}
-        found.append(step)
-    assert len(found) >= 8
-    assert found == sorted(found)
-    assert set(found) == {2, 3}
+        restored_steps.append(step)
+    assert len(restored_steps) >= 8
+    assert restored_steps == sorted(restored_steps)
+    assert set(restored_steps) == {2, 3}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

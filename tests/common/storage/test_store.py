@@ -315,9 +315,9 @@ def test_killed_at_any_moment_a_write_is_absent_or_whole(tmp_path):
         if not dies_at(moment, lambda store=store: act(store, BLOB)):
             break
         moments = moment
-        found = {entry.key: store.read(entry.key) for entry in store.list("")}
-        assert set(found.values()) <= {BLOB}
-        states.add(tuple(found))
+        contents = {entry.key: store.read(entry.key) for entry in store.list("")}
+        assert set(contents.values()) <= {BLOB}
+        states.add(tuple(contents))
         act(store, BLOB)
         assert names(store) == ["x/aside"]
     assert moments >= 10

@@ -20,9 +20,9 @@ def test_the_largest_size_is_found_to_within_an_eighth_and_never_one_that_does_n
         tried.append(size)
         return size <= most
 
-    found = largest(fits, 256)
-    assert found <= min(most, 256)
-    assert found >= min(most, 256) * 7 / 8 - 1 or found == most
+    size = largest(fits, 256)
+    assert size <= min(most, 256)
+    assert size >= min(most, 256) * 7 / 8 - 1 or size == most
     assert max(tried) <= 256
     assert len(tried) <= 16
 

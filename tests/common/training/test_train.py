@@ -127,11 +127,11 @@ def test_an_interrupted_training_reports_the_samples_and_seconds_of_all_attempts
     _, _, record = Checkpointer(open_store(tmp_path), "checkpoints/", scratch=tmp_path).latest()
     earlier = record["throughput"]
     assert earlier["samples"] == stop_at * 4 and earlier["training_seconds"] > 0
-    found, _ = fit(Line(), folder=tmp_path)
+    outcome, _ = fit(Line(), folder=tmp_path)
     for name in ("samples", "audio_seconds", "padding_percent"):
-        assert found.throughput[name] == pytest.approx(whole.throughput[name]) != 0
-    assert found.throughput["training_seconds"] > earlier["training_seconds"]
-    assert found.throughput["samples_per_second"] == pytest.approx(96 / found.throughput["training_seconds"])
+        assert outcome.throughput[name] == pytest.approx(whole.throughput[name]) != 0
+    assert outcome.throughput["training_seconds"] > earlier["training_seconds"]
+    assert outcome.throughput["samples_per_second"] == pytest.approx(96 / outcome.throughput["training_seconds"])
 
 
 @pytest.mark.parametrize("options", [{"epochs": 3, "save_every_n_epochs": 9}, {"patience": 1}], ids=["all", "early"])
@@ -194,9 +194,9 @@ def remembering(seen, value=lambda loss: loss):
 
     def look(model, full):
         scores = evaluate(model, full)
-        found = value(scores["loss"])
-        seen.append((found, {name: p.detach().clone() for name, p in model.named_parameters()}))
-        return {"loss": found}
+        loss = value(scores["loss"])
+        seen.append((loss, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return {"loss": loss}
 
     return look
 
@@ -211,7 +211,7 @@ def test_the_mean_of_n_evaluated_weights_is_left_when_it_is_not_worse(which):
     model = Line(dropout=0.0)
     noisy = replace(OPTIONS, epochs=8, average=3, average_of=which, schedule="none")
     result, rows = fit(model, noisy, size=2, scores=remembering(seen))
-    chosen = sorted(seen[:8], key=lambda one: one[0])[:3] if which == "best" else seen[5:8]
+    chosen = sorted(seen[:8], key=lambda evaluation: evaluation[0])[:3] if which == "best" else seen[5:8]
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, mean_by_hand(chosen, name))
     assert result.averaged == 3 and len(seen) == 9
@@ -237,9 +237,9 @@ def test_an_interrupted_training_averages_the_same(tmp_path, which, stop_at):
     expected, rows = fit(whole, options)
     with pytest.raises(Preempted):
         fit(Line(), options, folder=tmp_path, stop_at=stop_at)
-    found, again = fit(resumed, options, folder=tmp_path)
+    outcome, again = fit(resumed, options, folder=tmp_path)
     assert again == rows
-    assert (found.value, found.averaged) == (expected.value, expected.averaged)
+    assert (outcome.value, outcome.averaged) == (expected.value, expected.averaged)
     assert torch.equal(weights(resumed), weights(whole))
 
 

@@ -35,8 +35,8 @@ def ask(path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     request = urllib.request.Request(address, json.dumps(body).encode() if body else None, headers)
     context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
     with urllib.request.urlopen(request, timeout=20, context=context) as answer:
-        found: dict[str, Any] = json.load(answer)
-        return found
+        reply: dict[str, Any] = json.load(answer)
+        return reply
 
 
 def is_allowed(namespace: str, verb: str, group: str, resource: str) -> bool:

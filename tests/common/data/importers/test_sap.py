@@ -114,8 +114,8 @@ def test_recordings_without_a_known_text_are_counted(tmp_path, transcript, probl
 def test_timed_lines_become_stretches_of_one_recording(tmp_path):
     timed = "#ts\n0.05 0.2 first (uh) part\n0.25 0.45 [laughs]\n0.3 0.5 last part"
     contributor(tmp_path / "sap" / "ab", "ab", [recording("ab", 1, timed)])
-    found = import_sap(tmp_path / "sap", tmp_path / "out").corpus.utterances
-    assert [(u.id, u.offset, u.duration, u.text, u.text_alt) for u in found] == [
+    utterances = import_sap(tmp_path / "sap", tmp_path / "out").corpus.utterances
+    assert [(u.id, u.offset, u.duration, u.text, u.text_alt) for u in utterances] == [
         ("ab_1_7@0.05", 0.05, 0.15, "first part", "first uh part"),
         ("ab_1_7@0.3", 0.3, 0.2, "last part", None),
     ]

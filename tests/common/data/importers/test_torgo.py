@@ -37,11 +37,11 @@ def torgo(tmp_path):
 
 def test_sessions_become_utterances_with_severity_and_controls(torgo, tmp_path):
     made = import_torgo(torgo, tmp_path / "out")
-    found = {u.id: u for u in made.corpus.utterances}
-    assert len(found) == 18
-    assert found["M03-Session2_3-0001-array"].text == "tear"
-    assert found["F01-Session1-0002-head"].text == "Except in the winter when the ooze"
-    assert {u.speaker: (u.etiology, u.severity) for u in found.values()} == {
+    by_id = {u.id: u for u in made.corpus.utterances}
+    assert len(by_id) == 18
+    assert by_id["M03-Session2_3-0001-array"].text == "tear"
+    assert by_id["F01-Session1-0002-head"].text == "Except in the winter when the ooze"
+    assert {u.speaker: (u.etiology, u.severity) for u in by_id.values()} == {
         "F01": ("dysarthria", "severe"),
         "F03": ("dysarthria", "moderate"),
         "M03": ("dysarthria", "mild"),
@@ -49,8 +49,8 @@ def test_sessions_become_utterances_with_severity_and_controls(torgo, tmp_path):
         "MC01": ("control", "control"),
         "MC04": ("control", "control"),
     }
-    assert len({(u.speaker, u.split) for u in found.values()}) == 6
-    assert Counter(u.split for u in found.values()) == {"train": 6, "dev": 6, "test": 6}
+    assert len({(u.speaker, u.split) for u in by_id.values()}) == 6
+    assert Counter(u.split for u in by_id.values()) == {"train": 6, "dev": 6, "test": 6}
     assert made.skipped == {}
     assert [finding for finding in audit(made.corpus, threads=1) if finding.severity == "error"] == []
 
