@@ -25,7 +25,7 @@ from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, train
 
 WAYS: tuple[Method, ...] = ("choose", "gates", "expert", "neighbour")  # the simplest first
-RATES: Mapping[Method, float] = {"gates": 5e-2, "expert": 1e-3, "neighbour": 1e-3}  # measured: docs/extending.md
+RATES: Mapping[Method, float] = {"gates": 1e-1, "expert": 1e-3, "neighbour": 1e-3}  # measured: docs/extending.md
 BATCH = 4  # utterances of a step
 STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 0.75, 10, 1500  # measured, as the rates
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
