@@ -214,7 +214,7 @@ class SpeechTrainConfig(TrainConfig):
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
     full_context_share: float = Field(
-        0.0,
+        0.0625,
         ge=0,
         le=1,
         description="Share of each epoch's utterances that are padded to 30 s, so that the model also suits tools that "
