@@ -30,12 +30,14 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     known = summary.get("speakers_in_train", 0)
     who = "speakers also in train" if known else "held-out speakers"
     how_many = f"{summary['speakers']} speakers" + (f", {known} of them also in train" if known else "")
+    contexts = summary.get("audio_context")
     seconds = "  ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
     return "\n".join(
         [
             text_table((who, "utterances", "WER before", "WER after", "CER before", "CER after"), rows),
             "",
             f"WER after, 95% interval over {how_many}: {low:.1%} to {high:.1%}",
+            *([f"audio context: {contexts['before']} before, {contexts['after']} after"] if contexts else []),
             f"time: {seconds}",
             f"report: {summary['report']}",
         ]

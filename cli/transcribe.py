@@ -184,8 +184,8 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
             raise UsageError(f"{first.name} and {recording.name} would both become {target}: rename one of them")
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise UsageError(f"{there[0]}{more} already exists; --overwrite replaces, another --out keeps them")
+        exist = f"and {len(there) - 1} more already exist" if len(there) > 1 else "already exists"
+        raise UsageError(f"{there[0]} {exist}; --overwrite replaces, another --out keeps them")
 
 
 def check_inputs(recordings: Sequence[Recording], faults: dict[str, str]) -> list[Recording]:
@@ -277,6 +277,7 @@ def write(
 ) -> int:
     """Prints one recording's transcript, or writes it in every format that is asked for; returns the files."""
     from common.data.audio import SAMPLE_RATE
+    from common.data.features import describe_context
     from common.files import explained, new_file
     from common.inference.subtitles import FORMATS
     from common.inference.transcribe import segments_of
@@ -288,7 +289,8 @@ def write(
     for note in loaded.notes:
         say(f"{name}: {note.removeprefix(f'{name} ')}")
     seconds = round(len(loaded.samples) / SAMPLE_RATE, 3)
-    facts = {"file": name, "seconds": seconds, "model": opened.name, "language": opened.language, "notes": loaded.notes}
+    facts = {"file": name, "seconds": seconds, "model": opened.name, "language": opened.language,
+             "audio_context": describe_context(opened.context, opened.margin), "notes": loaded.notes}  # fmt: skip
     for kind in kinds:
         text = FORMATS[kind](segments, facts)
         if out is None:

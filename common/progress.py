@@ -64,8 +64,13 @@ class Lines:
         share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
         left = f", {clock((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         unit = f" {self.unit}" if self.unit else ""
-        done = f"{self.done:,.10g} of {self.total:,.10g}{unit}{share}, {rate:.3g}/s{left}{self.values}"
+        done = f"{_amount(self.done)} of {_amount(self.total)}{unit}{share}, {rate:.3g}/s{left}{self.values}"
         print(escaped(f"{self.label}: {done}", one_line=True), file=sys.stderr, flush=True)
+
+
+def _amount(number: float) -> str:
+    """Whole numbers as they are, others with one decimal."""
+    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
 
 
 class _Hidden:
@@ -95,7 +100,12 @@ def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hi
     from tqdm import tqdm
 
     bar: Bar = tqdm(
-        total=total, initial=initial, desc=escaped(label), unit=f" {unit}" if unit else "it", dynamic_ncols=True
+        total=total,
+        initial=initial,
+        desc=escaped(label),
+        unit=f" {unit}" if unit else "it",
+        unit_scale=not float(total).is_integer(),  # otherwise all digits of a fraction are shown
+        dynamic_ncols=True,
     )
     return bar
 

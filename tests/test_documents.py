@@ -166,13 +166,13 @@ def test_a_newcomers_commands_run_in_the_order_of_the_pages(newcomer):
     for page, words, done in ran.values():
         assert done.exit_code == 0, f"{page}: {words}\n{done.output}\n{done.exception!r}"
     assert len(ran) > 20
-    for name in ("try", "mine", "regular", "dense", "demo"):
+    for name in ("try", "mine", "regular", "one-adapter", "demo"):
         assert (place / "runs" / name / "report.html").is_file()
 
 
 def test_every_key_of_a_summary_and_every_column_of_metrics_is_documented(newcomer):
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
-    for run in ("mine", "dense"):
+    for run in ("mine", "one-adapter"):
         summary = json.loads((newcomer[0] / "runs" / run / "summary.json").read_text(encoding="utf-8"))
         assert {key for key in summary if f"`{key}`" not in page} <= {"by_etiology"}
     columns = set()

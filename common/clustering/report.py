@@ -90,7 +90,7 @@ def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str
     spectral = ", --clustering-algorithm spectral" if report["algorithm"] == "hdbscan" else ""
     return (
         f"Poor clustering: {'; '.join(findings)}. Experts trained on such groups may not differ usefully: try fewer "
-        f"--num-experts{spectral}, more data (--data-percent) or --skip-pretraining."
+        f"--num-experts{spectral}, more utterances (--set subsets.embeddings_percent=100) or --skip-pretraining."
     )
 
 

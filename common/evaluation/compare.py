@@ -232,6 +232,13 @@ def _notes(results: Sequence[Result]) -> list[str]:
     ways = {json.dumps(_plain_decoding(result.facts.get("decoding")), sort_keys=True) for result in results}
     if len(ways) > 1:
         notes.append("They were not all decoded in the same way: part of a difference may come from that.")
+    contexts = {context: result.name for result in results if (context := result.facts.get("audio_context"))}
+    if len(contexts) > 1:
+        described = "; ".join(f"{context} ({name})" for context, name in contexts.items())
+        notes.append(f"Their audio contexts differ: {described}.")
+    in_train = max((result.facts.get("speakers_in_train") or 0 for result in results), default=0)
+    if in_train:
+        notes.append(f"{in_train} of the speakers are also in train: these are not rates for new speakers.")
     if len({result.facts["language"] for result in results if result.facts.get("language")}) > 1:
         notes.append("Their texts were not all normalised for the same language.")
     if collapsed := [result.name for result in results if result.facts.get("collapsed")]:

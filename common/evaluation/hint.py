@@ -75,11 +75,12 @@ def _groups(gate: Row, clusters: Row, route_by: str) -> str:
 
 def _experts(judged: Sequence[Row], route_by: str, kind: str) -> str:
     """Whether routed experts lower the loss; empty if none was evaluated, or if other routing should be tried first."""
-    if not judged or any(row["gain_interval"] and row["gain_interval"][0] > 0 for row in judged):
+    used = [row for row in judged if row["utterances"]]
+    if not used or any(row["gain_interval"] and row["gain_interval"][0] > 0 for row in used):
         return ""
     if kind == "alike" and route_by == "utterance":
         return ""
     return (
-        f"None of the {len(judged)} routed experts lowers the loss on dev beyond chance: one adapter for everybody "
-        "(--num-experts 1) is simpler and as good."
+        f"None of the {len(used)} routed experts that dev uses lowers the loss beyond chance: one adapter for "
+        "everybody (--num-experts 1) is simpler and as good."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.data.features import describe_context
 from common.errors import DataError
 from common.evaluation.breakdown import read_table, score_of
 from common.evaluation.wer import Score
@@ -47,6 +48,7 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
         facts = read_object(folder / "evaluation.json")
         rows = read_table(folder / "utterances.csv")
         kept = {key: facts.get(key) for key in ("load", "decoding", "language", "model")}
+        kept["audio_context"] = describe_context(facts["context"], facts["margin"])
         return _result(name, rows, facts["language"], kept | {"experts": (facts["mixture"] or {}).get("experts")})
     if (run := find_run(name, store)) is None:
         names = f"; runs in {store.url}: {', '.join(run_names(store)) or 'none'}" if store else ""
@@ -71,6 +73,8 @@ def before_training(result: Result) -> Result:
     if not all("hypothesis_before" in row for row in result.rows):
         raise DataError(f"{result.name} contains no transcripts of its base model: name a run, or evaluate the base")
     facts = {key: result.facts.get(key) for key in ("decoding", "language")}
+    facts["speakers_in_train"] = result.facts.get("speakers_in_train")
+    facts["audio_context"] = result.facts.get("audio_context_before")
     language, published = facts["language"] or "en", _published(facts)
     scores = {str(row["id"]): score_of(row, language, "hypothesis_before", published=published) for row in result.rows}
     return Result(BASE, result.rows, scores, facts)
@@ -90,9 +94,11 @@ def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
     stages = record["timeline"]
     pretrained = [s.manifest for stage in ("shared", "experts") for _, _, s in recorded_states(store, record, stage)]
     before = sum(manifest.metrics.get("steps", 0) for manifest in pretrained if manifest)
-    report, rates = (
-        read_object(model / name) if (model / name).is_file() else {} for name in ("report.json", "throughput.json")
+    report, rates, summary = (
+        read_object(model / name) if (model / name).is_file() else {}
+        for name in ("report.json", "throughput.json", "summary.json")
     )
+    contexts = summary.get("audio_context") or {}
     names = ("trained_parameters", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
     return {
         "seconds": sum(entry["seconds"] for entry in stages),
@@ -100,6 +106,9 @@ def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
         "seed": record["config"]["seed"],
         "decoding": record["config"]["decode"],
         "language": record["config"]["model"]["language"],
+        "speakers_in_train": summary.get("speakers_in_train"),
+        "audio_context": contexts.get("after"),
+        "audio_context_before": contexts.get("before"),
         **{key: report.get(key) for key in names},
         "steps": report["steps"] + before if "steps" in report else None,
         **{key: rates.get(key) for key in ("samples_per_second", "audio_seconds_per_second")},

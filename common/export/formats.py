@@ -128,6 +128,7 @@ def export_model(
     """
     said: dict[str, Any] = {"format": target, "model": opened.name}
     base_name = base_name or (opened.info.base if opened.info else str(opened.base))
+    said["audio"] = {"context": opened.context, "margin": opened.margin}
     if opened.voice >= 0:
         said["added"] = opened.added[opened.voice].name
     if target == "peft":
@@ -137,7 +138,6 @@ def export_model(
     else:
         dense = folder if target == "merged" else folder / "merged"
         said |= {"routing": dict(routing)} | export_merged(opened, routing, dense)
-        said["audio"] = {"context": opened.context, "margin": opened.margin}
         if target == "ctranslate2":
             export_ctranslate2(dense, folder / "converted", quantization)
             shutil.rmtree(dense)

@@ -23,6 +23,11 @@ CHOICE = """
 order of `routing.json`. The model was trained with `mixture: {mixture}`, top {top_k}.
 """
 
+SHARED = """
+An utterance that is unlike all groups uses no routed expert: it gets the adapter `{shared}`, the shared expert alone
+(load it like the others).
+"""
+
 ADDED = """
 ## Added experts
 
@@ -155,8 +160,10 @@ def _choice(table: Mapping[str, Any]) -> str:
 def _gate_choice(table: Mapping[str, Any]) -> str:
     if len(table["adapters"]) < 2:
         return ""
-    page = CHOICE + (BLEND if table["top_k"] > 1 else "")
-    return page.format(**_words(table), mixture=table["mixture"], top_k=table["top_k"], **table["embedding"])
+    page = CHOICE + (SHARED if table["shared"] else "") + (BLEND if table["top_k"] > 1 else "")
+    return page.format(
+        **_words(table), shared=table["shared"], mixture=table["mixture"], top_k=table["top_k"], **table["embedding"]
+    )
 
 
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from transformers import WhisperForConditionalGeneration
 
 from common.data.batches import Batch
+from common.data.features import describe_context
 from common.data.sources import folder_digest, is_hub_name, locate_model
 from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.files import read_document
 from common.inference.added import added_folders, model_content
 from common.json_files import read_object
@@ -33,7 +34,7 @@ from common.model.mixture import untie
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
-from common.sections import text_language
+from common.sections import AudioConfig, text_language
 from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
 from common.tensors import check_weights
@@ -110,6 +111,7 @@ def open_model(
 
     Raises:
         DataError: there is no such model, or it does not fit its base.
+        UsageError: a margin is given for a context of 30 s.
         RetryableError: hub or store does not answer.
     """
     folder, added_from = _find(name, store, cache, endpoint_url)
@@ -119,8 +121,7 @@ def open_model(
     added = attach(recogniser, added_from)
     if info is not None:
         language, task = info.language, info.task
-        _warn_of_other_context(name, info, context, margin)
-    trained = (info.context, info.margin) if info is not None else ("30s", 0)
+    context, margin = _audio_context(name, info, context, margin)
     return OpenedModel(
         recogniser=recogniser.to(accelerator.device).eval(),
         codec=load_codec(origin, language=language, task=task),
@@ -128,8 +129,8 @@ def open_model(
         folder=folder,
         base=origin,
         name=name,
-        context=context or trained[0],
-        margin=trained[1] if margin is None else margin,
+        context=context,
+        margin=margin,
         language=text_language(language, task),
         accelerator=accelerator,
         added=added,
@@ -240,13 +241,20 @@ def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:
         log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", model, base)
 
 
-def _warn_of_other_context(name: str, info: BundleInfo, context: str | None, margin: int | None) -> None:
-    wished = context or info.context, info.margin if margin is None else margin
-    if wished[0] != info.context or (wished[0] == "dynamic" and wished[1] != info.margin):
+def _audio_context(name: str, info: BundleInfo | None, context: str | None, margin: int | None) -> tuple[str, int]:
+    """Audio context and margin with which a model is used; a context other than its own is logged as a warning."""
+    own = (info.context, info.margin) if info is not None else ("30s", AudioConfig().margin)
+    wished = context or own[0], own[1] if margin is None else margin
+    if wished[0] == "30s" and margin is not None:
+        raise UsageError(f"audio.margin={margin}: model {name} is used with 30 s, which has no margin: "
+                         "add --set audio.context=dynamic, or leave it out")  # fmt: skip
+    if wished[0] != own[0] or (wished[0] == "dynamic" and wished[1] != own[1]):
         log.warning(
-            "model %s was trained with audio context %s (margin %d), and is used with %s (margin %d) as asked for",
-            *(name, info.context, info.margin, *wished),
+            "model %s %s audio context of %s, and is used with %s, as requested: this may cost accuracy",
+            *(name, "was trained with an" if info is not None else "is meant for Whisper's", describe_context(*own)),
+            describe_context(*wished),
         )
+    return wished
 
 
 def _adapter_settings(folder: Path) -> Mapping[str, Any]:

@@ -200,7 +200,7 @@ def _kept_rows(
             language=options.language,
             task=options.task,
             context=options.context,
-            margin=options.margin,
+            margin=options.margin if options.context == "dynamic" else None,
         )
         unfinished = cache / "segmented" / f"{key}.jsonl"
         rows = segment_long(opened, corpus, too_long, unfinished, quiet=options.quiet)

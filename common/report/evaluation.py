@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from common.data.corpus import Corpus, Utterance
+from common.data.features import describe_context
 from common.decoding.decode import Decoding
 from common.errors import MoeAsrError
 from common.evaluation.breakdown import UNKNOWN, loops, named, write_table
@@ -137,14 +138,13 @@ def _facts(result: Row) -> list[tuple[str, str]]:
     how = "greedy" if decoding["num_beams"] == 1 else f"beam search, {decoding['num_beams']} hypotheses"
     if len(decoding["temperatures"]) > 1:
         how += f", temperatures {', '.join(f'{t:g}' for t in decoding['temperatures'])}"
-    context = "dynamic" if result["context"] == "dynamic" else "30 s"
     facts = [
         ("Model", result["model"]),
         ("Base", result["base"]),
         ("Corpus", f"{result['corpus']} (sha256 {result['corpus_digest'][:12]}…)"),
         ("Decoding", f"{how}, at most {decoding['max_new_tokens']} tokens"),
         ("Language", result["language"]),
-        ("Audio context", f"{context}, margin {20 * result['margin']} ms"),
+        ("Audio context", describe_context(result["context"], result["margin"])),
         ("Precision", f"{result['precision'].replace('no', 'fp32')} on {result['device']}"),
         ("Time", clock(result["seconds"])),
     ]

@@ -54,6 +54,10 @@ def model_card(
         what=_what(config, report),
         base_told=_base_told(config, model_digest),
         summary=summary,
+        in_train=f", {known} of them also in train" if (known := summary.get("speakers_in_train")) else "",
+        contexts=f" (audio context: {used['before']} before, {used['after']} after)"
+        if (used := summary.get("audio_context"))
+        else "",
         rows=_rows(summary),
         facts=_facts(config, summary, report, manifest),
         corpus=PurePosixPath(config.corpus.path).name,
@@ -110,7 +114,9 @@ def _what(config: Config, report: Mapping[str, Any]) -> str:
     kind = {"blend": "blended in each layer", "loss": "mixed by their losses", "hard": "one per utterance"}
     how = kind[config.asr.mixture]
     top = f"top {config.asr.top_k} of them {how}" if config.asr.mixture != "hard" else how
-    return f"Whisper with {experts} LoRA experts, {top}, chosen by a gate from the frozen encoder's embedding."
+    dropped = sum(row["dropped"] for row in report.get("experts_judged") or ())
+    without = f" {dropped} of them were dropped, because they did not lower the loss on dev." if dropped else ""
+    return f"Whisper with {experts} LoRA experts, {top}, chosen by a gate from the frozen encoder's embedding.{without}"
 
 
 def _base_told(config: Config, model_digest: str) -> Markdown:

@@ -253,7 +253,7 @@ def draw_rates(by_etiology: Mapping[str, Row]) -> Figure:
     ax.set(
         yticks=range(len(names)),
         yticklabels=list(map(_short, names)),
-        xlabel="WER on held-out speakers",
+        xlabel="WER on the test set",
         xlim=(0, None),
     )
     ax.xaxis.set_major_formatter(_percent)

@@ -48,7 +48,7 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
         "verdict": _verdict(before, after, bounds),
         "bounds": bounds,
         "relative": (after - before) / before if before else None,
-        "caution": caution(speakers, named),
+        "caution": caution(speakers, named, "tested" if summary.get("speakers_in_train") else "held out"),
         "in_train": summary.get("speakers_in_train") or 0,
         "audio_context": summary.get("audio_context"),
         "unclipped_rose": is_number(before) and after <= before and _unclipped_rose(summary),

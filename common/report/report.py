@@ -225,9 +225,11 @@ def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
     figures = _training_figure(folder, "Loss, and WER on dev where it was decoded.")
     if len(load) > 1:
         label = f"Bar chart of routing weight; from {percent(min(load))} to {percent(max(load))} by expert."
-        figures.append(
-            ("Expert load on held-out speech; dashed: an even share.", partial(plots.draw_load, load), label)
-        )
+        dropped = [str(row["expert"]) for row in report.get("experts_judged") or () if row["dropped"]]
+        caption = "Expert load on the test set; dashed: an even share."
+        if dropped:
+            caption += f" Dropped, so that the shared expert alone serves their load: {', '.join(dropped)}."
+        figures.append((caption, partial(plots.draw_load, load), label))
     if len(load) > 1 and (shares := plots.routing(rows)):
         label = f"Heat map of the mean weight of {len(load)} experts for each of {len(shares)} etiologies."
         figures.append(

@@ -58,7 +58,7 @@ def test_every_format_is_written_and_nothing_is_overwritten(files, micro_model, 
     before = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
     again = invoke(transcribe, *words)
     assert isinstance(again.exception, UsageError)
-    assert "already exists" in str(again.exception)
+    assert "already exist" in str(again.exception)
     assert invoke(transcribe, *words, "--overwrite").exit_code == 0
     assert before == {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
 

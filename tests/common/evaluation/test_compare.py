@@ -238,3 +238,13 @@ def test_loops_are_listed_with_most_insertions_first():
 def test_what_is_no_result_is_named(tmp_path):
     with pytest.raises(DataError, match=r"'nothing' is neither a run nor a folder with evaluation\.json"):
         read_result("nothing", store=None, cache=tmp_path)
+
+
+def test_contexts_that_differ_and_speakers_of_train_are_noted():
+    short = {"audio_context": "the utterance's own length and 1.3 s", "speakers_in_train": 6}
+    long = {"audio_context": "30 s", "speakers_in_train": None}
+    first, second = result("a", wrong(5), short), result("b", wrong(5), long)
+    contexts, speakers = compare({"a": [first], "b": [second]})["notes"]
+    assert "audio contexts differ" in contexts and "own length and 1.3 s (a); 30 s (b)" in contexts
+    assert speakers.startswith("6 of the speakers are also in train")
+    assert compare({"b": [second], "c": [result("c", wrong(5))]})["notes"] == []

@@ -4,8 +4,14 @@ import pytest
 
 from common.evaluation.hint import corpus_hint
 
-EARNED = [{"gain_interval": [0.1, 0.2]}, {"gain_interval": [-0.1, 0.1]}]
-NONE_EARNED = [{"gain_interval": [-0.1, 0.1]}, {"gain_interval": None}]
+
+def judged_rows(*intervals):
+    return [{"gain_interval": interval, "utterances": 5} for interval in intervals]
+
+
+UNUSED = {"gain_interval": None, "utterances": 0}  # no utterance of dev chooses it
+EARNED = [*judged_rows([0.1, 0.2], [-0.1, 0.1]), UNUSED]
+NONE_EARNED = [*judged_rows([-0.1, 0.1], None), UNUSED]
 
 
 def hint(utterance, speaker, *, judged=EARNED, rand=1.0, route_by="utterance", target="cluster", groups="etiology"):

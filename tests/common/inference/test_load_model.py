@@ -15,7 +15,7 @@ from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.tokens import IGNORED, load_codec
 from common.decoding.decode import Decoding
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.evaluation.evaluate import choose_utterances, decode_corpus
 from common.evaluation.score import rates_of
 from common.inference.load_model import find_model, open_model, route_batch, transcribe_batch
@@ -228,3 +228,22 @@ def test_an_unfinished_run_is_refused(trained, tmp_path):
     shutil.rmtree(next((copy / "artifacts" / "asr").iterdir()))
     with pytest.raises(DataError, match=r"asr of run micro is not done \(not made yet\)"):
         opened("micro", tmp_path, open_store(copy))
+
+
+def test_a_context_is_used_with_its_margin_reported_or_refused(trained, micro_model, tmp_path, caplog):
+    def contexts(name, **changes):
+        caplog.clear()
+        model = opened(name, tmp_path, trained[0], **changes)
+        return (model.context, model.margin), caplog.text
+
+    short = ("dynamic", 64)
+    assert contexts(micro_model)[0][0] == "30s" and "audio context" not in caplog.text
+    used, text = contexts(micro_model, context="dynamic")
+    assert used == short and "is meant for Whisper's audio context of 30 s" in text
+    assert contexts(trained[1]) == (short, "")
+    used, text = contexts(trained[1], context="30s")
+    assert used[0] == "30s" and "was trained with an audio context of the utterance's own length and 1.3 s" in text
+    assert contexts(trained[1], margin=65)[0] == ("dynamic", 65) and "as requested" in caplog.text
+    for name, changes in ((micro_model, {"margin": 256}), (trained[1], {"margin": 64, "context": "30s"})):
+        with pytest.raises(UsageError, match="has no margin"):
+            opened(name, tmp_path, trained[0], **changes)

@@ -199,6 +199,14 @@ def test_few_speakers_are_said(tmp_path):
     assert "Only 3 speakers were held out" in _words_of(tmp_path, speakers=3)
 
 
+def test_speakers_of_train_are_not_called_held_out(tmp_path):
+    view = write_fake_run(tmp_path, experts=2, points=10, speakers=3)
+    view = replace(view, summary=view.summary | {"speakers_in_train": 3}, cluster=None, gate=None, experts=[])
+    words = Page(render_report(view)).words
+    assert "Word error rate, speakers also in train" in words and "Only 3 speakers were tested" in words
+    assert "held-out speakers" not in words and "speakers were held out" not in words
+
+
 def test_one_speaker_gives_no_interval_and_no_verdict(tmp_path):
     words = _words_of(tmp_path, speakers=1)
     assert "cannot be said: that takes two or more speakers" in words and "One speaker was held out" in words
