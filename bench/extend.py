@@ -255,22 +255,31 @@ def measure_persons(arguments: argparse.Namespace) -> None:
 
 
 def group_found(arguments: argparse.Namespace, column: str = "etiology") -> Row:
-    """How often `choose` finds the group of a heard test speaker from five utterances; the model routes by a table."""
+    """How often `choose` finds the group of a heard test speaker from five utterances; the model routes by a table.
+
+    `right` counts speakers whose group has the largest weight, `likeliest` those whose group's expert makes the texts
+    most likely among the routed experts, and `alone` those for whom the shared expert alone does.
+    """
     opened, corpus = open_fresh(arguments), read_corpus(arguments.others)
     assert opened.info is not None and opened.info.groups, "give a model that routes by a table"
     by_speaker: dict[str, list[Utterance]] = {}
     for u in corpus.utterances:
         if u.split == "test" and getattr(u, column) in opened.info.groups:
             by_speaker.setdefault(u.speaker, []).append(u)
-    right = total = 0
+    counts, confused = {"right": 0, "likeliest": 0, "alone": 0}, []
     for own in by_speaker.values():
         data = enrolment_of(opened, corpus, own[:5], arguments.seed)
-        weights = Candidates(data).weights(data.all())
-        best = max(weights, key=lambda expert: weights[expert], default=-1)
-        right += best >= 0 and opened.info.groups[best] == getattr(own[0], column)
-        total += 1
-    return {"way": "group found by choose", "model": arguments.model_name, "utterances": 5, "seed": arguments.seed,
-            "right": right, "speakers": total}  # fmt: skip
+        candidates, group = Candidates(data), getattr(own[0], column)
+        weights = candidates.weights(data.all())
+        heaviest = opened.info.groups[max(weights, key=lambda expert: weights[expert])] if weights else ""
+        likeliest = opened.info.groups[candidates.best(data.all())]
+        counts["right"] += heaviest == group
+        counts["likeliest"] += likeliest == group
+        counts["alone"] += not weights
+        if likeliest != group:
+            confused.append(f"{group} as {likeliest}")
+    of = {"way": "group found by choose", "model": arguments.model_name, "utterances": 5, "seed": arguments.seed}
+    return of | counts | {"speakers": len(by_speaker), "confused": confused}
 
 
 def append_row(path: Path, row: Row) -> None:
