@@ -2,7 +2,7 @@
 
     python -m bench.extend MODEL --new CORPUS --others CORPUS --utterances 5 10 20 36 200
     python -m bench.extend MODEL --others CORPUS --persons 10
-    python -m bench.extend MODEL --others CORPUS --groups
+    python -m bench.extend MODEL --others CORPUS --groups --utterances 5 10
     python -m bench.extend --table
 
 Sides: the model as it is; the four ways of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
@@ -254,8 +254,8 @@ def measure_persons(arguments: argparse.Namespace) -> None:
         sides.measure_tuned()
 
 
-def group_found(arguments: argparse.Namespace, column: str = "etiology") -> Row:
-    """How often `choose` finds the group of a heard test speaker from five utterances; the model routes by a table.
+def group_found(arguments: argparse.Namespace, count: int, column: str = "etiology") -> Row:
+    """How often `choose` finds the group of a heard test speaker from some utterances; the model routes by a table.
 
     `right` counts speakers whose group has the largest weight, `likeliest` those whose group's expert makes the texts
     most likely among the routed experts, and `alone` those for whom the shared expert alone does.
@@ -268,7 +268,7 @@ def group_found(arguments: argparse.Namespace, column: str = "etiology") -> Row:
             by_speaker.setdefault(u.speaker, []).append(u)
     counts, confused = {"right": 0, "likeliest": 0, "alone": 0}, []
     for own in by_speaker.values():
-        data = enrolment_of(opened, corpus, own[:5], arguments.seed)
+        data = enrolment_of(opened, corpus, own[:count], arguments.seed)
         candidates, group = Candidates(data), getattr(own[0], column)
         weights = candidates.weights(data.all())
         heaviest = opened.info.groups[max(weights, key=lambda expert: weights[expert])] if weights else ""
@@ -278,7 +278,7 @@ def group_found(arguments: argparse.Namespace, column: str = "etiology") -> Row:
         counts["alone"] += not weights
         if likeliest != group:
             confused.append(f"{group} as {likeliest}")
-    of = {"way": "group found by choose", "model": arguments.model_name, "utterances": 5, "seed": arguments.seed}
+    of = {"way": "group found by choose", "model": arguments.model_name, "utterances": count, "seed": arguments.seed}
     return of | counts | {"speakers": len(by_speaker), "confused": confused}
 
 
@@ -365,7 +365,8 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.out))
     elif arguments.groups:
-        append_row(arguments.out, group_found(arguments))
+        for count in arguments.utterances:
+            append_row(arguments.out, group_found(arguments, count))
     elif arguments.persons:
         measure_persons(arguments)
     else:
