@@ -214,11 +214,11 @@ class SpeechTrainConfig(TrainConfig):
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
     full_context_share: float = Field(
-        0.0625,
+        0.0,
         ge=0,
         le=1,
-        description="Share of each epoch's utterances that are padded to 30 s, so that the model also suits tools that "
-        "pad all audio to 30 s.",
+        description="Share of each epoch's utterances that are padded to 30 s, for models that will be used by tools that "
+        "pad all audio to 30 s; 1/16 suffices.",
     )
     compile: bool = Field(
         False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from common.config import validate
 from common.data.audio import write_wav
 from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.data.features import MAX_SAMPLES, SAMPLES_PER_POSITION
 from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError
+from stages.settings import epoch_planner
 
 CPU = torch.device("cpu")
 
@@ -58,6 +60,14 @@ def test_a_share_of_an_epoch_is_padded_to_30_seconds(examples, seconds):
         assert all(len(batch) <= (seconds or 120) / 30 for batch in batches if batch[0] >= count)
     assert len({len(batches) for batches in epochs}) == 1
     assert len({frozenset(n for batch in batches for n in batch) for batches in epochs}) > 1
+
+
+def test_the_share_padded_to_30_seconds_is_a_setting(examples):
+    padded, plain = (
+        epoch_planner(examples, validate({"asr": {"full_context_share": share}}).asr, seed=0)(0) for share in (0.5, 0.0)
+    )
+    assert any(n >= len(examples) for batch in padded for n in batch)
+    assert sorted(n for batch in plain for n in batch) == list(range(len(examples)))
 
 
 def test_an_example_padded_to_30_seconds_is_the_same_speech(examples):
