@@ -285,7 +285,9 @@ def group_found(arguments: argparse.Namespace, count: int, column: str = "etiolo
 def append_row(path: Path, row: Row) -> None:
     """Adds a row to the results, and prints it."""
     print(json.dumps(row), flush=True)
-    path.write_text(json.dumps({"sides": [*read_rows(path), row]}, indent=1) + "\n", encoding="utf-8")
+    results = read_object(path) if path.is_file() else {}
+    results["sides"] = [*results.get("sides", ()), row]
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -299,45 +301,68 @@ def scores_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}-scores.jsonl")
 
 
-def table(path: Path) -> str:
-    """Means over seeds and persons in Markdown, with the difference from tuning all adapter weights."""
-    groups: dict[tuple[str, str], dict[int, dict[str, list[Row]]]] = {}
-    for row in read_rows(path):
+def summary_rows(path: Path) -> list[Row]:
+    """Means over seeds and persons, with the difference from tuning all adapter weights.
+
+    They are computed from the scores by utterance where these are there, and stored beside the rows; otherwise read.
+    """
+    results = read_object(path)
+    if not scores_file(path).is_file():
+        stored: list[Row] = results["summary"]
+        return stored
+    groups: dict[tuple[str, str, int], dict[str, list[Row]]] = {}
+    for row in results["sides"]:
         if "new_wer" in row:
-            counts = groups.setdefault((row["model"], row["new"]), {})
             count = 0 if "speaker" in row else row["utterances"]
-            counts.setdefault(count, {}).setdefault(row["way"], []).append(row)
+            groups.setdefault((row["model"], row["new"], count), {}).setdefault(row["way"], []).append(row)
     scored = [json.loads(line) for line in scores_file(path).read_text(encoding="utf-8").splitlines()]
+    summary = []
+    for (model, new, count), ways in sorted(groups.items()):
+        part = [entry for entry in scored if (entry["model"], entry["new"]) == (model, new)]
+        part = [entry for entry in part if not count or entry["utterances"] == count]
+        for way, rows in ways.items():
+            means = {key: statistics.mean(row[key] for row in rows)
+                     for key in ("others_before", "others_after", "bytes", "seconds")}  # fmt: skip
+            of = {"model": model, "new": new, "utterances": count or None, "way": way, "rows": len(rows)}
+            scores, speakers = pooled(part, way)
+            summary.append(of | {"new_wer": wer(scores)} | means | {"minus_tuned": None})
+            tuned, _ = pooled(part, "tuned")
+            shared = {s.id for s in scores} & {s.id for s in tuned}
+            if way not in ("tuned", "as it is") and shared:
+                before, after = ([s for s in side if s.id in shared] for side in (tuned, scores))
+                summary[-1]["minus_tuned"] = paired_bootstrap(before, after, speakers, resamples=4000)
+    path.write_text(json.dumps(results | {"summary": summary}, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def table(path: Path) -> str:
+    """The summary in Markdown."""
     columns = "model, new speech|utterances|way|rows|new WER|minus tuned|others before|after|bytes|seconds"
     lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
-    for (model, new), counts in groups.items():
-        for count, ways in sorted(counts.items()):
-            part = [one for one in scored if (one["model"], one["new"]) == (model, new)]
-            part = [one for one in part if not count or one["utterances"] == count]
-            for way, rows in ways.items():
-                own, tuned = pooled(part, way), pooled(part, "tuned")
-                delta = ""
-                if way not in ("tuned", "as it is") and tuned[0]:
-                    both = {s.id for s in own[0]} & {s.id for s in tuned[0]}
-                    before, after = ([s for s in side if s.id in both] for side in (tuned[0], own[0]))
-                    gap = paired_bootstrap(before, after, own[1], resamples=4000)
-                    delta = f"{100 * gap['delta']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
-                mean = {key: statistics.mean(row[key] for row in rows)
-                        for key in ("others_before", "others_after", "bytes", "seconds")}  # fmt: skip
-                lines.append(
-                    f"| {model}, {new} | {count or 'half'} | {way} | {len(rows)} | {100 * wer(own[0]):.1f} | {delta} | "
-                    f"{100 * mean['others_before']:.1f} | {100 * mean['others_after']:.1f} | {mean['bytes']:,.0f} | "
-                    f"{mean['seconds']:.0f} |"
-                )
+    for row in summary_rows(path):
+        gap = row["minus_tuned"]
+        cells = [
+            f"{row['model']}, {row['new']}",
+            str(row["utterances"] or "half"),
+            row["way"],
+            str(row["rows"]),
+            f"{100 * row['new_wer']:.1f}",
+            f"{100 * gap['delta']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})" if gap else "",
+            f"{100 * row['others_before']:.1f}",
+            f"{100 * row['others_after']:.1f}",
+            f"{row['bytes']:,.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def pooled(scored: Sequence[Row], way: str) -> tuple[list[Score], dict[str, str]]:
     """Scores of a way over all seeds, and the speaker of each."""
     scores, speakers = [], {}
-    for one in scored:
-        for line in one["scores"] if one["way"] == way else ():
-            name = f"{one['seed']}/{one['utterances']}/{line['id']}"
+    for entry in scored:
+        for line in entry["scores"] if entry["way"] == way else ():
+            name = f"{entry['seed']}/{entry['utterances']}/{line['id']}"
             scores.append(Score(name, line["words"], line["errors"], 0, chars=1, char_errors=0, reference=0))
             speakers[name] = line["speaker"]
     return scores, speakers
