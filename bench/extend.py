@@ -10,8 +10,7 @@ replay of old speech; a fresh LoRA from Whisper. The enrolment is drawn from the
 new group's and everybody else's test utterances are those of `--others`, decoded before and after. `--persons` enrols
 half of the utterances of single test speakers, and scores the other half.
 
-Each row is written as soon as it is measured, its scores by utterance beside it (`extend-scores.jsonl`); rows that are
-there are not measured again.
+Rows are written as they are measured, scores by utterance beside them, and are not measured again.
 """
 
 from __future__ import annotations
@@ -292,8 +291,7 @@ def append_row(path: Path, row: Row) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows that are measured."""
-    rows: list[Row] = read_object(path)["sides"] if path.is_file() else []
-    return rows
+    return list(read_object(path)["sides"]) if path.is_file() else []
 
 
 def scores_file(path: Path) -> Path:
@@ -304,7 +302,7 @@ def scores_file(path: Path) -> Path:
 def summary_rows(path: Path) -> list[Row]:
     """Means over seeds and persons, with the difference from tuning all adapter weights.
 
-    They are computed from the scores by utterance where these are there, and stored beside the rows; otherwise read.
+    Computed and stored where the scores by utterance are there, otherwise read.
     """
     results = read_object(path)
     if not scores_file(path).is_file():
@@ -318,8 +316,8 @@ def summary_rows(path: Path) -> list[Row]:
     scored = [json.loads(line) for line in scores_file(path).read_text(encoding="utf-8").splitlines()]
     summary = []
     for (model, new, count), ways in sorted(groups.items()):
-        part = [entry for entry in scored if (entry["model"], entry["new"]) == (model, new)]
-        part = [entry for entry in part if not count or entry["utterances"] == count]
+        part = [entry for entry in scored
+                if (entry["model"], entry["new"]) == (model, new) and count in (0, entry["utterances"])]  # fmt: skip
         for way, rows in ways.items():
             means = {key: statistics.mean(row[key] for row in rows)
                      for key in ("others_before", "others_after", "bytes", "seconds")}  # fmt: skip

@@ -217,8 +217,7 @@ class SpeechTrainConfig(TrainConfig):
         0.0,
         ge=0,
         le=1,
-        description="Share of each epoch's utterances that are padded to 30 s, for models that will be used by tools "
-        "that pad all audio to 30 s; 1/16 suffices.",
+        description="Share of each epoch's utterances padded to 30 s, for tools that pad all audio; 1/16 suffices.",
     )
     compile: bool = Field(
         False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."

@@ -30,14 +30,13 @@ from common.data.features import (
     context_positions,
     valid_positions,
 )
-from common.data.tokens import IGNORED, TextCodec
+from common.data.tokens import IGNORED, TextCodec, text_bucket
 from common.errors import DataError, MoeAsrError, RetryableError
 from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.signals import signals_held, stop_with
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
 Buckets = dict[tuple[int, int], list[int]]  # (encoder positions, text tokens) → example numbers
-TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,19 +226,10 @@ def _pad_share(buckets: Buckets, share: float, count: int) -> Buckets:
     return padded
 
 
-def text_bucket(tokens: int) -> int:
-    """The bucket length of a text of `tokens` tokens."""
-    return next((bucket for bucket in TEXT_BUCKETS if bucket >= tokens), MAX_TOKENS)
-
-
 def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: int) -> list[int]:
     """Sorts by text length within windows of the shuffled order, which keeps the order random and padding low."""
-
-    def tokens(number: int) -> int:
-        return len(examples[number % len(examples)].inputs)
-
     windows = (numbers[i : i + window] for i in range(0, len(numbers), window))
-    return [number for part in windows for number in sorted(part, key=tokens)]
+    return [n for part in windows for n in sorted(part, key=lambda n: len(examples[n % len(examples)].inputs))]
 
 
 class AudioDataset(Dataset["Loaded"]):

@@ -12,10 +12,17 @@ from tokenizers import Tokenizer
 from common.errors import DataError
 from common.files import read_document
 from common.json_files import read_object
+from common.limits import MAX_TOKENS
 
 GENERATION = "generation_config.json"
 REMEDY = "restore the file from its source"
 IGNORED = -100  # label of positions that carry no loss, PyTorch's convention
+TEXT_BUCKETS = (16, 32, 64, 128, 256, MAX_TOKENS)  # tokens; an utterance of 30 s seldom has over 128
+
+
+def text_bucket(tokens: int) -> int:
+    """The bucket length of a text of `tokens` tokens."""
+    return next((bucket for bucket in TEXT_BUCKETS if bucket >= tokens), MAX_TOKENS)
 
 
 def whisper_config(folder: Path) -> dict[str, Any]:
