@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=1,
+    format=2,  # other steps and rates
     gpus=1,
 )
