@@ -33,9 +33,12 @@ def _tables(
         results = json.loads(file.read_text(encoding="utf-8"))
         if not {"rows", "versions"} <= results.keys():  # rows without a comparison with a peer are on a separate page
             continue
+        rows = [row for row in results["rows"] if wanted(row.get("group"))]
+        if not rows:
+            continue
         versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         lines += [f"On {results['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
-        lines += [*(_line(cells(row)) for row in results["rows"] if wanted(row.get("group"))), ""]
+        lines += [*(_line(cells(row)) for row in rows), ""]
     return lines[:-1]
 
 
