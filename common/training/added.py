@@ -31,7 +31,7 @@ STEPS_PER_UTTERANCE, FEWEST_STEPS, MOST_STEPS = 0.75, 10, 1500  # measured, as t
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
-CHOOSING = 10  # utterances that `choose` uses at most: five tell the experts apart (docs/extending.md)
+CHOOSING = 10  # utterances that `choose` uses at most; they tell even alike groups apart (docs/extending.md)
 
 Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
 
