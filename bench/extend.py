@@ -70,8 +70,7 @@ def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
 def scores_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], voice: int = -1) -> list[Score]:
     """Scores of some utterances in their order, all of them with one added expert where `voice` says so."""
     rows = decode_corpus(replace(opened, voice=voice, added=()), corpus, utterances, DECODING)
-    by_id = {str(row["id"]): score_of(row) for row in rows}
-    return [by_id[u.id] for u in utterances]
+    return [score_of(row) for row in rows]
 
 
 def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], seed: int) -> Enrolment:
@@ -193,14 +192,18 @@ class Sides:
             self.write(way, new, after, seconds, stored_bytes(terms))
             remove_last(opened.recogniser)
 
+    def replayed(self) -> list[tuple[Corpus, Utterance]]:
+        """Old utterances of train, `REPLAY` for each new one."""
+        old = self.others.split("train")
+        chosen = random.Random(self.arguments.seed).sample(old, min(len(old), REPLAY * len(self.enrolment)))
+        return [(self.others, u) for u in chosen]
+
     def measure_tuned(self) -> None:
         """The sides that change weights."""
         for way in self.missing(self.arguments.tuned):
             opened = open_fresh(self.arguments)
             model = fresh_lora(opened, self.arguments) if way == "fresh" else opened
-            train_part = [u for u in self.others.utterances if u.split == "train"]
-            replayed = random.Random(self.arguments.seed).sample(train_part, REPLAY * len(self.enrolment))
-            old = [(self.others, u) for u in replayed] if way == "replay" else []
+            old = self.replayed() if way == "replay" else []
             rate = FRESH_RATE if way == "fresh" else TUNE_RATE
             started = time.monotonic()
             size = tune(model, self.corpus, self.enrolment, old, rate, self.arguments.seed)
@@ -213,7 +216,7 @@ def measure_group(arguments: argparse.Namespace) -> None:
     """A group that training never heard, by number of utterances."""
     column, value = parse_where(arguments.where)
     new, others = read_corpus(arguments.new), read_corpus(arguments.others)
-    tests = [u for u in others.utterances if u.split == "test"]
+    tests = others.split("test")
     tested = [u for u in tests if getattr(u, column) == value]
     old = [u for u in tests if getattr(u, column) != value]
     old = random.Random(TEST_SEED).sample(old, min(len(old), arguments.others_tested))
@@ -227,14 +230,19 @@ def measure_group(arguments: argparse.Namespace) -> None:
         sides.measure_tuned()
 
 
+def test_speakers(corpus: Corpus) -> dict[str, list[Utterance]]:
+    """speaker → utterances of test."""
+    by_speaker: dict[str, list[Utterance]] = {}
+    for u in corpus.split("test"):
+        by_speaker.setdefault(u.speaker, []).append(u)
+    return by_speaker
+
+
 def measure_persons(arguments: argparse.Namespace) -> None:
     """Single test speakers, as many of the unheard group as of others."""
     column, value = parse_where(arguments.where)
     others = read_corpus(arguments.others)
-    by_speaker: dict[str, list[Utterance]] = {}
-    for u in others.utterances:
-        if u.split == "test":
-            by_speaker.setdefault(u.speaker, []).append(u)
+    by_speaker = test_speakers(others)
     shuffled = random.Random(TEST_SEED).sample(sorted(by_speaker), len(by_speaker))
     unheard = [s for s in shuffled if getattr(by_speaker[s][0], column) == value][: arguments.persons // 2]
     heard = [s for s in shuffled if getattr(by_speaker[s][0], column) != value][: arguments.persons - len(unheard)]
@@ -254,31 +262,20 @@ def measure_persons(arguments: argparse.Namespace) -> None:
 
 
 def group_found(arguments: argparse.Namespace, count: int, column: str = "etiology") -> Row:
-    """How often `choose` finds the group of a heard test speaker from some utterances; the model routes by a table.
-
-    `right` counts speakers whose group has the largest weight, `likeliest` those whose group's expert makes the texts
-    most likely among the routed experts, and `alone` those for whom the shared expert alone does.
-    """
+    """How often `choose` finds the group of a heard test speaker from some utterances; the model routes by a table."""
     opened, corpus = open_fresh(arguments), read_corpus(arguments.others)
     assert opened.info is not None and opened.info.groups, "give a model that routes by a table"
-    by_speaker: dict[str, list[Utterance]] = {}
-    for u in corpus.utterances:
-        if u.split == "test" and getattr(u, column) in opened.info.groups:
-            by_speaker.setdefault(u.speaker, []).append(u)
-    counts, confused = {"right": 0, "likeliest": 0, "alone": 0}, []
+    groups = opened.info.groups
+    by_speaker = {s: own for s, own in test_speakers(corpus).items() if getattr(own[0], column) in groups}
+    confused = []
     for own in by_speaker.values():
         data = enrolment_of(opened, corpus, own[:count], arguments.seed)
-        candidates, group = Candidates(data), getattr(own[0], column)
-        weights = candidates.weights(data.all())
-        heaviest = opened.info.groups[max(weights, key=lambda expert: weights[expert])] if weights else ""
-        likeliest = opened.info.groups[candidates.best(data.all())]
-        counts["right"] += heaviest == group
-        counts["likeliest"] += likeliest == group
-        counts["alone"] += not weights
-        if likeliest != group:
-            confused.append(f"{group} as {likeliest}")
-    of = {"way": "group found by choose", "model": arguments.model_name, "utterances": count, "seed": arguments.seed}
-    return of | counts | {"speakers": len(by_speaker), "confused": confused}
+        weights, group = Candidates(data).weights(data.all()), getattr(own[0], column)
+        heaviest = groups[max(weights, key=lambda expert: weights[expert])] if weights else "no group"
+        if heaviest != group:
+            confused.append(f"{group} as {heaviest}")
+    return {"way": "group found by choose", "model": arguments.model_name, "utterances": count, "seed": arguments.seed,
+            "right": len(by_speaker) - len(confused), "speakers": len(by_speaker), "confused": confused}  # fmt: skip
 
 
 def append_row(path: Path, row: Row) -> None:
