@@ -5,6 +5,7 @@ Shape letters: B utterances, S samples, U text tokens.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,9 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_reserved(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: else what earlier trials freed counts as used
+    if trim is not None:
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark (proc(5))
     work()
     status = Path("/proc/self/status").read_text(encoding="ascii")
