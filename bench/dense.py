@@ -68,6 +68,7 @@ def _contest(
             f"ours reads audio and makes spectrograms, waiting {throughput['data_wait_percent']:.1f}% for data, "
             f"padding {throughput['padding_percent']:.0f}%; the Trainer's spectrograms are ready in memory",
         ),
+        trains_short=True,
     )
 
 

@@ -177,6 +177,7 @@ def short_rows(setting: Setting) -> list[Measurement]:
             unit="s/step",
             target=setting.target(5, 6),
             note=note,
+            trains_short=True,
         )
     ]
 

@@ -19,7 +19,7 @@ def full_table() -> list[str]:
 def options_table() -> list[str]:
     """What each option of training does to a step."""
     header = ("option", "with it", "without", "unit", "ratio", "settings")
-    return _tables(header, lambda row: (*_short(row), row["note"]), lambda group: group == "options")
+    return _tables(header, lambda row: (*_short(row), _settings(row)), lambda group: group == "options")
 
 
 def _tables(
@@ -48,7 +48,19 @@ def _short(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _full(row: dict[str, Any]) -> tuple[str, ...]:
     wanted = f"{number(row['target'])}×" if row["target"] else ""
-    return *_short(row), wanted, row["note"]
+    return *_short(row), wanted, _settings(row)
+
+
+def _settings(row: dict[str, Any]) -> str:
+    """The row's note, and the word error rates that its two audio contexts lead to."""
+    return f"{row['note']}; {context_rates()}" if row.get("trains_short") else str(row["note"])
+
+
+def context_rates(results: Path = RESULTS / "regimes.json") -> str:
+    """Error rates of plain LoRA trained and used with the dynamic audio context, and with 30 s by the peer."""
+    rows = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    rates = {row["regime"]: row["wer"] for row in rows if row["corpus"] == "bench" and row["steps"] == 384}
+    return f"WER of LoRA after 384 steps {rates['dense-plain']:.1%} against {rates['peft']:.1%}"
 
 
 def _line(cells: Sequence[str]) -> str:

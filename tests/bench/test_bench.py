@@ -20,6 +20,7 @@ from bench.peers import (
     trainer_dataset,
 )
 from bench.setting import quick_setting
+from bench.table import context_rates, full_table, options_table
 from common.data.batches import BatchLoader
 from common.data.features import log_mel
 from common.model.adapters import expert_matrices
@@ -77,6 +78,20 @@ def test_ratio_above_one_is_better_for_times_and_for_rates():
     shared = {"unit": "", "target": None, "note": ""}
     assert row("time", 1.0, 3.0, **shared)["ratio"] == 3.0
     assert row("rate", 6.0, 3.0, better="more", **shared)["ratio"] == 2.0
+
+
+def test_rows_that_train_with_a_short_context_state_the_error_rates_of_both_sides(tmp_path):
+    results = tmp_path / "regimes.json"
+    rates = {("bench", 384, "dense-plain"): 0.119, ("bench", 384, "peft"): 0.107, ("bench", 128, "peft"): 0.3}
+    rows = [{"corpus": of[0], "steps": of[1], "regime": of[2], "wer": wer} for of, wer in rates.items()]
+    results.write_text(json.dumps({"summary": rows}))
+    assert context_rates(results) == "WER of LoRA after 384 steps 11.9% against 10.7%"
+    lines = [
+        line for line in (*full_table(), *options_table()) if "dynamic" in line or "3–12 s: against Seq2Seq" in line
+    ]
+    assert lines
+    for line in lines:
+        assert context_rates() in line or "% WER" in line, line
 
 
 def test_batched_loss_mixture_equals_both_loops_over_peft_adapters(contest, setting):
