@@ -31,7 +31,7 @@ from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
-from common.training.added import CHOOSING, Candidates, Trial, choose_weights, folds_of, simplest_good
+from common.training.added import CHOOSING, Candidates, Trial, choose_weights, folds_of, simplest_good, steps_for
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -97,8 +97,7 @@ def store(finished, tmp_path):
 def few_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cli.extend.set_up_logging", lambda **_: None)  # it takes caplog's handler away
-    monkeypatch.setattr("common.training.added.FEWEST_STEPS", 2)
-    monkeypatch.setattr("common.training.added.STEPS_PER_UTTERANCE", 0.4)
+    monkeypatch.setattr("common.training.added.STEPS", ((5, 2), (1000, 400)))
 
 
 def extend(store, speech, *more, model="micro", speaker="s00", method="expert"):
@@ -190,7 +189,7 @@ def test_a_speaker_who_is_there_is_replaced_by_option_only(store, speech, tmp_pa
         extend(store, speech, model="micro-s00", method="gates")
     extend(store, speech, "--replace", "--run", "micro-s00", model="micro-s00", method="gates")
     assert [(expert.name, expert.method) for expert in opened("micro-s00", store, tmp_path).added] == [("s00", "gates")]
-    with pytest.raises(UsageError, match="is in"):
+    with pytest.raises(UsageError, match="already exists in"):
         extend(store, speech, "--run", "micro-s00", speaker="s01", method="gates")
     with pytest.raises(UsageError, match="is the model itself"):
         extend(store, speech, "--run", "micro")
@@ -480,6 +479,11 @@ def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
     assert simplest_good(before, {"gates": gates, "expert": expert}, names) == "gates"
     assert simplest_good(before, {"gates": Trial([], before - 0.1), "expert": expert}, names) == "expert"
     assert simplest_good(before, {"gates": Trial([], before + 0.1)}, names) == "none"
+
+
+def test_steps_grow_with_the_utterances_from_the_fewest_to_the_most():
+    points = ((2, 3), (10, 11), (20, 61))
+    assert [steps_for(n, points) for n in (1, 2, 10, 15, 20, 500)] == [3, 3, 11, 36, 61, 61]
 
 
 def test_folds_never_part_a_group():
