@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def corpus() -> None:
-    """Corpora: make, import, check."""
+    """Make, import and check corpora."""
 
 
 @corpus.command()
@@ -32,20 +32,22 @@ def corpus() -> None:
     type=click.Choice(["demo", "bench", "bench-alike"]),
     default="demo",
     show_default=True,
-    help="Corpus to speak: a demonstration, or the benchmark with audibly different or with alike groups.",
+    help="Corpus to make: a demonstration, or the benchmark with audibly different groups or with alike groups.",
 )
 @click.option("--speakers", type=int, help="Speakers per stand-in etiology.  [default: 6; bench: 12]")
-@click.option("--utterances", type=int, help="Utterances per speaker.  [default: 10; not of bench]")
-@click.option("--minutes", type=float, help="Minutes of train, for the benchmark.  [default: 30]")
+@click.option("--utterances", type=int, help="Utterances per speaker.  [default: 10; not for bench]")
+@click.option("--minutes", type=float, help="Minutes of speech in train, for the benchmark.  [default: 30]")
 @click.option(
-    "--held-out-minutes", type=float, help="Minutes of each of dev and test, for the benchmark.  [default: a tenth]"
+    "--held-out-minutes",
+    type=float,
+    help="Minutes of speech in each of dev and test, for the benchmark.  [default: a tenth]",
 )
 @click.option("--seed", default=42, show_default=True, help="Random seed for texts, voices and effects.")
 @click.option(
     "--etiology",
     "etiologies",
     multiple=True,
-    help="Stand-in etiology to speak, repeatable. All by default. Not for the benchmark.",
+    help="Stand-in etiology to include; repeatable. All by default. Not for the benchmark.",
 )
 def synth(
     out: Path,
@@ -57,11 +59,11 @@ def synth(
     seed: int,
     etiologies: tuple[str, ...],
 ) -> None:
-    """Speaks a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
+    """Synthesises a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
 
-    `--kind bench` is harder: groups that say one sound for another in conflicting ways, words and a group of speakers
-    that training never hears. With `--kind bench-alike` all groups have the same voices, so that one utterance hardly
-    tells its group.
+    `--kind bench` is harder: groups that replace one sound by another in conflicting ways, and words and a group of
+    speakers that are not in the training data. With `--kind bench-alike` all groups have the same voices, so that one
+    utterance hardly identifies its group.
 
     \b
         moe-asr corpus synth data/demo
@@ -71,10 +73,10 @@ def synth(
 
     if kind != "demo" and (etiologies or utterances is not None):
         raise UsageError(
-            f"--etiology and --utterances are not for --kind {kind}: --minutes says how much speech to generate"
+            f"--etiology and --utterances are not for --kind {kind}: --minutes sets how much speech to generate"
         )
     if kind == "demo" and (minutes is not None or held_out_minutes is not None):
-        raise UsageError("--minutes is for --kind bench: --utterances says how much of a demo is spoken")
+        raise UsageError("--minutes is for --kind bench: --utterances sets how much speech a demo has")
     made = (
         synthesize_bench(
             out,
@@ -112,7 +114,7 @@ endpoint_option = click.option("--endpoint-url", help="Endpoint of an S3-compati
 @corpus.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--shard-size", default="256MB", show_default=True, help="Bytes per tar shard at most.")
+@click.option("--shard-size", default="256MB", show_default=True, help="Maximum size of a tar shard.")
 @endpoint_option
 def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> None:
     """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
@@ -184,10 +186,10 @@ def _cell(value: object) -> str:
 
 @corpus.command()
 @click.argument("path")
-@click.option("--model", help="Tokenizer to count tokens with: a checkpoint folder.")
+@click.option("--model", help="Checkpoint folder whose tokenizer counts the tokens of each text.")
 @endpoint_option
 def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
-    """Finds what would go wrong in training: unreadable audio, missing text, speakers in two splits, …
+    """Finds problems for training: unreadable audio, missing text, speakers in two splits, …
 
     \b
         moe-asr corpus audit data/mine --model models/whisper-tiny.en
@@ -217,38 +219,42 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     type=click.Choice(("auto", "table", "audiofolder", "sap", "torgo")),
     default="auto",
     show_default=True,
-    help="Kind of SOURCE. auto takes a file for a table and a folder for an audiofolder.",
+    help="Kind of SOURCE. auto treats a file as a table and a folder as an audiofolder.",
 )
 @click.option(
-    "--audio-root", type=click.Path(path_type=Path), help="Folder that a table's relative paths start from.  [its own]"
+    "--audio-root",
+    type=click.Path(path_type=Path),
+    help="Folder that a table's relative paths start from.  [default: the table's folder]",
 )
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="FIELD=COLUMN",
-    help="Column of a table for a field; without a COLUMN, none is taken. Fields: audio_filepath, text, text_alt, id, "
-    "split, speaker, etiology, severity, offset, end, duration.",
+    help="Column of a table for a field; an empty COLUMN leaves the field out. Fields: audio_filepath, text, text_alt, "
+    "id, split, speaker, etiology, severity, offset, end, duration.",
 )
-@click.option("--heading", metavar="NAME,NAME,…", help="Names of a table's columns, where it has no heading row.")
-@click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, name each, and import the others.")
+@click.option("--heading", metavar="NAME,NAME,…", help="Column names of a table that has no heading row.")
+@click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, list each, and import the others.")
 @click.option(
     "--mend-text",
     is_flag=True,
     help="Write texts as Whisper does: straight apostrophes and quotes, no full-width letters or invisible characters.",
 )
 @click.option(
-    "--official-splits", is_flag=True, help="Keep the splits Train and Dev of sap, even if nothing is left for test."
+    "--official-splits",
+    is_flag=True,
+    help="Keep the splits Train and Dev of sap, even if no utterance is left for test.",
 )
 @click.option(
     "--microphone",
     type=click.Choice(("head", "array", "both")),
     default="head",
     show_default=True,
-    help="Microphone of torgo.",
+    help="Microphone to import, for --format torgo.",
 )
 @click.option("--copy-audio", is_flag=True, help="Copy the audio into OUT instead of referring to it.")
-@click.option("--seed", default=42, show_default=True, help="Random seed of the split by speaker.")
+@click.option("--seed", default=42, show_default=True, help="Random seed for the split by speaker.")
 def import_corpus(
     source: Path,
     out: Path,
@@ -263,20 +269,20 @@ def import_corpus(
     copy_audio: bool,
     seed: int,
 ) -> None:
-    """Makes a corpus of recordings with transcripts.
+    """Makes a corpus from recordings with transcripts.
 
     SOURCE is a table, or a folder of one of three kinds.
 
     A table: CSV (comma, semicolon, tab or |), JSON Lines (as a NeMo manifest), JSON (an array of objects, pandas' or
     SpeechBrain's), each also compressed with gzip.
 
-    --format audiofolder: a folder as Hugging Face has it, with metadata.csv or metadata.jsonl, or one for each split.
+    --format audiofolder: Hugging Face's layout, with one metadata.csv or metadata.jsonl, or one for each split.
 
     --format sap: the unpacked Speech Accessibility Project. --format torgo: TORGO's folders.
 
-    Every fault of a row is listed, with its file and line, and nothing is written (exit code 65); --skip-bad writes the
-    corpus without these rows, says how many they are and exits with 0. Columns that are not used, names that are joined
-    and folders that are passed over are named. What was omitted is kept in OUT/provenance.json.
+    Every row with a fault is listed with its file and line, and nothing is written (exit code 65); --skip-bad writes
+    the corpus without these rows, reports their number and exits with code 0. Unused columns, merged spellings and
+    skipped folders are reported. OUT/provenance.json records what was omitted.
 
     \b
         moe-asr corpus import table.csv data/mine --audio-root /where/the/audio/is --column text=transcript

@@ -18,16 +18,16 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @click.command()
 @click.option("--store", "store_url", help="Store to check as well: a folder or s3://bucket/prefix.")
-@click.option("--endpoint-url", help="Address of an S3-compatible store.")
+@click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
 @click.option("--only-store", is_flag=True, help="Check the store alone, not this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(
     context: click.Context, store_url: str | None, endpoint_url: str | None, only_store: bool, as_json: bool
 ) -> None:
-    """Tries versions, device, memory, disk, decoding and a store, before a run does.
+    """Checks versions, device, memory, disk, decoding and a store before a run needs them.
 
-    Ends with 0 where nothing stops a run, with 1 where something does; a note stops nothing.
+    The exit code is 0 if nothing prevents a run, and 1 otherwise; a note does not prevent runs.
 
     \b
         moe-asr doctor

@@ -21,15 +21,17 @@ from common.storage import open_store
 @click.command()
 @config_options
 @click.option("--hours", type=click.FloatRange(min=0, min_open=True), required=True, help="Hours of training speech.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="GPUs or CPUs that work at once.")
-@click.option("--from", "source", metavar="RUN", required=True, help="Finished run whose pace is taken.")
+@click.option(
+    "--gpus", type=click.IntRange(1), default=1, show_default=True, help="Number of GPUs or CPUs used at once."
+)
+@click.option("--from", "source", metavar="RUN", required=True, help="Finished run whose pace is used.")
 @click.option("--price", type=click.FloatRange(0), help="Price of one hour of a GPU or CPU, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate(hours: float, gpus: int, source: str, price: float | None, as_json: bool, **options: Any) -> None:
-    """Time of each stage for a corpus of --hours, at the pace of a finished run on the same kind of machine.
+    """Estimates the time of each stage for a corpus of --hours, from a finished run on the same kind of machine.
 
-    Limits of steps (asr.max_steps) and of utterances (subsets.asr_samples and the like) are kept. For a corpus that is
-    there, `moe-asr run --dry-run` says the same more exactly.
+    Limits of steps (asr.max_steps) and of utterances (subsets.asr_samples and the like) are applied. For an existing
+    corpus, `moe-asr run --dry-run` gives a more exact estimate.
 
     \b
         moe-asr estimate --hours 683 --from mine
@@ -92,7 +94,7 @@ def run_pace(config: Config, name: str) -> Pace:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) -> None:
-    """Tries steps of joint training until memory is full, and prints the largest batch that fits.
+    """Runs steps of joint training until memory is full, and prints the largest batch that fits.
 
     \b
         moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto

@@ -30,8 +30,8 @@ from common.storage import open_store
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write. [default: evaluations/MODEL-CORPUS-SPLIT]"
 )
-@click.option("--overwrite", is_flag=True, help="Replace an evaluation that is in this folder.")
-@click.option("--samples", type=click.IntRange(1), help="A stratified part of the split.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing evaluation in this folder.")
+@click.option("--samples", type=click.IntRange(1), help="Evaluate a stratified part of this many utterances.")
 @click.option("--long-audio", type=click.Choice(("error", "drop", "windows")), default="error", show_default=True,
               help="Treatment of utterances over 30 s: refuse, leave out (counted), or transcribe in "
               "windows.")  # fmt: skip
@@ -62,8 +62,8 @@ def evaluate(
     """Measures a model's error rates on a split of a corpus.
 
     MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
-    name; CORPUS a folder with index.jsonl or its address. Speakers and groups of the corpus that the model has added
-    experts for get them; --speaker or --expert gives one to all. Writes evaluation.json, utterances.csv and
+    name; CORPUS a folder with index.jsonl or its address. Speakers and groups for which the model has added experts
+    use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, utterances.csv and
     report.html.
 
     \b
@@ -140,7 +140,7 @@ def _slug(text: str) -> str:
               help="Several runs (seeds) of one regime, compared by their mean.")  # fmt: skip
 @click.option("--reference", help="System that the others are compared with. [default: the first run or group]")
 @click.option("--with-base", is_flag=True, help="Add the base model, as the first run measured it.")
-@click.option("--common", "shared_only", is_flag=True, help="Compare on the utterances that all were tested on.")
+@click.option("--common", "shared_only", is_flag=True, help="Compare on the utterances that all runs share.")
 @click.option(
     "--resamples",
     default=1000,
@@ -149,7 +149,7 @@ def _slug(text: str) -> str:
     help="Number of bootstrap draws of speakers.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
-@click.option("--overwrite", is_flag=True, help="Replace a comparison that is in this folder.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing comparison in this folder.")
 @with_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(
@@ -165,7 +165,7 @@ def compare(
     endpoint_url: str | None,
     as_json: bool,
 ) -> None:
-    """Puts runs, and folders written by `evaluate`, side by side on the same test utterances.
+    """Compares runs, and folders written by `evaluate`, on the same test utterances.
 
     Differences come with intervals from a paired bootstrap over speakers.
 
@@ -199,7 +199,7 @@ def compare(
     for note in made["notes"]:
         echo(f"note: {note}")
     if out:
-        echo(f"page: {out / 'compare.html'}")
+        echo(f"report: {out / 'compare.html'}")
 
 
 def named_systems(runs: Sequence[str], groups: Sequence[str]) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ FORMATS = ("peft", "merged", "ctranslate2", "vllm")
 
 out_options = (
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write."),
-    click.option("--overwrite", is_flag=True, help="Replace what this command made there before."),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier result of this command in this folder."),
 )
 
 
@@ -32,15 +32,15 @@ def numbers(text: str | None, option: str) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text}: write numbers with commas between, as 0.7,0.3") from None
+        raise UsageError(f"{option} {text}: write numbers with commas between, such as 0.7,0.3") from None
 
 
 @click.command()
 @click.argument("model")
 @click.option("--to", "target", type=click.Choice(FORMATS), required=True, help="Format to write.")
-@click.option("--expert", help="Expert to merge: number of a routed one, or name of an added one.")
+@click.option("--expert", help="Expert to merge: number of a routed expert, or name of an added expert.")
 @click.option("--speaker", help="Merge the added expert of this speaker.")
-@click.option("--weights", help="Weights with which all routed experts of a mixture are merged, as 0.7,0.3.")
+@click.option("--weights", help="Weights with which all routed experts of a mixture are merged, such as 0.7,0.3.")
 @click.option(
     "--routing", type=click.Choice(("mean",)), help="Merge all routed experts with their mean weights on the test set."
 )
@@ -103,12 +103,12 @@ def export(
         export_model(opened, target, folder, routing=fixed, base_name=base, quantization=quantization)
     echo(out)
     if shares or mean:
-        echo(f"one routing for all utterances; what that costs: moe-asr evaluate {out} CORPUS", err=True)
+        echo(f"all utterances use one routing; to measure its cost: moe-asr evaluate {out} CORPUS", err=True)
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option("--weights", help="Weight of each model, as 0.7,0.3. Equal by default.")
+@click.option("--weights", help="Weight of each model, such as 0.7,0.3. Equal by default.")
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the result. By default the exact sum of all ranks.")
 @with_options(out_options)
 @with_store
@@ -121,7 +121,7 @@ def merge(
     store_url: str,
     endpoint_url: str | None,
 ) -> None:
-    """Makes one model of several runs: the weighted mean of what their adapters add to the base.
+    """Makes one model from several runs: the weighted mean of what their adapters add to the base.
 
     MODELS are runs' names or folders of models, trained on one base with the same targets. Mixtures can be merged where
     they have the same gate. Extensions of one model become that model with all their added experts, exactly.

@@ -30,23 +30,23 @@ METHODS = ("auto", "choose", "gates", "expert", "neighbour")
 @click.command()
 @click.argument("model")
 @click.option(
-    "--corpus", required=True, help="Folder or s3://bucket/prefix with index.jsonl: the new speech, with text."
+    "--corpus", required=True, help="Corpus of the new speech with text: folder or s3://bucket/prefix with index.jsonl."
 )
 @click.option("--speaker", help="Speaker of the corpus that gets an expert.")
-@click.option("--where", help="Group that gets an expert, as etiology=ataxia.")
+@click.option("--where", help="Group that gets an expert, such as etiology=ataxia.")
 @click.option("--name", help="Name of the expert. [default: the speaker or group]")
 @click.option(
     "--method",
     type=click.Choice(METHODS),
     default="auto",
     show_default=True,
-    help="Way to add it. auto takes the simplest that cross-validation finds good, or none.",
+    help="Method. auto selects the simplest one that cross-validation finds good, or none.",
 )
 @click.option("--run", "run_name", default="", help="Name of the extended model. [default: MODEL-NAME]")
-@click.option("--replace", is_flag=True, help="Replace an expert that the model has for this speaker or group.")
-@click.option("--curve", is_flag=True, help="Measure a learning curve over 5, 10, 20 … utterances too.")
+@click.option("--replace", is_flag=True, help="Replace the existing expert for this speaker or group.")
+@click.option("--curve", is_flag=True, help="Measure a learning curve over 5, 10, 20 … utterances as well.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. [default: extensions/RUN]")
-@click.option("--dry-run", is_flag=True, help="Print what would be learned from and whether it is done.")
+@click.option("--dry-run", is_flag=True, help="Print how much speech would be used and whether the expert exists.")
 @with_store
 @with_options(opening_options)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -74,9 +74,10 @@ def extend(
 ) -> None:
     """Adds an expert for a new speaker or group to a finished model, from a few utterances with text.
 
-    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, or a hub name. It stays as it
-    is, and so do all other results, to the last bit. The utterances of split test are never learned from. The extended
-    model is a run of its own in the store. The same command again goes on where it was interrupted.
+    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, or a hub name. The model and
+    its results for all other speakers stay the same to the last bit. The utterances of split test are never used for
+    training. The extended model is a run of its own in the store. After an interruption, run the same command again to
+    continue.
 
     \b
         moe-asr extend mine --corpus data/new --speaker F07
@@ -167,7 +168,7 @@ def _told(made: Extension, page: Path) -> str:
             f"{_gain(info)}"
         )
     if info.method == "none":
-        lines.append(f"{info.name}: nothing is added: no way beats the model as it is")
+        lines.append(f"{info.name}: nothing is added: no method is better than the unchanged model")
     else:
         rank = f" of rank {info.rank}" if info.rank else ""
         lines.append(f"{info.name}: {info.method}{rank}, from {info.utterances} utterances ({clock(info.seconds)})")
@@ -178,7 +179,7 @@ def _told(made: Extension, page: Path) -> str:
 
 @click.group()
 def experts() -> None:
-    """The experts that were added to a model."""
+    """List, show and remove the experts that were added to a model."""
 
 
 @experts.command("list")
@@ -186,7 +187,7 @@ def experts() -> None:
 @with_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def experts_list(model: str, store_url: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Lists them: for whom, from how much speech, with what expected gain.
+    """Lists the added experts: for whom, from how much speech, with what expected gain.
 
     \b
         moe-asr experts list mine-F07
@@ -206,7 +207,7 @@ def experts_list(model: str, store_url: str, endpoint_url: str | None, as_json: 
         )
         for expert in added
     ]
-    echo(text_table(("expert", "of", "method", "utterances", "speech", "expected gain"), rows))
+    echo(text_table(("expert", "for", "method", "utterances", "speech", "expected gain"), rows))
 
 
 def _gain(expert: AddedExpert) -> str:
@@ -230,7 +231,7 @@ def _added(model: str, store_url: str, endpoint_url: str | None) -> list[AddedEx
 @click.argument("name")
 @with_store
 def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None) -> None:
-    """Shows all that a model says of one added expert, as JSON.
+    """Shows everything that a model records about one added expert, as JSON.
 
     \b
         moe-asr experts show mine-F07 F07
@@ -249,7 +250,7 @@ def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None
 @click.argument("name")
 @with_store
 def experts_remove(model: str, name: str, store_url: str, endpoint_url: str | None) -> None:
-    """Removes an added expert from a run, and its files where no other run has it.
+    """Removes an added expert from a run, and deletes its files if no other run uses it.
 
     \b
         moe-asr experts remove mine-F07 F07
@@ -260,6 +261,6 @@ def experts_remove(model: str, name: str, store_url: str, endpoint_url: str | No
     store = open_store(store_url, endpoint_url=endpoint_url)
     others = remove(model, name, store, cache_folder())
     if others:
-        echo(f"{name} is out of {model}; its files stay, since these runs have it too: {', '.join(others)}")
+        echo(f"{name} is removed from {model}; its files stay, since these runs also use it: {', '.join(others)}")
     else:
-        echo(f"{name} is out of {model}, and its files are deleted")
+        echo(f"{name} is removed from {model}, and its files are deleted")

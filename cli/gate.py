@@ -21,11 +21,11 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "
 @click.argument("run")
 @click.argument("corpus")
 @with_store
-@click.option("--layer", "layers", type=int, multiple=True, help="Encoder layer to cluster too (encodes again).")
+@click.option("--layer", "layers", type=int, multiple=True, help="Encoder layer to compare too (encodes again).")
 @click.option(
     "--pooling", "poolings", multiple=True, type=click.Choice(("mean", "max", "meanstd")), help="Pooling to compare."
 )
-@click.option("--samples", default=2000, show_default=True, help="Utterances to compare clusterings on; 0 for none.")
+@click.option("--samples", default=2000, show_default=True, help="Utterances for comparing clusterings; 0 skips it.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(

@@ -34,7 +34,7 @@ def cli() -> None:
     """Mixtures of LoRA experts on Whisper, for speech that ordinary recognisers get wrong.
 
     \b
-        moe-asr corpus synth data/demo         make a small spoken corpus
+        moe-asr corpus synth data/demo         synthesise a small corpus
         moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
         moe-asr run --mode demo --dry-run      what is done, what is not, and why
         moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
@@ -43,11 +43,11 @@ def cli() -> None:
 
 @cli.command()
 @config_options
-@click.option("--resume", is_flag=True, help="Go on in a run that has another configuration.")
+@click.option("--resume", is_flag=True, help="Continue a run that has another configuration.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and why, without running it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Runs the stages that are not done, in order, and ends with word error rates before and after.
+    """Runs the stages that are not done, in order, and prints the word error rates before and after training.
 
     \b
         moe-asr run --mode demo
@@ -69,7 +69,7 @@ def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
 
 @cli.group("config")
 def config_group() -> None:
-    """The configuration."""
+    """Show the configuration."""
 
 
 @config_group.command("show")

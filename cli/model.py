@@ -11,16 +11,16 @@ from common.console import echo
 
 @click.group()
 def model() -> None:
-    """Base models."""
+    """Convert base models."""
 
 
 @model.command("import-ct2")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 def import_model(source: str, out: Path) -> None:
-    """Turns a CTranslate2 Whisper (what faster-whisper uses) into a Hugging Face checkpoint.
+    """Converts a CTranslate2 Whisper model (as faster-whisper uses) to a Hugging Face checkpoint.
 
-    SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra brings.
+    SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra installs.
 
     \b
         moe-asr model import-ct2 tiny.en models/whisper-tiny.en

@@ -56,10 +56,10 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
 
 @click.command()
 @config_options
-@click.option("--verify", "deep", is_flag=True, help="Hash every file again.")
+@click.option("--verify", "deep", is_flag=True, help="Re-hash every file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(deep: bool, as_json: bool, **options: Any) -> None:
-    """Says for each stage and shard: done, to do or to do again, and why.
+    """Shows for each stage and shard whether it is done, to do or to do again, and why.
 
     \b
         moe-asr plan --mode demo
@@ -68,7 +68,7 @@ def plan(deep: bool, as_json: bool, **options: Any) -> None:
     show_plan(config_from(options), as_json=as_json, deep=deep)
 
 
-cluster_option = click.option("--cluster", is_flag=True, help="Ask the cluster: RUN is a run's or a workflow's name.")
+cluster_option = click.option("--cluster", is_flag=True, help="Query the cluster. RUN names a run or a workflow.")
 
 
 @click.command()
@@ -95,7 +95,7 @@ def status(
         echo(json.dumps(record, indent=1))
         return
     updated = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["updated"]))
-    echo(f"run {record['name']}: {record['status']}, last news {updated}, moe-asr {record['version']}")
+    echo(f"run {record['name']}: {record['status']}, last update {updated}, moe-asr {record['version']}")
     finished = {(r["stage"], r["shard"]): r for r in record["timeline"]}
     rows = []
     for label, task in record["tasks"].items():
@@ -119,7 +119,7 @@ def _activity(store: Store, task: Mapping[str, Any]) -> str:
 
 @click.group()
 def runs() -> None:
-    """The runs of a store."""
+    """List the runs of a store."""
 
 
 @runs.command("list")
@@ -141,7 +141,7 @@ def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
         rates = ["-" if run[key] is None else f"{run[key]:.1%}" for key in ("wer_before", "wer_after")]
         news = "-" if run["updated"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(run["updated"]))
         rows.append((run["run"], run["status"], news, *rates))
-    echo(text_table(("run", "status", "last news", "WER before", "WER after"), rows))
+    echo(text_table(("run", "status", "last update", "WER before", "WER after"), rows))
 
 
 def _run_facts(store: Store, name: str) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     for label, state, reason in results if not as_json else ():
         echo(f"{label:<12} ", coloured(state, "green" if state == "whole" else "red"), f"  {reason}")
     if bad:
-        raise DataError(f"{len(bad)} of {len(results)} results are missing or damaged: run it again to make them")
+        raise DataError(f"{len(bad)} of {len(results)} results are missing or damaged: run it again to recreate them")
 
 
 @click.command()
@@ -214,7 +214,7 @@ def logs(
 
 @click.command()
 @with_store
-@click.option("--delete", is_flag=True, help="Delete. Without it, print what would be deleted.")
+@click.option("--delete", is_flag=True, help="Delete these files. By default they are only listed.")
 @click.option(
     "--older-than",
     default=24.0,
@@ -222,7 +222,7 @@ def logs(
     help="Hours that an unfinished attempt may be idle before it is garbage.",
 )
 def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float) -> None:
-    """Finds what no manifest refers to: attempts that lost, checkpoints of finished stages.
+    """Finds files that no manifest refers to: unused attempts, checkpoints of finished stages.
 
     \b
         moe-asr gc
@@ -248,7 +248,7 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
     "--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True, help="Folder to write."
 )
 def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Path) -> None:
-    """Draws the metrics of a run's stage alone.
+    """Draws the metrics of one stage of a run.
 
     \b
         moe-asr plot asr demo --out plots

@@ -24,13 +24,13 @@ DEFAULT_NAME = "segmented.jsonl"
 @click.argument("source")
 @click.argument("dest", required=False)
 @click.option(
-    "--model", "model_name", required=True, help="Whisper model that finds the words: folder, run or hub name."
+    "--model", "model_name", required=True, help="Whisper model that locates the words: folder, run or hub name."
 )
 @click.option("--store", "store_url", default="runs", show_default=True, help="Store in which runs are looked up.")
 @base_option
 @language_option
 @device_option
-@click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing index.")
 @endpoint_option
 def segment(
     source: str,
@@ -43,10 +43,10 @@ def segment(
     overwrite: bool,
     endpoint_url: str | None,
 ) -> None:
-    """Cuts utterances over 30 s (or 448 tokens) at pauses, and divides their text by what the model hears.
+    """Cuts utterances over 30 s (or 448 tokens) at pauses, and divides their text by aligning it with the audio.
 
-    Writes an index beside the corpus's own, SOURCE/segmented.jsonl, or DEST, that names stretches of the same audio
-    files: use it as a corpus (--corpus SOURCE/segmented.jsonl). Interrupted, it goes on where it was.
+    Writes an index that refers to stretches of the same audio files, to SOURCE/segmented.jsonl or to DEST: use it as a
+    corpus (--corpus SOURCE/segmented.jsonl). After an interruption, run the same command again to continue.
 
     \b
         moe-asr corpus segment data/long --model openai/whisper-small
@@ -124,6 +124,6 @@ def check_movable(corpus: Corpus, place: str) -> None:
     """
     if corpus.remote or corpus.places or place.startswith("s3://"):
         raise UsageError(
-            f"{place}: audio in a store or in shards is named from its own folder; leave DEST out, and the index is "
-            f"written there as {DEFAULT_NAME}"
+            f"{place}: an index of audio in a store or in shards must be in the corpus's own folder; leave DEST out to "
+            f"write it there as {DEFAULT_NAME}"
         )

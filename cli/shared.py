@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 store_options = (
-    click.option("--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix."),
+    click.option(
+        "--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix of the runs."
+    ),
     click.option("--endpoint-url", help="Endpoint of an S3-compatible store."),
 )
-base_option = click.option("--base", help="Base weights, where they are not at the place that the model records.")
+base_option = click.option("--base", help="Location of the base weights, if it is not the one in the model.")
 language_option = click.option(
     "--language", default="en", show_default=True, help="Language of a multilingual model that does not record its own."
 )
@@ -42,7 +44,7 @@ opening_options = (
         "settings",
         multiple=True,
         metavar="SECTION.KEY=VALUE",
-        help="Setting of decode, audio, runtime, precision or seed, as in `moe-asr run`.",
+        help="Setting of decode, audio, runtime, precision or seed, as for `moe-asr run`.",
     ),
     device_option,
     click.option("--quiet", is_flag=True, help="Show no progress bar."),
@@ -82,7 +84,7 @@ def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config
     for text in settings:
         path, value = parse_setting(text)
         if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
-            raise UsageError(f"--set {text}: an evaluation reads decode, audio, runtime, precision and seed alone")
+            raise UsageError(f"--set {text}: only decode, audio, runtime, precision and seed can be set here")
         merge(tree, nest(path, value))
     return validate(tree)
 

@@ -22,9 +22,9 @@ namespace_option = click.option(
 @click.command()
 @config_options
 @namespace_option
-@click.option("--template", help="WorkflowTemplate; moe-asr-<version> by default.")
+@click.option("--template", help="Name of the WorkflowTemplate. moe-asr-<version> by default.")
 @click.option("-p", "--parameter", "given", multiple=True, metavar="NAME=VALUE", help="Any other workflow parameter.")
-@click.option("--resume", is_flag=True, help="Go on in a run that has another configuration.")
+@click.option("--resume", is_flag=True, help="Continue a run that has another configuration.")
 @click.option("--dry-run", is_flag=True, help="Print the workflow instead of submitting it.")
 def submit(
     namespace: str | None, template: str | None, given: tuple[str, ...], resume: bool, dry_run: bool, **options: Any
@@ -115,7 +115,7 @@ def show_workflow_logs(name: str, stage: str | None, namespace: str | None) -> N
     label += f",app.kubernetes.io/component={stage}" if stage else ""
     pods = get("pods", metadata["namespace"], "-l", label)["items"]
     if not pods:
-        raise DataError(f"no pod of {name} {stage or ''} is left: finished ones go after a while (podGC)")
+        raise DataError(f"no pod of {name} {stage or ''} is left: finished pods are deleted after a while (podGC)")
     for pod in sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"]):
         if pod["status"]["phase"] != "Pending":
             said = kubectl("logs", "-n", metadata["namespace"], pod["metadata"]["name"], "-c", "main")

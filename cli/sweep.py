@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @config_options
 @click.option("--regimes", default="mixture,dense", show_default=True, help="Names of regimes, separated by commas.")
 @click.option("--seeds", default="", help="Seeds, separated by commas.  [default: --seed]")
-@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Optimizer steps of every run in all.")
+@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Total optimizer steps of each run.")
 @click.option(
     "--pretrain-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Share of the steps that pre-trains experts before joint training.",
 )
-@click.option("--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="Setting of one regime alone.")
+@click.option("--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="Setting for one regime only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
 @click.option("--dry-run", is_flag=True, help="Print the runs without running them.")
 def sweep(
@@ -46,7 +46,7 @@ def sweep(
     """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
 
     Regimes: mixture, speaker, etiology, one-group, shuffled, regular, dense, dense-plain, pretrained, alone, loss,
-    hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished ones are skipped.
+    hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished runs are skipped.
 
     \b
         moe-asr sweep --mode demo --regimes mixture,dense --seeds 0,1,2 --max-steps 300
@@ -118,5 +118,5 @@ def comparison(runs: Sequence[SweepRun], out: Path | None) -> str:
     lines += [f"note: {note}" for note in made["notes"]]
     if out:
         write_comparison(made, out, overwrite=True)
-        lines.append(f"page: {out / 'compare.html'}")
+        lines.append(f"report: {out / 'compare.html'}")
     return "\n".join(lines)

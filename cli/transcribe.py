@@ -33,16 +33,16 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     type=click.Choice([*SUFFIXES, TABLE, "all"]),
     default="txt",
     show_default=True,
-    help="Output format. csv is one table of all recordings, to be corrected and read by `corpus import`.",
+    help="Output format. csv is one table of all recordings, to be corrected and imported by `corpus import`.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording; without: printed.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for one file per recording. Printed by default.")
 @click.option("--overwrite", is_flag=True, help="Replace files that are already in --out.")
 @with_store
-@click.option("--num-beams", type=click.IntRange(1, 64), help="Hypotheses of beam search; 1 is greedy.")
+@click.option("--num-beams", type=click.IntRange(1, 64), help="Number of beams. 1 decodes greedily.")
 @click.option(
     "--window",
     type=click.FloatRange(5, 30),
-    help="Longest stretch that is decoded at once, in seconds; by default as long as what was trained on.",
+    help="Longest stretch that is decoded at once, in seconds. By default the length of training utterances.",
 )
 @click.option(
     "--fall-back/--no-fall-back",
@@ -61,13 +61,13 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     "--no-speech",
     type=click.FloatRange(0, 1),
     help="Drop the text of windows that are a guess (mean log-probability below -1) and have at least this probability "
-    "of no speech; Whisper takes 0.6. By default no window is dropped: atypical speech can look like none.",
+    "of no speech; Whisper uses 0.6. By default no window is dropped: atypical speech can be taken for none.",
 )
 @with_options(added_options)
 @click.option(
     "--enrol",
     type=click.Path(path_type=Path),
-    help="Choose experts by a few utterances with text: a corpus, or recordings with a .txt beside each.",
+    help="Choose experts by a few utterances with text: a corpus, or recordings, each with a .txt of the same name.",
 )
 @with_options(opening_options)
 def transcribe(
@@ -93,11 +93,11 @@ def transcribe(
     device: str,
     quiet: bool,
 ) -> None:
-    """Transcribes recordings of any length and format, mono or not, at any sample rate.
+    """Transcribes recordings of any length and format, with any sample rate and number of channels.
 
-    FILE is an audio or video file, a folder of them, a pipe, or `-` for standard input. What cannot be read is listed
-    at the end (exit code 65), and the others are transcribed. Text is decoded with the settings of the run whose model
-    it is, else with the defaults.
+    FILE is an audio or video file, a folder of them, a pipe, or `-` for standard input. Files that cannot be read are
+    listed at the end (exit code 65), and the others are transcribed. Text is decoded with the settings of the run that
+    trained the model, or with the defaults if there is none.
 
     \b
         moe-asr transcribe talk.mp3 --model mine
@@ -175,7 +175,7 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
         return
     if kinds == (TABLE,):
         if (out / CORRECTABLE).exists() and not overwrite:
-            raise UsageError(f"{out / CORRECTABLE} already exists; --overwrite replaces, another --out keeps it")
+            raise UsageError(f"{out / CORRECTABLE} already exists; --overwrite replaces it, another --out keeps it")
         return
     first_of: dict[Path, Recording] = {}
     for recording in recordings:
@@ -185,7 +185,7 @@ def check_outputs(recordings: Sequence[Recording], kinds: Sequence[str], out: Pa
     there = [path for stem in first_of for kind in kinds if (path := out / f"{stem}.{kind}").exists()]
     if there and not overwrite:
         exist = f"and {len(there) - 1} more already exist" if len(there) > 1 else "already exists"
-        raise UsageError(f"{there[0]} {exist}; --overwrite replaces, another --out keeps them")
+        raise UsageError(f"{there[0]} {exist}; --overwrite replaces them, another --out keeps them")
 
 
 def check_inputs(recordings: Sequence[Recording], faults: dict[str, str]) -> list[Recording]:

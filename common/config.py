@@ -55,7 +55,7 @@ class Config(Section):
         description="Training precision. auto takes bf16, or fp16 with a loss scaler, on a GPU that has it, else fp32.",
     )
     num_experts: int | None = Field(
-        8, gt=0, description="Number of routed experts, and of clusters. 1 trains one adapter for everybody."
+        8, gt=0, description="Number of routed experts, and of clusters. 1 trains one adapter for all speakers."
     )
     corpus: CorpusConfig = CorpusConfig()
     model: ModelConfig = ModelConfig()
@@ -233,11 +233,11 @@ def validate(tree: Mapping[str, Any]) -> Config:
     batches, processes = config.asr.gradient_accumulation_steps, config.runtime.processes
     if batches % processes:
         raise ConfigError(
-            f"runtime.processes: {processes} processes cannot share a step's batches equally, which are {batches}; set "
-            f"--gradient-accumulation-steps {processes} or a multiple, with --asr-batch-size so much smaller"
+            f"runtime.processes: {processes} processes cannot share the {batches} batches of a step equally; set "
+            f"--gradient-accumulation-steps {processes} or a multiple, and lower --asr-batch-size accordingly"
         )
     if processes > 1 and config.runtime.device.startswith("cuda:"):
-        raise ConfigError(f"runtime.device: {config.runtime.device} is one GPU, and {processes} processes need as many")
+        raise ConfigError(f"runtime.device: {config.runtime.device} is one GPU, but {processes} processes need as many")
     return config
 
 

@@ -50,7 +50,7 @@ def check_size(size: int, limit: int, name: object) -> None:
         DataError: it is larger than the limit.
     """
     if size > limit:
-        raise DataError(f"{name} has {size:,} bytes, and at most {limit:,} are read: check that it is the right file")
+        raise DataError(f"{name} has {size:,} bytes, but at most {limit:,} are read: check that it is the right file")
 
 
 def read_document(path: Path) -> bytes:
@@ -116,7 +116,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
         raise UsageError(f"{path} already exists: name another folder, or give --overwrite")
     if taken and not (path / mark).is_file():
         raise UsageError(
-            f"{path} contains no {mark}, so it is not what this command makes and stays: name another folder"
+            f"{path} contains no {mark}, so it was not made by this command and is kept: name another folder"
         )
     with explained(path):
         make_folders(path.parent, lasting=False)

@@ -103,19 +103,19 @@ BASE_OPTIONS = (
     click.option(
         "--gpu",
         type=click.Choice((*GPUS, "auto")),
-        help="Batch sizes and precision for this GPU. auto detects the machine's.",
+        help="Batch sizes and precision for this GPU. auto detects the GPU of this machine.",
     ),
     click.option(
         "--set",
         "settings",
         multiple=True,
         metavar="PATH=VALUE",
-        help="Any setting of the configuration, as asr.epochs=3.",
+        help="Any setting of the configuration, such as asr.epochs=3.",
     ),
     click.option(
         "--data-percent",
         type=float,
-        help="Share of each subset to keep, in percent; of the ASR data alone with --skip-pretraining.",
+        help="Share of each subset to keep, in percent; only of the ASR data with --skip-pretraining.",
     ),
     click.option(
         "--skip-pretraining", is_flag=True, help="Train a regular mixture with a random gate. Needs --num-experts."

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic_core import PydanticCustomError
 
 LARGEST = 2**53  # above it, JSON's numbers are not exact
-CREDENTIALS = "an address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+CREDENTIALS = "an address must not contain credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
 
 
 def refuse_credentials(address: str | None) -> str | None:
@@ -31,5 +31,5 @@ class Section(BaseModel):
     @classmethod
     def _bounded(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError("a whole number is at most 2**53")
+            raise ValueError("a whole number must be at most 2**53")
         return value

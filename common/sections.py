@@ -21,7 +21,7 @@ def text_language(language: str, task: str) -> str:
 class CorpusConfig(Section):
     """What to train on."""
 
-    path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that holds index.jsonl.")
+    path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that contains index.jsonl.")
 
     _no_credentials = field_validator("path")(refuse_credentials)
 
@@ -33,7 +33,7 @@ class ModelConfig(Section):
         "openai/whisper-large-v2", description="Hub name, local folder or store address of the base model."
     )
     revision: str | None = Field(None, description="Commit of a hub model. Pin it for reproducible results.")
-    language: str = Field("en", description="Language of the speech, as the token of a multilingual model.")
+    language: str = Field("en", description="Language code of the speech, for multilingual models.")
     task: Literal["transcribe", "translate"] = Field("transcribe", description="Transcribe, or translate into English.")
 
     _no_credentials = field_validator("name")(refuse_credentials)
@@ -61,7 +61,7 @@ class AudioConfig(Section):
 class AugmentConfig(Section):
     """What is done to training audio, on the device; evaluation hears it as it is."""
 
-    speeds: tuple[float, ...] = Field((), description="Speed factors to draw from, as [0.9, 1.0, 1.1].")
+    speeds: tuple[float, ...] = Field((), description="Speed factors to draw from, such as [0.9, 1.0, 1.1].")
     time_masks: int = Field(0, ge=0, description="SpecAugment: time masks per utterance.")
     time_width: float = Field(
         0.05, gt=0, le=1, description="SpecAugment: longest time mask, as a share of the utterance."
@@ -73,7 +73,7 @@ class AugmentConfig(Section):
     @classmethod
     def _plausible(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
         if not all(0.5 <= speed <= 2 for speed in speeds):
-            raise ValueError("speed factors lie between 0.5 and 2")
+            raise ValueError("speed factors must lie between 0.5 and 2")
         return speeds
 
 
@@ -81,13 +81,13 @@ class SubsetsConfig(Section):
     """Nested, stratified parts of the training split, in percent or as a number of utterances."""
 
     embeddings_percent: float = Field(10, gt=0, le=100, description="Share of train that is clustered, in percent.")
-    embeddings_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    embeddings_samples: int | None = Field(None, gt=0, description="Number of utterances, in place of the percentage.")
     experts_percent: float = Field(
         15, gt=0, le=100, description="Share of train that pre-trains the experts, in percent."
     )
-    experts_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    experts_samples: int | None = Field(None, gt=0, description="Number of utterances, in place of the percentage.")
     asr_percent: float = Field(100, gt=0, le=100, description="Share of train for joint training, in percent.")
-    asr_samples: int | None = Field(None, gt=0, description="The same as a number of utterances.")
+    asr_samples: int | None = Field(None, gt=0, description="Number of utterances, in place of the percentage.")
     dev_samples: int | None = Field(
         None, gt=0, description="Number of dev utterances that are evaluated. All when unset."
     )
@@ -169,7 +169,7 @@ class AdaloraConfig(Section):
     @model_validator(mode="after")
     def _plausible(self) -> AdaloraConfig:
         if self.warmup + self.final >= 1:
-            raise ValueError("warmup and final leave no step in between to take ranks away")
+            raise ValueError("warmup and final leave no step in between to remove ranks")
         if self.init_rank and self.target_rank and self.init_rank < self.target_rank:
             raise ValueError("init_rank is below target_rank")
         return self
@@ -253,8 +253,8 @@ class ExpertsConfig(SpeechTrainConfig):
     learning_rate: float = Field(
         5e-4,
         gt=0,
-        description="Peak learning rate of AdamW, as asr.learning_rate: other ranks scale it, and routed experts on "
-        "top of a shared one take asr.routed_rate of it.",
+        description="Peak learning rate of AdamW. It is scaled by rank as asr.learning_rate is, and multiplied by "
+        "asr.routed_rate for routed experts on top of a shared one.",
     )
     select_by: Literal["loss"] = Field(
         "loss", description="Metric on dev that selects the checkpoint and stops training early."
@@ -268,8 +268,8 @@ class AsrConfig(SpeechTrainConfig):
     learning_rate: float = Field(
         2e-4,
         gt=0,
-        description="Peak learning rate of a shared expert of rank 48 at alpha / rank = 2, or of all weights. Other "
-        "ranks scale it.",
+        description="Peak learning rate of a shared expert of rank 48 at alpha / rank = 2, or of all weights. It is "
+        "scaled for other ranks.",
     )
     gate_learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of a gate that was not pre-trained.")
     select_by: Literal["wer", "loss"] = Field(
@@ -277,8 +277,8 @@ class AsrConfig(SpeechTrainConfig):
     )
     pretrain: Literal["gate", "experts", "alone", "none"] = Field(
         "gate",
-        description="Training before joint training: the gate on clusters; the gate, the shared expert, and on top of "
-        "it one routed expert per cluster; the gate and every expert alone on its cluster; or none.",
+        description="Training before joint training. gate: the gate on clusters; experts: the gate, the shared expert, "
+        "and on top one routed expert per cluster; alone: the gate and each expert alone on its cluster; or none.",
     )
     adapt: Literal["lora", "adalora", "full"] = Field(
         "lora",
@@ -294,15 +294,15 @@ class AsrConfig(SpeechTrainConfig):
     route_by: Literal["utterance", "speaker", "table"] = Field(
         "utterance",
         description="Routing decision: by the gate for each utterance, by the gate for all utterances of a speaker "
-        "in a "
-        "split together, or by a column of the corpus.",
+        "in a split together, or by a column of the corpus.",
     )
     route_column: Literal["etiology", "severity", "speaker", "none", "shuffled"] = Field(
         "etiology",
-        description="Column of the corpus for route_by: table. Each value in train gets a routed expert. Two controls "
-        "of experiments: none is one group for everybody, shuffled draws one of num_experts groups for each speaker.",
+        description="Column of the corpus for route_by: table. Each value in train gets a routed expert. Two values "
+        "are controls for experiments: none is one group for all speakers, shuffled draws one of num_experts groups "
+        "for each speaker.",
     )
-    shared_expert: bool = Field(True, description="Train an expert that every utterance uses beside routed ones.")
+    shared_expert: bool = Field(True, description="Train an expert that every utterance uses beside routed experts.")
     routed_rate: float = Field(
         0.3,
         gt=0,
@@ -313,10 +313,10 @@ class AsrConfig(SpeechTrainConfig):
         0.25,
         ge=0,
         lt=1,
-        description="Share of training utterances that get the shared expert alone, so that it can do without others.",
+        description="Share of training utterances that use the shared expert alone, so that it works without others.",
     )
     abstain: bool = Field(
-        True, description="Give an utterance unlike all groups the shared expert alone. The limit is set on dev."
+        True, description="Use the shared expert alone for utterances unlike all groups. The limit is set on dev."
     )
     drop_experts: bool = Field(True, description="Drop routed experts that do not lower the loss on dev.")
     balance_weight: float = Field(0.01, ge=0, description="Weight of the load-balance loss.")
@@ -340,14 +340,14 @@ class AsrConfig(SpeechTrainConfig):
 class DecodeConfig(Section):
     """How text is decoded, in the selection of checkpoints, in evaluation and in transcription."""
 
-    batch_size: int = Field(16, gt=0, description="Utterances that are decoded at once.")
+    batch_size: int = Field(16, gt=0, description="Number of utterances that are decoded at once.")
     max_new_tokens: int = Field(224, gt=0, le=443, description="Maximum number of tokens of a transcript.")
     num_beams: int = Field(1, gt=0, le=64, description="Number of beams. 1 decodes greedily.")
     length_penalty: float = Field(1.0, description="Exponent of the length by which beam scores are divided.")
     temperatures: tuple[float, ...] = Field(
         (0.0,),
         min_length=1,
-        description="Sampling temperatures: the first, then those to fall back on, as [0, 0.2, 0.4, 0.6, 0.8, 1].",
+        description="Sampling temperatures: the first, then those to fall back to, such as [0, 0.2, 0.4, 0.6, 0.8, 1].",
     )
     timestamps: bool = Field(False, description="Decode with Whisper's timestamp tokens.")
     normaliser: Literal["unified", "published"] = Field(
@@ -360,7 +360,7 @@ class DecodeConfig(Section):
     @classmethod
     def _none_negative(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
         if min(temperatures) < 0:
-            raise ValueError("temperatures are 0 or more")
+            raise ValueError("temperatures must be 0 or more")
         return temperatures
 
 
@@ -382,7 +382,7 @@ class RuntimeConfig(Section):
         240, gt=0, description="Padded seconds of audio per batch of the frozen encoder."
     )
     parallel_experts: int | None = Field(
-        None, gt=0, description="Experts that are trained at once. One per GPU when unset."
+        None, gt=0, description="Number of experts that are trained at once. One per GPU when unset."
     )
     processes: int = Field(
         1, gt=0, description="Number of processes of joint training, one per GPU. They share the batches of each step."
@@ -396,5 +396,5 @@ class RuntimeConfig(Section):
         None, description="Interface for Prometheus metrics. Loopback by default, all interfaces in Kubernetes."
     )
     metrics_linger_seconds: float = Field(
-        20, ge=0, description="Seconds to wait for a last scrape at the end, where there were scrapes."
+        20, ge=0, description="Seconds to wait for a last scrape at the end, if there was one before."
     )

@@ -19,7 +19,7 @@ from common.errors import Preempted
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 5  # in which SIGTERM may come twice
-STOPPED = "stopped by a signal; the same command goes on from what was saved last"
+STOPPED = "stopped by a signal; run the same command again to continue from what was saved last"
 GRACE_SECONDS = 25  # from SIGTERM to giving up; Kubernetes kills after 30 by default, our workflow after 60
 
 

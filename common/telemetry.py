@@ -49,18 +49,18 @@ TASKS = Metric(
 )
 
 RUNNING = Metric("gauge", "moe_asr_stage_running", "1 while the stage runs.")
-EVALUATING = Metric("gauge", "moe_asr_stage_evaluating", "1 while the stage looks at dev or test data.")
-STARTED = Metric("gauge", "moe_asr_stage_start_time_seconds", "When the stage began, in seconds since 1970.")
+EVALUATING = Metric("gauge", "moe_asr_stage_evaluating", "1 while the stage evaluates on dev or test data.")
+STARTED = Metric("gauge", "moe_asr_stage_start_time_seconds", "Start of the stage, in seconds since 1970.")
 DONE = Metric("gauge", "moe_asr_progress_units", "Optimiser steps (extract: utterances, cluster: points) done.")
-EXPECTED = Metric("gauge", "moe_asr_progress_expected_units", "The same units, of the whole stage.")
+EXPECTED = Metric("gauge", "moe_asr_progress_expected_units", "Expected number of these units in the whole stage.")
 
 SAMPLES = Metric("counter", "moe_asr_samples_total", "Utterances that went through the model.")
 AUDIO = Metric("counter", "moe_asr_audio_seconds_total", "Speech in these utterances, without padding.")
-PADDED = Metric("counter", "moe_asr_padded_audio_seconds_total", "The same with padding: what the encoder worked on.")
+PADDED = Metric("counter", "moe_asr_padded_audio_seconds_total", "The same with padding: the input of the encoder.")
 TOKENS = Metric("counter", "moe_asr_tokens_total", "Target tokens that carried loss (gating: weighted utterances).")
 STEP = Metric("histogram", "moe_asr_step_seconds", "Wall time of an optimiser step, waiting for data included.")
 DATA_WAIT = Metric("counter", "moe_asr_data_wait_seconds_total", "Time in which the loop waited for the loader.")
-NONFINITE = Metric("counter", "moe_asr_nonfinite_steps_total", "Steps skipped since their gradient was not finite.")
+NONFINITE = Metric("counter", "moe_asr_nonfinite_steps_total", "Steps skipped because their gradient was not finite.")
 
 LOSS = Metric("gauge", "moe_asr_loss", "Loss per token, by split.", (*STAGE, "split"))
 LEARNING_RATE = Metric("gauge", "moe_asr_learning_rate", "Learning rate of the first parameter group.")
@@ -77,11 +77,11 @@ WER = Metric(
 CER = Metric("gauge", "moe_asr_character_error_ratio", "Character error rate, likewise.", WER.labels)
 
 CHECKPOINTS = Metric("counter", "moe_asr_checkpoints_total", "Checkpoints written.")
-CHECKPOINT_SECONDS = Metric("counter", "moe_asr_checkpoint_seconds_total", "Time that writing them took.")
+CHECKPOINT_SECONDS = Metric("counter", "moe_asr_checkpoint_seconds_total", "Time spent on writing them.")
 CHECKPOINT_ERRORS = Metric("counter", "moe_asr_checkpoint_errors_total", "Checkpoints that could not be written.")
-STORE_REQUESTS = Metric("counter", "moe_asr_store_operations_total", "Calls of the store.", (*STAGE, "operation"))
+STORE_REQUESTS = Metric("counter", "moe_asr_store_operations_total", "Calls to the store.", (*STAGE, "operation"))
 STORE_SECONDS = Metric("counter", "moe_asr_store_seconds_total", "Time in these calls.", (*STAGE, "operation"))
-STORE_BYTES = Metric("counter", "moe_asr_store_bytes_total", "Bytes that they moved.", (*STAGE, "operation"))
+STORE_BYTES = Metric("counter", "moe_asr_store_bytes_total", "Bytes that these calls moved.", (*STAGE, "operation"))
 STORE_ERRORS = Metric("counter", "moe_asr_store_errors_total", "Calls that failed.", (*STAGE, "operation"))
 
 METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
@@ -253,7 +253,7 @@ def serving(telemetry: Telemetry, port: int | None, host: str | None, linger: fl
         server, thread = start_http_server(port, host, telemetry.registry)
     except OSError as error:
         log.warning(
-            "metrics port %s:%d cannot be served (%s): the command continues without them", host, port, error.strerror
+            "metrics port %s:%d cannot be served (%s): the command goes on without metrics", host, port, error.strerror
         )
         yield None
         return

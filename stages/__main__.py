@@ -130,8 +130,8 @@ def stage_config(options: dict[str, Any], own: dict[str, Any]) -> Config:
         given = options.get(option) is not None or any(s.startswith(f"{path}=") for s in options.get("settings", ()))
         if not given and recorded.get(path) != now[path]:
             raise UsageError(
-                f"--{option} is missing: run {record['name']} had {recorded.get(path)!r}, and where something lies is "
-                f"not taken from a store; give --{option}, or --mode or --config"
+                f"--{option} is missing: run {record['name']} had {recorded.get(path)!r}, but locations are not taken "
+                f"from a store; give --{option}, or --mode or --config"
             )
     return config
 

@@ -70,7 +70,7 @@ def examine_gate(
     config = validate(settings_alone(record) | place)
     opened = open_model(record["name"], store=store, cache=cache, device=device, precision=config.precision)
     if opened.recogniser.gate is None:
-        raise DataError(f"run {record['name']} has one expert at most, and so no gate: name one with several")
+        raise DataError(f"run {record['name']} has at most one expert, and so no gate: name a run with several")
     stages = {task["stage"] for task in record["tasks"].values()}
     folders = {stage: stage_folders(store, record, stage, cache) for stage in {"extract", "cluster", "gating"} & stages}
     data, table = load_corpus(config, cache), read_tables(folders["extract"])

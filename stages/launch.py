@@ -63,7 +63,7 @@ def _explain(codes: Mapping[int, int]) -> MoeAsrError:
     if killed:
         rank, number = min(killed.items())
         return RetryableError(
-            f"process {rank} was killed by {signal.Signals(number).name}: run again, and it goes on from its checkpoint"
+            f"process {rank} was killed by {signal.Signals(number).name}: run it again to continue from its checkpoint"
         )
     known = [code for code in codes.values() if code in (64, 65, 74, 78)]
     if not known and 143 in codes.values():

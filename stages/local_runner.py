@@ -96,7 +96,7 @@ class Run:
         if changed:
             raise ConfigError(
                 f"run {self.config.run!r} in {self.store.url} has another configuration ({'; '.join(changed[:3])}): "
-                "--resume goes on in it with the new one, --run NAME starts another"
+                "--resume continues it with the new one, --run NAME starts another"
             )
 
     def save(self, status: str, plan: Plan) -> None:

@@ -92,7 +92,7 @@ def _text_findings(utterances: Iterable[Utterance], token_count: Callable[[str],
         if not u.text.strip():
             yield Finding("empty-text", u.id, "there is nothing to learn from an empty text", "error")
         if is_too_long(u.duration):
-            yield Finding("too-long", u.id, f"{u.duration:,.6g} s; Whisper hears {MAX_SECONDS:g} s", "error")
+            yield Finding("too-long", u.id, f"{u.duration:,.6g} s; Whisper processes {MAX_SECONDS:g} s", "error")
         if token_count is not None and (tokens := token_count(u.text)) > MAX_TOKENS:
             yield Finding("too-many-tokens", u.id, f"{tokens} tokens; the decoder takes {MAX_TOKENS}", "error")
         if u.duration > 0 and len(u.text) / u.duration > MAX_CHARACTERS_PER_SECOND:

@@ -52,19 +52,19 @@ def _groups(gate: Row, clusters: Row, route_by: str) -> str:
         return ""
     accuracy = gate["held_out_speakers"]
     column, utterance, speaker = accuracy["groups"], accuracy["utterance_accuracy"], accuracy["speaker_accuracy"]
-    seen = f"one utterance of a new speaker tells the {column} in {utterance:.0%} of cases, all of them together in "
-    seen += f"{speaker:.0%}"
+    seen = f"one utterance of a new speaker identifies the {column} in {utterance:.0%} of cases, all "
+    seen += f"utterances together in {speaker:.0%}"
     rand = (clusters.get("adjusted_rand") or {}).get(column)
     strangers = gate.get("target", "cluster") == "cluster" and rand is not None and rand < FOLLOWS
     target = f" --set gating.target={column}" if strangers else ""
     other = f", and the clusters are other groups (adjusted Rand index {rand:.2f})" if strangers else ""
     if kind == "audible":
         advice = f"; try{target}." if target else "; routing by utterance fits it."
-        return f"Groups can be heard in one utterance: {seen}{other}{advice}"
+        return f"One utterance identifies the group: {seen}{other}{advice}"
     table = f"--set asr.route_by=table --set asr.route_column={column}"
     if kind == "hidden":
         advice = "" if route_by == "table" else f"; where it is known beforehand, try {table}."
-        return f"Groups cannot be heard: {seen}{other}{advice or '.'}"
+        return f"Utterances do not identify the group: {seen}{other}{advice or '.'}"
     if route_by == "utterance":
         return (
             f"Groups sound alike: {seen}{other}; try --set asr.route_by=speaker{target}, or {table} where the {column} "
@@ -82,5 +82,5 @@ def _experts(judged: Sequence[Row], route_by: str, kind: str) -> str:
         return ""
     return (
         f"None of the {len(used)} routed experts that dev uses lowers the loss beyond chance: one adapter for "
-        "everybody (--num-experts 1) is simpler and as good."
+        "all speakers (--num-experts 1) is simpler and as good."
     )

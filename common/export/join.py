@@ -26,7 +26,7 @@ def join_extensions(models: Sequence[Path], added: Sequence[Sequence[Path]], out
         UsageError: they extend different models, or two experts have the same name, speaker or group.
     """
     if any(model_content(model) != model_content(models[0]) for model in models):
-        raise UsageError("these extend different models, and an added expert belongs to its own: extend one of them")
+        raise UsageError("these extend different models, and an added expert fits only its own: extend one of them")
     names: list[str] = []
     owners: set[tuple[str, str]] = set()
     for folder in dict.fromkeys(folder for folders in added for folder in folders):  # one that two have counts once

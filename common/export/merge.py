@@ -86,7 +86,7 @@ def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> N
     first = infos[0]
     for folder, info in zip(folders, infos, strict=True):
         if info.adapt == "full":
-            raise UsageError(f"{folder} is a full fine-tune: only adapters are merged here")
+            raise UsageError(f"{folder} is a full fine-tune: only adapters can be merged")
         if bool(info.shared_rank) != bool(first.shared_rank):
             raise UsageError(f"one of {folder} and {folders[0]} has a shared expert and one has none")
         for name in SAME + SAME_IN_MIXTURES * (first.num_experts > 1):
@@ -104,14 +104,14 @@ def _gate(folder: Path) -> list[bytes]:
     try:
         return [(folder / name).read_bytes() for name in GATE]
     except OSError:
-        raise DataError(f"{folder} is a mixture without a gate: it is not whole") from None
+        raise DataError(f"{folder} is a mixture without a gate: it is incomplete") from None
 
 
 def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matrices:
     """One adapter of scale 1, equal to Σ scale · B A."""
     for adapter in adapters:
         if strange := adapter.keys() ^ adapters[0].keys():
-            raise DataError(f"the adapters differ in {min(strange)}: one of them is not whole")
+            raise DataError(f"the adapters differ in {min(strange)}: one of them is incomplete")
         for name in adapter:
             if _layer_size(adapter[name]) != _layer_size(adapters[0][name]):
                 raise DataError(f"the adapters differ in the size of {name}: they were trained on different bases")

@@ -203,7 +203,7 @@ def _root(
     """
     folder, own = _find(root["name"], store, cache, endpoint_url)
     if model_content(folder) != root["digest"]:
-        raise DataError(f"model {root['name']} has other weights than when experts were added to it: put it back")
+        raise DataError(f"model {root['name']} has other weights than when experts were added to it: restore it")
     return folder, own
 
 

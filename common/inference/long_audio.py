@@ -99,7 +99,7 @@ def within_limits(corpus: Corpus, options: LongAudio, cache: Path) -> Corpus:
         longest = max(too_long, key=lambda u: u.duration)
         raise DataError(
             f"corpus {corpus.url}: {count} (the longest: {longest.id}, {longest.duration:.1f} s), more than Whisper "
-            "hears at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
+            "processes at once: --use-chunking (audio.long_audio=segment) cuts them at pauses, audio.long_audio=drop "
             "omits them; nothing is truncated"
         )
     if options.treatment == "drop":
@@ -144,7 +144,7 @@ def with_pieces(corpus: Corpus, too_long: Sequence[Utterance], rows: Mapping[str
     kept = [u for u in corpus.utterances if u.id not in gone]
     pieces = [piece for u in too_long if u.id in rows for piece in rows[u.id].pieces]
     if taken := {u.id for u in kept} & {piece.id for piece in pieces}:
-        raise DataError(f"{min(taken)} would be a piece of a long utterance, and is another's id: rename that one")
+        raise DataError(f"{min(taken)} would be a piece of a long utterance, but is the id of another: rename that one")
     utterances = tuple(sorted([*kept, *pieces], key=lambda u: u.id))
     if not utterances:
         raise DataError(f"corpus {corpus.url}: nothing is left without its {len(too_long)} long utterances")
@@ -166,9 +166,7 @@ def summary(too_long: Sequence[Utterance], rows: Mapping[str, LongUtterance]) ->
         text += f"; {len(lost)} omitted ({lost[0].id}: {lost[0].problem})"
     doubtful = [row for row in cuts if row.pieces and row.matched < 0.2]
     if doubtful:
-        text += (
-            f"; of {len(doubtful)} the model heard less than a fifth as it is written ({doubtful[0].id}): check them"
-        )
+        text += f"; of {len(doubtful)} the model recognised less than a fifth as written ({doubtful[0].id}): check them"
     return text
 
 

@@ -142,7 +142,7 @@ def load_expert(model: nn.Module, expert: int | None, folder: Path) -> None:
                     )
                 parameter[number].copy_(value)
     if tensors:
-        raise DataError(f"adapter {folder} adapts {next(iter(tensors))}, which this model leaves alone")
+        raise DataError(f"adapter {folder} adapts {next(iter(tensors))}, which this model does not adapt")
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -184,7 +184,7 @@ def load_terms(recogniser: Recogniser, info: AddedExpert, folder: Path) -> Terms
             odd = min(part.keys() ^ layers.keys())
             raise DataError(f"added expert {folder} does not fit its model: {odd} is in one of them only")
     if any(not 0 <= number < recogniser.num_experts for number, _ in info.weights):
-        raise DataError(f"added expert {folder} uses routed experts that its model has not")
+        raise DataError(f"added expert {folder} uses routed experts that its model does not have")
     return {name: _load_term(layer, info, name, adapter, magnitudes, folder) for name, layer in layers.items()}
 
 
@@ -208,7 +208,7 @@ def _load_term(
     magnitude_1R = magnitudes.get(name)
     if magnitude_1R is not None:
         if layer.shared is None or magnitude_1R.shape != layer.shared.magnitude.shape:
-            raise DataError(f"added expert {folder} has magnitudes of a shared expert that its model has not")
+            raise DataError(f"added expert {folder} has magnitudes of a shared expert, which its model lacks")
         magnitude_1R = magnitude_1R.to(layer.base.weight.device)
     return AddedTerm(weights=dict(info.weights), magnitude_1R=magnitude_1R, stack=stack)
 

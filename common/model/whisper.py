@@ -31,7 +31,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
     transformers_logging.disable_progress_bar()
     config, source = whisper_config(folder), f"model {folder}"
     if "quantization_config" in config:
-        raise DataError(f"{source} is quantised: give the checkpoint that it was made of")
+        raise DataError(f"{source} is quantised: give the checkpoint that it was made from")
     generation_settings(folder)  # read by transformers below; its own errors do not name the file
     try:
         _check_sizes(folder, config)

@@ -62,7 +62,7 @@ def _packages() -> Check:
     try:
         wanted = [Requirement(text) for text in requires("moe-asr") or ()]
     except PackageNotFoundError:
-        return Check("packages", "note", "moe-asr is not installed as a package, so that no versions are wanted")
+        return Check("packages", "note", "moe-asr is not installed as a package, so no versions are required")
     wrong = []
     for requirement in wanted:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -81,7 +81,7 @@ def _device() -> Check:
 
     if not torch.cuda.is_available():
         seen = shutil.which("nvidia-smi") is not None
-        more = "; there is an nvidia-smi, but torch sees no GPU: driver older than its CUDA, or none visible" * seen
+        more = "; nvidia-smi exists, but torch sees no GPU: driver older than its CUDA, or none visible" * seen
         return Check("device", "note" if seen else "ok", f"cpu{more}")
     gpus = []
     for number in range(torch.cuda.device_count()):
@@ -150,7 +150,7 @@ def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free at {folder}"
     if not os.access(there, os.W_OK):
-        return Check("disk", "fail", f"{there} cannot be written: set MOE_ASR_CACHE to a folder of yours")
+        return Check("disk", "fail", f"{there} cannot be written: set MOE_ASR_CACHE to a writable folder")
     if free < LOW_DISK:
         return Check("disk", "fail", f"{text}: too little; set MOE_ASR_CACHE to a larger disk")
     return Check("disk", "note" if free < LITTLE_DISK else "ok", text)

@@ -154,7 +154,7 @@ def _changed_input(state: State, task: Task, earlier: Sequence[Planned]) -> str:
         for artifact in used:
             current = now.get(artifact["key"])
             if current and current.manifest and current.manifest.digest != artifact["digest"]:
-                return f"its input {current.task.label} ({name}) was made again with another content"
+                return f"its input {current.task.label} ({name}) was made again with other content"
     return ""
 
 

@@ -204,11 +204,11 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path)
         if state.manifest is None or state.status != "done":
             raise DataError(
                 f"{label} of run {record['name']} is not done ({state.reason}): "
-                "`moe-asr run` with its configuration goes on with it"
+                "`moe-asr run` with its configuration continues it"
             )
         folders.append(fetch(store, key, state.manifest, download_folder(cache, key)))
     if not folders:
         raise DataError(
-            f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration goes on with it"
+            f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration continues it"
         )
     return folders

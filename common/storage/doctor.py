@@ -64,7 +64,7 @@ def _absent(store: Store, prefix: str) -> str:
     try:
         store.read(f"{prefix}absent")
     except NotFound:
-        return "a missing key is told apart from a refusal"
+        return "a missing key is distinguished from a refusal"
     raise DataError("a key that was never written can be read")
 
 

@@ -75,7 +75,7 @@ def explain(error: Exception, name: str, endpoint: str) -> MoeAsrError:
     if isinstance(error, ResponseParserError | IncompleteReplyError):
         return _no_s3(error, where)
     if is_connection(error) or broke_off(error):
-        return RetryableError(f"{where}: no connection, or it broke off, many times; check endpoint_url, or try later")
+        return RetryableError(f"{where}: no connection, or it broke off repeatedly; check endpoint_url, or try later")
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return StoreError(f"{where}: no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ProfileNotFound):

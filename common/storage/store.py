@@ -115,7 +115,7 @@ def warn_once(store: Store, error: MoeAsrError) -> None:
     """Logs once that a store cannot be cleaned up."""
     if store.url not in _warned:
         _warned.add(store.url)
-        log.warning("what is no longer needed stays in the store, and the command continues: %s", error)
+        log.warning("files that are no longer needed stay in the store, and the command continues: %s", error)
 
 
 _warned: set[str] = set()

@@ -45,7 +45,7 @@ def enrolled(corpus: Corpus, column: str, value: str) -> list[Utterance]:
         raise DataError(f"corpus {corpus.url} has no utterance of {column} {value!r}{hint}")
     if not chosen:
         raise DataError(
-            f"all {len(own)} utterances of {column} {value!r} are in split test, which is never learned from: "
+            f"all {len(own)} utterances of {column} {value!r} are in split test, which is never used for training: "
             "put some of them into train"
         )
     _refuse_overlap(chosen, held_out)

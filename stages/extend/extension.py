@@ -110,8 +110,8 @@ def make_plan(
     if clash and not wish.replace:
         info = clash[0]
         raise UsageError(
-            f"{wish.name}: model {opened.name} has an expert {info.name!r} for {info.column} {info.value!r} already "
-            f"({info.method}, {info.utterances} utterances): --replace puts the new one in its place"
+            f"{wish.name}: model {opened.name} already has an expert {info.name!r} for {info.column} {info.value!r} "
+            f"({info.method}, {info.utterances} utterances): --replace replaces it"
         )
     utterances = enrolled(corpus, wish.column, wish.value)
     parent = parent_digest(opened)
@@ -232,7 +232,7 @@ def _check_target(store: Store, name: str, record: Mapping[str, Any], key: Key, 
         return
     ours = {task["key"] for task in _added_tasks(record).values()} | {key.digest}
     if {task["key"] for task in _added_tasks(there).values()} - ours or not _added_tasks(there):
-        raise UsageError(f"run {name!r} is in {store.url} already: name another with --run, or extend {name} itself")
+        raise UsageError(f"run {name!r} already exists in {store.url}: name another by --run, or extend {name} itself")
 
 
 def _added_tasks(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

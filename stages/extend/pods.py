@@ -58,7 +58,7 @@ def _work() -> _Work:
     store, cache = open_store(given.store, endpoint_url=given.endpoint_url), cache_folder()
     parent = pod.variable("PARENT")
     if not parent or not pod.variable("CORPUS"):
-        raise UsageError("parameters parent and corpus are needed: a run of the store, and where the new speech lies")
+        raise UsageError("parameters parent (a run of the store) and corpus (address of the new speech) are required")
     tree: dict[str, Any] = settings_alone(run_record(store, parent))
     for name in ("store", "endpoint_url", "runtime", "precision"):
         tree[name] = given.model_dump(mode="json")[name]
@@ -90,7 +90,7 @@ def speakers() -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UsageError(f'parameter speakers {text[:80]!r}: write a JSON list, as ["F07", "etiology=ataxia"]')
     if len(set(names)) < len(names):
-        raise UsageError("parameter speakers names somebody twice")
+        raise UsageError("parameter speakers lists a speaker or group twice")
     return names
 
 

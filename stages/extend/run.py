@@ -189,7 +189,7 @@ def _decide(
     folds = folds_of(work.groups, FOLDS)
     details: dict[str, Any] = {"folds": [len(fold) for fold in folds], "ways": {}}
     if len(folds) < 2:
-        log.warning("with one utterance or session nothing can be held out: no gain can be expected or excluded")
+        log.warning("with one utterance or session nothing can be held out: the gain cannot be estimated")
         return (wanted if wanted != "auto" else "none"), details
     before_N = summed_N / tokens_N
     tried = allowed if wanted == "auto" else [wanted]

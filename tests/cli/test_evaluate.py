@@ -184,7 +184,7 @@ def test_bad_requests_get_one_line_and_their_exit_code(micro_model, tones, tmp_p
         (("nothing", tones), DataError, "model 'nothing' is neither"),
         ((micro_model, "nowhere"), DataError, "nowhere"),
         ((micro_model, corpus), DataError, "no utterances in split 'test': it has train"),
-        ((micro_model, tones, "--set", "asr.epochs=3"), UsageError, "asr.epochs=3: an evaluation reads"),
+        ((micro_model, tones, "--set", "asr.epochs=3"), UsageError, "asr.epochs=3: only decode, audio"),
         ((micro_model, tones, "--set", "decode.num_beams=0"), ConfigError, "decode.num_beams"),
         ((micro_model, tones, "--language", "de"), DataError, "is for English only"),
     ]
@@ -215,7 +215,7 @@ def test_the_base_beside_a_run_is_what_it_heard_before(base, micro_run, tmp_path
     beside = json.loads(capsys.readouterr().out)
     assert beside["reference"] == "micro"  # the base is added, and no more is changed
     call(*words, "--with-base", "--reference", "base", "--out", tmp_path / "out")
-    assert "page:" in capsys.readouterr().out
+    assert "report:" in capsys.readouterr().out
     own = json.loads((tmp_path / "out" / "comparison.json").read_text())
     call(*words, base, "--reference", "out", "--json")
     other = json.loads(capsys.readouterr().out)

@@ -61,7 +61,7 @@ def test_a_run_routed_by_speaker_gave_each_speaker_one_routing(store):
 
 
 @pytest.mark.parametrize(
-    ("run", "message"), [("one", "has one expert at most, and so no gate"), ("nothing", "no run 'nothing'")]
+    ("run", "message"), [("one", "has at most one expert, and so no gate"), ("nothing", "no run 'nothing'")]
 )
 def test_a_run_without_a_gate_gets_one_line(store, run, message):
     with pytest.raises(DataError, match=message) as caught:

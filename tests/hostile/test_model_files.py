@@ -65,7 +65,7 @@ def test_a_file_that_is_no_json_object_is_refused(folder, name, tally):
     assert tried(folder, name, [content for content in DAMAGED if content != b'{"schema": 1}']) == len(DAMAGED) - 1
     with (folder / name).open("wb") as file:
         file.truncate(MAX_DOCUMENT + 1)  # takes no disk
-    with pytest.raises(DataError, match=rf"{name} has 67,108,865 bytes, and at most 67,108,864 are read"):
+    with pytest.raises(DataError, match=rf"{name} has 67,108,865 bytes, but at most 67,108,864 are read"):
         use_all(folder)
     tally(len(DAMAGED))
 

@@ -163,7 +163,7 @@ def test_a_bucket_without_deletes_costs_space_and_no_run(
     proxy.break_next("status", 403, times=10**6, method="DELETE", code="AccessDenied")
     run_pipeline(bucket_config(recorded.server, name, micro_model, tones, proxy.endpoint))
     assert stored_digests(recorded.store(name)) == stored_digests(recorded.store())
-    told = {record.getMessage() for record in caplog.records if "stays in the store" in record.getMessage()}
+    told = {record.getMessage() for record in caplog.records if "stay in the store" in record.getMessage()}
     assert len(told) == 1 and "s3:DeleteObject" in told.pop()
 
 

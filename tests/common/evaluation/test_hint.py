@@ -22,7 +22,7 @@ def hint(utterance, speaker, *, judged=EARNED, rand=1.0, route_by="utterance", t
 
 def test_groups_that_are_heard_in_one_utterance_need_nothing_else():
     told = hint(0.97, 1.0)
-    assert told.startswith("Groups can be heard in one utterance") and "97%" in told
+    assert told.startswith("One utterance identifies the group") and "97%" in told
     assert told.endswith("routing by utterance fits it.")
 
 
@@ -41,7 +41,7 @@ def test_groups_that_all_of_a_speakers_utterances_tell_suggest_routing_by_speake
 
 def test_groups_that_nothing_tells_suggest_a_table():
     told = hint(0.3, 0.4)
-    assert told.startswith("Groups cannot be heard") and told.endswith("asr.route_column=etiology.")
+    assert told.startswith("Utterances do not identify the group") and told.endswith("asr.route_column=etiology.")
 
 
 def test_experts_that_bring_nothing_suggest_one_adapter():

@@ -124,7 +124,7 @@ def test_strangers_are_refused(two, tmp_path, field, value, micro_model):
 
 def test_a_full_fine_tune_is_refused(two, tmp_path, micro_model):
     full = make_bundle(tmp_path / "full", micro_model, adapt="full")
-    with pytest.raises(UsageError, match="only adapters are merged"):
+    with pytest.raises(UsageError, match="only adapters can be merged"):
         merge_models([full, two[0]], [0.5, 0.5], tmp_path / "out")
 
 

@@ -133,7 +133,7 @@ def test_an_expert_for_another_model_is_refused(micro_model, tmp_path):
     with pytest.raises(DataError, match="magnitudes of a shared expert"):
         attach(model(micro_model, shared=4), [tmp_path / "one"])
     save_added(expert("choose", weights=((2, 1.0),)), {}, tmp_path / "two", base_model="base")
-    with pytest.raises(DataError, match="routed experts that its model has not"):
+    with pytest.raises(DataError, match="routed experts that its model does not have"):
         load_terms(model(micro_model, experts=0), read_added(tmp_path / "two"), tmp_path / "two")
     with pytest.raises(DataError, match="two added experts are named"):
         attach(recogniser, [tmp_path / "one", tmp_path / "one"])
