@@ -87,7 +87,8 @@ class Enrolment:
 
 def steps_for(utterances: int, points: Sequence[tuple[int, int]] | None = None) -> int:
     """Optimizer steps of a training, interpolated between the points (utterances, steps) of `STEPS`."""
-    return round(float(np.interp(utterances, *zip(*(points or STEPS), strict=True))))
+    counts, steps = zip(*(points or STEPS), strict=True)
+    return round(float(np.interp(utterances, counts, steps)))
 
 
 def rank_for(utterances: int) -> int:
