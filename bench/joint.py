@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bench.inputs import make_batch, short_lengths
-from bench.measure import Measurement, rounds, row
+from bench.measure import TRAINS_SHORT, Measurement, rounds, row
 from bench.peers import copy_into_peft, features_of, loop_backward, lora_backward, peft_experts
 from bench.setting import TARGETS, Setting, make_whisper
 from common.data.batches import Batch
@@ -177,8 +177,8 @@ def short_rows(setting: Setting) -> list[Measurement]:
             unit="s/step",
             target=setting.target(5, 6),
             note=note,
-            trains_short=True,
         )
+        | TRAINS_SHORT
     ]
 
 

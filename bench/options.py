@@ -17,7 +17,7 @@ from torch import nn
 
 from bench.inputs import make_batch, short_lengths
 from bench.joint import make_contest, ours_backward, whole_step
-from bench.measure import Measurement, rounds, row
+from bench.measure import TRAINS_SHORT, Measurement, rounds, row
 from bench.setting import Setting, make_whisper
 from common.data.augment import Augmentation
 from common.data.batches import Batch
@@ -36,17 +36,9 @@ def rows(setting: Setting) -> list[Measurement]:
         f"{setting.model}, joint step of {setting.batch} × 3–12 s, {short.audio_BS.shape[1] // 320} positions"
     )
 
-    def pair(option: str, with_it: Step, without: Step, note: str = note, *, trains_short: bool = False) -> Measurement:
+    def pair(option: str, with_it: Step, without: Step, note: str = note) -> Measurement:
         taken = rounds({"with": with_it, "without": without}, setting)
-        return row(
-            option,
-            taken["with"],
-            taken["without"],
-            unit="s/step",
-            target=None,
-            note=note,
-            trains_short=trains_short,
-        )
+        return row(option, taken["with"], taken["without"], unit="s/step", target=None, note=note)
 
     def step(changed: Recogniser, batch: Batch = short) -> Step:
         return whole_step(partial(ours_backward, changed, batch), [changed], setting)
@@ -54,7 +46,7 @@ def rows(setting: Setting) -> list[Measurement]:
     plain = step(recogniser)
     checkpointed = changed(recogniser, gradient_checkpointing=True)
     measurements = [
-        pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded), trains_short=True),
+        pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded)) | TRAINS_SHORT,
         pair("attention: SDPA, against eager", plain, step(eager(recogniser))),
         pair("gradient_checkpointing: time", step(checkpointed), plain),
         memory_row(step(checkpointed, padded), step(recogniser, padded), setting),

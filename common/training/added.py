@@ -27,7 +27,7 @@ from common.training.train import TrainOptions, train
 WAYS: tuple[Method, ...] = ("choose", "gates", "expert", "neighbour")  # the simplest first
 RATES: Mapping[Method, float] = {"gates": 1e-1, "expert": 1e-3, "neighbour": 1e-3}  # measured: docs/extending.md
 BATCH = 4  # utterances of a step
-STEPS = ((13, 10), (36, 27), (200, 250), (1200, 1500))  # (utterances, steps): the first three measured, as the rates
+STEPS = ((13, 10), (36, 27), (200, 250), (1200, 1500))  # (utterances, steps), by trials with 10, 36 and 200 utterances
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
@@ -85,9 +85,9 @@ class Enrolment:
         return list(range(len(self.examples)))
 
 
-def steps_for(utterances: int, points: Sequence[tuple[int, int]] | None = None) -> int:
-    """Optimizer steps of a training, interpolated between the points (utterances, steps) of `STEPS`."""
-    counts, steps = zip(*(points or STEPS), strict=True)
+def steps_for(utterances: int) -> int:
+    """Optimizer steps of a training, interpolated between the points of `STEPS`."""
+    counts, steps = zip(*STEPS, strict=True)
     return round(float(np.interp(utterances, counts, steps)))
 
 
