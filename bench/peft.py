@@ -2,7 +2,7 @@
 
 python -m bench.peft --config bench/regimes.yaml --seed 0 --steps 384 --lr 1e-3 --rank 48
 
-The same utterances, batch, precision and number of steps as a run of the sweep with this configuration; warm-up, cosine
+The same utterances, batch, precision and number of steps as a run of the sweep with this configuration; warm-up, linear
 and clipping as ours; the weights of the last step. Then this project's evaluator decodes test, and the part of dev that
 selects our checkpoints, with 30 s of audio and the configuration's decoding options.
 
@@ -89,7 +89,7 @@ def train(config: Config, asked: dict[str, Any], folder: Path) -> dict[str, Any]
             gradient_accumulation_steps=config.asr.gradient_accumulation_steps,
             max_steps=asked["steps"],
             learning_rate=asked["learning_rate"],
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="linear",
             warmup_steps=round(config.asr.warmup_ratio * asked["steps"]),
             weight_decay=config.asr.weight_decay,
             max_grad_norm=config.asr.max_grad_norm,

@@ -161,6 +161,7 @@ def _told(made: Extension, page: Path) -> str:
     info, details = made.info, made.details
     lines = [f"{way:<10} held-out cross-entropy {loss:.3f}" for way, loss in details["ways"].items()]
     lines[:1] = [line.replace("none      ", "as it is  ") for line in lines[:1]]
+    lines += [f"{way:<10} given up: clearly worse on the first part" for way in details["given_up"]]
     if info.gain is not None and info.interval is not None:
         tried = "" if info.method != "none" else f" by {details['tried']}"
         lines.append(

@@ -213,12 +213,6 @@ class SpeechTrainConfig(TrainConfig):
     batch_tokens: int | None = Field(
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
-    full_context_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of each epoch's utterances padded to 30 s, for tools that pad all audio; 1/16 suffices.",
-    )
     compile: bool = Field(
         False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."
     )

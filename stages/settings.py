@@ -83,7 +83,6 @@ def epoch_planner(
         batch_tokens=section.batch_tokens,
         seed=seed,
         epoch=epoch,
-        full_context_share=section.full_context_share,
     )
 
 

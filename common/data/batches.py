@@ -23,20 +23,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.data.audio import read_audio
 from common.data.clips import Clip
 from common.data.corpus import Corpus, Utterance
-from common.data.features import (
-    MAX_POSITIONS,
-    POSITIONS_PER_SECOND,
-    SAMPLES_PER_POSITION,
-    context_positions,
-    valid_positions,
-)
+from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
 from common.data.tokens import IGNORED, TextCodec, text_bucket
 from common.errors import DataError, MoeAsrError, RetryableError
 from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.signals import signals_held, stop_with
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
-Buckets = dict[tuple[int, int], list[int]]  # (encoder positions, text tokens) → example numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +170,6 @@ def epoch_batches(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = True,
-    full_context_share: float = 0.0,
 ) -> list[list[int]]:
     """Batches of example numbers for one epoch, each of one bucket: the same for the same seed and epoch.
 
@@ -189,19 +181,16 @@ def epoch_batches(
             too.
         shuffle: random order; otherwise the longest bucket comes first, so that a batch too large for the memory fails
             at once.
-        full_context_share: share of the examples that are padded to 30 s in this epoch. Example n padded to 30 s has
-            the number n + len(examples). Each bucket gives its share, so that all epochs have equally many batches.
     """
     order = list(range(len(examples)))
     generator = random.Random(f"{seed}/{epoch}")
     if shuffle:
         generator.shuffle(order)
-    buckets: Buckets = defaultdict(list)
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)  # (encoder positions, text tokens) → numbers
     for number in order:
         # Batches of a given size are few in a small corpus: two dimensions would leave many of them half empty.
         text = 0 if batch_seconds is None else text_bucket(len(examples[number].inputs))
         buckets[examples[number].positions, text].append(number)
-    buckets = _pad_share(buckets, full_context_share, len(examples))
     batches: list[list[int]] = []
     for (positions, text), numbers in sorted(buckets.items(), reverse=True):
         size = batch_size
@@ -216,27 +205,14 @@ def epoch_batches(
     return batches
 
 
-def _pad_share(buckets: Buckets, share: float, count: int) -> Buckets:
-    """Moves the first `share` of each bucket's examples, numbered from `count` on, to the bucket of 30 s."""
-    padded: Buckets = defaultdict(list)
-    for (positions, text), numbers in buckets.items():
-        moved = 0 if positions == MAX_POSITIONS else round(share * len(numbers))
-        padded[MAX_POSITIONS, text] += [number + count for number in numbers[:moved]]
-        padded[positions, text] += numbers[moved:]
-    return padded
-
-
 def _sort_in_windows(numbers: list[int], examples: Sequence[Example], window: int) -> list[int]:
     """Sorts by text length within windows of the shuffled order, which keeps the order random and padding low."""
     windows = (numbers[i : i + window] for i in range(0, len(numbers), window))
-    return [n for part in windows for n in sorted(part, key=lambda n: len(examples[n % len(examples)].inputs))]
+    return [n for part in windows for n in sorted(part, key=lambda n: len(examples[n].inputs))]
 
 
 class AudioDataset(Dataset["Loaded"]):
-    """Reads the examples' audio, from a store several at a time; picklable, so that loader processes can hold it.
-
-    Number n is example n with its own context, n + len(examples) the same example padded to 30 s (`epoch_batches`).
-    """
+    """Reads the examples' audio, from a store several at a time; picklable, so that loader processes can hold it."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = list(examples)
@@ -246,18 +222,13 @@ class AudioDataset(Dataset["Loaded"]):
         return len(self.examples)
 
     def __getitem__(self, number: int) -> Loaded:
-        example = self.example(number)
+        example = self.examples[number]
         clip = example.clip
         try:
             source, name = (clip.read(), clip.label) if clip else (example.path, None)
             return example, read_audio(source, offset=example.offset, duration=example.duration, name=name)
         except MoeAsrError as error:  # a loader process would bury the message in its traceback
             return example, error
-
-    def example(self, number: int) -> Example:
-        """The example of a number, with the context in which it is to be read."""
-        padded, number = divmod(number, len(self.examples))
-        return replace(self.examples[number], positions=MAX_POSITIONS) if padded else self.examples[number]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Loaded]:
         if not self.remote:
@@ -269,7 +240,7 @@ class AudioDataset(Dataset["Loaded"]):
         """Puts audio into the cache; errors are ignored, since they occur again when the audio is read."""
 
         def read(number: int) -> None:
-            clip = self.example(number).clip
+            clip = self.examples[number].clip
             if clip is not None and clip.remote is not None and clip.remote.cache.limit:
                 with suppress(MoeAsrError):
                     clip.read()

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.data.features import BUCKETS, MAX_POSITIONS
 from common.markdown import escape, one_line, shell_word
+from common.model.audio_context import EDGE, STAND_INS
 
 WHOSE_ONE = "The texts are those of the run's own score (greedy, in fp32)."
 WHOSE_MANY = (
@@ -62,9 +63,11 @@ model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}")
 
 ## From audio to text
 
-The adapters were trained and scored with `context: {context}`{margin_text}. So the encoder runs at that
-length here too{instead}. {whose}
+The adapters were trained and scored with `context: {context}`{margin_text}.
+{whose}
+{code}"""
 
+OWN_WINDOW = """
 ```python
 import soundfile
 import soxr
@@ -72,11 +75,63 @@ import torch
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 whisper = model.get_base_model().eval()
+tokenizer = AutoTokenizer.from_pretrained({base_text})
+extract = WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins)
+
+
+@torch.inference_mode()
+def transcribe(path):  # a recording of up to 30 s
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    samples = soxr.resample(samples.mean(1), rate, 16_000)
+    mel = extract(samples, sampling_rate=16_000, return_tensors="pt").input_features
+    ids = whisper.generate(mel, {generate}max_new_tokens={max_new_tokens}, num_beams=1, do_sample=False)
+    return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+
+
+print(transcribe("speech.wav"))
+```
+"""
+
+SHORT_CONTEXT = """
+The encoder runs at the length of the recording and its margin here too, and {stand_ins} positions stand for the silence
+up to 30 s. At 30 s, as in most tools, the adapters give the same texts but for a few words.
+
+```python
+import math
+
+import soundfile
+import soxr
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, WhisperFeatureExtractor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+whisper = model.get_base_model().eval()
 encoder = whisper.get_encoder()
-positions = encoder.embed_positions.weight.detach().clone()
+embeddings = encoder.embed_positions.weight.detach().clone()
 tokenizer = AutoTokenizer.from_pretrained({base_text})
 extract = WhisperFeatureExtractor(feature_size=whisper.config.num_mel_bins)
 LENGTHS = {lengths}  # encoder positions of 20 ms
+WINDOW, STAND_INS = {window}, {stand_ins}
+
+
+def attend(module, query, key, value, mask, **options):  # a stand-in counts as often as it has positions
+    keys = key.shape[2]
+    if not module.is_causal and keys < WINDOW:
+        mask = query.new_zeros(1, 1, 1, keys)
+        mask[..., -STAND_INS:] = math.log((WINDOW - keys + STAND_INS) / STAND_INS)
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+
+def add_stand_ins(module, inputs, output):  # silence, as at the end of the recording
+    missing = encoder.embed_positions.num_embeddings - output.shape[2]
+    return torch.cat([output, output[..., -{edge}:{after_edge}].expand(-1, -1, missing)], 2)
+
+
+AttentionInterface.register("short_context", attend)
+AttentionMaskInterface.register("short_context", sdpa_mask)
+whisper.set_attn_implementation("short_context")
+encoder.conv2.register_forward_hook(add_stand_ins)
 
 
 @torch.inference_mode()
@@ -84,9 +139,11 @@ def transcribe(path):  # a recording of up to 30 s
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     samples = soxr.resample(samples.mean(1), rate, 16_000)
     wanted = -(-len(samples) // 320) + {margin}
-    length = next((n for n in LENGTHS if n >= wanted), LENGTHS[-1])
+    length = next((n for n in LENGTHS if n >= wanted), WINDOW)
+    count = min(STAND_INS, WINDOW - length)
+    chosen = [*range(length), *(length + (2 * i + 1) * (WINDOW - length) // (2 * count) for i in range(count))]
     whisper.config.max_source_positions = encoder.config.max_source_positions = length
-    encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions[:length])
+    encoder.embed_positions = torch.nn.Embedding.from_pretrained(embeddings[chosen])
     mel = extract(samples, sampling_rate=16_000, max_length=320 * length, return_tensors="pt").input_features
     ids = whisper.generate(mel, {generate}max_new_tokens={max_new_tokens}, num_beams=1, do_sample=False)
     return tokenizer.decode(ids[0], skip_special_tokens=True).strip()
@@ -167,24 +224,36 @@ def _gate_choice(table: Mapping[str, Any]) -> str:
 
 
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for the README's code from audio to text: the encoder's lengths, language and task."""
+    """Values for the README's part from audio to text."""
     dynamic = table["audio"]["context"] == "dynamic"
     wanted = f"language={json.dumps(table['language'])}, task={json.dumps(table['task'])}, "
-    return {
-        "lengths": BUCKETS if dynamic else (MAX_POSITIONS,),
-        "margin_text": f" and a margin of {table['audio']['margin']} encoder positions" if dynamic else "",
-        "instead": ", in place of Whisper's 30 s" if dynamic else "",
-        "whose": WHOSE_ONE if len(table["adapters"]) == 1 else WHOSE_MANY,
+    values = {
+        "base_text": _quoted(table["base"]),
+        "lengths": BUCKETS,
+        "window": MAX_POSITIONS,
+        "stand_ins": STAND_INS,
+        "edge": EDGE,
+        "after_edge": 1 - EDGE,
+        "margin": table["audio"]["margin"],
         "generate": wanted if table["multilingual"] else "",
         "max_new_tokens": MAX_NEW_TOKENS,
     }
+    return {
+        "margin_text": f" and a margin of {table['audio']['margin']} encoder positions" if dynamic else "",
+        "whose": WHOSE_ONE if len(table["adapters"]) == 1 else WHOSE_MANY,
+        "code": (SHORT_CONTEXT if dynamic else OWN_WINDOW).format(**values),
+    }
+
+
+def _quoted(base: str) -> str:
+    return json.dumps(one_line(base), ensure_ascii=False)
 
 
 def _words(table: Mapping[str, Any]) -> dict[str, Any]:
     names = table["adapters"]
     return {
         "base": escape(table["base"]),
-        "base_text": json.dumps(one_line(table["base"]), ensure_ascii=False),
+        "base_text": _quoted(table["base"]),
         "base_word": shell_word(table["base"]),
         "first": names[0],
         "last": names[-1],

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from common.data.tokens import IGNORED, generation_settings, whisper_config
 from common.errors import DataError
+from common.model.audio_context import ATTENTION, add_stand_ins, use_short_context
 from common.tensors import check_names, check_weights, file_shapes
 
 
@@ -38,7 +39,7 @@ def load_whisper(folder: Path, *, dtype: torch.dtype = torch.float32) -> Whisper
         model, info = WhisperForConditionalGeneration.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -101,27 +102,28 @@ def encode(
     gradient_checkpointing: bool = False,
     copies: int = 1,
 ) -> Tensor:
-    """Runs the encoder at the length of its input instead of 30 s.
+    """Runs the encoder at the length of its input instead of 30 s (`model.audio_context`).
 
     Args:
         model: with or without mixtures in its layers.
-        mel_BMF: F a multiple of 2, at most 3000.
+        mel_BMF: F a multiple of 2, at most 3000; below that, the last ones are silence.
         layer: -1 all layers and the final norm; 0 the convolutions alone; n the output of the n-th block, unnormed.
         gradient_checkpointing: recompute blocks in the backward pass (gradient checkpointing).
         copies: number of copies of each utterance, for separate experts; the convolutions, which have no experts, run
             once.
 
     Returns:
-        hidden_BTD with T = F / 2, of B · copies rows.
+        hidden_BTD of B · copies rows: F / 2 positions, and stand-ins for the silence after them.
 
     Raises:
         DataError: the encoder has no such layer.
     """
     encoder = model.model.encoder
     _check_layers(model, [layer])
+    use_short_context(model)
     x_BDT = F.gelu(encoder.conv1(mel_BMF.to(encoder.conv1.weight.dtype)))
     x_BTD: Tensor = F.gelu(encoder.conv2(x_BDT)).transpose(1, 2)
-    x_BTD = x_BTD + encoder.embed_positions.weight[: x_BTD.shape[1]]
+    x_BTD = add_stand_ins(x_BTD, encoder.embed_positions.weight)
     x_BTD = x_BTD.repeat_interleave(copies, 0) if copies > 1 else x_BTD
     for block in encoder.layers if layer == -1 else encoder.layers[:layer]:
         x_BTD = (

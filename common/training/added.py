@@ -30,6 +30,8 @@ BATCH = 4  # utterances of a step
 STEPS = ((13, 10), (36, 27), (200, 250), (1200, 1500))  # (utterances, steps), by trials with 10, 36 and 200 utterances
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
+CLEARLY = 2.0  # standard errors by which a method has to be worse to be given up
+JUDGED_FROM = 8  # utterances on which a method has to be worse
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
 CHOOSING = 10  # utterances that `choose` uses at most; they tell even alike groups apart (docs/extending.md)
 
@@ -248,6 +250,7 @@ def _train(enrolment: Enrolment, terms: Terms, way: Method, numbers: Sequence[in
     options = TrainOptions(
         epochs=epochs,
         learning_rate=RATES[way],
+        schedule="cosine",  # with which steps and rates were measured
         max_steps=steps,
         patience=epochs + 1,
         select_from=1.0,
@@ -304,29 +307,48 @@ class Trial:
     loss_N: np.ndarray
 
 
-def try_way(
+def try_ways(
     enrolment: Enrolment,
-    way: Method,
+    ways: Sequence[Method],
     folds: Sequence[Sequence[int]],
     candidates: Candidates,
+    groups: Sequence[str],
     size: int | None = None,
-) -> Trial:
-    """Cross-validates a method: fits it on all folds except one, and measures it on that fold, for each fold.
+) -> dict[Method, Trial]:
+    """Cross-validates methods: fits them on all folds except one, and measures them on that fold, for each fold.
+
+    A method that is clearly worse than another one after a fold is not tried on the next, and is not in the result.
 
     Args:
+        groups: of each utterance: its speaker or session.
         size: maximum number of utterances to fit on, for a learning curve.
     """
-    loss_N, fitted = np.zeros(len(enrolment.examples)), []
+    trials = {way: Trial([], np.full(len(enrolment.examples), np.nan)) for way in ways}
     for number, held_out in enumerate(folds):
         rest = [n for n in enrolment.all() if n not in set(held_out)]
         rest = rest if size is None else sorted(np.random.default_rng(number).permutation(rest)[:size].tolist())
-        label = f"{way} {number + 1} of {len(folds)}" + ("" if size is None else f", {size} utterances")
-        terms = fit(enrolment, way, rest, candidates, label)
-        with enrolment.using(terms):
-            summed_N, tokens_N = losses(enrolment, held_out)
-        loss_N[list(held_out)] = summed_N / tokens_N
-        fitted.append(terms)
-    return Trial(fitted, loss_N)
+        for way, trial in trials.items():
+            label = f"{way} {number + 1} of {len(folds)}" + ("" if size is None else f", {size} utterances")
+            terms = fit(enrolment, way, rest, candidates, label)
+            with enrolment.using(terms):
+                summed_N, tokens_N = losses(enrolment, held_out)
+            trial.loss_N[list(held_out)] = summed_N / tokens_N
+            trial.terms.append(terms)
+        trials = without_worse(trials, groups)
+    return trials
+
+
+def without_worse(trials: Mapping[Method, Trial], groups: Sequence[str]) -> dict[Method, Trial]:
+    """Without the methods that are two standard errors worse than the best one, by what is measured so far."""
+    best = min(trials.values(), key=lambda trial: float(np.nanmean(trial.loss_N)))
+    kept = {}
+    for way, trial in trials.items():
+        difference_N = trial.loss_N - best.loss_N
+        measured: list[int] = np.flatnonzero(~np.isnan(difference_N)).tolist()
+        mean, error = paired_difference(difference_N[measured], [groups[n] for n in measured])
+        if trial is best or len(measured) < JUDGED_FROM or mean < CLEARLY * error:
+            kept[way] = trial
+    return kept
 
 
 def simplest_good(before_N: np.ndarray, trials: Mapping[Method, Trial], groups: Sequence[str]) -> Method:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 
-def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str = "cosine") -> float:
-    """Linear warm-up to 1, then a half cosine to 0 (`cosine`), linear decay to 0 (`linear`), or constant 1 (`none`)."""
+def learning_rate_factor(step: int, total: int, warmup_ratio: float, schedule: str = "linear") -> float:
+    """Linear warm-up to 1, then linear decay to 0 (`linear`), a half cosine to 0 (`cosine`), or constant 1 (`none`)."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup

@@ -60,7 +60,7 @@ class TrainOptions:
     accumulate: int = 1  # batches of a step; several processes share them, so that their number changes no result
     max_steps: int | None = None
     warmup_ratio: float = 0.1
-    schedule: str = "cosine"
+    schedule: str = "linear"
     max_grad_norm: float = 1.0
     patience: int = 3
     eval_every_n_epochs: int = 1

@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=3,  # a shared expert and routed experts; the base is scored with 30 s of audio
+    format=4,  # positions stand for the silence after an utterance
     reads=(
         "seed",
         "precision",

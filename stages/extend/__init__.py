@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=2,  # other steps and rates
+    format=3,  # positions stand for the silence after an utterance
     gpus=1,
 )

@@ -42,7 +42,7 @@ from common.training.added import (
     folds_of,
     losses,
     simplest_good,
-    try_way,
+    try_ways,
     ways_for,
 )
 from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
@@ -187,13 +187,14 @@ def _decide(
     if wanted not in (*allowed, "auto"):
         raise DataError(f"--method {wanted}: model {work.opened.name} allows {', '.join(allowed)}")
     folds = folds_of(work.groups, FOLDS)
-    details: dict[str, Any] = {"folds": [len(fold) for fold in folds], "ways": {}}
+    details: dict[str, Any] = {"folds": [len(fold) for fold in folds], "ways": {}, "given_up": []}
     if len(folds) < 2:
         log.warning("with one utterance or session nothing can be held out: the gain cannot be estimated")
         return (wanted if wanted != "auto" else "none"), details
     before_N = summed_N / tokens_N
     tried = allowed if wanted == "auto" else [wanted]
-    trials = {way: try_way(enrolment, way, folds, candidates) for way in tried}
+    trials = try_ways(enrolment, tried, folds, candidates, work.groups)
+    details["given_up"] = [way for way in tried if way not in trials]
     details["ways"] = {"none": float(before_N.mean())} | {w: float(t.loss_N.mean()) for w, t in trials.items()}
     method = simplest_good(before_N, trials, work.groups) if wanted == "auto" else wanted
     shown = method if method != "none" else min(trials, key=lambda way: float(trials[way].loss_N.mean()))
@@ -248,7 +249,7 @@ def _curve(work: _Work, candidates: Candidates, method: Method) -> list[dict[str
     smallest = len(work.utterances) - max(len(fold) for fold in folds)
     points = []
     for size in (size for size in CURVE if size <= smallest):
-        loss_N = try_way(candidates.enrolment, method, folds, candidates, size).loss_N
+        loss_N = try_ways(candidates.enrolment, [method], folds, candidates, work.groups, size)[method].loss_N
         points.append({"utterances": size, "loss": float(loss_N.mean())})
     return points
 

@@ -27,7 +27,7 @@ CONTRACT = Contract(
     summary="pooled embeddings of the frozen encoder, once per utterance",
     output="embeddings",
     sources=("corpus", "model"),
-    format=2,  # test utterances are drawn alike for all seeds
+    format=3,  # positions stand for the silence after an utterance
     reads=(
         "seed",
         "precision",

@@ -31,7 +31,16 @@ from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
-from common.training.added import CHOOSING, Candidates, Trial, choose_weights, folds_of, simplest_good, steps_for
+from common.training.added import (
+    CHOOSING,
+    Candidates,
+    Trial,
+    choose_weights,
+    folds_of,
+    simplest_good,
+    steps_for,
+    without_worse,
+)
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -479,6 +488,20 @@ def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
     assert simplest_good(before, {"gates": gates, "expert": expert}, names) == "gates"
     assert simplest_good(before, {"gates": Trial([], before - 0.1), "expert": expert}, names) == "expert"
     assert simplest_good(before, {"gates": Trial([], before + 0.1)}, names) == "none"
+
+
+def test_a_method_that_is_clearly_worse_on_the_first_part_is_given_up():
+    generator = np.random.default_rng(0)
+    names = [f"u{n}" for n in range(20)]
+    unknown = np.full(10, np.nan)  # the second part, not measured yet
+    noise = generator.normal(0, 0.1, 10)
+    best = np.concatenate([np.ones(10), unknown])
+    near = np.concatenate([1.01 + noise, unknown])
+    worse = np.concatenate([1.3 + noise, unknown])
+    trials = {"gates": Trial([], worse), "expert": Trial([], near), "neighbour": Trial([], best)}
+    assert list(without_worse(trials, names)) == ["expert", "neighbour"]
+    few = {way: Trial([], np.where(np.arange(20) < 5, trial.loss_N, np.nan)) for way, trial in trials.items()}
+    assert list(without_worse(few, names)) == list(trials)
 
 
 def test_steps_grow_with_the_utterances_from_the_fewest_to_the_most(monkeypatch):

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from common.config import validate
 from common.data.audio import write_wav
 from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
-from common.data.features import MAX_SAMPLES, SAMPLES_PER_POSITION
+from common.data.features import SAMPLES_PER_POSITION
 from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError
-from stages.settings import epoch_planner
 
 CPU = torch.device("cpu")
 
@@ -44,40 +42,6 @@ def test_the_same_seed_and_epoch_give_the_same_batches_and_others_do_not(example
 def test_batches_by_seconds_keep_padded_audio_under_the_limit(examples):
     for batch in epoch_batches(examples, batch_size=1, batch_seconds=12, seed=0):
         assert len(batch) * examples[batch[0]].positions / 50 <= 12
-
-
-@pytest.mark.parametrize("seconds", [None, 60])
-def test_a_share_of_an_epoch_is_padded_to_30_seconds(examples, seconds):
-    count = len(examples)
-    epochs = [
-        epoch_batches(examples, batch_size=4, batch_seconds=seconds, epoch=epoch, full_context_share=0.25)
-        for epoch in range(4)
-    ]
-    for batches in epochs:
-        assert sorted(n % count for batch in batches for n in batch) == list(range(count))
-        assert all(len({n >= count for n in batch}) == 1 for batch in batches)
-        assert sum(n >= count for batch in batches for n in batch) == pytest.approx(count / 4, abs=count / 10)
-        assert all(len(batch) <= (seconds or 120) / 30 for batch in batches if batch[0] >= count)
-    assert len({len(batches) for batches in epochs}) == 1
-    assert len({frozenset(n for batch in batches for n in batch) for batches in epochs}) > 1
-
-
-def test_the_share_padded_to_30_seconds_is_a_setting(examples):
-    padded, plain = (
-        epoch_planner(examples, validate({"asr": {"full_context_share": share}}).asr, seed=0)(0) for share in (0.5, 0.0)
-    )
-    assert any(n >= len(examples) for batch in padded for n in batch)
-    assert sorted(n for batch in plain for n in batch) == list(range(len(examples)))
-
-
-def test_an_example_padded_to_30_seconds_is_the_same_speech(examples):
-    loader = BatchLoader(examples, num_workers=0, device=CPU)
-    own, padded = loader([[0, 1], [len(examples), len(examples) + 1]])
-    length = own.audio_BS.shape[1]
-    assert padded.audio_BS.shape[1] == MAX_SAMPLES > length
-    assert torch.equal(padded.audio_BS[:, :length], own.audio_BS) and not padded.audio_BS[:, length:].any()
-    for name in set(TENSORS) - {"audio_BS"}:
-        assert torch.equal(getattr(own, name), getattr(padded, name))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -8,6 +8,7 @@ import torch
 
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import read_corpus
+from common.data.features import MAX_POSITIONS
 from common.data.tokens import load_codec
 from common.decoding.alignment import align, alignment_heads, monotone_path, words_of
 from common.model.mixture import add_mixture
@@ -56,7 +57,7 @@ def test_attention_is_that_of_the_model_itself(micro_model, tones):
     model = load_whisper(micro_model).eval()
     slot = add_mixture(model, targets=("q_proj", "k_proj"), num_experts=2, rank=2, alpha=4)
     slot.routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1))
-    hidden_BTD = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(0))
+    hidden_BTD = torch.randn(2, MAX_POSITIONS, 32, generator=torch.Generator().manual_seed(0))
     inputs_BU = torch.tensor([[257, 258, 1, 2, 3], [257, 258, 9, 8, 7]])
     with torch.no_grad(), _watched(model) as seen:
         model.model.decoder(input_ids=inputs_BU, encoder_hidden_states=hidden_BTD, use_cache=False)
@@ -66,7 +67,7 @@ def test_attention_is_that_of_the_model_itself(micro_model, tones):
     assert alignment_heads(model) == {1: [0, 1]}
     for row in range(2):
         query, key = seen[0]
-        torch.testing.assert_close(_weights(query[row], key[row], 50), out.cross_attentions[1][row])
+        torch.testing.assert_close(_weights(query[row], key[row], MAX_POSITIONS), out.cross_attentions[1][row])
 
 
 def test_times_never_decrease_and_do_not_depend_on_the_batch(micro_model, tones):

