@@ -11,7 +11,6 @@ width, H heads, Q queries, K = T + S keys, W one head's width.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -50,8 +49,9 @@ def attention_bias(keys: int, window: int, like: Tensor) -> Tensor | None:
     """bias_K of the attention logits: log of the number of positions that each key stands for; None if all are one."""
     if keys >= window:
         return None
-    hidden = window - (keys - STAND_INS)
-    return F.pad(like.new_full((STAND_INS,), math.log(hidden / STAND_INS)), (keys - STAND_INS, 0))
+    # As a tensor's logarithm: of a number, a compiled block would be compiled again for each length.
+    each_S = torch.full((STAND_INS,), (window - keys) / STAND_INS + 1, device=like.device)
+    return F.pad(each_S.log().to(like.dtype), (keys - STAND_INS, 0))
 
 
 def use_short_context(model: WhisperForConditionalGeneration) -> None:

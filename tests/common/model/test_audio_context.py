@@ -55,3 +55,17 @@ def test_a_model_that_was_not_loaded_by_us_gets_the_same_attention(micro_model):
     other.load_state_dict(ours.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(losses(other.eval(), silent_end(128)), losses(ours.eval(), silent_end(128)))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler looks at everything, also at what warns
+def test_a_compiled_block_is_the_same_for_all_lengths(micro_model):
+    model = load_whisper(micro_model)
+    for block in (*model.model.encoder.layers, *model.model.decoder.layers):
+        block.compile(dynamic=True, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    with torch.no_grad():
+        for positions in (96, 128, 160, 256, 700):
+            losses(model, silent_end(positions))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs[1:])) == 1
