@@ -325,6 +325,7 @@ def try_ways(
     """
     trials = {way: Trial([], np.full(len(enrolment.examples), np.nan)) for way in ways}
     for number, held_out in enumerate(folds):
+        trials = without_worse(trials, groups) if number else trials
         rest = [n for n in enrolment.all() if n not in set(held_out)]
         rest = rest if size is None else sorted(np.random.default_rng(number).permutation(rest)[:size].tolist())
         for way, trial in trials.items():
@@ -334,7 +335,6 @@ def try_ways(
                 summed_N, tokens_N = losses(enrolment, held_out)
             trial.loss_N[list(held_out)] = summed_N / tokens_N
             trial.terms.append(terms)
-        trials = without_worse(trials, groups)
     return trials
 
 

@@ -59,6 +59,13 @@ def test_a_model_that_was_not_loaded_by_us_gets_the_same_attention(micro_model):
         torch.testing.assert_close(losses(other.eval(), silent_end(128)), losses(ours.eval(), silent_end(128)))
 
 
+def test_a_chosen_attention_is_left_as_it_is(micro_model):
+    model = load_whisper(micro_model)
+    model.set_attn_implementation("eager")
+    encode(model, silent_end(128))
+    assert model.config._attn_implementation == "eager"
+
+
 COMPILED = """
 import sys
 from pathlib import Path
