@@ -52,6 +52,7 @@ from common.training.added import (
 )
 from common.training.rates import adapter_groups
 from common.training.train import TrainOptions, train
+from stages.extend.choose import voice_by_gate
 from stages.extend.enrolment import parse_where
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,7 +81,8 @@ def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utter
     prepare(opened.recogniser)
     experts = opened.recogniser.num_experts
     own = (torch.zeros(len(examples), experts), torch.zeros(len(examples), dtype=torch.bool)) if experts > 1 else None
-    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, seed=seed)
+    voice_NE = voice_by_gate(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
+    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, voice_NE, seed=seed)
 
 
 def stored_bytes(terms: Terms) -> int:
@@ -262,10 +264,11 @@ def measure_persons(arguments: argparse.Namespace) -> None:
 
 
 def group_found(arguments: argparse.Namespace, count: int, column: str = "etiology") -> Row:
-    """How often `choose` finds the group of a heard test speaker from some utterances; the model routes by a table."""
+    """How often `choose` finds the group of a heard test speaker; the model has one expert for each group."""
     opened, corpus = open_fresh(arguments), read_corpus(arguments.others)
-    assert opened.info is not None and opened.info.groups, "give a model that routes by a table"
-    groups = opened.info.groups
+    assert opened.info is not None
+    groups = opened.info.groups or tuple(sorted({getattr(u, column) for u in corpus.split("train")}))
+    assert len(groups) == opened.info.num_experts
     by_speaker = {s: own for s, own in test_speakers(corpus).items() if getattr(own[0], column) in groups}
     confused = []
     for own in by_speaker.values():

@@ -97,8 +97,8 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         check_weights({name: value for name, value in tensors.items() if name != "limit"}, "gate.safetensors")
         gate = Gate(dim, hidden, experts, dropout)
         gate.load_state_dict(tensors)
-        if not ((gate.std_D > 0).all() and gate.limit > 0):  # a limit that was not set is infinite
-            raise ValueError("a standard deviation in std_D, or limit, is not above 0")
+        if not (gate.std_D > 0).all() or not gate.limit.isfinite():
+            raise ValueError("a standard deviation in std_D is not above 0, or limit is not finite")
         return gate
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
         # The message of a missing key or tensor would be only its name.

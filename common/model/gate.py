@@ -5,18 +5,16 @@ Shape letters: B utterances of a batch, N of a set, D embedding width, E experts
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 NO_LIMIT = 1e30  # a distance that nothing has: files of weights hold no infinity
-SHRINKAGE = 0.1  # of the covariance within groups towards a sphere: there are few utterances per dimension
+SHRINKAGE = 0.1  # of a covariance towards a sphere: there are few utterances per dimension
 FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an utterance belongs to none
 
 
 class Gate(nn.Module):
-    """A small MLP over standardised embeddings, with the means and the covariance of its groups.
+    """A small MLP over standardised embeddings, with the means and the covariances of its groups.
 
     Args:
         dim: D, width of the embedding.
@@ -26,14 +24,16 @@ class Gate(nn.Module):
 
     Shape:
         embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED` are
-        the groups' means in that scale, `whiten_DD` whitens the deviations within groups, and `limit` is the distance
-        beyond which an utterance belongs to no group (`NO_LIMIT` until `calibrate`).
+        the groups' means in that scale, `whiten_DD` whitens the deviations within groups, `whiten_all_DD` those of all
+        utterances from their mean. `limit` is the distance beyond which an utterance belongs to no group (`NO_LIMIT`
+        until `calibrate`).
     """
 
     mean_D: Tensor
     std_D: Tensor
     center_ED: Tensor
     whiten_DD: Tensor
+    whiten_all_DD: Tensor
     limit: Tensor
 
     def __init__(self, dim: int, hidden: int, num_experts: int, dropout: float = 0.0) -> None:
@@ -42,6 +42,7 @@ class Gate(nn.Module):
         self.register_buffer("std_D", torch.ones(dim))
         self.register_buffer("center_ED", torch.zeros(num_experts, dim))
         self.register_buffer("whiten_DD", torch.eye(dim))
+        self.register_buffer("whiten_all_DD", torch.eye(dim))
         self.register_buffer("limit", torch.tensor(NO_LIMIT))
         self.dim, self.hidden, self.num_experts = dim, hidden, num_experts
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_experts))
@@ -52,16 +53,16 @@ class Gate(nn.Module):
         self.std_D.copy_(embeddings_ND.std(0, correction=0).clamp_min(1e-6))
 
     def fit_centers(self, embeddings_ND: Tensor, label_N: Tensor) -> None:
-        """Sets the groups' means, and the covariance within groups, from embeddings and their groups."""
+        """Sets the groups' means, and the covariances within and over groups, from embeddings and their groups.
+
+        The embeddings are those of `fit_scale`, whose mean is 0 in the gate's scale.
+        """
         scaled_ND = self.standardise(embeddings_ND)
         for expert in range(self.num_experts):
             if (members_N := label_N == expert).any():
                 self.center_ED[expert] = scaled_ND[members_N].mean(0)
-        inner_ND = (scaled_ND - self.center_ED[label_N]).double()
-        covariance_DD = inner_ND.t() @ inner_ND / len(inner_ND)
-        typical = covariance_DD.diagonal().mean().clamp_min(1e-6)
-        covariance_DD = (1 - SHRINKAGE) * covariance_DD + SHRINKAGE * typical * torch.eye(self.dim).to(covariance_DD)
-        self.whiten_DD.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance_DD)).t())
+        self.whiten_DD.copy_(_whitening(scaled_ND - self.center_ED[label_N]))
+        self.whiten_all_DD.copy_(_whitening(scaled_ND))
 
     def calibrate(self, embeddings_ND: Tensor) -> None:
         """Sets the distance beyond which an utterance belongs to no group, from held-out speakers of the groups."""
@@ -72,13 +73,15 @@ class Gate(nn.Module):
         return (embedding_BD.float() - self.mean_D) / self.std_D
 
     def distance(self, embedding_BD: Tensor) -> Tensor:
-        """distance_B to the nearest group's mean, in deviations within groups: about 1 for a member.
+        """distance_B to the nearest group, relative to the distance to all training utterances together.
 
-        A Mahalanobis distance with one covariance for all groups (Lee et al. 2018, arXiv:1807.03888).
+        Squared Mahalanobis distances, per dimension. The difference leaves out the dimensions in which an utterance is
+        as unusual for all speech as for its group (Ren et al. 2021, arXiv:2106.09022).
         """
         with torch.autocast(embedding_BD.device.type, enabled=False):
-            white_BD, center_ED = self.standardise(embedding_BD) @ self.whiten_DD, self.center_ED @ self.whiten_DD
-            return torch.cdist(white_BD, center_ED).min(1).values / math.sqrt(self.dim)
+            scaled_BD = self.standardise(embedding_BD)
+            near_B = torch.cdist(scaled_BD @ self.whiten_DD, self.center_ED @ self.whiten_DD).min(1).values
+            return (near_B.square() - (scaled_BD @ self.whiten_all_DD).square().sum(1)) / self.dim
 
     def evidence(self, embedding_BD: Tensor) -> Tensor:
         """Evidence of an utterance about its group; sums over a speaker's utterances are the evidence about the
@@ -101,3 +104,15 @@ class Gate(nn.Module):
         with torch.autocast(embedding_BD.device.type, enabled=False):
             logits_BE: Tensor = self.net(self.standardise(embedding_BD))
         return logits_BE
+
+
+def _whitening(deviation_ND: Tensor) -> Tensor:
+    """whiten_DD: deviations times it have a covariance of about 1 in every direction."""
+    deviation_ND = deviation_ND.double()
+    covariance_DD = deviation_ND.t() @ deviation_ND / len(deviation_ND)
+    typical = covariance_DD.diagonal().mean().clamp_min(1e-6)
+    covariance_DD = (1 - SHRINKAGE) * covariance_DD + SHRINKAGE * typical * torch.eye(len(covariance_DD)).to(
+        covariance_DD
+    )
+    whiten_DD: Tensor = torch.linalg.inv(torch.linalg.cholesky(covariance_DD)).t()
+    return whiten_DD

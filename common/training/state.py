@@ -208,10 +208,7 @@ def restore(
     for name, p in trained.items():
         prefix = f"optim.{name}."
         moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps `step` on the CPU unless fused.
-        optimizer.state[p] = {
-            key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in moments.items()
-        }
+        optimizer.state[p] = {key: value.to(p.device) for key, value in moments.items()}
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], accelerator.device)

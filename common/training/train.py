@@ -188,9 +188,8 @@ def train(
         DataError: no evaluation gave a finite value for selection, because the training diverged.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    fused = device.type == "cuda"
     peak = options.learning_rate
-    optimizer = torch.optim.AdamW([{**group, "lr": peak * group["rate"]} for group in groups], fused=fused)
+    optimizer = torch.optim.AdamW([{**group, "lr": peak * group["rate"]} for group in groups], fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     trained = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}

@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=4,  # positions stand for the silence after an utterance
+    format=5,  # the gate's distances are relative to all utterances
     reads=(
         "seed",
         "precision",

@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=3,  # positions stand for the silence after an utterance
+    format=4,  # what a gate hears counts in choose
     gpus=1,
 )

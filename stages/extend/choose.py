@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from common import __version__
 from common.data.audio import audio_info
-from common.data.batches import BatchLoader, make_examples
+from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import INDEX_NAME, Corpus, Utterance, index_digest, read_corpus
 from common.errors import DataError, UsageError
+from common.evaluation.evaluate import evidence_of
 from common.inference.load_model import OpenedModel
 from common.inference.recordings import SUFFIXES
 from common.model.added import AddedExpert, append_terms
 from common.model.mixture import AddedTerm, mixture_layers
-from common.training.added import Candidates, Enrolment
+from common.training.added import BATCH, Candidates, Enrolment
 from stages.extend.enrolment import audible
 
 
@@ -42,8 +48,25 @@ def _utterance(path: Path) -> Utterance:
     return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
 
 
+def voice_by_gate(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> np.ndarray | None:
+    """voice_NE: log-odds of each routed expert's group against no knowledge, by the gate; None without a gate.
+
+    They are 0 for utterances that are unlike all groups.
+
+    Args:
+        batches: contain all these utterances, in any order.
+    """
+    gate = opened.recogniser.gate
+    if gate is None:
+        return None
+    with torch.inference_mode():
+        log_probs_NE, known_N = gate.decide(evidence_of(opened, utterances, batches))
+        voice_NE: np.ndarray = ((log_probs_NE + math.log(gate.num_experts)) * known_N[:, None]).cpu().numpy()
+    return voice_NE
+
+
 def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
-    """The model with weights over its experts for all audio, chosen by the likelihood of the texts of a folder.
+    """The model with weights over its experts for all audio, chosen by the texts and voices of a folder.
 
     Raises:
         UsageError: the model has no experts to choose from.
@@ -55,7 +78,9 @@ def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
     utterances = audible(corpus, corpus.utterances)
     examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
-    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None)
+    batches = epoch_batches(examples, batch_size=BATCH, shuffle=False)
+    voice_NE = voice_by_gate(opened, utterances, loader(batches))
+    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None, voice_NE)
     weights = Candidates(enrolment).weights(enrolment.all())
     terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}
     number = append_terms(opened.recogniser, terms)

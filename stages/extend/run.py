@@ -45,6 +45,7 @@ from common.training.added import (
     try_ways,
     ways_for,
 )
+from stages.extend.choose import voice_by_gate
 from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options
 
@@ -122,12 +123,14 @@ def _enrolment(work: _Work) -> Enrolment:
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     prepare(opened.recogniser)
     opened.recogniser.to(opened.accelerator.device)
+    batches = epoch_batches(examples, batch_size=work.config.decode.batch_size, shuffle=False)
     enrolment = Enrolment(
         opened.recogniser,
         examples,
         loader,
         opened.accelerator,
         _own_choice(work, examples, loader),
+        voice_by_gate(opened, work.utterances, loader(batches)),
         seed=work.config.seed,
         checkpointer=lambda name: context.checkpointer(re.sub(r"\W+", "-", name)),
         stopping=context.stopping,

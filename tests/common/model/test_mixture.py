@@ -301,6 +301,21 @@ def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():
     assert known.all()
 
 
+def test_a_gate_tells_strangers_from_members_that_are_unusual_for_all_speech():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(3).repeat_interleave(100)
+    center = torch.eye(3, 6) * 8
+    near = center[label] + torch.randn(300, 6, generator=generator)
+    gate = Gate(6, 4, 3).eval()
+    gate.fit_scale(near)
+    gate.fit_centers(near, label)
+    gate.calibrate(near)
+    noisy = center + torch.tensor([0, 0, 0, 0, 0, 7.0])  # in a direction in which the groups do not differ
+    between = center.mean(0, keepdim=True)
+    assert gate.decide(gate.evidence(noisy))[1].all()
+    assert not gate.decide(gate.evidence(between))[1].any()
+
+
 def test_magnitudes_learn_and_can_be_left_out(micro_model, mel_BMF):
     for learned in (True, False):
         whisper = load_whisper(micro_model)
