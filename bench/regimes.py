@@ -142,6 +142,7 @@ def summary_rows(
         row = {"corpus": budget[0], "steps": budget[1], "regime": name, "default": is_default(name)}
         row |= {"seeds": len(runs), "wer": system["wer"], "wer_interval": system["wer_interval"]}
         row["wer_dev"] = sum(run["dev_wer"] for run in runs) / len(runs) if runs else None
+        row["seconds"] = sum(run["seconds"] for run in runs) / len(runs) if runs else None
         row |= {"worst_group": worst[1]["wer"], "worst_group_name": worst[0]}
         row["wer_unseen"] = others.get(name)
         for reference in ("dense", PEFT):
@@ -193,7 +194,7 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
         "selected_step": report["best_step"],
         "expert_steps": [],
         "trained_parameters": report["trained_parameters"],
-        "seconds": summary["seconds"],
+        "seconds": training_seconds(folder, summary["seconds"]),
         **{key: summary[key] for key in RATES},
         **{key: report[key] for key in ROUTING if key in report},
         "by_etiology": {name: {key: rates[key] for key in RATES} for name, rates in summary["by_etiology"].items()},
@@ -206,6 +207,12 @@ def run_facts(store: Store, run: str) -> dict[str, Any]:
         clusters = read_object(stage_folders(store, record, "cluster", cache_folder())[0] / "report.json")
         facts["clusters"] = {key: clusters[key] for key in ("sizes", "purity", "adjusted_rand", "noise_share")}
     return facts
+
+
+def training_seconds(folder: Path, stages: Mapping[str, float]) -> float:
+    """Seconds of the training loop and of all stages before it, without the scoring of dev and test: as `peft.json`."""
+    before = sum(seconds for stage, seconds in stages.items() if stage != "asr")
+    return before + float(read_object(folder / "throughput.json")["training_seconds"])
 
 
 def dev_wer(folder: Path) -> float:

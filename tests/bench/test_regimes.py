@@ -50,6 +50,16 @@ def test_one_summary_row_for_each_regime_of_a_corpus_and_a_budget(benched):
         assert 0 <= rows[name]["wer_unseen"] <= 1
 
 
+def test_seconds_are_of_training_and_what_precedes_it_without_scoring(benched):
+    store, _, made = benched
+    stages = json.loads((store / "s-mixture-s0" / "summary.json").read_text())["seconds"]
+    seconds = made["runs"]["s-mixture-s0"]["seconds"]
+    assert sum(stages.values()) - stages["asr"] < seconds < sum(stages.values())
+    rows = {row["regime"]: row for row in made["summary"]}
+    peers = [json.loads((store / f"s-peft-s{seed}" / "peft.json").read_text())["seconds"] for seed in (0, 1)]
+    assert rows["peft"]["seconds"] == pytest.approx(sum(peers) / 2) and rows["base"]["seconds"] is None
+
+
 def test_the_peer_is_scored_on_the_same_utterances_and_loads_as_an_adapter(benched, tmp_path):
     store, _, made = benched
     facts = json.loads((store / "s-peft-s0" / "peft.json").read_text())
