@@ -1,4 +1,4 @@
-"""`python -m bench.kernels`: the three computations of the mixture's delta, by shape; is `pick_kernel`'s choice right?
+"""`python -m bench.kernels`: the two computations of the mixture's delta, by shape; is `pick_kernel`'s choice right?
 
 Forward and backward of one layer with its base, in milliseconds. A choice counts as right when it costs at most a
 tenth more than the fastest. Numbers in a row: utterances × positions, width in and out, experts, rank, experts per
@@ -12,16 +12,15 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
 from bench.setting import THREADS
-from common.model.mixture import MixtureLinear, pick_kernel
+from common.model.mixture import Kernel, MixtureLinear, pick_kernel
 from common.model.routing import Routing, RoutingSlot
 
-Computed = Literal["masked", "gathered", "grouped"]
 TOLERANCE = 1.1
 
 
@@ -56,10 +55,10 @@ def shapes(device: torch.device, *, quick: bool) -> Iterator[Shape]:
     yield Shape(rows, 1500, width, width, 1, 16, 1)
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, repeat: int) -> dict[Computed, float]:
-    """Milliseconds of the layer by each computation that this device can do, in turn, medians."""
+def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, repeat: int) -> dict[Kernel, float]:
+    """Milliseconds of the layer by each computation, in turn, medians."""
     layer, x_BTI = make_layer(shape, dtype, device)
-    taken: dict[Computed, list[float]] = {kernel: [] for kernel in get_args(Computed) if able(kernel, dtype, device)}
+    taken: dict[Kernel, list[float]] = {kernel: [] for kernel in get_args(Kernel)}
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for number in range(repeat + 1):
             for kernel in taken:
@@ -87,13 +86,6 @@ def make_layer(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[
     return layer, torch.randn(shape.B, shape.T, shape.I, dtype=dtype, device=device, requires_grad=True)
 
 
-def able(kernel: Computed, dtype: torch.dtype, device: torch.device) -> bool:
-    """Grouped products are made for bf16 on compute capability 9; elsewhere they loop over groups."""
-    if kernel != "grouped":
-        return True
-    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -110,8 +102,8 @@ def main() -> None:
         torch.set_num_threads(THREADS)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     right = total = 0
-    print(f"| shape ({str(dtype).removeprefix('torch.')}) | masked ms | gathered ms | grouped ms | fastest | chosen |")
-    print("|---|---|---|---|---|---|")
+    print(f"| shape ({str(dtype).removeprefix('torch.')}) | masked ms | gathered ms | fastest | chosen |")
+    print("|---|---|---|---|---|")
     for shape in shapes(device, quick=options.quick):
         taken = measure(shape, dtype, device, repeat=2 if options.quick else 20 if device.type == "cuda" else 7)
         layer, x_BTI = make_layer(shape, dtype, device)
@@ -120,7 +112,7 @@ def main() -> None:
         fastest = min(taken, key=lambda kernel: taken[kernel])
         good = taken[chosen] <= TOLERANCE * taken[fastest]
         right, total = right + good, total + 1
-        cells = [f"{taken[kernel]:.2f}" if kernel in taken else "" for kernel in get_args(Computed)]
+        cells = [f"{taken[kernel]:.2f}" for kernel in get_args(Kernel)]
         print(f"| {shape} | {' | '.join(cells)} | {fastest} | {chosen} {'✓' if good else '✗'} |", flush=True)
     print(f"\n{right} of {total} choices are right: at most a tenth slower than the fastest")
 

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear, side_by_side
 from common.model.routing import Routing, RoutingSlot
 
-Kernel = Literal["auto", "masked", "gathered", "grouped"]
+Kernel = Literal["masked", "gathered"]
 
 
 class LoraStack(nn.Module):
@@ -136,7 +135,7 @@ class MixtureLinear(nn.Module):
         shared_rank: rank of the shared expert; 0 for none.
         dropout: probability of zeroing an input feature of the experts, in training.
         magnitude: learn a magnitude per rank (`LoraStack`).
-        kernel: how the deltas are computed (`pick_kernel`).
+        kernel: how the deltas are computed (`mixture_columns`); `auto` chooses by `pick_kernel`.
 
     Shape:
         x_BTI → y_BTO.
@@ -153,7 +152,7 @@ class MixtureLinear(nn.Module):
         shared_rank: int = 0,
         dropout: float = 0.0,
         magnitude: bool = True,
-        kernel: Kernel = "auto",
+        kernel: Kernel | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -181,36 +180,31 @@ class MixtureLinear(nn.Module):
             return plain_BTO
         dtype = compute_dtype(x_BTI)
         x_BTI = x_BTI.to(dtype)
-        columns, grouped_BTO = self._columns(x_BTI, routing, dtype)
+        columns = self._columns(x_BTI, routing, dtype)
         if columns is None:
             y_BTO: Tensor = self.base(x_BTI)
         elif self.training and isinstance(self.dropout, nn.Dropout):
             y_BTO = self.base(x_BTI) + low_rank_delta(self.dropout(x_BTI), columns)
         else:
             y_BTO = low_rank_linear(x_BTI, self.base.weight, self.base.bias, columns)
-        y_BTO = y_BTO if grouped_BTO is None else y_BTO + grouped_BTO
         for number, rows_N in () if routing.all_added else routing.added:
             delta_NTO = low_rank_delta(x_BTI[rows_N], self._added_columns(number, dtype))
             y_BTO = y_BTO.index_add(0, rows_N, delta_NTO)
         return y_BTO
 
-    def _columns(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> tuple[Columns | None, Tensor | None]:
-        """All experts of a batch as one low-rank pair, and the routed experts' delta if it is computed in groups."""
+    def _columns(self, x_BTI: Tensor, routing: Routing, dtype: torch.dtype) -> Columns | None:
+        """All experts of a batch as one low-rank pair."""
         columns: list[Columns] = []
         if self.shared is not None:
             a_1RI, b_1OR = self.shared.factors(dtype)
             columns.append((a_1RI, b_1OR.transpose(1, 2), None))
         if routing.all_added:
             columns.append(self._added_columns(routing.added[0][0], dtype))
-        grouped_BTO = None
         if self.routed.experts and routing.topk_ids_BK.shape[1] and not routing.unrouted:
             a_ERI, b_EOR = self.routed.factors(dtype)
             kernel = pick_kernel(x_BTI, a_ERI, routing) if self.kernel == "auto" else self.kernel
-            if kernel == "grouped":
-                grouped_BTO = _grouped_delta(self.dropout(x_BTI), a_ERI, b_EOR, routing)
-            else:
-                columns.append(mixture_columns(a_ERI, b_EOR, routing, kernel))
-        return (side_by_side(columns) if columns else None), grouped_BTO
+            columns.append(mixture_columns(a_ERI, b_EOR, routing, kernel))
+        return side_by_side(columns) if columns else None
 
     def _added_columns(self, number: int, dtype: torch.dtype) -> Columns:
         term = self.added[number]
@@ -218,28 +212,7 @@ class MixtureLinear(nn.Module):
         return term.columns(self, dtype)
 
 
-def mixture_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Kernel = "auto") -> Tensor:
-    """Σ_k weight_k · b[e_k] a[e_k] x for each row, by one of three equal computations.
-
-    Args:
-        x_BTI: inputs.
-        a_ERI, b_EOR: the stacked experts (`LoraStack.factors`), in the dtype of `x_BTI`.
-        routing: K experts and weights of each of the B rows.
-        kernel: `masked` multiplies with all experts side by side and zeroes those not chosen (two GEMMs; wins while
-            E·R is small), `gathered` copies each row's experts and multiplies batched, `grouped` sorts the rows by
-            expert and multiplies in groups (bf16 on compute capability 9). `auto` chooses by `pick_kernel`.
-
-    Returns:
-        delta_BTO.
-    """
-    if kernel == "auto":
-        kernel = pick_kernel(x_BTI, a_ERI, routing)
-    if kernel == "grouped":
-        return _grouped_delta(x_BTI, a_ERI, b_EOR, routing)
-    return low_rank_delta(x_BTI, mixture_columns(a_ERI, b_EOR, routing, kernel))
-
-
-def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["masked", "gathered"]:
+def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Kernel:
     """The kernel that is fastest for a shape, as measured by `bench/kernels.py`."""
     experts, rank, _ = a_ERI.shape
     wanted = routing.topk_ids_BK.shape[1] * rank
@@ -250,7 +223,7 @@ def pick_kernel(x_BTI: Tensor, a_ERI: Tensor, routing: Routing) -> Literal["mask
     return "masked" if experts * rank <= cheap_columns else "gathered"
 
 
-def mixture_columns(a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Literal["masked", "gathered"]) -> Columns:
+def mixture_columns(a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Kernel) -> Columns:
     """The routed experts side by side as one low-rank pair: delta = ((x aᵀ) · scale) b, with C columns between.
 
     Returns:
@@ -268,22 +241,6 @@ def mixture_columns(a_ERI: Tensor, b_EOR: Tensor, routing: Routing, kernel: Lite
     a_BCI = (chosen_BKE @ a_ERI.reshape(experts, -1)).reshape(rows, topk * rank, features)
     b_BKOR = ((chosen_BKE * weights_BK.unsqueeze(2)) @ b_EOR.reshape(experts, -1)).reshape(rows, topk, outputs, rank)
     return a_BCI, b_BKOR.transpose(2, 3).reshape(rows, topk * rank, outputs), None
-
-
-def _grouped_delta(x_BTI: Tensor, a_ERI: Tensor, b_EOR: Tensor, routing: Routing) -> Tensor:
-    rows, topk = routing.topk_ids_BK.shape
-    experts, _, _ = a_ERI.shape
-    positions = x_BTI.shape[1]
-    order_N = routing.topk_ids_BK.reshape(-1).argsort(stable=True)  # (row, k) pairs sorted by expert
-    row_N = order_N.div(topk, rounding_mode="floor")
-    counts_E = torch.bincount(routing.topk_ids_BK.reshape(-1), minlength=experts)
-    ends_E = (counts_E * positions).cumsum(0).to(torch.int32)
-    sorted_PI = x_BTI[row_N].reshape(rows * topk * positions, -1)
-    hidden_PR = F.grouped_mm(sorted_PI, a_ERI.transpose(1, 2), offs=ends_E)
-    out_NTO = F.grouped_mm(hidden_PR, b_EOR.transpose(1, 2), offs=ends_E).reshape(rows * topk, positions, -1)
-    weights_N = routing.topk_weights_BK.to(x_BTI.dtype).reshape(-1)[order_N]
-    zeros_BTO = out_NTO.new_zeros(rows, positions, out_NTO.shape[-1])
-    return zeros_BTO.index_add(0, row_N, out_NTO * weights_N[:, None, None])
 
 
 def add_mixture(
