@@ -39,7 +39,7 @@ def made(tmp_path_factory, micro_model, tones):
     return store, next(store.glob("artifacts/asr/*/*/recogniser.json")).parent, summary
 
 
-@pytest.mark.parametrize("step", [4, 15])  # while ranks are taken away, and after
+@pytest.mark.parametrize("step", [4, 13, 15])  # while ranks are taken away, at the last time, and after
 def test_stopped_and_resumed_training_ends_with_the_same_bits(made, tmp_path, micro_model, tones, step):
     config = adaptive(tmp_path, micro_model, tones)
     run = Run(config)
@@ -59,6 +59,11 @@ def test_the_budget_is_kept_over_all_layers(made):
     for name, rank in ranks.items():
         kept = tensors[f"base_model.model.{name}.lora_B.weight"].abs().sum(0) > 0
         assert int(kept.sum()) == rank
+
+
+def test_only_weights_of_the_final_budget_can_be_selected(made):
+    rows = [json.loads(line) for line in (made[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "wer" in row) for row in rows if row["split"] == "dev"] == [(9, False), (18, True)]
 
 
 def test_read_back_it_hears_what_the_run_heard(made, tmp_path, tones):

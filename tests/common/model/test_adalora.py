@@ -1,21 +1,16 @@
-"""AdaLoRA equals PEFT's where both start alike, goes on where it was interrupted, and ends as plain LoRA."""
+"""AdaLoRA equals PEFT's where both start alike, and ends as plain LoRA. Runs with it: tests/stages/test_adalora.py."""
 
-import copy
-from dataclasses import dataclass
 from types import SimpleNamespace
 
-import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from common.errors import Preempted
 from common.model.adalora import (
     RankPlan,
     add_adalora,
     allocate,
-    importance_tensors,
     orthogonality,
     rank_budget,
     svd_layers,
@@ -25,9 +20,6 @@ from common.model.adapters import save_expert
 from common.model.mixture import mixture_layers
 from common.model.routing import Routing, route_to
 from common.model.whisper import encode, load_whisper
-from common.storage import open_store
-from common.storage.checkpoint import Checkpointer
-from common.training.train import TrainOptions, make_accelerator, train
 
 WIDTH, RANK, TARGET, TOTAL = 8, 6, 2, 30
 PLAN = RankPlan(RANK, TARGET, warmup=0.2, final=0.3, interval=1)
@@ -152,85 +144,6 @@ def test_steps_without_gradients_measure_nothing_and_still_take_ranks_away():
     for step in range(1, TOTAL + 1):
         allocate(model, step, TOTAL, PLAN)
     assert sum(int(layer.kept_R.sum()) for _, layer in svd_layers(model)) == 2 * TARGET
-
-
-@dataclass(frozen=True)
-class Numbers:
-    x: torch.Tensor
-    seconds: float = 1.0
-    padding: float = 0.0
-
-    @property
-    def weight(self):
-        return torch.tensor(float(len(self.x)))
-
-    def __len__(self):
-        return len(self.x)
-
-
-class Trained(nn.Module):
-    """Tiny with adapters and dropout, as the loop calls models."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = Tiny()
-        slot = add_adalora(self.inner, targets=("first", "second"), rank=RANK, scaling=2.0, dropout=0.1)
-        slot.routing = ROUTING
-
-    def forward(self, batch):
-        loss = self.inner(batch.x).loss
-        total = len(batch) * (loss + 0.5 * orthogonality(self.inner))
-        return total, {"ce": (len(batch) * loss).detach()}
-
-
-def fit(model, folder=None, stop_at=None):
-    steps = iter(range(1, 1000))
-
-    def evaluate(module, full):
-        return {"loss": float(model.inner(inputs(99)).loss)}
-
-    return train(
-        model,
-        accelerator=make_accelerator("fp32", "cpu"),
-        groups=[{"params": [p for p in model.parameters() if p.requires_grad], "rate": 1.0, "weight_decay": 0.01}],
-        plan_epoch=lambda epoch: [[10 * epoch + i] for i in range(5)],
-        load=lambda batches: (Numbers(inputs(numbers[0])) for numbers in batches),
-        evaluate=evaluate,
-        options=TrainOptions(
-            epochs=6, learning_rate=0.02, patience=9, quiet=True, save_every_n_epochs=1, select_from=1 - PLAN.final
-        ),
-        checkpointer=Checkpointer(open_store(folder), "checkpoints/", scratch=folder) if folder else None,
-        stopping=lambda: stop_at is not None and next(steps) == stop_at,
-        after_step=lambda step, total: allocate(model, step, total, PLAN),
-        extra=importance_tensors(model),
-    )
-
-
-@pytest.mark.parametrize("stop_at", [3, 10, 20, 21, 26])  # warm-up, taking away, the last allocation, after it
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, stop_at):
-    torch.manual_seed(1)
-    whole = Trained()
-    start = copy.deepcopy(whole)
-    torch.manual_seed(5)
-    expected = fit(whole)
-    interrupted, resumed = copy.deepcopy(start), copy.deepcopy(start)
-    torch.manual_seed(5)
-    with pytest.raises(Preempted):
-        fit(interrupted, tmp_path, stop_at)
-    torch.manual_seed(77)  # the checkpoint's random state must win
-    result = fit(resumed, tmp_path)
-    assert (result.value, result.best_step) == (expected.value, expected.best_step)
-    assert importance_tensors(resumed).keys() == importance_tensors(whole).keys() != set()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-def test_only_weights_of_the_final_budget_are_selected():
-    torch.manual_seed(1)
-    model = Trained()
-    result = fit(model)
-    assert result.best_step > PLAN.last(TOTAL)
-    assert sum(int((layer.value_R != 0).sum()) for _, layer in svd_layers(model)) <= 2 * TARGET
 
 
 def test_the_result_is_plain_lora_that_peft_loads(micro_model, tmp_path):
