@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 
-from cli.shared import language_option
 from cli.table import text_table
 from common.console import echo
 from common.errors import DataError, UsageError
@@ -143,16 +142,14 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 
 @corpus.command()
 @click.argument("path")
-@click.option("--model", help="Base model whose word error rates by etiology are measured as well.")
-@language_option
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def stats(path: str, model: str | None, language: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Counts utterances, hours and speakers; with --model also the base model's WER by etiology.
+def stats(path: str, endpoint_url: str | None, as_json: bool) -> None:
+    """Counts utterances, hours and speakers.
 
     \b
         moe-asr corpus stats data/mine
-        moe-asr corpus stats data/mine --model openai/whisper-small --json
+        moe-asr corpus stats data/mine --json
     """
     from common.data.corpus import PROVENANCE, corpus_stats
     from common.json_files import read_object
@@ -162,10 +159,6 @@ def stats(path: str, model: str | None, language: str, endpoint_url: str | None,
     made_of = data.root / PROVENANCE
     if data.remote is None and made_of.is_file():
         figures["left_out"] = read_object(made_of).get("left_out") or {}
-    if model is not None:
-        from cli.base_wer import base_wer
-
-        figures["wer"] = base_wer(data, model, language, endpoint_url)
     if as_json:
         echo(json.dumps(figures, indent=1))
         return

@@ -1,7 +1,7 @@
 """The stand-in etiologies of synthetic corpora, with their voices, effects and sounds.
 
 The names say how the speech sounds and stand for no diagnosis. Those of the demonstration differ by voice and effect;
-each was chosen by measurement: Whisper tiny.en gets it clearly more wrong than plain speech (`moe-asr corpus stats`
+each was chosen by measurement: Whisper tiny.en gets it clearly more wrong than plain speech (`moe-asr evaluate`
 shows by how much). Those of the benchmark, called by where they might come from, speak fast, too, and say one sound for
 another, by rules that contradict each other.
 """
