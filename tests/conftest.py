@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def tones(tmp_path_factory) -> Path:
     from tests.factories import micro_corpus
 
     return micro_corpus(tmp_path_factory.mktemp("tones") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory) -> Path:
+    """An SQLite database of one table with 3000 rows. Not to be changed."""
+    path = tmp_path_factory.mktemp("table") / "t.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE t (x INTEGER, y TEXT)")
+    connection.executemany("INSERT INTO t VALUES (?, ?)", [(i, f"n{i}") for i in range(3000)])
+    connection.commit()
+    connection.close()
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -102,18 +102,6 @@ HARMLESS = {
 }
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """A database of one table with 3000 rows."""
-    path = tmp_path_factory.mktemp("table") / "t.db"
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE t (x INTEGER, y TEXT)")
-    connection.executemany("INSERT INTO t VALUES (?, ?)", [(i, f"n{i}") for i in range(3000)])
-    connection.commit()
-    connection.close()
-    return path
-
-
 def test_each_query_ends_in_time_and_alone(table, tmp_path, monkeypatch, tally):
     monkeypatch.chdir(tmp_path)
     seconds, ask = {}, sql.QueryProcess.ask

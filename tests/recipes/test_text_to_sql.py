@@ -33,18 +33,6 @@ RUNAWAY = "SELECT COUNT(*) FROM t a, t b, t c, t d"
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """A database of one table with 3000 rows."""
-    path = tmp_path_factory.mktemp("table") / "t.db"
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE t (x INTEGER, y TEXT)")
-    connection.executemany("INSERT INTO t VALUES (?, ?)", [(i, f"n{i}") for i in range(3000)])
-    connection.commit()
-    connection.close()
-    return path
-
-
-@pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """A small demonstration corpus."""
     folder = tmp_path_factory.mktemp("pairs")
