@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from common.data.corpus import Utterance, write_index
 
 SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
 WORDS = ("river", "lamp", "seven", "green", "open", "stone", "under", "paper", "voice", "moon")
+CT2_TYPES = {"<f4": 0, "<i1": 1, "<i2": 2, "<i4": 3, "<f2": 4, "<u2": 5}  # the last one holds bfloat16
 PITCH = {"typical": 220.0, "low": 110.0, "high": 440.0}  # Hz: "etiologies" that an encoder tells apart
 
 
@@ -88,6 +91,23 @@ def micro_corpus(
             )
     write_index(folder, rows)
     return folder
+
+
+def ct2_model(variables: Mapping[str, np.ndarray]) -> bytes:
+    """The model.bin of a Whisper as CTranslate2 writes it, with the output projection as an alias of the embeddings."""
+    parts = [struct.pack("<I", 6), ct2_text("WhisperSpec"), struct.pack("<II", 3, len(variables))]
+    for name, value in variables.items():
+        number = CT2_TYPES[value.dtype.str.replace("|", "<")]
+        header = struct.pack(f"<B{value.ndim}IBI", value.ndim, *value.shape, number, value.nbytes)
+        parts += [ct2_text(name), header, value.tobytes()]
+    alias = ct2_text("decoder/projection/weight") + ct2_text("decoder/embeddings/weight")
+    return b"".join([*parts, struct.pack("<I", 1), alias])
+
+
+def ct2_text(text: str) -> bytes:
+    """A string of a model.bin."""
+    raw = text.encode() + b"\0"
+    return struct.pack("<H", len(raw)) + raw
 
 
 def heard_texts(opened, batch, decoding) -> list[str]:

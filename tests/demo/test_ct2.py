@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from common.errors import DataError, StoreError, UsageError
 from demo.ct2 import bundled_tiny_en, import_ct2
-from demo.ct2_file import DTYPES, read_model
+from demo.ct2_file import read_model
+from tests.factories import ct2_model
 
 ct2 = pytest.importorskip("ctranslate2")
 espeak = pytest.importorskip("espeakng_loader")
@@ -347,7 +348,7 @@ def _write_folder(folder, values, storage):
             stored[name] = value.astype(np.float16)
         else:
             stored[name] = value
-    (folder / "model.bin").write_bytes(_model_bytes(stored))
+    (folder / "model.bin").write_bytes(ct2_model(stored))
     multilingual = len(values["decoder/embeddings/weight"]) > 51_864
     bundled = bundled_tiny_en()
     shutil.copy(bundled / "config.json", folder)
@@ -372,17 +373,3 @@ def _quantise(value, storage):
     rows = value.reshape(len(value), -1)
     scale = (127 / np.maximum(np.abs(rows).max(1), 1e-30)).astype(np.float32)
     return np.rint(rows * scale[:, None]).astype(np.int8).reshape(value.shape), scale
-
-
-def _model_bytes(values):
-    def string(text):
-        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
-
-    parts = [struct.pack("<I", 6), string("WhisperSpec"), struct.pack("<II", 3, len(values))]
-    for name, value in sorted(values.items()):
-        array = np.asarray(value)
-        type_id = [*DTYPES[:5], np.dtype("<u2")].index(array.dtype)
-        header = struct.pack(f"<B{array.ndim}IBI", array.ndim, *array.shape, type_id, array.nbytes)
-        parts += [string(name), header, array.tobytes()]
-    alias = string("decoder/projection/weight") + string("decoder/embeddings/weight")
-    return b"".join([*parts, struct.pack("<I", 1), alias])

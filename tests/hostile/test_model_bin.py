@@ -14,6 +14,7 @@ from common.errors import DataError
 from common.model.whisper import load_whisper
 from demo.ct2 import import_ct2
 from demo.ct2_file import read_model
+from tests.factories import ct2_model, ct2_text
 from tests.hostile.figures import SEEDS
 
 WIDTH, INNER, VOCABULARY, MELS = 4, 6, 12, 5
@@ -25,7 +26,6 @@ TOKENS = (
     "<|translate|>",
     "<|transcribe|>",
 )
-TYPES = {"<f4": 0, "<i1": 1, "<i2": 2, "<i4": 3, "<f2": 4}
 
 
 def variables():
@@ -62,24 +62,9 @@ def variables():
     return made
 
 
-def text(value):
-    raw = value.encode() + b"\0"
-    return struct.pack("<H", len(raw)) + raw
-
-
-def model_bin(made, aliases=(("decoder/projection/weight", "decoder/embeddings/weight"),)):
-    body = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(made))
-    for name, value in made.items():
-        body += text(name) + struct.pack(
-            f"<B{value.ndim}IB", value.ndim, *value.shape, TYPES[value.dtype.str.replace("|", "<")]
-        )
-        body += struct.pack("<I", value.nbytes) + value.tobytes()
-    return body + struct.pack("<I", len(aliases)) + b"".join(text(name) + text(target) for name, target in aliases)
-
-
 @pytest.fixture(scope="module")
 def whole():
-    return model_bin(variables())
+    return ct2_model(variables())
 
 
 @pytest.fixture
@@ -186,7 +171,7 @@ def crafted():
 def test_a_file_of_no_model_is_refused(folder, tally):
     optional = {"encoder/num_heads", "decoder/num_heads", "decoder/scale_embeddings"}
     cases = list(crafted())
-    outcomes = [(outcome(folder, model_bin(case)), case) for case in cases]
+    outcomes = [(outcome(folder, ct2_model(case)), case) for case in cases]
     lost = []
     for result, case in outcomes:
         missing = variables().keys() - case.keys()
@@ -211,7 +196,7 @@ def test_sizes_whose_product_overflows_are_refused(folder, whole, tally):
     name = "decoder/embeddings/weight"
     tried = 0
     for shape in ((2**32 - 1,) * 8, (2**31, 2**31, 4), (2**16, 2**16, 2**16, 2**16), (0,) * 8, (2**32 - 1, 0)):
-        head = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, 1) + text(name)
+        head = struct.pack("<I", 6) + ct2_text("WhisperSpec") + struct.pack("<II", 3, 1) + ct2_text(name)
         for size in (0, 4, 2**32 - 1):
             body = (
                 head + struct.pack(f"<B{len(shape)}IBI", len(shape), *shape, 0, size) + b"\0" * 8 + struct.pack("<I", 0)
