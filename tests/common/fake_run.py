@@ -1,14 +1,10 @@
-"""A plausible run folder, made of the files that the stages write: for tests of the report and for looking at it.
+"""A plausible run folder, made of the files that the stages write: for tests of the report."""
 
-python tests/common/fake_run.py OUT [--experts 8] [--points 600]     writes OUT/report.html
-"""
-
-import argparse
 import json
 import random
 from pathlib import Path
 
-from common.report.report import RunView, render_report
+from common.report.report import RunView
 
 ETIOLOGIES = ("plain", "whisper", "croak", "tremor", "fast", "breathy")
 WORDS = "the river bank holds seven copper kettles and a quiet lamp beside two old maps under green winter light"
@@ -200,14 +196,3 @@ def _timeline(rng, experts):
         {"stage": "asr", "shard": None, "started": started, "seconds": 310.0, "host": "laptop", "status": "run"}
     )
     return rows
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--points", type=int, default=600)
-    parser.add_argument("--speakers", type=int, default=12)
-    given = parser.parse_args()
-    view = write_fake_run(given.out, given.experts, given.points, 240, given.speakers)
-    (given.out / "report.html").write_text(render_report(view), encoding="utf-8")
