@@ -86,6 +86,7 @@ def test_the_same_input_gives_the_same_labels_twice(algorithm, reduce):
     )
     np.testing.assert_array_equal(first.labels_N, second.labels_N)
     np.testing.assert_array_equal(first.centroids_KD, second.centroids_KD)
+    np.testing.assert_array_equal(first.probability_N, second.probability_N)
 
 
 def test_smaller_cluster_sizes_are_tried_until_there_are_enough():

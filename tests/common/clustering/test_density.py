@@ -90,13 +90,6 @@ def test_points_too_few_for_memberships_stay_without_a_cluster():
     np.testing.assert_array_equal(dense.labels_N < 0, dense.noise_N)
 
 
-def test_the_same_points_give_the_same_labels_twice():
-    points_ND = speech_like(900, spread=2.5)
-    first, second = dense_clusters(points_ND, 8, 5, 5), dense_clusters(points_ND, 8, 5, 5)
-    np.testing.assert_array_equal(first.labels_N, second.labels_N)
-    np.testing.assert_array_equal(first.probability_N, second.probability_N)
-
-
 @pytest.mark.parametrize("points_ND", [speech_like(700), speech_like(300) + 500.0, speech_like(2, groups=1)])
 def test_the_spanning_tree_is_as_light_as_that_of_all_pairs(points_ND):
     start_E, stop_E = spanning_tree(points_ND)
