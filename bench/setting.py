@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,12 @@ def _shared_memory() -> int:
 
 def quick_setting() -> Setting:
     """A model of 32 dimensions: every row in seconds."""
-    return Setting(
+    return replace(
+        cpu_setting(),
         name="quick",
-        device=torch.device("cpu"),
-        precision="fp32",
         model="micro",
         dense_model="micro",
         experts=3,
-        top_k=2,
         rank=4,
         batch=2,
         dense_batch=2,
@@ -157,7 +155,6 @@ def quick_setting() -> Setting:
         clips=4,
         encode_batch=2,
         repetitions=1,
-        workers=0,
     )
 
 
