@@ -39,6 +39,16 @@ from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 from common.model.routing import route
 
+# Options of Seq2SeqTrainer with which it does nothing but train: no evaluation, no saving, no logging.
+TRAINING_ONLY: dict[str, Any] = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": [],
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+}
+
 
 def features_of(batch: Batch, device: torch.device) -> Tensor:
     """Hugging Face's spectrograms of a batch's audio, padded to 30 s: features_BMF."""
@@ -164,7 +174,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 def make_trainer(
     model: Any, rows: Sequence[Mapping[str, Any]], setting: Setting, folder: Path
 ) -> tuple[Seq2SeqTrainer, StepClock]:
-    """A trainer for one epoch, with nothing but training in it: no evaluation, no saving, no logging."""
+    """A trainer for one epoch, with nothing but training in it."""
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=setting.dense_batch,
@@ -176,16 +186,11 @@ def make_trainer(
         tf32=True if setting.on_gpu else None,
         gradient_checkpointing=False,
         predict_with_generate=False,
-        eval_strategy="no",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
         disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
         dataloader_num_workers=setting.workers,
         dataloader_pin_memory=setting.on_gpu,
         use_cpu=not setting.on_gpu,
+        **TRAINING_ONLY,
     )
     end = int(model.config.eos_token_id)
     clock = StepClock(setting)

@@ -23,7 +23,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
-from bench.peers import collate_padded, trainer_dataset
+from bench.peers import TRAINING_ONLY, collate_padded, trainer_dataset
 from common.config import Config, resolve
 from common.console import echo
 from common.data.subsets import stratified_subset
@@ -95,15 +95,10 @@ def train(config: Config, asked: dict[str, Any], folder: Path) -> dict[str, Any]
             max_grad_norm=config.asr.max_grad_norm,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
             disable_tqdm=config.runtime.quiet,
-            remove_unused_columns=False,
-            label_names=["labels"],
             use_cpu=config.runtime.device == "cpu",
             seed=asked["seed"],
+            **TRAINING_ONLY,
         ),
         train_dataset=rows,
         data_collator=partial(collate_padded, end=end),
