@@ -22,8 +22,7 @@ import torch
 from bench import decoding, dense, encoding, joint
 from bench.measure import Measurement, device_name, versions
 from bench.setting import THREADS, Setting, cpu_setting, gpu_setting, quick_setting
-
-RESULTS = Path(__file__).parent / "results"
+from bench.table import RESULTS, rows_table
 
 
 def _options(setting: Setting) -> list[Measurement]:
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows_by_group[name] = [row | {"group": name} for row in measure(name, setting)]
         if path is not None:  # after each group: what is cut off leaves what it had
             write(in_order(rows_by_group), setting, path)
-    print(table(in_order(rows_by_group)))
+    print("\n".join(rows_table(in_order(rows_by_group))))
     if path is not None:
         print(f"\n{path} is written")
 
@@ -137,23 +136,6 @@ def slug(setting: Setting) -> str:
     if not setting.on_gpu:
         return setting.name
     return re.sub(r"[^a-z0-9]+", "-", device_name(setting).lower()).strip("-")
-
-
-def table(rows: Sequence[Measurement]) -> str:
-    """Markdown: ours, peer, ratio, target, and what was measured."""
-    lines = ["| row | ours | peer | unit | ratio | target | measured |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        target = row["target"]
-        wanted = "" if target is None else f"≥ {target:.2g}× {'✓' if row['ratio'] >= target else '✗'}"
-        cells = [row["row"], figure(row["ours"]), figure(row["peer"]), row["unit"]]
-        cells += [f"{figure(row['ratio'])}×", wanted, row.get("note", "")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def figure(value: float) -> str:
-    """Three digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,27 @@ RESULTS = Path(__file__).parent / "results"
 
 def full_table() -> list[str]:
     """One line per row of every file in bench/results: ours, the other, how many times better, wanted, settings."""
-    header = ("measured", "ours", "the other", "unit", "better by", "wanted", "settings")
-    return _tables(header, _full, lambda group: group != "options")
+    return _by_device(rows_table, lambda group: group != "options")
 
 
 def options_table() -> list[str]:
     """What each option of training does to a step."""
+    return _by_device(_options, lambda group: group == "options")
+
+
+def rows_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per row: ours, the other, how many times better, wanted, settings."""
+    header = ("measured", "ours", "the other", "unit", "better by", "wanted", "settings")
+    return _table(header, map(_full, rows))
+
+
+def _options(rows: Sequence[dict[str, Any]]) -> list[str]:
     header = ("option", "with it", "without", "unit", "ratio", "settings")
-    return _tables(header, lambda row: (*_short(row), _settings(row)), lambda group: group == "options")
+    return _table(header, ((*_short(row), _settings(row)) for row in rows))
 
 
-def _tables(
-    header: Sequence[str],
-    cells: Callable[[dict[str, Any]], Sequence[str]],
-    wanted: Callable[[str | None], bool],
+def _by_device(
+    table: Callable[[Sequence[dict[str, Any]]], list[str]], wanted: Callable[[str | None], bool]
 ) -> list[str]:
     """A table for each file of results, with the rows of the groups that are wanted."""
     lines = []
@@ -37,9 +44,12 @@ def _tables(
         if not rows:
             continue
         versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-        lines += [f"On {results['device']} ({versions}):", "", _line(header), _line(["---"] * len(header))]
-        lines += [*(_line(cells(row)) for row in rows), ""]
+        lines += [f"On {results['device']} ({versions}):", "", *table(rows), ""]
     return lines[:-1]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
 
 
 def _short(row: dict[str, Any]) -> tuple[str, ...]:
