@@ -123,7 +123,7 @@ HELM ?= helm
 package: chart ## the Helm chart as a file in dist/
 	$(HELM) package helm/moe-asr --destination dist
 
-reference: dev ## write docs/reference and the generated parts of README.md
+reference: dev ## write docs/reference and the generated parts of other pages
 	$(BIN)/python -m reference
 
 docs: dev ## the documentation as a site in site/, strictly, links checked, nothing fetched

@@ -1,4 +1,4 @@
-"""Tables of the committed measurements, in Markdown: a short one for README.md, one with settings for the docs."""
+"""Tables of measurements, in Markdown: `bench.run` prints one, docs/performance.md has those of bench/results."""
 
 from __future__ import annotations
 

@@ -87,5 +87,5 @@ def epoch_planner(
 
 
 def lora_scope(modules: str) -> str:
-    """`lora.modules` as the part of a module's name that `moe.add_mixture` looks for."""
+    """`lora.modules` as the part of a module's name that `mixture.add_mixture` looks for."""
     return {"all": "", "encoder": "encoder.layers", "decoder": "decoder.layers"}[modules]

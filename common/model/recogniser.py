@@ -48,7 +48,7 @@ class Recogniser(nn.Module):
     """Whisper with an optional mixture of experts.
 
     Args:
-        whisper: the base; its linear layers may be mixtures (`moe.add_mixture`).
+        whisper: the base; its linear layers may be mixtures (`mixture.add_mixture`).
         slot: slot of these mixtures; None for a model without mixtures (full fine-tune, or the base itself).
         gate: chooses among several routed experts; None without routed experts, or with routing by a table.
         embeddings_ND: pooled embeddings of the frozen encoder for `Batch.row_B`; never trained.

@@ -5,8 +5,8 @@ parts that differ between tasks are passed as plain functions. One process or se
 
 A step's loss is the sum over its micro-batches and processes divided by their common weight (tokens), so that the same
 utterances give the same gradient however they are split over accumulation, processes or a batch halved for memory. One
-term is an exception: the load-balance loss (`moe.balance_loss`) is a product of two means over a batch, so that with
-`balance_weight` above 0 the gradient depends a little on the split.
+term is an exception: the load-balance loss (`routing.balance_loss`) is a product of two means over a batch, so that
+with `balance_weight` above 0 the gradient depends a little on the split.
 """
 
 from __future__ import annotations
