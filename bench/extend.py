@@ -52,7 +52,7 @@ from common.training.added import (
 )
 from common.training.rates import adapter_groups
 from common.training.train import TrainOptions, train
-from stages.extend.choose import voice_by_gate
+from stages.extend.choose import gate_log_probs
 from stages.extend.enrolment import parse_where
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,8 +81,8 @@ def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utter
     prepare(opened.recogniser)
     experts = opened.recogniser.num_experts
     own = (torch.zeros(len(examples), experts), torch.zeros(len(examples), dtype=torch.bool)) if experts > 1 else None
-    voice_NE = voice_by_gate(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
-    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, voice_NE, seed=seed)
+    log_prob_NE = gate_log_probs(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
+    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, log_prob_NE, seed=seed)
 
 
 def stored_bytes(terms: Terms) -> int:

@@ -34,7 +34,7 @@ CLEARLY = 2.0  # standard errors by which a method has to be worse to be given u
 JUDGED_FROM = 8  # utterances on which a method has to be worse
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
 CHOOSING = 10  # utterances that `choose` uses at most; they tell even alike groups apart (docs/extending.md)
-VOICE_WEIGHT = 0.5  # of what a gate hears, beside the likelihood of the texts: one speaker's utterances sound alike
+GATE_WEIGHT = 0.5  # of its log-probabilities beside log-likelihoods: a speaker's utterances are not independent
 
 Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
 
@@ -48,7 +48,8 @@ class Enrolment:
         examples: their rows are 0 … N-1.
         loader: loader of the examples.
         own: routing of the examples by the unchanged model; None if the model has no routing.
-        voice_NE: log-odds of each routed expert's group by the gate, against no knowledge; None without a gate.
+        log_prob_NE: log-probability of each expert's group by the gate, plus log E so that a uniform guess is 0; None
+            without a gate.
         checkpointer: opens the checkpoints of one training, by its name.
         stopping: asked at every step.
     """
@@ -58,7 +59,7 @@ class Enrolment:
     loader: BatchLoader
     accelerator: Accelerator
     own: Choice | None
-    voice_NE: np.ndarray | None = None
+    log_prob_NE: np.ndarray | None = None
     seed: int = 0
     checkpointer: Callable[[str], Checkpointer | None] = lambda name: None
     stopping: Callable[[], bool] = lambda: False
@@ -132,7 +133,7 @@ def _batches(enrolment: Enrolment, numbers: Sequence[int]) -> Iterator[Batch]:
 
 def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray:
     """loss_NC: cross-entropy of texts with each routed expert and the shared expert, and with the shared expert
-    alone; less what the gate hears in favour of each expert's group.
+    alone, less the weighted log-probability of each expert's group by the gate.
     """
     experts, size = enrolment.recogniser.num_experts, len(enrolment.examples)
     columns = []
@@ -143,13 +144,13 @@ def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray
         columns.append(losses(enrolment, numbers)[0])
     enrolment.route_own()
     loss_NC = np.stack(columns, 1)
-    if enrolment.voice_NE is not None:
-        loss_NC[:, :-1] -= VOICE_WEIGHT * enrolment.voice_NE[list(numbers)]
+    if enrolment.log_prob_NE is not None:
+        loss_NC[:, :-1] -= GATE_WEIGHT * enrolment.log_prob_NE[list(numbers)]
     return loss_NC
 
 
 def choose_weights(loss_NC: np.ndarray) -> dict[int, float]:
-    """Weights of routed experts by texts and voice: the posterior of a uniform prior over C candidates.
+    """Weights of routed experts by texts and gate: the posterior of a uniform prior over C candidates.
 
     The weight of the shared expert alone is not assigned to any routed expert; small weights are omitted.
     """

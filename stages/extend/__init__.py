@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=4,  # what a gate hears counts in choose
+    format=4,  # the gate's log-probabilities count in choose
     gpus=1,
 )

@@ -48,10 +48,10 @@ def _utterance(path: Path) -> Utterance:
     return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
 
 
-def voice_by_gate(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> np.ndarray | None:
-    """voice_NE: log-odds of each routed expert's group against no knowledge, by the gate; None without a gate.
+def gate_log_probs(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> np.ndarray | None:
+    """log_prob_NE: log-probability of each expert's group by the gate, plus log E so that a uniform guess is 0.
 
-    They are 0 for utterances that are unlike all groups.
+    They are 0 for utterances that are unlike all groups. None without a gate.
 
     Args:
         batches: contain all these utterances, in any order.
@@ -61,12 +61,12 @@ def voice_by_gate(opened: OpenedModel, utterances: Sequence[Utterance], batches:
         return None
     with torch.inference_mode():
         log_probs_NE, known_N = gate.decide(evidence_of(opened, utterances, batches))
-        voice_NE: np.ndarray = ((log_probs_NE + math.log(gate.num_experts)) * known_N[:, None]).cpu().numpy()
-    return voice_NE
+        log_prob_NE: np.ndarray = ((log_probs_NE + math.log(gate.num_experts)) * known_N[:, None]).cpu().numpy()
+    return log_prob_NE
 
 
 def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
-    """The model with weights over its experts for all audio, chosen by the texts and voices of a folder.
+    """The model with weights over its experts for all audio, chosen by texts and audio of a folder.
 
     Raises:
         UsageError: the model has no experts to choose from.
@@ -79,8 +79,8 @@ def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
     examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     batches = epoch_batches(examples, batch_size=BATCH, shuffle=False)
-    voice_NE = voice_by_gate(opened, utterances, loader(batches))
-    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None, voice_NE)
+    log_prob_NE = gate_log_probs(opened, utterances, loader(batches))
+    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None, log_prob_NE)
     weights = Candidates(enrolment).weights(enrolment.all())
     terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}
     number = append_terms(opened.recogniser, terms)

@@ -45,7 +45,7 @@ from common.training.added import (
     try_ways,
     ways_for,
 )
-from stages.extend.choose import voice_by_gate
+from stages.extend.choose import gate_log_probs
 from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options
 
@@ -130,7 +130,7 @@ def _enrolment(work: _Work) -> Enrolment:
         loader,
         opened.accelerator,
         _own_choice(work, examples, loader),
-        voice_by_gate(opened, work.utterances, loader(batches)),
+        gate_log_probs(opened, work.utterances, loader(batches)),
         seed=work.config.seed,
         checkpointer=lambda name: context.checkpointer(re.sub(r"\W+", "-", name)),
         stopping=context.stopping,

@@ -35,7 +35,7 @@ from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
 from common.training.added import (
     CHOOSING,
-    VOICE_WEIGHT,
+    GATE_WEIGHT,
     Candidates,
     Enrolment,
     Trial,
@@ -46,7 +46,7 @@ from common.training.added import (
     steps_for,
     without_worse,
 )
-from stages.extend.choose import voice_by_gate
+from stages.extend.choose import gate_log_probs
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -464,23 +464,25 @@ def test_existing_experts_are_chosen_by_enrolment_and_nothing_is_written(store, 
 
 
 @pytest.mark.parametrize("expert", [0, 2])
-def test_what_the_gate_hears_counts_in_a_choice_unless_the_speech_is_unlike_all_groups(expert, store, speech, tmp_path):
+def test_the_gates_log_probabilities_count_in_a_choice_unless_the_speech_is_unlike_all_groups(
+    expert, store, speech, tmp_path
+):
     corpus = read_corpus(speech)
     model = opened("micro", store, tmp_path)
     with torch.no_grad():
         model.recogniser.gate.net[-1].bias[expert] += 1000.0
     examples = make_examples(corpus, corpus.utterances[:3], model.codec, context=model.context, margin=model.margin)
     loader = BatchLoader(examples, num_workers=0, device=model.accelerator.device)
-    voice_NE = voice_by_gate(model, corpus.utterances[:3], loader([[2, 0], [1]]))
-    assert voice_NE[:, expert] == pytest.approx(math.log(3)) and voice_NE.shape == (3, 3)
-    enrolment = Enrolment(model.recogniser, examples, loader, model.accelerator, None, voice_NE)
+    log_prob_NE = gate_log_probs(model, corpus.utterances[:3], loader([[2, 0], [1]]))
+    assert log_prob_NE[:, expert] == pytest.approx(math.log(3)) and log_prob_NE.shape == (3, 3)
+    enrolment = Enrolment(model.recogniser, examples, loader, model.accelerator, None, log_prob_NE)
     assert Candidates(enrolment).best([0, 1, 2]) == expert
-    deaf = candidate_losses(replace(enrolment, voice_NE=None), [1, 2])
+    deaf = candidate_losses(replace(enrolment, log_prob_NE=None), [1, 2])
     losses_NC = candidate_losses(enrolment, [1, 2])
-    assert np.allclose(deaf[:, :-1] - losses_NC[:, :-1], VOICE_WEIGHT * voice_NE[[1, 2]])
+    assert np.allclose(deaf[:, :-1] - losses_NC[:, :-1], GATE_WEIGHT * log_prob_NE[[1, 2]])
     assert np.array_equal(deaf[:, -1], losses_NC[:, -1])  # the shared expert alone
     model.recogniser.gate.limit.fill_(-1e30)
-    assert not voice_by_gate(model, corpus.utterances[:3], loader([[0, 1, 2]])).any()
+    assert not gate_log_probs(model, corpus.utterances[:3], loader([[0, 1, 2]])).any()
 
 
 def test_weights_are_those_of_the_likeliest_expert():
