@@ -52,7 +52,7 @@ from common.training.added import (
 )
 from common.training.rates import adapter_groups
 from common.training.train import TrainOptions, train
-from stages.extend.choose import gate_log_probs
+from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import parse_where
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +81,7 @@ def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utter
     prepare(opened.recogniser)
     experts = opened.recogniser.num_experts
     own = (torch.zeros(len(examples), experts), torch.zeros(len(examples), dtype=torch.bool)) if experts > 1 else None
-    log_prob_NE = gate_log_probs(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
+    log_prob_NE = gate_log_probs(opened, enrolment_evidence(opened, utterances, examples, loader))
     return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, log_prob_NE, seed=seed)
 
 

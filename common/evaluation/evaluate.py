@@ -74,7 +74,8 @@ def decode_corpus(
     examples = make_examples(corpus, short, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=num_workers, device=opened.accelerator.device)
     size = decoding.batch_size
-    choices = fixed_choices(opened, short, lambda: loader(epoch_batches(examples, batch_size=size, shuffle=False)))
+    batches = epoch_batches(examples, batch_size=size, shuffle=False)
+    choices = fixed_choices(opened, short, lambda: evidence_of(opened, short, loader(batches)))
 
     added = {u.id: opened.voice if opened.voice >= 0 else added_number(opened.added, u) for u in utterances}
 
@@ -101,9 +102,13 @@ def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, d
 
 
 def fixed_choices(
-    opened: OpenedModel, utterances: Sequence[Utterance], batches: Callable[[], Iterable[Batch]]
+    opened: OpenedModel, utterances: Sequence[Utterance], evidence: Callable[[], torch.Tensor | None]
 ) -> dict[str, Choice]:
-    """id → choice of experts, if the choice depends on the speaker or on a table instead of the utterance alone."""
+    """id → choice of experts, if the choice depends on the speaker or on a table instead of the utterance alone.
+
+    Args:
+        evidence: gives `evidence_of` the utterances; called only for a gate that decides by speaker.
+    """
     info, gate = opened.info, opened.recogniser.gate
     if info is None or not utterances:
         return {}
@@ -114,7 +119,8 @@ def fixed_choices(
         return split_choice(utterances, logits_NE.to(device), known_N.to(device))
     if info.route_by != "speaker" or gate is None:
         return {}
-    own_NF = evidence_of(opened, utterances, batches())
+    own_NF = evidence()
+    assert own_NF is not None
     sums_NF = torch.from_numpy(speaker_sums(own_NF.cpu().numpy(), utterances)).to(own_NF.device)
     return split_choice(utterances, *gate.decide(sums_NF))
 

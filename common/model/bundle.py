@@ -94,11 +94,11 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
         shapes = [tuple(tensors[name].shape) for name in ("net.0.weight", "net.3.weight", "whiten_DD")]
         if shapes != [(hidden, dim), (experts, hidden), (dim, dim)]:
             raise ValueError("gate.json and gate.safetensors differ in the gate's sizes")
-        check_weights({name: value for name, value in tensors.items() if name != "limit"}, "gate.safetensors")
+        check_weights(tensors, "gate.safetensors")
         gate = Gate(dim, hidden, experts, dropout)
         gate.load_state_dict(tensors)
-        if not (gate.std_D > 0).all() or not gate.limit.isfinite():
-            raise ValueError("a standard deviation in std_D is not above 0, or limit is not finite")
+        if not (gate.std_D > 0).all():
+            raise ValueError("a standard deviation in std_D is not above 0")
         return gate
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, DataError) as error:
         # The message of a missing key or tensor would be only its name.

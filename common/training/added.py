@@ -132,8 +132,8 @@ def _batches(enrolment: Enrolment, numbers: Sequence[int]) -> Iterator[Batch]:
 
 
 def candidate_losses(enrolment: Enrolment, numbers: Sequence[int]) -> np.ndarray:
-    """loss_NC: cross-entropy of texts with each routed expert and the shared expert, and with the shared expert
-    alone, less the weighted log-probability of each expert's group by the gate.
+    """loss_NC: cross-entropy of texts with each routed expert and the shared expert, less the weighted log-probability
+    of the expert's group by the gate; and with the shared expert alone.
     """
     experts, size = enrolment.recogniser.num_experts, len(enrolment.examples)
     columns = []

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from common import __version__
 from common.data.audio import audio_info
-from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
+from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
 from common.data.corpus import INDEX_NAME, Corpus, Utterance, index_digest, read_corpus
 from common.errors import DataError, UsageError
 from common.evaluation.evaluate import evidence_of
@@ -48,20 +48,28 @@ def _utterance(path: Path) -> Utterance:
     return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
 
 
-def gate_log_probs(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> np.ndarray | None:
+def enrolment_evidence(
+    opened: OpenedModel, utterances: Sequence[Utterance], examples: Sequence[Example], loader: BatchLoader
+) -> Tensor | None:
+    """evidence_NF of the utterances about their groups (`Gate.evidence`); None without a gate."""
+    if opened.recogniser.gate is None:
+        return None
+    return evidence_of(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
+
+
+def gate_log_probs(opened: OpenedModel, evidence_NF: Tensor | None) -> np.ndarray | None:
     """log_prob_NE: log-probability of each expert's group by the gate, plus log E so that a uniform guess is 0.
 
     They are 0 for utterances that are unlike all groups. None without a gate.
 
     Args:
-        batches: contain all these utterances, in any order.
+        evidence_NF: of the utterances (`enrolment_evidence`).
     """
     gate = opened.recogniser.gate
-    if gate is None:
+    if gate is None or evidence_NF is None:
         return None
-    with torch.inference_mode():
-        log_probs_NE, known_N = gate.decide(evidence_of(opened, utterances, batches))
-        log_prob_NE: np.ndarray = ((log_probs_NE + math.log(gate.num_experts)) * known_N[:, None]).cpu().numpy()
+    log_probs_NE, known_N = gate.decide(evidence_NF)
+    log_prob_NE: np.ndarray = ((log_probs_NE + math.log(gate.num_experts)) * known_N[:, None]).cpu().numpy()
     return log_prob_NE
 
 
@@ -78,8 +86,7 @@ def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
     utterances = audible(corpus, corpus.utterances)
     examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
-    batches = epoch_batches(examples, batch_size=BATCH, shuffle=False)
-    log_prob_NE = gate_log_probs(opened, utterances, loader(batches))
+    log_prob_NE = gate_log_probs(opened, enrolment_evidence(opened, utterances, examples, loader))
     enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None, log_prob_NE)
     weights = Candidates(enrolment).weights(enrolment.all())
     terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common import __version__
 from common.config import Config
-from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
+from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.evaluation.breakdown import score_of
-from common.evaluation.evaluate import evidence_of, fixed_choices
+from common.evaluation.evaluate import fixed_choices
 from common.evaluation.score import decode_set, scored_rows
 from common.evaluation.wer import paired_bootstrap, wer
 from common.inference.load_model import OpenedModel, stacked
@@ -45,7 +46,7 @@ from common.training.added import (
     try_ways,
     ways_for,
 )
-from stages.extend.choose import gate_log_probs
+from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options
 
@@ -123,14 +124,14 @@ def _enrolment(work: _Work) -> Enrolment:
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     prepare(opened.recogniser)
     opened.recogniser.to(opened.accelerator.device)
-    batches = epoch_batches(examples, batch_size=work.config.decode.batch_size, shuffle=False)
+    evidence_NF = enrolment_evidence(opened, work.utterances, examples, loader)
     enrolment = Enrolment(
         opened.recogniser,
         examples,
         loader,
         opened.accelerator,
-        _own_choice(work, examples, loader),
-        gate_log_probs(opened, work.utterances, loader(batches)),
+        _own_choice(work, evidence_NF),
+        gate_log_probs(opened, evidence_NF),
         seed=work.config.seed,
         checkpointer=lambda name: context.checkpointer(re.sub(r"\W+", "-", name)),
         stopping=context.stopping,
@@ -140,16 +141,19 @@ def _enrolment(work: _Work) -> Enrolment:
     return enrolment
 
 
-def _own_choice(work: _Work, examples: Sequence[Example], loader: BatchLoader) -> Choice | None:
-    """Routing of the utterances by the unchanged model: by table, speaker or gate; None if the model has no routing."""
+def _own_choice(work: _Work, evidence_NF: Tensor | None) -> Choice | None:
+    """Routing of the utterances by the unchanged model: by table, speaker or gate; None if the model has no routing.
+
+    Args:
+        evidence_NF: of the utterances about their groups; None without a gate.
+    """
     opened, utterances = work.opened, work.utterances
-    batches = epoch_batches(examples, batch_size=work.config.decode.batch_size, shuffle=False)
-    choices = fixed_choices(opened, utterances, lambda: loader(batches))
+    choices = fixed_choices(opened, utterances, lambda: evidence_NF)
     if choices:
         return stacked([choices[u.id] for u in utterances])
-    if opened.recogniser.gate is None:
+    if opened.recogniser.gate is None or evidence_NF is None:
         return None
-    return opened.recogniser.gate.decide(evidence_of(opened, utterances, loader(batches)))
+    return opened.recogniser.gate.decide(evidence_NF)
 
 
 @torch.inference_mode()

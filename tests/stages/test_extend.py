@@ -46,7 +46,7 @@ from common.training.added import (
     steps_for,
     without_worse,
 )
-from stages.extend.choose import gate_log_probs
+from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -473,7 +473,8 @@ def test_the_gates_log_probabilities_count_in_a_choice_unless_the_speech_is_unli
         model.recogniser.gate.net[-1].bias[expert] += 1000.0
     examples = make_examples(corpus, corpus.utterances[:3], model.codec, context=model.context, margin=model.margin)
     loader = BatchLoader(examples, num_workers=0, device=model.accelerator.device)
-    log_prob_NE = gate_log_probs(model, corpus.utterances[:3], loader([[2, 0], [1]]))
+    evidence_NF = enrolment_evidence(model, corpus.utterances[:3], examples, loader)
+    log_prob_NE = gate_log_probs(model, evidence_NF)
     assert log_prob_NE[:, expert] == pytest.approx(math.log(3)) and log_prob_NE.shape == (3, 3)
     enrolment = Enrolment(model.recogniser, examples, loader, model.accelerator, None, log_prob_NE)
     assert Candidates(enrolment).best([0, 1, 2]) == expert
@@ -482,7 +483,7 @@ def test_the_gates_log_probabilities_count_in_a_choice_unless_the_speech_is_unli
     assert np.allclose(deaf[:, :-1] - losses_NC[:, :-1], GATE_WEIGHT * log_prob_NE[[1, 2]])
     assert np.array_equal(deaf[:, -1], losses_NC[:, -1])  # the shared expert alone
     model.recogniser.gate.limit.fill_(-1e30)
-    assert not gate_log_probs(model, corpus.utterances[:3], loader([[0, 1, 2]])).any()
+    assert not gate_log_probs(model, evidence_NF).any()
 
 
 def test_weights_are_those_of_the_likeliest_expert():

@@ -282,16 +282,22 @@ def test_routing_by_a_table_gives_each_group_its_expert_and_strangers_none():
     assert routing.topk_weights_BK.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
 
 
-def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():
-    generator = torch.Generator().manual_seed(0)
-    label = torch.arange(3).repeat_interleave(40)
-    center = torch.eye(3, 6) * 6
-    near = center[label] + torch.randn(120, 6, generator=generator)
+def fitted_gate(center, count, generator):
+    """A gate of three groups around these centers, and the embeddings on which it was fitted, `count` of each group."""
+    label = torch.arange(3).repeat_interleave(count)
+    near = center[label] + torch.randn(3 * count, 6, generator=generator)
     gate = Gate(6, 4, 3).eval()
     gate.fit_scale(near)
     gate.fit_centers(near, label)
     gate.calibrate(near)
-    far = -center[label] + torch.randn(120, 6, generator=generator)
+    return gate, near
+
+
+def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():
+    generator = torch.Generator().manual_seed(0)
+    center = torch.eye(3, 6) * 6
+    gate, near = fitted_gate(center, 40, generator)
+    far = -center.repeat_interleave(40, 0) + torch.randn(120, 6, generator=generator)
     evidence = gate.evidence(torch.cat([near, far]))
     known = gate.decide(evidence)[1]
     assert known[:120].float().mean() > 0.97
@@ -302,14 +308,8 @@ def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():
 
 
 def test_a_gate_tells_strangers_from_members_that_are_unusual_for_all_speech():
-    generator = torch.Generator().manual_seed(0)
-    label = torch.arange(3).repeat_interleave(100)
     center = torch.eye(3, 6) * 8
-    near = center[label] + torch.randn(300, 6, generator=generator)
-    gate = Gate(6, 4, 3).eval()
-    gate.fit_scale(near)
-    gate.fit_centers(near, label)
-    gate.calibrate(near)
+    gate, _ = fitted_gate(center, 100, torch.Generator().manual_seed(0))
     noisy = center + torch.tensor([0, 0, 0, 0, 0, 7.0])  # in a direction in which the groups do not differ
     between = center.mean(0, keepdim=True)
     assert gate.decide(gate.evidence(noisy))[1].all()
