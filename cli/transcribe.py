@@ -65,6 +65,9 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 )
 @with_options(added_options)
 @click.option(
+    "--group", help="Use the routed expert of this group, for a model with routing by a column of the corpus."
+)
+@click.option(
     "--enrol",
     type=click.Path(path_type=Path),
     help="Choose experts by a few utterances with text: a corpus, or recordings, each with a .txt of the same name.",
@@ -88,6 +91,7 @@ def transcribe(
     no_speech: float | None,
     speaker: str | None,
     expert: str | None,
+    group: str | None,
     enrol: Path | None,
     settings: Sequence[str],
     device: str,
@@ -105,6 +109,7 @@ def transcribe(
         curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
     from common.inference.added import with_added
+    from common.inference.choose_experts import with_group
     from common.inference.recordings import STDIN, find_recordings, load_groups
     from common.inference.subtitles import table_rows
     from common.inference.transcribe import segments_of, transcribe_audio
@@ -117,8 +122,8 @@ def transcribe(
     check_outputs(recordings, kinds, out, overwrite)
     if kind == TABLE and any(recording.path == STDIN for recording in recordings):
         raise UsageError("--format csv refers to recordings by their paths: standard input has none")
-    if enrol is not None and (speaker or expert):
-        raise UsageError("--enrol chooses experts: omit --speaker and --expert")
+    if enrol is not None and (speaker or expert or group):
+        raise UsageError("--enrol chooses experts: omit --speaker, --expert and --group")
     faults: dict[str, str] = {}
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -142,13 +147,14 @@ def transcribe(
         from stages.extend.choose import chosen_by
 
         opened = chosen_by(opened, enrol)
+    opened = with_group(opened, group)
     table: list[dict[str, str]] = []
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0
-    for group in load_groups(readable, faults, GROUP_SECONDS):
-        audios = [loaded.samples for loaded in group]
+    for recordings_read in load_groups(readable, faults, GROUP_SECONDS):
+        audios = [loaded.samples for loaded in recordings_read]
         for loaded, windows in zip(
-            group, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
+            recordings_read, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
         ):
             kept = loaded.treated(windows, loops, no_speech, opened.language)
             if kind == TABLE:

@@ -292,9 +292,9 @@ class AsrConfig(SpeechTrainConfig):
     )
     route_column: Literal["etiology", "severity", "speaker", "none", "shuffled"] = Field(
         "etiology",
-        description="Column of the corpus for route_by: table. Each value in train gets a routed expert. Two values "
-        "are controls for experiments: none is one group for all speakers, shuffled draws one of num_experts groups "
-        "for each speaker.",
+        description="Column of the corpus for route_by: table. Each value in train gets a routed expert. If it is also "
+        "gating.target, the gate routes utterances without a value. Two values are controls: none is one "
+        "group for all speakers, shuffled draws one of num_experts groups for each speaker.",
     )
     shared_expert: bool = Field(True, description="Train an expert that every utterance uses beside routed experts.")
     routed_rate: float = Field(

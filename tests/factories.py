@@ -125,6 +125,21 @@ def greedy(model, hidden_BTD, codec, *, max_new_tokens, slot=None):
     return [list(decoded.tokens) for decoded in decode_hidden(model, hidden_BTD, codec, decoding, slot)]
 
 
+def fitted_gate(center_3D, count, generator):
+    """A gate of three groups around these centers, and the embeddings on which it was fitted, `count` of each group."""
+    import torch
+
+    from common.model.gate import Gate
+
+    label = torch.arange(3).repeat_interleave(count)
+    near = center_3D[label] + torch.randn(3 * count, center_3D.shape[1], generator=generator)
+    gate = Gate(center_3D.shape[1], 4, 3).eval()
+    gate.fit_scale(near)
+    gate.fit_centers(near, label)
+    gate.calibrate(near)
+    return gate, near
+
+
 def bundle_info(model, *, rank, targets, **changes):
     """What a trained mixture of three experts says of itself."""
     from common.model.bundle import BundleInfo
@@ -140,6 +155,7 @@ def bundle_info(model, *, rank, targets, **changes):
         "pooling": "mean",
         "adapt": "lora",
         "num_experts": 3,
+        "gate": changes.get("num_experts", 3) > 1 and changes.get("adapt") != "full",
         "shared_rank": 0,
         "mixture": "blend",
         "top_k": 2,

@@ -10,22 +10,21 @@ from dataclasses import asdict, replace
 import torch
 
 from common import __version__
-from common.clustering.embeddings import speaker_sums
 from common.data.audio import read_utterance
 from common.data.batches import Batch, BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance
-from common.data.groups import group_values
 from common.data.subsets import TEST_SEED, stratified_subset
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
 from common.inference.added import added_number
-from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
+from common.inference.choose_experts import choose_experts, group_number
+from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
 from common.limits import MAX_SECONDS, is_too_long
-from common.model.routing import route_by_table
+from common.model.routing import Choice
 from common.progress import progress
 
 RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
@@ -88,7 +87,7 @@ def decode_corpus(
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
-            own = replace(opened, voice=added[u.id])
+            own = replace(opened, voice=added[u.id], group=group_number(opened.info, u))
             decoded[u.id] = _transcribed_in_windows(own, corpus, u, decoding), ((), ())
             bar.update()
     texts = {name: text for name, (text, _) in decoded.items()}
@@ -102,27 +101,26 @@ def _transcribed_in_windows(opened: OpenedModel, corpus: Corpus, u: Utterance, d
 
 
 def fixed_choices(
-    opened: OpenedModel, utterances: Sequence[Utterance], evidence: Callable[[], torch.Tensor | None]
+    opened: OpenedModel, utterances: Sequence[Utterance], evidence: Callable[[], torch.Tensor]
 ) -> dict[str, Choice]:
     """id → choice of experts, if the choice depends on the speaker or on a table instead of the utterance alone.
 
     Args:
-        evidence: gives `evidence_of` the utterances; called only for a gate that decides by speaker.
+        evidence: gives `evidence_of` the utterances; called only if the gate decides.
     """
-    info, gate = opened.info, opened.recogniser.gate
-    if info is None or not utterances:
+    info = opened.info
+    if info is None or info.route_by == "utterance" or not utterances:
         return {}
-    if info.route_by == "table":
-        values = group_values(utterances, info.column, info.groups)
-        logits_NE, known_N = route_by_table(values, info.groups)
-        device = opened.accelerator.device
-        return split_choice(utterances, logits_NE.to(device), known_N.to(device))
-    if info.route_by != "speaker" or gate is None:
-        return {}
-    own_NF = evidence()
-    assert own_NF is not None
-    sums_NF = torch.from_numpy(speaker_sums(own_NF.cpu().numpy(), utterances)).to(own_NF.device)
-    return split_choice(utterances, *gate.decide(sums_NF))
+    choice = choose_experts(
+        utterances,
+        evidence,
+        opened.recogniser.gate,
+        by=info.route_by,
+        column=info.column,
+        groups=info.groups,
+        device=opened.accelerator.device,
+    )
+    return split_choice(utterances, *choice)
 
 
 def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> torch.Tensor:

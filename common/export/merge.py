@@ -28,7 +28,7 @@ MARK = "merge.json"
 GATE = ("gate.json", "gate.safetensors")
 # What has to be equal for adapters to be used in place of each other.
 SAME = ("base_digest", "language", "task", "context", "margin", "num_experts", "targets", "within")
-SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by")
+SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by", "column", "groups", "gate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
     routed, shared = final["experts"], final["shared"]
     info = replace(infos[0], adapt="lora", rank=routed, alpha=float(routed), shared_rank=shared)
     (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
-    if info.num_experts > 1:
+    if info.gate:
         for name in GATE:
             shutil.copyfile(folders[0] / name, out / name)
     return Merged(max(final.values()), math.sqrt(lost / whole) if whole else 0.0)
@@ -92,7 +92,7 @@ def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> N
         for name in SAME + SAME_IN_MIXTURES * (first.num_experts > 1):
             if (theirs := getattr(info, name)) != (ours := getattr(first, name)):
                 raise UsageError(f"{folder} has {name} {theirs!r}, {folders[0]} has {ours!r}: they cannot be merged")
-        if info.num_experts > 1 and _gate(folder) != _gate(folders[0]):
+        if info.gate and _gate(folder) != _gate(folders[0]):
             raise UsageError(
                 f"{folder} and {folders[0]} are mixtures with different gates: expert 3 of one has nothing to do with "
                 "expert 3 of the other, and the gates' outputs cannot be compared. Train one mixture on all the data, "

@@ -18,14 +18,25 @@ MAX_NEW_TOKENS = 224  # of a text, as decoding has it by default
 
 CHOICE = """
 ## Which expert for which utterance
+"""
 
+TABLE = """
+Each adapter belongs to one value of the corpus's column `{column}`: `groups` in `routing.json` names them in the order
+of `adapters`.
+"""
+
+UNKNOWN = """
+Where the group is not known, the gate chooses.
+"""
+
+GATE = """
 `gate/` holds the gate: a small MLP over the pooled embedding of the base encoder, with no adapter on
 (layer {layer}, {pooling} over the utterance's own frames). Its outputs are `{first}` … `{last}`, in the
 order of `routing.json`. The model was trained with `mixture: {mixture}`, top {top_k}.
 """
 
 SHARED = """
-An utterance that is unlike all groups uses no routed expert: it gets the adapter `{shared}`, the shared expert alone
+An utterance that belongs to no group uses no routed expert: it gets the adapter `{shared}`, the shared expert alone
 (load it like the others).
 """
 
@@ -217,10 +228,14 @@ def _choice(table: Mapping[str, Any]) -> str:
 def _gate_choice(table: Mapping[str, Any]) -> str:
     if len(table["adapters"]) < 2:
         return ""
-    page = CHOICE + (SHARED if table["shared"] else "") + (BLEND if table["top_k"] > 1 else "")
-    return page.format(
-        **_words(table), shared=table["shared"], mixture=table["mixture"], top_k=table["top_k"], **table["embedding"]
+    parts = [CHOICE]
+    if table["groups"]:
+        parts += [TABLE] + [UNKNOWN] * table["gate"]
+    parts += (
+        [GATE] * table["gate"] + [SHARED] * bool(table["shared"]) + [BLEND] * (table["gate"] and table["top_k"] > 1)
     )
+    values = {name: table[name] for name in ("shared", "mixture", "top_k", "column")}
+    return "".join(parts).format(**_words(table), **values, **table["embedding"])
 
 
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from common.model.added import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.mixture import untie
 from common.model.recogniser import Recogniser
+from common.model.routing import Choice
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import AudioConfig, text_language
@@ -41,7 +42,6 @@ from common.tensors import check_weights
 from common.training.train import make_accelerator
 
 log = logging.getLogger(__name__)
-Choice = tuple[torch.Tensor, torch.Tensor]  # logits_BE, known_B
 PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3")  # matrices that become part of the base's weights
 MAX_SETTING = 16_384  # of a number in adapter_config.json: a rank above Whisper's widest layer only takes memory
 TIED = ("proj_out", "embed_tokens")  # layers that share one weight
@@ -63,6 +63,7 @@ class OpenedModel:
         accelerator: its device and precision.
         added: experts that were added after training, in the order of their numbers.
         voice: number of the added expert that is used for all audio; -1 for none.
+        group: number of the group whose routed expert is used for all audio, with routing by a table; -1 if unknown.
     """
 
     recogniser: Recogniser
@@ -77,6 +78,7 @@ class OpenedModel:
     accelerator: Accelerator
     added: tuple[AddedExpert, ...] = ()
     voice: int = -1
+    group: int = -1
 
 
 def open_model(

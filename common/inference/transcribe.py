@@ -21,8 +21,9 @@ from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.loops import is_loop, kept_items, key_of, shortened
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
-from common.inference.load_model import Choice, OpenedModel, gate_evidence, stacked, transcribe_batch
+from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.limits import MAX_SECONDS, is_too_long
+from common.model.routing import Choice, route_by_table
 from common.text import unspaced
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
@@ -112,7 +113,7 @@ def transcribe_audio(
             pieces.append(_Piece(number, window, length, part))
     transcripts: list[list[WindowTranscript]] = [[] for _ in audios]
     groups = list(_batches(pieces, decoding.batch_size))
-    choices = _recording_choices(opened, groups) if opened.info and opened.info.route_by == "speaker" else {}
+    choices = _recording_choices(opened, groups)
     for group in groups:
         choice = stacked([choices[piece.audio] for piece in group]) if choices else None
         for piece, transcript in zip(group, _transcribe_pieces(opened, group, pauses, decoding, choice), strict=True):
@@ -160,7 +161,16 @@ def make_batch(opened: OpenedModel, parts: Sequence[tuple[Samples, int]]) -> Bat
 
 
 def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) -> dict[int, Choice]:
-    """The choice of experts for each recording by all of its windows: a recording is treated as one speaker."""
+    """The choice of experts for each recording: that of the given group, or the gate's by all of its windows, where a
+    recording is treated as one speaker. Empty for routing by utterance.
+    """
+    info = opened.info
+    if info is None or info.route_by == "utterance":
+        return {}
+    if opened.group >= 0:
+        logits_1E, known_1 = route_by_table([info.groups[opened.group]], info.groups)
+        choice = logits_1E.to(opened.accelerator.device), known_1.to(opened.accelerator.device)
+        return {piece.audio: choice for group in groups for piece in group}
     evidence: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))

@@ -41,7 +41,8 @@ class BundleInfo:
         context, margin: audio context of training, to be used in transcription too.
         num_experts, rank: routed experts and their rank; num_experts is 0 for a dense adapter.
         shared_rank: rank of the shared expert; 0 without a shared expert.
-        route_by: routing by the gate for each utterance or each speaker, or by a table.
+        gate: whether the model has a gate.
+        route_by: routing by the gate for each utterance or each speaker, or by a table, beside which a gate may stand.
         column: column of the corpus for routing by a table; empty otherwise.
         groups: values of that column, in the order of the routed experts.
         seconds: duration that 19 of 20 training utterances do not exceed; None in models of older versions.
@@ -64,6 +65,7 @@ class BundleInfo:
     alpha: float
     targets: tuple[str, ...]
     within: str
+    gate: bool
     route_by: Literal["utterance", "speaker", "table"] = "utterance"
     column: str = ""
     groups: tuple[str, ...] = ()
@@ -151,6 +153,8 @@ def _find_problem(info: BundleInfo) -> str:
         "rank": info.rank > 0,
         "num_experts": info.num_experts >= 0 and (info.num_experts + info.shared_rank > 0 or info.adapt == "full"),
         "shared_rank": info.shared_rank >= 0,
+        "gate": info.gate == (info.num_experts > 1 and info.adapt != "full")
+        or (info.route_by == "table" and not info.gate),
         "groups": len(info.groups) == (info.num_experts if info.route_by == "table" else 0),
         "top_k": info.top_k > 0,
         "margin": info.margin >= 0,
@@ -210,7 +214,7 @@ def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Rec
         load_expert(whisper, expert, folder / "experts" / str(expert))
     if info.shared_rank:
         load_expert(whisper, None, folder / "shared")
-    gate = load_gate(folder) if info.num_experts > 1 and info.route_by != "table" else None
+    gate = load_gate(folder) if info.gate else None
     width = whisper.config.d_model * (2 if info.pooling == "meanstd" else 1)
     if gate and (gate.num_experts, gate.dim) != (info.num_experts, width):
         raise DataError(

@@ -55,6 +55,9 @@ class RoutingSlot:
         self.routing: Routing | None = None
 
 
+Choice = tuple[Tensor, Tensor]  # logits_NE, and known_N: false for utterances that use the shared expert alone
+
+
 def route_to(expert: int | None, rows: int, device: torch.device) -> Routing:
     """Routes all rows to one routed expert with weight 1, or (None) to the shared expert alone."""
     ids_BK = torch.full((rows, 0 if expert is None else 1), expert or 0, dtype=torch.int64, device=device)

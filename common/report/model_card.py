@@ -17,6 +17,12 @@ from common.report.page import clock, percent
 from common.storage.manifest import Manifest
 
 SMALL_SAMPLE = 10  # speakers; below this, an interval over them is unreliable
+# Inputs of joint training, in the words of the card.
+PRE_TRAINED = {
+    "gate": "a pre-trained gate",
+    "shared": "a pre-trained shared expert",
+    "experts": "pre-trained experts",
+}
 HUB = "hub:"  # prefix of a base model's digest where it was looked up on the hub
 
 
@@ -116,7 +122,10 @@ def _what(config: Config, report: Mapping[str, Any]) -> str:
     top = f"top {config.asr.top_k} of them {how}" if config.asr.mixture != "hard" else how
     dropped = sum(row["dropped"] for row in report.get("experts_judged") or ())
     without = f" {dropped} of them were dropped, because they did not lower the loss on dev." if dropped else ""
-    return f"Whisper with {experts} LoRA experts, {top}, chosen by a gate from the frozen encoder's embedding.{without}"
+    chosen = "by a gate from the frozen encoder's embedding"
+    if config.asr.route_by == "table":
+        chosen = f"by the speaker's or utterance's {config.asr.route_column}"
+    return f"Whisper with {experts} LoRA experts, {top}, chosen {chosen}.{without}"
 
 
 def _base_told(config: Config, model_digest: str) -> Markdown:
@@ -142,13 +151,8 @@ def _facts(
     facts = []
     if asr.adapt != "full":
         facts.append(("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)} ({lora.modules})"))
-        start = {
-            "gate": "a gate pre-trained on clusters and new experts",
-            "experts": "clusters, gate, shared expert and routed experts that were pre-trained",
-            "alone": "clusters, gate and experts that were pre-trained",
-            "none": "a random gate and new experts",
-        }[asr.pretrain]
-        facts.append(("started from", start))
+        start = [text for name, text in PRE_TRAINED.items() if manifest.inputs.get(name)]
+        facts.append(("started from", ", ".join(start) or "new adapters"))
     facts += [
         ("trained parameters", f"{report['trained_parameters']:,}"),
         (

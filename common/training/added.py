@@ -20,7 +20,7 @@ from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.model.added import Method, Terms, append_terms, new_stack, remove_last
 from common.model.mixture import AddedTerm, MixtureLinear, mixture_layers
 from common.model.recogniser import Recogniser
-from common.model.routing import NEVER
+from common.model.routing import NEVER, Choice
 from common.storage.checkpoint import Checkpointer
 from common.training.train import TrainOptions, train
 
@@ -35,8 +35,6 @@ JUDGED_FROM = 8  # utterances on which a method has to be worse
 ENOUGH_GROUPS = 4  # speakers or sessions that an error is computed over; of fewer, the utterances count
 CHOOSING = 10  # utterances that `choose` uses at most; they tell even alike groups apart (docs/extending.md)
 GATE_WEIGHT = 0.5  # of its log-probabilities beside log-likelihoods: a speaker's utterances are not independent
-
-Choice = tuple[Tensor, Tensor]  # logits_NE, known_N
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def build(
     return Recogniser(
         whisper,
         slot=slot,
-        gate=None if groups or not routed else _gate(config, table, gate, count, fit),
+        gate=_gate(config, table, gate, count, fit) if count > 1 and (gate or not groups) else None,
         options=RouterOptions(
             options.mixture,
             options.top_k,
@@ -194,6 +194,7 @@ def describe(
         alpha=alpha,
         targets=config.lora.targets,
         within=lora_scope(config.lora.modules),
+        gate=recogniser.gate is not None,
         route_by=config.asr.route_by if routed else "utterance",
         column=config.asr.route_column if groups else "",
         groups=tuple(groups),

@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.clustering.embeddings import EmbeddingTable, speaker_sums
+from common.clustering.embeddings import EmbeddingTable
 from common.data.corpus import Utterance
 from common.data.groups import SHUFFLED, group_values, shuffled_names
 from common.errors import DataError
+from common.inference.choose_experts import choose_experts
 from common.json_files import read_object
-from common.model.gate import Gate
 from common.model.recogniser import Recogniser
-from common.model.routing import route_by_table
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Router:
         by: `utterance`, `speaker` or `table`.
         table: pooled embeddings of all splits; None without a gate.
         column: column of the corpus for routing by a table.
-        groups: values of the column that have an expert.
+        groups: values of the column that have an expert, for routing by a table.
     """
 
     by: Literal["utterance", "speaker", "table"]
@@ -44,30 +43,36 @@ class Router:
     def point_at(self, recogniser: Recogniser, utterances: Sequence[Utterance], *, training: bool = False) -> None:
         """Sets the routing of a split in the model: the rows of a batch are positions in the split.
 
-        In training every utterance belongs to a group, since the groups were computed from the training utterances.
+        In training every utterance belongs to a group of the gate, since the groups were computed from the training
+        utterances.
         """
-        if self.by == "table" and self.groups:
-            values = group_values(utterances, self.column, self.groups)
-            logits_NE, known_N = route_by_table(values, self.groups)
-            recogniser.choose_by(logits_NE=logits_NE, known_N=known_N)
-        elif recogniser.gate is not None:
-            self._by_gate(recogniser, recogniser.gate, utterances, training)
-
-    def _by_gate(self, recogniser: Recogniser, gate: Gate, utterances: Sequence[Utterance], training: bool) -> None:
-        embedding_ND = self.embeddings(utterances).to(gate.mean_D.device)
-        with torch.no_grad():
-            was_training = gate.training
-            evidence_NF = gate.eval().evidence(embedding_ND)
-            gate.train(was_training)
-            if self.by == "speaker":
-                sums_NF = speaker_sums(evidence_NF.cpu().numpy(), utterances)
-                evidence_NF = torch.from_numpy(sums_NF).to(embedding_ND.device)
-            logits_NE, known_N = gate.decide(evidence_NF)
-        known = None if training else known_N
-        if not any(p.requires_grad for p in gate.parameters()):
-            recogniser.choose_by(logits_NE=logits_NE, known_N=known)
+        gate = recogniser.gate
+        if gate is None and not self.groups:
+            return
+        logits_NE, known_N = choose_experts(
+            utterances,
+            lambda: self._evidence(recogniser, utterances),
+            gate,
+            by=self.by,
+            column=self.column,
+            groups=self.groups,
+            device=recogniser.whisper.device,
+        )
+        known = None if training and self.by != "table" else known_N
+        if gate is not None and any(p.requires_grad for p in gate.parameters()):
+            recogniser.choose_by(embeddings_ND=self.embeddings(utterances).to(gate.mean_D.device), known_N=known)
         else:
-            recogniser.choose_by(embeddings_ND=embedding_ND, known_N=known)
+            recogniser.choose_by(logits_NE=logits_NE, known_N=known)
+
+    @torch.no_grad()
+    def _evidence(self, recogniser: Recogniser, utterances: Sequence[Utterance]) -> Tensor:
+        """evidence_NF of the utterances about their groups, without the gate's dropout."""
+        gate = recogniser.gate
+        assert gate is not None
+        was_training = gate.training
+        evidence_NF = gate.eval().evidence(self.embeddings(utterances).to(gate.mean_D.device))
+        gate.train(was_training)
+        return evidence_NF
 
 
 def gate_groups(gate: Sequence[Path]) -> tuple[str, ...]:

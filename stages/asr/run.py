@@ -112,7 +112,7 @@ def run(
     groups: tuple[str, ...] = ()
     if options.adapt == "lora" and options.route_by == "table":
         count = config.num_experts or 1
-        groups = table_groups(chosen["train"], options.route_column, count=count, seed=config.seed)
+        groups = gate_groups(gate) or table_groups(chosen["train"], options.route_column, count=count, seed=config.seed)
     fit = [u.id for u in chosen["train"]]
     recogniser = build(config, model, table, gate, experts, shared=shared, groups=groups, fit=fit).to(
         accelerator.device

@@ -24,19 +24,19 @@ from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.evaluation.breakdown import score_of
-from common.evaluation.evaluate import fixed_choices
 from common.evaluation.score import decode_set, scored_rows
 from common.evaluation.wer import paired_bootstrap, wer
-from common.inference.load_model import OpenedModel, stacked
+from common.inference.choose_experts import choose_experts
+from common.inference.load_model import OpenedModel
 from common.json_files import Row
 from common.limits import is_too_long
 from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
+from common.model.routing import Choice
 from common.pipeline.attempts import counted_bar
 from common.pipeline.stage import Context
 from common.training.added import (
     ENOUGH_GROUPS,
     Candidates,
-    Choice,
     Enrolment,
     Trial,
     fit,
@@ -148,12 +148,23 @@ def _own_choice(work: _Work, evidence_NF: Tensor | None) -> Choice | None:
         evidence_NF: of the utterances about their groups; None without a gate.
     """
     opened, utterances = work.opened, work.utterances
-    choices = fixed_choices(opened, utterances, lambda: evidence_NF)
-    if choices:
-        return stacked([choices[u.id] for u in utterances])
-    if opened.recogniser.gate is None or evidence_NF is None:
+    info, gate = opened.info, opened.recogniser.gate
+    if info is None or (gate is None and info.route_by != "table"):
         return None
-    return opened.recogniser.gate.decide(evidence_NF)
+
+    def evidence() -> Tensor:
+        assert evidence_NF is not None
+        return evidence_NF
+
+    return choose_experts(
+        utterances,
+        evidence,
+        gate,
+        by=info.route_by,
+        column=info.column,
+        groups=info.groups,
+        device=opened.accelerator.device,
+    )
 
 
 @torch.inference_mode()

@@ -11,8 +11,16 @@ from common.storage.manifest import Manifest
 
 
 def has_gate(config: Config) -> bool:
-    """Whether the regime routes between several experts, and so needs embeddings."""
-    return config.asr.adapt == "lora" and config.asr.route_by != "table" and (config.num_experts or 0) > 1
+    """Whether a gate routes between several experts, and so needs embeddings.
+
+    A table needs none. If the gate learns the table's column, it routes the utterances whose value there is unknown.
+    """
+    asr = config.asr
+    if asr.route_by == "table":
+        learnt = config.gating.target == asr.route_column and asr.pretrain != "none"
+    else:
+        learnt = (config.num_experts or 0) > 1
+    return asr.adapt == "lora" and learnt
 
 
 def count_shards(config: Config, corpus: Corpus, manifests: Mapping[str, Manifest]) -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,9 @@ LOST = {"lost": ["experts[1]"], "twins": ["experts[0]", "experts[1]", "asr"]}
 def test_killed_pods_are_tried_again_and_go_on_with_the_same_result(lab, early, run_here):
     """While they train, one expert's pod is deleted, the other is killed as for want of memory, asr gets SIGTERM."""
     name = early["killed"]
-    wait_for_checkpoints(lab, "killed", "experts", name, 2)
-    deleted, killed = pods_of(name, "experts")
-    kubectl("delete", "pod", "-n", NAMESPACE, "--wait=false", deleted)
-    signal_stage(killed, 9)
-    wait_for_checkpoints(lab, "killed", "asr", name, 1)
-    (asr,) = pods_of(name, "asr")
-    signal_stage(asr, 15)
+    deleted = partial(kubectl, "delete", "pod", "-n", NAMESPACE, "--wait=false")
+    strike(lab, name, {"experts[0]": deleted, "experts[1]": partial(signal_stage, number=9)})
+    strike(lab, name, {"asr": partial(signal_stage, number=15)})
     run_here(lab.config("killed-local", **LONG))
     steps = succeeded(name, 900)
     assert [len(steps[label].tries) for label in ("experts[0]", "experts[1]", "asr")] == [2, 2, 2]
@@ -152,29 +149,41 @@ def test_killed_pods_are_tried_again_and_go_on_with_the_same_result(lab, early, 
     (lab.kept / "killed.json").write_text(json.dumps(workflow(name)), encoding="utf-8")
 
 
-def wait_for_checkpoints(lab: Lab, store: str, stage: str, name: str, count: int) -> None:
-    """Returns once so many pieces of the stage train and have written a checkpoint."""
+def strike(lab: Lab, name: str, blows: Mapping[str, Callable[[str], object]]) -> None:
+    """Hits the pod of each piece of workflow `killed` as soon as the piece itself has written a checkpoint: one that
+    waited for the others might be over by then.
+    """
+    left, store = dict(blows), lab.store("killed")
 
-    def saved(_: dict[str, Any]) -> bool:
-        keys = [entry.key for entry in lab.store(store).list(f"artifacts/{stage}/")]
-        return len({key.split("/")[2] for key in keys if "/checkpoints/0" in key}) == count
+    def hit(flow: dict[str, Any]) -> bool:
+        nodes = {p.label: p.tries[-1].pod for p in progress.pieces(flow) if p.tries and p.label in left}
+        running = running_pods(name) if nodes else {}
+        pods = {label: running[node] for label, node in nodes.items() if node in running}
+        planned = Run(lab.config("killed", **LONG)).plan().planned if pods else ()
+        for task in [p.task for p in planned if p.task.label in pods]:
+            if any("/checkpoints/0" in entry.key for entry in store.list(task.key.prefix)):
+                left.pop(task.label)(pods[task.label])
+        return not left
 
-    wait(name, until=saved)
+    wait(name, until=hit)
 
 
-def pods_of(name: str, component: str, phase: str = "Running") -> list[str]:
-    """Pods of a stage."""
-    return [p["metadata"]["name"] for p in all_pods(name, component) if p["status"]["phase"] == phase]
-
-
-def all_pods(name: str, component: str) -> list[dict[str, Any]]:
-    labels = f"workflows.argoproj.io/workflow={name},app.kubernetes.io/component={component}"
+def pods_of(name: str, *more: str) -> list[dict[str, Any]]:
+    """Those of a workflow that are still there; `more` are further labels."""
+    labels = ",".join([f"workflows.argoproj.io/workflow={name}", *more])
     return list(json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"])
+
+
+def running_pods(name: str) -> dict[str, str]:
+    """Node of the workflow → name of its pod."""
+    metadata = [pod["metadata"] for pod in pods_of(name) if pod["status"]["phase"] == "Running"]
+    return {m["annotations"]["workflows.argoproj.io/node-id"]: m["name"] for m in metadata}
 
 
 def memory_limits(name: str, component: str) -> list[str]:
     """Of all pods of a stage that are still there."""
-    mains = [c for pod in all_pods(name, component) for c in pod["spec"]["containers"] if c["name"] == "main"]
+    pods = pods_of(name, f"app.kubernetes.io/component={component}")
+    mains = [c for pod in pods for c in pod["spec"]["containers"] if c["name"] == "main"]
     return [main["resources"]["limits"]["memory"] for main in mains]
 
 
@@ -202,8 +211,7 @@ def test_a_value_that_would_change_a_pod_makes_none(early):
     messages = [node.get("message", "") for node in flow["status"]["nodes"].values()]
     assert progress.phase(flow) in ("Failed", "Error")
     assert any("PodSpecPatch" in message for message in messages), told(flow)
-    labels = f"workflows.argoproj.io/workflow={early['crafted']}"
-    assert not json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
+    assert not pods_of(early["crafted"])
 
 
 def test_a_gpu_that_no_node_has_leaves_pods_waiting_with_an_explanation(early, capsys):
@@ -230,10 +238,8 @@ def test_the_whole_workflow_gives_what_a_local_run_gives(lab, first, local):
 
 def test_experts_are_pods_of_their_own_with_a_gpu_and_clustering_has_none(first):
     steps = succeeded(first)
-    labels = f"workflows.argoproj.io/workflow={first}"
-    pods = json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-l", labels, "-o", "json"))["items"]
     gpus: dict[str, list[str]] = {}
-    for pod in pods:
+    for pod in pods_of(first):
         main = next(c for c in pod["spec"]["containers"] if c["name"] == "main")
         stage = pod["metadata"]["labels"]["app.kubernetes.io/component"]
         gpus.setdefault(stage, []).append(main["resources"].get("limits", {}).get("nvidia.com/gpu", "0"))

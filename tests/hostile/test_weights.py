@@ -133,6 +133,7 @@ def test_a_bundles_description(bundle, micro_model, tmp_path, tally):
     changes += [{"margin": -1}, {"layer": -2}, {"task": "sing"}, {"base": None}, {"more": 1}]
     changes += [{"route_by": "mood"}, {"route_by": "table"}, {"adapt": "full"}, {"pooling": "meanstd"}]
     changes += [{"shared_rank": value} for value in (1, 10**9, -1, "2", 1.5)] + [{"groups": ["a", "b", "c"]}]
+    changes += [{"gate": value} for value in (False, None, 1, "yes")]
     lost = []
     for change in changes:
         (folder / "recogniser.json").write_text(json.dumps(plain | change))

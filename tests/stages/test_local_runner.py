@@ -222,13 +222,17 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
         ({"asr__pretrain": "gate"}, {"extract", "cluster", "gating", "asr"}),
         ({"asr__pretrain": "gate", "asr__route_by": "speaker"}, {"extract", "cluster", "gating", "asr"}),
         ({"asr__route_by": "table"}, {"asr"}),
+        (
+            {"asr__route_by": "table", "asr__pretrain": "gate", "gating__target": "etiology"},
+            {"extract", "cluster", "gating", "asr"},
+        ),
         ({"asr__mixture": "hard"}, {"extract", "cluster", "gating", "experts", "asr"}),
         ({"asr__shared_expert": False}, {"extract", "cluster", "gating", "experts", "asr"}),
         ({"num_experts": 1}, {"asr"}),
         ({"asr__adapt": "adalora"}, {"asr"}),
         ({"asr__adapt": "full", "asr__gradient_checkpointing": True}, {"asr"}),
     ],
-    ids=["regular", "loss", "default", "speaker", "table", "hard", "alone", "dense", "adalora", "full"],
+    ids=["regular", "loss", "default", "speaker", "table", "both", "hard", "alone", "dense", "adalora", "full"],
 )
 def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stages):
     store, _ = again

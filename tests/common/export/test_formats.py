@@ -24,8 +24,8 @@ from tests.factories import bundle_info, greedy
 TARGETS = ("q_proj", "v_proj", "fc1")
 
 
-def make_bundle(folder, model, *, experts=3, shared=0, rank=4, adapt="lora", size=0.15, within="", seed=1):
-    """A trained model's folder, with random experts and gate."""
+def make_bundle(folder, model, *, experts=3, shared=0, rank=4, adapt="lora", size=0.15, within="", seed=1, **table):
+    """A trained model's folder, with random experts and gate; `table` are the values of one routed by a table."""
     whisper = load_whisper(model)
     if adapt == "full":
         experts, slot = 0, None
@@ -41,9 +41,16 @@ def make_bundle(folder, model, *, experts=3, shared=0, rank=4, adapt="lora", siz
                 stack.lora_A.data.normal_(generator=generator).mul_(size)
                 stack.lora_B.data.normal_(generator=generator).mul_(size)
     torch.manual_seed(seed)
-    gate = Gate(whisper.config.d_model, 8, experts) if experts > 1 else None
+    gate = Gate(whisper.config.d_model, 8, experts) if experts > 1 and table.get("gate", not table) else None
     info = bundle_info(
-        model, rank=rank, targets=TARGETS, adapt=adapt, num_experts=experts, shared_rank=shared, within=within
+        model,
+        rank=rank,
+        targets=TARGETS,
+        adapt=adapt,
+        num_experts=experts,
+        shared_rank=shared,
+        within=within,
+        **table | {"gate": gate is not None},
     )
     save_recogniser(Recogniser(whisper, slot=slot, gate=gate), info, folder)
     load = {"load": [0.5, 0.2, 0.3][:experts]} if experts > 1 else {}
@@ -187,6 +194,20 @@ def test_vllms_page_serves_every_adapter_at_a_rank_that_vllm_takes(with_shared, 
     assert said["max_lora_rank"] == 16 and "--max-lora-rank 16" in page
     assert "change the encoder" in page
     assert (out / "gate" / "gate.safetensors").is_file()
+
+
+BY_TABLE = {"route_by": "table", "column": "etiology", "groups": ("a", "b", "c")}
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["table alone", "gate beside it"])
+def test_the_page_of_a_model_routed_by_a_table_says_who_uses_which_adapter(micro_model, tmp_path, gate):
+    bundle = make_bundle(tmp_path / "bundle", micro_model, shared=6, gate=gate, **BY_TABLE)
+    _, out = exported(bundle, tmp_path, "peft")
+    page, routing = (out / "README.md").read_text(), json.loads((out / "routing.json").read_text())
+    assert "the corpus's column `etiology`" in page and routing["groups"] == ["a", "b", "c"]
+    assert ("Where the group is not known, the gate chooses" in page) == gate == routing["gate"]
+    assert ("holds the gate" in page) == gate == (out / "gate").is_dir()
+    assert "gets the adapter `shared`" in page
 
 
 def test_a_rank_above_vllms_is_refused(micro_model, tmp_path):

@@ -15,7 +15,7 @@ from common.model.adapters import read_adapter
 from common.model.bundle import read_info
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
-from tests.common.export.test_formats import make_bundle, opened
+from tests.common.export.test_formats import BY_TABLE, make_bundle, opened
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,19 @@ def test_mixtures_with_one_gate_are_merged_expert_by_expert(tmp_path, micro_mode
         for name, added in delta(tmp_path / "out", part).items():
             torch.testing.assert_close(added, 0.25 * parts[0][name] + 0.75 * parts[1][name], rtol=1e-5, atol=1e-6)
     assert opened(tmp_path / "out", tmp_path).recogniser.gate is not None
+
+
+def test_mixtures_routed_by_one_table_are_merged_and_those_by_different_tables_are_refused(tmp_path, micro_model):
+    runs = [make_bundle(tmp_path / str(seed), micro_model, shared=6, seed=seed, **BY_TABLE) for seed in (1, 2)]
+    merge_models(runs, [0.5, 0.5], tmp_path / "out")
+    merged = opened(tmp_path / "out", tmp_path)
+    assert merged.recogniser.gate is None and merged.info.groups == ("a", "b", "c")
+    other = make_bundle(tmp_path / "other", micro_model, shared=6, **BY_TABLE | {"groups": ("a", "b", "d")})
+    with pytest.raises(UsageError, match=r"has groups \('a', 'b', 'd'\)"):
+        merge_models([runs[0], other], [0.5, 0.5], tmp_path / "refused")
+    both = make_bundle(tmp_path / "both", micro_model, shared=6, gate=True, **BY_TABLE)
+    with pytest.raises(UsageError, match="has gate True"):
+        merge_models([runs[0], both], [0.5, 0.5], tmp_path / "refused")
 
 
 def test_mixtures_with_different_gates_are_refused(tmp_path, micro_model):

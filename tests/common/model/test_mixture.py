@@ -22,6 +22,7 @@ from common.model.routing import (
     routing_report,
 )
 from common.model.whisper import encode, load_whisper, token_losses
+from tests.factories import fitted_gate
 
 TARGETS = ("q_proj", "v_proj", "fc1")
 
@@ -280,17 +281,6 @@ def test_routing_by_a_table_gives_each_group_its_expert_and_strangers_none():
     routing = route(logits, 2, known)
     assert routing.topk_ids_BK[:2, 0].tolist() == [1, 0]
     assert routing.topk_weights_BK.tolist() == [[1, 0], [1, 0], [0, 0], [0, 0]]
-
-
-def fitted_gate(center, count, generator):
-    """A gate of three groups around these centers, and the embeddings on which it was fitted, `count` of each group."""
-    label = torch.arange(3).repeat_interleave(count)
-    near = center[label] + torch.randn(3 * count, 6, generator=generator)
-    gate = Gate(6, 4, 3).eval()
-    gate.fit_scale(near)
-    gate.fit_centers(near, label)
-    gate.calibrate(near)
-    return gate, near
 
 
 def test_a_gate_knows_what_is_unlike_its_groups_and_sums_decide_for_speakers():

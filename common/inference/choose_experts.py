@@ -1,0 +1,94 @@
+"""The choice of routed experts for utterances of a corpus: by the gate for each of them, by speaker, or by a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.clustering.embeddings import speaker_sums
+from common.data.corpus import Utterance
+from common.data.groups import group_values
+from common.errors import UsageError
+from common.inference.added import nearest
+from common.inference.load_model import OpenedModel
+from common.model.bundle import BundleInfo
+from common.model.gate import Gate
+from common.model.routing import Choice, route_by_table
+
+log = logging.getLogger(__name__)
+
+
+def choose_experts(
+    utterances: Sequence[Utterance],
+    evidence: Callable[[], Tensor],
+    gate: Gate | None,
+    *,
+    by: Literal["utterance", "speaker", "table"],
+    column: str = "",
+    groups: Sequence[str] = (),
+    device: torch.device,
+) -> Choice:
+    """The choice of experts for N utterances.
+
+    By a table, utterances that have none of its groups are routed by the gate, once for all utterances of a speaker;
+    without a gate they use the shared expert alone.
+
+    Args:
+        evidence: gives evidence_NF of the utterances about their groups (`Gate.evidence`); called only if it is needed.
+        column, groups: the corpus's column for routing by a table, and its values in the order of the experts.
+
+    Raises:
+        DataError: routing by speaker, and no utterance has one.
+    """
+
+    def by_gate(gate: Gate, *, together: bool) -> Choice:
+        evidence_NF = evidence()
+        if together:
+            sums_NF = speaker_sums(evidence_NF.cpu().numpy(), utterances)
+            evidence_NF = torch.from_numpy(sums_NF).to(evidence_NF.device)
+        return gate.decide(evidence_NF)
+
+    if by != "table":
+        assert gate is not None
+        return by_gate(gate, together=by == "speaker")
+    logits_NE, known_N = (t.to(device) for t in route_by_table(group_values(utterances, column, groups), groups))
+    if gate is None or known_N.all():
+        return logits_NE, known_N
+    gate_NE, near_N = by_gate(gate, together=any(u.speaker for u in utterances))
+    return torch.where(known_N[:, None], logits_NE, gate_NE), known_N | near_N
+
+
+def group_number(info: BundleInfo | None, utterance: Utterance) -> int:
+    """Number of the utterance's group in a model with routing by a table; -1 if it has none."""
+    if info is None or info.route_by != "table":
+        return -1
+    (value,) = group_values([utterance], info.column, info.groups)
+    return info.groups.index(value) if value in info.groups else -1
+
+
+def with_group(opened: OpenedModel, group: str | None) -> OpenedModel:
+    """The model with the routed expert of one group for all audio, for a model with routing by a table.
+
+    Logs a warning if the group is not given and the model cannot choose it.
+
+    Raises:
+        UsageError: the model has no such group, or is not routed by a table.
+    """
+    info = opened.info
+    by_table = info is not None and info.route_by == "table"
+    if group is not None and not (info and by_table):
+        raise UsageError(f"--group {group}: model {opened.name} is not routed by a column of the corpus")
+    if info is None or not by_table:
+        return opened
+    if group is not None and group not in info.groups:
+        raise UsageError(f"model {opened.name} has no {info.column} {group!r}{nearest(group, info.groups)}")
+    if group is None and not info.gate and opened.voice < 0:
+        log.warning(
+            "model %s is routed by %s: without --group it uses its shared expert alone", opened.name, info.column
+        )
+    return replace(opened, group=-1 if group is None else info.groups.index(group))
