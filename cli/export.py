@@ -38,7 +38,7 @@ def numbers(text: str | None, option: str) -> list[float] | None:
 @click.command()
 @click.argument("model")
 @click.option("--to", "target", type=click.Choice(FORMATS), required=True, help="Format to write.")
-@click.option("--expert", help="Expert to merge: number of a routed expert, or name of an added expert.")
+@click.option("--expert", help="Expert to merge: number or group of a routed expert, or name of an added expert.")
 @click.option("--speaker", help="Merge the added expert of this speaker.")
 @click.option("--weights", help="Weights with which all routed experts of a mixture are merged, such as 0.7,0.3.")
 @click.option(
@@ -99,6 +99,7 @@ def export(
         number = int(expert) if expert is not None and expert.isdigit() else None
         opened = with_added(opened, speaker=speaker, expert=expert if number is None else None)
         if merging and opened.voice < 0:
+            number = opened.group if opened.group >= 0 else number
             fixed = fixed_routing(opened.info, opened.folder, expert=number, weights=shares, mean=mean)
         export_model(opened, target, folder, routing=fixed, base_name=base, quantization=quantization)
     echo(out)

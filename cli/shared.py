@@ -53,7 +53,7 @@ opening_options = (
 
 added_options = (
     click.option("--speaker", help="Use the added expert of this speaker."),
-    click.option("--expert", help="Use the added expert of this name."),
+    click.option("--expert", help="Use the added expert of this name, or the routed expert of this group."),
 )
 
 

@@ -65,9 +65,6 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 )
 @with_options(added_options)
 @click.option(
-    "--group", help="Use the routed expert of this group, for a model with routing by a column of the corpus."
-)
-@click.option(
     "--enrol",
     type=click.Path(path_type=Path),
     help="Choose experts by a few utterances with text: a corpus, or recordings, each with a .txt of the same name.",
@@ -91,7 +88,6 @@ def transcribe(
     no_speech: float | None,
     speaker: str | None,
     expert: str | None,
-    group: str | None,
     enrol: Path | None,
     settings: Sequence[str],
     device: str,
@@ -109,7 +105,7 @@ def transcribe(
         curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
     from common.inference.added import with_added
-    from common.inference.choose_experts import with_group
+    from common.inference.choose_experts import warn_without_group
     from common.inference.recordings import STDIN, find_recordings, load_groups
     from common.inference.subtitles import table_rows
     from common.inference.transcribe import segments_of, transcribe_audio
@@ -122,8 +118,8 @@ def transcribe(
     check_outputs(recordings, kinds, out, overwrite)
     if kind == TABLE and any(recording.path == STDIN for recording in recordings):
         raise UsageError("--format csv refers to recordings by their paths: standard input has none")
-    if enrol is not None and (speaker or expert or group):
-        raise UsageError("--enrol chooses experts: omit --speaker, --expert and --group")
+    if enrol is not None and (speaker or expert):
+        raise UsageError("--enrol chooses experts: omit --speaker and --expert")
     faults: dict[str, str] = {}
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -147,7 +143,7 @@ def transcribe(
         from stages.extend.choose import chosen_by
 
         opened = chosen_by(opened, enrol)
-    opened = with_group(opened, group)
+    warn_without_group(opened)
     table: list[dict[str, str]] = []
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0

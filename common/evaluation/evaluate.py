@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
 from common.inference.added import added_number
-from common.inference.choose_experts import choose_experts, group_number
+from common.inference.choose_experts import choose_experts, given_choice, group_number, warn_without_group
 from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
@@ -87,7 +87,8 @@ def decode_corpus(
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
         decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
         for u in long:
-            own = replace(opened, voice=added[u.id], group=group_number(opened.info, u))
+            group = opened.group if opened.group >= 0 else group_number(opened.info, u)
+            own = replace(opened, voice=added[u.id], group=group)
             decoded[u.id] = _transcribed_in_windows(own, corpus, u, decoding), ((), ())
             bar.update()
     texts = {name: text for name, (text, _) in decoded.items()}
@@ -111,6 +112,10 @@ def fixed_choices(
     info = opened.info
     if info is None or info.route_by == "utterance" or not utterances:
         return {}
+    if opened.group >= 0:
+        return split_choice(utterances, *given_choice(opened, len(utterances)))
+    if all(group_number(info, u) < 0 for u in utterances):
+        warn_without_group(opened)
     choice = choose_experts(
         utterances,
         evidence,

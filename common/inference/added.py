@@ -1,4 +1,4 @@
-"""Selection of added experts: by the model's table of speakers and groups, or by name."""
+"""Selection of an expert for all audio: an added one by the model's table of speakers and groups, or any by name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:
 
 
 def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str | None = None) -> OpenedModel:
-    """The model with one added expert for all audio, given by its speaker or by its name.
+    """The model with one expert for all audio: an added one, given by its speaker or by its name, or the one of a group
+    in a model with routing by a table.
 
     Raises:
         UsageError: the model has no such expert; the message lists the nearest known names.
@@ -71,10 +72,13 @@ def with_added(opened: OpenedModel, *, speaker: str | None = None, expert: str |
         (speaker, [added.value for added in own]) if speaker is not None else (expert, [added.name for added in own])
     )
     assert wanted is not None
-    if wanted not in names:
-        asked_for = f"speaker {wanted!r}" if speaker is not None else f"expert {wanted!r}"
-        raise UsageError(f"model {opened.name} has no {asked_for}{nearest(wanted, names)}")
-    return replace(opened, voice=opened.added.index(own[names.index(wanted)]))
+    groups = opened.info.groups if opened.info is not None and speaker is None else ()
+    if wanted in names:
+        return replace(opened, voice=opened.added.index(own[names.index(wanted)]))
+    if wanted in groups:
+        return replace(opened, group=groups.index(wanted))
+    asked_for = f"speaker {wanted!r}" if speaker is not None else f"expert {wanted!r}"
+    raise UsageError(f"model {opened.name} has no {asked_for}{nearest(wanted, [*names, *groups])}")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 from common.clustering.embeddings import speaker_sums
 from common.data.corpus import Utterance
 from common.data.groups import group_values
-from common.errors import UsageError
-from common.inference.added import nearest
 from common.inference.load_model import OpenedModel
 from common.model.bundle import BundleInfo
 from common.model.gate import Gate
@@ -71,24 +68,22 @@ def group_number(info: BundleInfo | None, utterance: Utterance) -> int:
     return info.groups.index(value) if value in info.groups else -1
 
 
-def with_group(opened: OpenedModel, group: str | None) -> OpenedModel:
-    """The model with the routed expert of one group for all audio, for a model with routing by a table.
+def given_choice(opened: OpenedModel, rows: int) -> Choice:
+    """The choice of the group that is given for all audio (`OpenedModel.group`)."""
+    assert opened.info is not None
+    groups = opened.info.groups
+    logits_NE, known_N = route_by_table([groups[opened.group]] * rows, groups)
+    return logits_NE.to(opened.accelerator.device), known_N.to(opened.accelerator.device)
 
-    Logs a warning if the group is not given and the model cannot choose it.
 
-    Raises:
-        UsageError: the model has no such group, or is not routed by a table.
-    """
+def warn_without_group(opened: OpenedModel) -> None:
+    """Logs a warning if audio whose group is unknown uses the shared expert alone, for lack of a gate."""
     info = opened.info
-    by_table = info is not None and info.route_by == "table"
-    if group is not None and not (info and by_table):
-        raise UsageError(f"--group {group}: model {opened.name} is not routed by a column of the corpus")
-    if info is None or not by_table:
-        return opened
-    if group is not None and group not in info.groups:
-        raise UsageError(f"model {opened.name} has no {info.column} {group!r}{nearest(group, info.groups)}")
-    if group is None and not info.gate and opened.voice < 0:
+    if info and info.route_by == "table" and not info.gate and opened.voice < 0 and opened.group < 0:
         log.warning(
-            "model %s is routed by %s: without --group it uses its shared expert alone", opened.name, info.column
+            "model %s is routed by %s, which is not known here: all audio uses the shared expert alone, unless "
+            "--expert names one of %s",
+            opened.name,
+            info.column,
+            ", ".join(info.groups),
         )
-    return replace(opened, group=-1 if group is None else info.groups.index(group))

@@ -21,9 +21,10 @@ from common.decoding.alignment import Word, align, words_of
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.loops import is_loop, kept_items, key_of, shortened
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
+from common.inference.choose_experts import given_choice
 from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.limits import MAX_SECONDS, is_too_long
-from common.model.routing import Choice, route_by_table
+from common.model.routing import Choice
 from common.text import unspaced
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
@@ -168,9 +169,7 @@ def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) 
     if info is None or info.route_by == "utterance":
         return {}
     if opened.group >= 0:
-        logits_1E, known_1 = route_by_table([info.groups[opened.group]], info.groups)
-        choice = logits_1E.to(opened.accelerator.device), known_1.to(opened.accelerator.device)
-        return {piece.audio: choice for group in groups for piece in group}
+        return {piece.audio: given_choice(opened, 1) for group in groups for piece in group}
     evidence: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))

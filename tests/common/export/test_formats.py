@@ -5,8 +5,10 @@ import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 
+from cli.main import cli
 from common.errors import DataError, UsageError
 from common.export.formats import MARK, VLLM_RANKS, export_merged, export_model, fixed_routing, probe
 from common.export.readmes import vllm_page
@@ -208,6 +210,20 @@ def test_the_page_of_a_model_routed_by_a_table_says_who_uses_which_adapter(micro
     assert ("Where the group is not known, the gate chooses" in page) == gate == routing["gate"]
     assert ("holds the gate" in page) == gate == (out / "gate").is_dir()
     assert "gets the adapter `shared`" in page
+
+
+def test_a_groups_expert_is_merged_by_the_groups_name(micro_model, tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", micro_model, shared=6, **BY_TABLE)
+    runner = CliRunner()
+    words = ["export", str(bundle), "--to", "merged", "--expert"]
+    done = runner.invoke(cli, [*words, "c", "--out", str(tmp_path / "c")], catch_exceptions=False)
+    assert done.exit_code == 0
+    ours, dense = opened(bundle, tmp_path), opened(tmp_path / "c", tmp_path)
+    torch.testing.assert_close(
+        probe(dense.recogniser, dense.codec, {}), probe(ours.recogniser, ours.codec, {2: 1.0}), rtol=1e-4, atol=1e-3
+    )
+    with pytest.raises(UsageError, match="has no expert 'd'"):
+        runner.invoke(cli, [*words, "d", "--out", str(tmp_path / "d")], catch_exceptions=False)
 
 
 def test_a_rank_above_vllms_is_refused(micro_model, tmp_path):

@@ -17,7 +17,8 @@ from common.decoding.decode import Decoding
 from common.decoding.pauses import Stretch
 from common.errors import UsageError
 from common.evaluation.evaluate import decode_corpus
-from common.inference.choose_experts import with_group
+from common.inference.added import with_added
+from common.inference.choose_experts import warn_without_group
 from common.inference.load_model import open_model
 from common.inference.subtitles import FORMATS, clock
 from common.inference.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio, usual_window
@@ -119,10 +120,12 @@ def test_a_group_that_is_named_gets_its_own_expert_as_in_evaluation(by_table, to
     utterances = [u for u in corpus.split("dev") if u.etiology == "low"]
     rows = decode_corpus(by_table, corpus, utterances, DECODING)
     audios = [read_audio(corpus.path(u)) for u in utterances]
-    transcripts = transcribe_audio(with_group(by_table, "low"), audios, DECODING)
+    transcripts = transcribe_audio(with_added(by_table, expert="low"), audios, DECODING)
     for row, (window,) in zip(rows, transcripts, strict=True):
         assert (window.decoded.text, list(window.experts)) == (row["hypothesis"], row["experts"])
         assert window.experts[0] == 1 and window.weights[0] == pytest.approx(1)
+    blank = [replace(u, etiology="") for u in utterances]
+    assert decode_corpus(with_added(by_table, expert="low"), corpus, blank, DECODING)[0]["experts"][0] == 1
 
 
 def test_an_utterance_in_windows_gets_its_groups_expert(by_table, tones, monkeypatch):
@@ -138,21 +141,24 @@ def test_a_table_without_the_group_leaves_it_to_the_gate_or_warns(by_table, tone
     corpus = read_corpus(tones)
     utterances = [replace(u, etiology="") for u in corpus.split("dev")]
     audios = [read_audio(corpus.path(u)) for u in utterances]
-    transcripts = transcribe_audio(with_group(by_table, None), audios, DECODING)
+    transcripts = transcribe_audio(by_table, audios, DECODING)
+    warn_without_group(by_table)
     assert not caplog.records and all(window.weights[0] > 0 for (window,) in transcripts)
     assert len({window.experts[0] for (window,) in transcripts}) > 1
     rows = decode_corpus(by_table, corpus, [replace(u, speaker=u.id) for u in utterances], DECODING)
     assert [row["experts"] for row in rows] == [list(window.experts) for (window,) in transcripts]
     alone = replace(by_table, info=replace(by_table.info, gate=False))
-    with_group(alone, None)
-    assert "is routed by etiology: without --group it uses its shared expert alone" in caplog.text
+    warn_without_group(with_added(alone, expert="high"))
+    assert not caplog.records
+    decode_corpus(alone, corpus, utterances[:2], DECODING)
+    assert "uses the shared expert alone, unless --expert names one of high, low, rough" in caplog.text
 
 
 def test_a_group_that_the_model_does_not_have_is_an_error(by_table, opened):
-    with pytest.raises(UsageError, match="has no etiology 'hgih'; did you mean high"):
-        with_group(by_table, "hgih")
-    with pytest.raises(UsageError, match=r"--group high: model .* is not routed by a column"):
-        with_group(opened, "high")
+    with pytest.raises(UsageError, match="has no expert 'hgih'; did you mean high"):
+        with_added(by_table, expert="hgih")
+    with pytest.raises(UsageError, match="has no expert 'high': nothing was added to it"):
+        with_added(opened, expert="high")
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(None, 15.0), (12.0, 12.0), (3.0, 10.0), (100.0, 30.0)], ids=str)
