@@ -147,10 +147,10 @@ def transcribe(
     table: list[dict[str, str]] = []
     bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
     written = 0
-    for recordings_read in load_groups(readable, faults, GROUP_SECONDS):
-        audios = [loaded.samples for loaded in recordings_read]
+    for group in load_groups(readable, faults, GROUP_SECONDS):
+        audios = [loaded.samples for loaded in group]
         for loaded, windows in zip(
-            recordings_read, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
+            group, transcribe_audio(opened, audios, decoding, bar.update, longest=window), strict=True
         ):
             kept = loaded.treated(windows, loops, no_speech, opened.language)
             if kind == TABLE:

@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
 from common.inference.added import added_number
-from common.inference.choose_experts import choose_experts, given_choice, group_number, warn_without_group
+from common.inference.choose_experts import group_number, model_choice, warn_without_group
 from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
@@ -112,20 +112,9 @@ def fixed_choices(
     info = opened.info
     if info is None or info.route_by == "utterance" or not utterances:
         return {}
-    if opened.group >= 0:
-        return split_choice(utterances, *given_choice(opened, len(utterances)))
     if all(group_number(info, u) < 0 for u in utterances):
         warn_without_group(opened)
-    choice = choose_experts(
-        utterances,
-        evidence,
-        opened.recogniser.gate,
-        by=info.route_by,
-        column=info.column,
-        groups=info.groups,
-        device=opened.accelerator.device,
-    )
-    return split_choice(utterances, *choice)
+    return split_choice(utterances, *model_choice(opened, utterances, evidence))
 
 
 def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> torch.Tensor:

@@ -228,14 +228,18 @@ def _choice(table: Mapping[str, Any]) -> str:
 def _gate_choice(table: Mapping[str, Any]) -> str:
     if len(table["adapters"]) < 2:
         return ""
-    parts = [CHOICE]
-    if table["groups"]:
-        parts += [TABLE] + [UNKNOWN] * table["gate"]
-    parts += (
-        [GATE] * table["gate"] + [SHARED] * bool(table["shared"]) + [BLEND] * (table["gate"] and table["top_k"] > 1)
-    )
+    gate, by_table = table["gate"], bool(table["groups"])
+    parts = {
+        CHOICE: True,
+        TABLE: by_table,
+        UNKNOWN: by_table and gate,
+        GATE: gate,
+        SHARED: table["shared"],
+        BLEND: gate and table["top_k"] > 1,
+    }
     values = {name: table[name] for name in ("shared", "mixture", "top_k", "column")}
-    return "".join(parts).format(**_words(table), **values, **table["embedding"])
+    page = "".join(text for text, needed in parts.items() if needed)
+    return page.format(**_words(table), **values, **table["embedding"])
 
 
 def _audio_words(table: Mapping[str, Any]) -> dict[str, Any]:

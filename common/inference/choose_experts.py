@@ -60,6 +60,16 @@ def choose_experts(
     return torch.where(known_N[:, None], logits_NE, gate_NE), known_N | near_N
 
 
+def model_choice(opened: OpenedModel, utterances: Sequence[Utterance], evidence: Callable[[], Tensor]) -> Choice:
+    """The choice of a trained mixture for N utterances: the group given for all audio, or `choose_experts`."""
+    info, device = opened.info, opened.accelerator.device
+    assert info is not None
+    if opened.group >= 0:
+        return given_choice(opened, len(utterances))
+    gate, column, groups = opened.recogniser.gate, info.column, info.groups
+    return choose_experts(utterances, evidence, gate, by=info.route_by, column=column, groups=groups, device=device)
+
+
 def group_number(info: BundleInfo | None, utterance: Utterance) -> int:
     """Number of the utterance's group in a model with routing by a table; -1 if it has none."""
     if info is None or info.route_by != "table":

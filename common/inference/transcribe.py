@@ -169,7 +169,8 @@ def _recording_choices(opened: OpenedModel, groups: Sequence[Sequence[_Piece]]) 
     if info is None or info.route_by == "utterance":
         return {}
     if opened.group >= 0:
-        return {piece.audio: given_choice(opened, 1) for group in groups for piece in group}
+        choice = given_choice(opened, 1)
+        return {piece.audio: choice for group in groups for piece in group}
     evidence: dict[int, list[torch.Tensor]] = defaultdict(list)
     for group in groups:
         evidence_BF = gate_evidence(opened, make_batch(opened, [(piece.samples, piece.positions) for piece in group]))

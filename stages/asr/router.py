@@ -16,6 +16,7 @@ from common.data.groups import SHUFFLED, group_values, shuffled_names
 from common.errors import DataError
 from common.inference.choose_experts import choose_experts
 from common.json_files import read_object
+from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 
 
@@ -49,9 +50,10 @@ class Router:
         gate = recogniser.gate
         if gate is None and not self.groups:
             return
+        embedding_ND = self.embeddings(utterances).to(gate.mean_D.device) if gate is not None else None
         logits_NE, known_N = choose_experts(
             utterances,
-            lambda: self._evidence(recogniser, utterances),
+            lambda: _evidence(gate, embedding_ND),
             gate,
             by=self.by,
             column=self.column,
@@ -60,19 +62,19 @@ class Router:
         )
         known = None if training and self.by != "table" else known_N
         if gate is not None and any(p.requires_grad for p in gate.parameters()):
-            recogniser.choose_by(embeddings_ND=self.embeddings(utterances).to(gate.mean_D.device), known_N=known)
+            recogniser.choose_by(embeddings_ND=embedding_ND, known_N=known)
         else:
             recogniser.choose_by(logits_NE=logits_NE, known_N=known)
 
-    @torch.no_grad()
-    def _evidence(self, recogniser: Recogniser, utterances: Sequence[Utterance]) -> Tensor:
-        """evidence_NF of the utterances about their groups, without the gate's dropout."""
-        gate = recogniser.gate
-        assert gate is not None
-        was_training = gate.training
-        evidence_NF = gate.eval().evidence(self.embeddings(utterances).to(gate.mean_D.device))
-        gate.train(was_training)
-        return evidence_NF
+
+@torch.no_grad()
+def _evidence(gate: Gate | None, embedding_ND: Tensor | None) -> Tensor:
+    """evidence_NF of utterances about their groups, without the gate's dropout."""
+    assert gate is not None and embedding_ND is not None
+    was_training = gate.training
+    evidence_NF = gate.eval().evidence(embedding_ND)
+    gate.train(was_training)
+    return evidence_NF
 
 
 def gate_groups(gate: Sequence[Path]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from common.errors import DataError
 from common.evaluation.breakdown import score_of
 from common.evaluation.score import decode_set, scored_rows
 from common.evaluation.wer import paired_bootstrap, wer
-from common.inference.choose_experts import choose_experts
+from common.inference.choose_experts import model_choice
 from common.inference.load_model import OpenedModel
 from common.json_files import Row
 from common.limits import is_too_long
@@ -156,15 +156,7 @@ def _own_choice(work: _Work, evidence_NF: Tensor | None) -> Choice | None:
         assert evidence_NF is not None
         return evidence_NF
 
-    return choose_experts(
-        utterances,
-        evidence,
-        gate,
-        by=info.route_by,
-        column=info.column,
-        groups=info.groups,
-        device=opened.accelerator.device,
-    )
+    return model_choice(opened, utterances, evidence)
 
 
 @torch.inference_mode()
