@@ -96,7 +96,8 @@ def export(
             endpoint_url=endpoint_url,
         )
         fixed: dict[int, float] = {}
-        number = int(expert) if expert is not None and expert.isdigit() else None
+        names = [*(opened.info.groups if opened.info else ()), *(added.name for added in opened.added)]
+        number = int(expert) if expert is not None and expert.isdigit() and expert not in names else None
         opened = with_added(opened, speaker=speaker, expert=expert if number is None else None)
         if merging and opened.voice < 0:
             number = opened.group if opened.group >= 0 else number

@@ -212,15 +212,23 @@ def test_the_page_of_a_model_routed_by_a_table_says_who_uses_which_adapter(micro
     assert "gets the adapter `shared`" in page
 
 
-def test_a_groups_expert_is_merged_by_the_groups_name(micro_model, tmp_path):
-    bundle = make_bundle(tmp_path / "bundle", micro_model, shared=6, **BY_TABLE)
+@pytest.mark.parametrize(
+    ("groups", "asked", "number"),
+    [("abc", "c", 2), ("abc", "1", 1), ("210", "2", 0)],
+    ids=["a name", "a number", "a name in digits"],
+)
+def test_a_groups_expert_is_merged_by_the_groups_name(micro_model, tmp_path, groups, asked, number):
+    bundle = make_bundle(tmp_path / "bundle", micro_model, shared=6, **(BY_TABLE | {"groups": tuple(groups)}))
     runner = CliRunner()
     words = ["export", str(bundle), "--to", "merged", "--expert"]
-    done = runner.invoke(cli, [*words, "c", "--out", str(tmp_path / "c")], catch_exceptions=False)
+    done = runner.invoke(cli, [*words, asked, "--out", str(tmp_path / "one")], catch_exceptions=False)
     assert done.exit_code == 0
-    ours, dense = opened(bundle, tmp_path), opened(tmp_path / "c", tmp_path)
+    ours, dense = opened(bundle, tmp_path), opened(tmp_path / "one", tmp_path)
     torch.testing.assert_close(
-        probe(dense.recogniser, dense.codec, {}), probe(ours.recogniser, ours.codec, {2: 1.0}), rtol=1e-4, atol=1e-3
+        probe(dense.recogniser, dense.codec, {}),
+        probe(ours.recogniser, ours.codec, {number: 1.0}),
+        rtol=1e-4,
+        atol=1e-3,
     )
     with pytest.raises(UsageError, match="has no expert 'd'"):
         runner.invoke(cli, [*words, "d", "--out", str(tmp_path / "d")], catch_exceptions=False)
