@@ -1,13 +1,18 @@
-"""The tables of sweeps over several seeds: `moe-asr compare` on the groups that training heard, and the unseen one.
+"""The results of sweeps over several seeds: on the groups that are in the training data, and on the one that is not.
 
-python -m bench.regimes --store runs --sweep bench bench-long alike     reads the runs bench-REGIME-sSEED, … of a store
+python -m bench.regimes --store runs --sweep bench bench-speaker="gate on the labels"     adds runs of a store
+python -m bench.regimes                                                                   computes the summary again
 
-Runs are compared with those of the same corpus and the same number of steps. The regimes of the first sweep with a
-corpus and a budget go by their names, those of another (another rank) by `REGIME, SWEEP`. What `bench.peft` wrote
-beside the runs of a sweep is the regime `peft`.
+A sweep's runs are NAME-REGIME-sSEED; --sweep NAME adds all of them, --sweep NAME-REGIME one regime. A label after it
+stands behind the regime's name.
 
-Prints tables in Markdown and writes bench/results/regimes.json, whose `summary` has one row for each corpus, number of
-steps and regime.
+
+bench/results/regimes.json holds, for each corpus, the utterances of its test set; for each run, what it was made with
+and its word errors by utterance; and `summary`, one row for each corpus, number of steps and regime, which is computed
+from them. What `bench.peft` wrote beside the runs of a sweep is the regime `peft`.
+
+Runs that were added before word errors were part of the file have rates alone; their rows of the summary stay as they
+are. `make reference` writes the tables of docs/regimes.md from the summary.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ from typing import Any
 
 from bench.peft import FACTS, TEST
 from common.config import Config, flatten
+from common.errors import DataError
 from common.evaluation.compare import compare
 from common.evaluation.results import Result, before_training, read_result
+from common.evaluation.wer import Score
 from common.json_files import Row, read_object, read_rows
 from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store
@@ -33,122 +40,198 @@ from stages.sweep import REGIMES
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 4000
-RATES = ("wer_before", "wer_after", "cer_before", "cer_after", "wer_interval_before", "wer_interval_after")
-ROUTING = ("experts", "top_k", "load", "router_entropy", "top1_share", "collapsed")
-PEFT = "peft"
-Budget = tuple[str, int]  # corpus, optimiser steps in all
+BASE, PEFT = "base", "peft"
+REFERENCES = ("dense", "dense-plain", PEFT)  # that all regimes of a budget are compared with
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Reads, compares, prints, writes."""
+    """Reads runs, adds them to the file, and computes its summary."""
     parser = argparse.ArgumentParser(prog="bench.regimes", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--store", default="runs")
-    parser.add_argument("--sweep", nargs="+", default=["bench"])
-    parser.add_argument("--against", default="dense", help="what the others are compared with")
-    parser.add_argument("--unseen", default="island", help="etiology that no training heard")
+    parser.add_argument("--sweep", nargs="*", default=[], metavar="NAME[=LABEL]")
+    parser.add_argument("--unseen", default="island", help="etiology that is not in the training data")
     parser.add_argument("--results", type=Path, default=RESULTS / "regimes.json")
     options = parser.parse_args(arguments)
+    value = read_object(options.results) if options.results.is_file() else {}
+    value = {"unseen_etiology": options.unseen, "corpora": {}, "runs": [], "summary": []} | value
     store = open_store(options.store)
-    groups = group_runs(store, options.sweep)
-    facts = {run: run_facts(store, run) for group in groups.values() for runs in group.values() for run in runs}
-    tables, summary = [], []
-    for (corpus, steps), names in groups.items():
-        systems = read_systems(store, names)
-        reference = options.against if options.against in systems else next(iter(names))
-        seen, unseen = compare_parts(systems, reference, options.unseen)
-        against = {
-            name: seen if name == reference else compare_parts(systems, name, options.unseen)[0]
-            for name in ("dense", PEFT)
-            if name in systems
-        }
-        tables.append({"corpus": corpus, "steps": steps, "seen": seen, "unseen": unseen})
-        own = {regime: [facts[run] for run in runs] for regime, runs in names.items()}
-        summary += summary_rows((corpus, steps), seen, unseen, against, own)
-        print(f"## {corpus}, {steps} steps", overview(seen, unseen, own), by_etiology(seen), sep="\n\n", end="\n\n")
-    value = {"sweeps": options.sweep, "unseen_etiology": options.unseen, "summary": summary}
-    value |= {"comparisons": tables, "runs": facts}
-    options.results.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    for sweep in options.sweep:
+        name, _, label = sweep.partition("=")
+        for run in [*finished_runs(store, name), *peft_folders(store, name)]:
+            add_run(value, run | {"regime": f"{run['regime']}, {label}" if label else run["regime"]}, store)
+    value["summary"] = summarise(value)
+    options.results.write_text(one_row_per_line(value), encoding="utf-8")
 
 
-def group_runs(store: Store, sweeps: Sequence[str]) -> dict[Budget, dict[str, list[str]]]:
-    """(corpus, steps) → regime → its finished runs by seed, and the folders that `bench.peft` wrote."""
-    groups: dict[Budget, dict[str, list[str]]] = {}
-    first: dict[Budget, str] = {}  # sweep
-    for sweep in sweeps:
-        for regime, run, budget in [*finished_runs(store, sweep), *peft_folders(store, sweep)]:
-            label = regime if first.setdefault(budget, sweep) == sweep else f"{regime}, {sweep}"
-            groups.setdefault(budget, {}).setdefault(label, []).append(run)
-    return groups
-
-
-def finished_runs(store: Store, sweep: str) -> Iterable[tuple[str, str, Budget]]:
-    """Regime, name, corpus and steps of the finished runs of a sweep."""
+def finished_runs(store: Store, sweep: str) -> Iterable[Row]:
+    """Name, regime, corpus and facts of the finished runs of a sweep."""
     for name in run_names(store):
-        match = re.fullmatch(rf"{re.escape(sweep)}-(.+)-s\d+", name)
-        record = run_record(store, name) if match else None
-        if match and match[1] in REGIMES and record and record["status"] == "done":
-            steps = read_result(name, store=store, cache=cache_folder()).facts["steps"]
-            yield match[1], name, (Path(record["config"]["corpus"]["path"]).name, steps)
+        regime = regime_of(name, sweep)
+        record = run_record(store, name) if regime else None
+        if record and record["status"] == "done":
+            corpus = Path(record["config"]["corpus"]["path"]).name
+            yield {"run": name, "corpus": corpus, "regime": regime} | run_facts(store, name, record)
 
 
-def peft_folders(store: Store, sweep: str) -> Iterable[tuple[str, str, Budget]]:
+def regime_of(run: str, sweep: str) -> str | None:
+    """The regime of a run NAME-REGIME-sSEED if it belongs to the sweep, given as NAME or NAME-REGIME."""
+    match = re.fullmatch(r"(.+)-s\d+", run)
+    for regime in sorted(REGIMES, key=len, reverse=True) if match else ():
+        if match and match[1].endswith(f"-{regime}"):
+            return regime if sweep in (match[1], match[1].removesuffix(f"-{regime}")) else None
+    return None
+
+
+def peft_folders(store: Store, sweep: str) -> Iterable[Row]:
     """The same of what `bench.peft` wrote beside them."""
     root = store.local_path("")
     for path in sorted(root.glob(f"{sweep}-{PEFT}-s*/{FACTS}")) if root else ():
-        facts = read_object(path)
-        yield PEFT, str(path.parent), (Path(facts["corpus"]).name, facts["steps"])
+        made = read_object(path)
+        facts = {key: made[key] for key in ("steps", "seed", "learning_rate", "rank", "dev_wer", "seconds")}
+        facts["trained_parameters"] = made["trained_parameters"]
+        yield {"run": str(path.parent), "corpus": Path(made["corpus"]).name, "regime": PEFT} | facts
 
 
-def read_systems(store: Store, names: Mapping[str, Sequence[str]]) -> dict[str, list[Result]]:
-    """regime → results of its runs, the untrained base first where a run measured it."""
-    systems = {
-        regime: [read_result(_tested(run), store=store, cache=cache_folder()) for run in runs]
-        for regime, runs in names.items()
+def run_facts(store: Store, name: str, record: Row) -> Row:
+    """What a run was made with, and what it cost."""
+    config, (folder,) = record["config"], stage_folders(store, record, "asr", cache_folder())
+    report, summary = read_object(folder / "report.json"), json.loads(store.read(f"{name}/summary.json"))
+    return {
+        "steps": read_result(name, store=store, cache=cache_folder()).facts["steps"],
+        "seed": config["seed"],
+        "learning_rate": config["asr"]["learning_rate"],
+        "rank": None if config["asr"]["adapt"] == "full" else config["lora"]["rank"],
+        "dev_wer": dev_wer(folder),
+        "seconds": training_seconds(folder, summary["seconds"]),
+        "trained_parameters": report["trained_parameters"],
     }
-    own = next((results[0] for regime, results in systems.items() if not regime.startswith(PEFT)), None)
-    return ({"base": [before_training(own)]} if own else {}) | systems
 
 
-def _tested(run: str) -> str:
-    """What to read the test set's results of: a run's name, or the folder of an evaluation."""
-    return str(Path(run) / TEST) if (Path(run) / FACTS).is_file() else run
+def training_seconds(folder: Path, stages: Mapping[str, float]) -> float:
+    """Seconds of the training loop and of all stages before it, without the scoring of dev and test: as `peft.json`."""
+    before = sum(seconds for stage, seconds in stages.items() if stage != "asr")
+    return before + float(read_object(folder / "throughput.json")["training_seconds"])
 
 
-def compare_parts(systems: Mapping[str, Sequence[Result]], reference: str, unseen: str) -> tuple[Row, Row | None]:
-    """The comparison on the groups that training heard, and that on the unseen one, if the test set has it."""
-    heard = compare(only(systems, unseen, wanted=False), reference=reference, resamples=RESAMPLES)
-    others = only(systems, unseen, wanted=True)
-    there = bool(next(iter(others.values()))[0].rows)
-    return heard, compare(others, reference=reference, resamples=RESAMPLES) if there else None
+def dev_wer(folder: Path) -> float:
+    """Of the weights that were kept: what a learning rate is chosen by."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
 
 
-def summary_rows(
-    budget: Budget,
-    seen: Row,
-    unseen: Row | None,
-    against: Mapping[str, Row],
-    facts: Mapping[str, Sequence[Row]],
-) -> list[Row]:
-    """One row for each regime: rates as fractions, and its differences from dense LoRA and from the peer.
+def add_run(value: Row, run: Row, store: Store) -> None:
+    """Adds a run with its word errors by utterance, in place of an earlier one of this regime and seed.
 
-    Args:
-        against: regime → the comparison of the heard groups with it.
-        facts: regime → `run_facts` of its seeds.
+    Raises:
+        DataError: it was tested on other utterances than the runs of this corpus in the file.
     """
-    rows, others = [], {other["name"]: other["wer"] for other in (unseen or {"systems": ()})["systems"]}
-    for system in seen["systems"]:
-        name, runs = system["name"], facts.get(system["name"], [])
-        worst = max(system["by_etiology"].items(), key=lambda item: item[1]["wer"])
-        row = {"corpus": budget[0], "steps": budget[1], "regime": name, "default": is_default(name)}
+    path = Path(run["run"])
+    peer = (path / FACTS).is_file()
+    result = read_result(str(path / TEST) if peer else run["run"], store=store, cache=cache_folder())
+    rows = sorted(result.rows, key=lambda row: str(row["id"]))
+    scores = [result.scores[str(row["id"])] for row in rows]
+    tested = {
+        "ids": [score.id for score in scores],
+        "speakers": [row["speaker"] for row in rows],
+        "etiologies": [row["etiology"] for row in rows],
+        "words": [score.words for score in scores],
+    }
+    corpora: Row = value["corpora"]
+    if corpora.setdefault(run["corpus"], tested) != tested:
+        raise DataError(f"{run['run']} was not tested on the same utterances as the other runs on {run['corpus']}")
+    run = run | {"run": path.name, "errors": [score.word_errors for score in scores]}
+    own = [run]
+    if not peer:
+        base = before_training(result).scores
+        of_base = {"run": BASE, "corpus": run["corpus"], "regime": BASE, "steps": 0, "seed": None}
+        own.append(of_base | {"errors": [base[score.id].word_errors for score in scores]})
+    which = {identity(row) for row in own}
+    value["runs"] = [row for row in value["runs"] if identity(row) not in which] + own
+
+
+def identity(run: Row) -> tuple[Any, ...]:
+    """What the file has one run of."""
+    return tuple(run[key] for key in ("corpus", "steps", "regime", "seed"))
+
+
+def summarise(value: Row) -> list[Row]:
+    """One row for each corpus, number of steps and regime, with rates as fractions.
+
+    `wer` is of the groups that are in the training data, `minus_X` the difference from regime X at the same budget.
+    """
+    budgets: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    for run in value["runs"]:
+        if run["regime"] != BASE:
+            budgets.setdefault((run["corpus"], run["steps"]), {}).setdefault(run["regime"], []).append(run)
+    earlier = {(row["corpus"], row["steps"], row["regime"]): row for row in value["summary"]}
+    summary = []
+    for (corpus, steps), regimes in sorted(budgets.items()):
+        base = [run for run in value["runs"] if (run["corpus"], run["regime"]) == (corpus, BASE)]
+        whole = {name: runs for name, runs in regimes.items() if all("errors" in run for run in runs)}
+        computed = compared((corpus, steps), {BASE: base} | whole, value) if whole else {}
+        for name in (BASE, *sorted(regimes, key=regime_order)):
+            if name in computed:
+                summary.append(computed[name])
+            elif (row := earlier.get((corpus, steps, name))) is not None:
+                summary.append(row)
+    return summary
+
+
+def regime_order(name: str) -> tuple[bool, bool, int, str]:
+    """The default first, then in the order of `moe-asr sweep`, the peer after them; rows of an earlier recipe last."""
+    plain, _, label = name.partition(", ")
+    number = list(REGIMES).index(plain) if plain in REGIMES else len(REGIMES)
+    return label.startswith("earlier"), not is_default(name), number, name
+
+
+def compared(budget: tuple[str, int], regimes: Mapping[str, Sequence[Row]], value: Row) -> dict[str, Row]:
+    """regime → its row of the summary, from word errors by utterance."""
+    corpus, steps = budget
+    systems = {name: [as_result(run, value["corpora"][corpus]) for run in runs] for name, runs in regimes.items()}
+    seen, unseen = (only(systems, value["unseen_etiology"], wanted=wanted) for wanted in (False, True))
+    there = [name for name in REFERENCES if name in systems]
+    tables = {name: compare(seen, reference=name, resamples=RESAMPLES) for name in there or [BASE]}
+    held_out = {name: results for name, results in unseen.items() if results[0].rows}
+    apart = compare(held_out, reference=(there or [BASE])[0], resamples=RESAMPLES) if held_out else {"systems": ()}
+    others = {other["name"]: other["wer"] for other in apart["systems"]}
+    rows = {}
+    for system in next(iter(tables.values()))["systems"]:
+        name, runs = system["name"], regimes[system["name"]] if system["name"] != BASE else ()
+        worst, rates = max(system["by_etiology"].items(), key=lambda item: item[1]["wer"])
+        row = {"corpus": corpus, "steps": steps, "regime": name, "default": is_default(name)}
         row |= {"seeds": len(runs), "wer": system["wer"], "wer_interval": system["wer_interval"]}
-        row["wer_dev"] = sum(run["dev_wer"] for run in runs) / len(runs) if runs else None
-        row["seconds"] = sum(run["seconds"] for run in runs) / len(runs) if runs else None
-        row |= {"worst_group": worst[1]["wer"], "worst_group_name": worst[0]}
-        row["wer_unseen"] = others.get(name)
-        for reference in ("dense", PEFT):
-            row[f"minus_{reference}"] = _difference(against.get(reference), name)
-        rows.append(row)
+        row["wer_of_seeds"] = [run["wer"] for run in system["runs"]] if runs else []
+        row["wer_dev"] = _mean([run["dev_wer"] for run in runs])
+        row["seconds"] = _mean([run["seconds"] for run in runs])
+        row |= {"worst_group": rates["wer"], "worst_group_name": worst, "wer_unseen": others.get(name)}
+        row |= {f"minus_{reference}": _difference(tables.get(reference), name) for reference in REFERENCES}
+        row["unseen_minus_dense"] = _difference(apart if held_out and "dense" in systems else None, name)
+        rows[name] = row
     return rows
+
+
+def as_result(run: Row, tested: Mapping[str, Sequence[Any]]) -> Result:
+    """A run's word errors in the form that `compare` takes; it has no texts, and therefore no characters."""
+    columns = zip(*(tested[key] for key in ("ids", "speakers", "etiologies", "words")), run["errors"], strict=True)
+    rows, scores = [], {}
+    for name, speaker, etiology, words, errors in columns:
+        rows.append({"id": name, "speaker": speaker, "etiology": etiology, "reference": ""})
+        scores[name] = Score(name, words, errors, 0, chars=1, char_errors=0, reference=0)
+    return Result(run["run"], rows, scores, {})
+
+
+def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool) -> dict[str, list[Result]]:
+    """The same results on one etiology alone, or on all others."""
+
+    def part(result: Result) -> Result:
+        rows = [row for row in result.rows if (row["etiology"] == etiology) == wanted]
+        return replace(result, rows=rows, scores={str(row["id"]): result.scores[str(row["id"])] for row in rows})
+
+    return {name: [part(result) for result in results] for name, results in systems.items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _difference(comparison: Row | None, name: str) -> Row | None:
@@ -166,103 +249,18 @@ def is_default(name: str) -> bool:
     return regime is not None and not regime.dense and all(values[k] == v for k, v in regime.settings.items())
 
 
-def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool) -> dict[str, list[Result]]:
-    """The same results on one etiology alone, or on all others."""
-
-    def part(result: Result) -> Result:
-        rows = [row for row in result.rows if (row["etiology"] == etiology) == wanted]
-        return replace(result, rows=rows, scores={str(row["id"]): result.scores[str(row["id"])] for row in rows})
-
-    return {name: [part(result) for result in results] for name, results in systems.items()}
-
-
-def run_facts(store: Store, run: str) -> dict[str, Any]:
-    """What a run was made with, what it cost and what came of it."""
-    if (Path(run) / FACTS).is_file():
-        made = read_object(Path(run) / FACTS)
-        return made | {"joint_steps": made["steps"], "expert_steps": []}
-    record = run_record(store, run)
-    config = record["config"]
-    (folder,) = stage_folders(store, record, "asr", cache_folder())
-    report, summary = read_object(folder / "report.json"), json.loads(store.read(f"{run}/summary.json"))
-    facts = {
-        "seed": config["seed"],
-        "learning_rate": config["asr"]["learning_rate"],
-        "rank": None if config["asr"]["adapt"] == "full" else config["lora"]["rank"],
-        "dev_wer": dev_wer(folder),
-        "joint_steps": report["steps"],
-        "selected_step": report["best_step"],
-        "expert_steps": [],
-        "trained_parameters": report["trained_parameters"],
-        "seconds": training_seconds(folder, summary["seconds"]),
-        **{key: summary[key] for key in RATES},
-        **{key: report[key] for key in ROUTING if key in report},
-        "by_etiology": {name: {key: rates[key] for key in RATES} for name, rates in summary["by_etiology"].items()},
-    }
-    stages = {task["stage"] for task in record["tasks"].values()}
-    for stage in sorted(stages & {"shared", "experts"}, reverse=True):
-        folders = stage_folders(store, record, stage, cache_folder())
-        facts["expert_steps"] += [read_object(expert / "report.json")["steps"] for expert in folders]
-    if "cluster" in stages:
-        clusters = read_object(stage_folders(store, record, "cluster", cache_folder())[0] / "report.json")
-        facts["clusters"] = {key: clusters[key] for key in ("sizes", "purity", "adjusted_rand", "noise_share")}
-    return facts
+def one_row_per_line(value: Row) -> str:
+    """JSON in which each corpus, run and row of the summary is one line."""
+    parts = [f' "unseen_etiology": {json.dumps(value["unseen_etiology"])}']
+    corpora = [f"  {json.dumps(name)}: {_compact(tested)}" for name, tested in value["corpora"].items()]
+    parts.append(' "corpora": {\n' + ",\n".join(corpora) + "\n }")
+    for key in ("runs", "summary"):
+        parts.append(f' "{key}": [\n' + ",\n".join(f"  {_compact(row)}" for row in value[key]) + "\n ]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def training_seconds(folder: Path, stages: Mapping[str, float]) -> float:
-    """Seconds of the training loop and of all stages before it, without the scoring of dev and test: as `peft.json`."""
-    before = sum(seconds for stage, seconds in stages.items() if stage != "asr")
-    return before + float(read_object(folder / "throughput.json")["training_seconds"])
-
-
-def dev_wer(folder: Path) -> float:
-    """Of the weights that were kept: what a learning rate is chosen by."""
-    rows = read_rows(folder / "metrics.jsonl")
-    return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
-
-
-def overview(seen: Mapping[str, Any], unseen: Mapping[str, Any] | None, facts: Mapping[str, Sequence[Any]]) -> str:
-    """The main table in Markdown, the best regime first."""
-    reference = seen["reference"]
-    lines = [
-        f"| regime | WER | 95% | minus {reference} | WER of seeds | CER | WER unseen | WER dev | steps | weights |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    others = {system["name"]: system for system in (unseen or {"systems": ()})["systems"]}
-    for system in sorted(seen["systems"], key=lambda system: system["wer"]):
-        delta = (system["difference"] or {}).get("wer")
-        runs = facts.get(system["name"], [])
-        cells = [
-            system["name"],
-            f"{system['wer']:.1%}",
-            _span(system["wer_interval"]),
-            f"{delta['delta']:+.1%} ({_span((delta['low'], delta['high']), '+')})" if delta else "",
-            ", ".join(f"{run['wer']:.1%}" for run in system["runs"]) if runs else "",
-            f"{system['cer']:.1%}",
-            f"{others[system['name']]['wer']:.1%}" if others else "",
-        ]
-        if runs:
-            before = f"{sum(runs[0]['expert_steps'])} + " if runs[0]["expert_steps"] else ""
-            cells += [f"{sum(run['dev_wer'] for run in runs) / len(runs):.1%}", f"{before}{runs[0]['joint_steps']}"]
-            cells.append(f"{runs[0]['trained_parameters']:,}")
-        lines.append("| " + " | ".join([*cells, "", "", ""][:10]) + " |")
-    return "\n".join(lines)
-
-
-def by_etiology(seen: Mapping[str, Any]) -> str:
-    """WER by etiology in Markdown."""
-    systems = sorted(seen["systems"], key=lambda system: system["wer"])
-    groups = list(systems[0]["by_etiology"])
-    lines = ["| regime | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    for system in systems:
-        lines.append(
-            f"| {system['name']} | " + " | ".join(f"{system['by_etiology'][g]['wer']:.1%}" for g in groups) + " |"
-        )
-    return "\n".join(lines)
-
-
-def _span(interval: Sequence[float], sign: str = "") -> str:
-    return f"{interval[0]:{sign}.1%} to {interval[1]:{sign}.1%}"
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,48 @@ def context_rates(results: Path = RESULTS / "regimes.json") -> str:
     return f"WER of LoRA after 384 steps {rates['dense-plain']:.1%} against {rates['peft']:.1%}"
 
 
+def regime_rows(corpus: str, budgets: Sequence[int], results: Path = RESULTS / "regimes.json") -> list[str]:
+    """One line per regime on one corpus with these numbers of steps, in %. Rows of an earlier recipe have no difference
+    from regimes of today's.
+    """
+    rows = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    rows = [row for steps in budgets for row in rows if (row["corpus"], row["steps"]) == (corpus, steps)]
+    rows = [row for row in rows if row["regime"] != "base"] + [row for row in rows if row["regime"] == "base"][:1]
+    rates = ("dev WER", "test WER", "of seeds", "minus `dense`", "minus `dense-plain`", "worst group", "unheard group")
+    return _table(("regime", "steps", "seeds", *rates), map(_regime, rows))
+
+
+def _regime(row: dict[str, Any]) -> tuple[str, ...]:
+    name, _, label = row["regime"].partition(", ")
+    note = label or ("the default" if row["default"] else "")
+    shown = f"`{name}`, {note}" if note else f"`{name}`"
+    base = name == "base"
+    minus = () if base or label.startswith("earlier") else (row["minus_dense"], row["minus_dense-plain"])
+    unheard = _difference(row["unseen_minus_dense"]) if minus else ""
+    return (
+        shown,
+        "" if base else f"{row['steps']:,}",
+        "" if base else str(row["seeds"]),
+        _percent(row["wer_dev"]),
+        f"{_percent(row['wer'])} ({_percent(row['wer_interval'][0])} to {_percent(row['wer_interval'][1])})",
+        ", ".join(map(_percent, row["wer_of_seeds"])),
+        *(map(_difference, minus) if minus else ("", "")),
+        f"{row['worst_group_name']} {_percent(row['worst_group'])}",
+        "; ".join(filter(None, (_percent(row["wer_unseen"]), unheard))),
+    )
+
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.1f}"
+
+
+def _difference(minus: dict[str, float] | None) -> str:
+    if minus is None:
+        return ""
+    delta, low, high = (f"{100 * minus[key]:+.1f}".replace("-", "−") for key in ("delta", "low", "high"))
+    return f"{delta} ({low} to {high})"
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 

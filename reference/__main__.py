@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench.table import full_table, options_table
+from bench.table import full_table, options_table, regime_rows
 from reference import settings, tables
 from reference.blocks import fill
 
@@ -21,6 +21,12 @@ def generated() -> dict[Path, str]:
         PAGES / "exit-codes.md": {"codes": tables.exit_code_rows()},
         PAGES / "artifacts.md": {"stages": tables.stage_rows(), "manifest": tables.manifest_rows()},
         Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
+        Path("docs/regimes.md"): {
+            "audible": regime_rows("bench", [384]),
+            "alike": regime_rows("bench-alike", [384]),
+            "budgets": regime_rows("bench", [128, 256, 336, 1152]),
+            "human": regime_rows("human", [384]),
+        },
         Path("docs/running.md"): {"presets": settings.preset_rows()},
     }
     texts = {PAGES / "config.md": settings.page()}
