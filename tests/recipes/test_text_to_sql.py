@@ -243,6 +243,13 @@ def test_the_demonstration_is_the_same_for_a_seed_and_every_query_of_it_runs(pai
     assert sum(bool(outcome.rows) for outcome in outcomes.values()) > 0.3 * len(outcomes)
 
 
+@pytest.mark.parametrize("option", ["--train", "--dev", "--test", "--flights"])
+def test_a_demonstration_with_an_empty_part_is_refused_before_anything_is_written(option, tmp_path):
+    done = CliRunner().invoke(cli, ["demo", str(tmp_path / "demo"), option, "0"])
+    assert done.exit_code == 2 and option in done.output
+    assert not (tmp_path / "demo").exists()
+
+
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_hold_each_pair_once(pairs):
     texts = [read_lines(pairs, "train", kind) for kind in ("nl", "sql")]
     examples = make_examples(make_tokenizer([*texts[0], *texts[1]]), *texts)
