@@ -24,7 +24,6 @@ from bench.measure import Measurement, device_name, versions
 from bench.setting import THREADS, Setting, cpu_setting, gpu_setting, quick_setting
 from bench.table import RESULTS, rows_table
 
-
 # Names for --only, in the table's order.
 GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
     "joint": joint.rows,
