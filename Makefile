@@ -2,11 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := common demo stages argo cli dashboards reference helm/chart.py
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev ci lint format test ci coverage reference docs FORCE wheel quickstart text-to-sql-demo images sbom test-images argo test-cluster chart package dashboards bench lock clean
+.PHONY: help install dev ci lint format test ci coverage generate docs FORCE wheel quickstart text-to-sql-demo images sbom test-images test-cluster package bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { gsub(/[$$][$$]/, "$$", $$2); printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +35,7 @@ $(VENV)/.dev: requirements-dev.txt requirements-uv.txt pyproject.toml
 lint: dev ## ruff, formatting, types, Dockerfiles, shell, YAML
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(SOURCES)
+	$(BIN)/mypy
 	$(BIN)/hadolint docker/*/Dockerfile stages/*/Dockerfile
 	$(BIN)/shellcheck .ci/run bench/*.sh docker/dependencies/*.sh
 	$(BIN)/yamllint --strict .
@@ -107,23 +106,17 @@ sbom: dev ## bill of materials (CycloneDX) of the Python packages in all images
 test-images: dev ## build all images without a daemon and run them confined (root on Debian; minutes and 20 GB)
 	$(BIN)/python -m pytest -q -rs tests/images
 
-argo: dev ## the workflow template, from the stages' contracts, and the table of its parameters
-	$(BIN)/python -m argo
-
 KUBELAB ?= ../shared/kubelab/kubelab
 # With as many threads as pods have: their number changes the last bits of sums, and results are compared by digest.
 test-cluster: dev ## the workflow and the chart on a real Kubernetes: that of $$KUBECONFIG, or one that $$KUBELAB brings up
 	KUBELAB=$(abspath $(KUBELAB)) $(BIN)/python -m pytest -q --durations=20 -o timeout=1800 \
 	  -o timeout_func_only=true tests/cluster
 
-chart: dev ## generated parts of the Helm chart: workflow, schema of the configuration, table of values
-	$(BIN)/python -m helm.chart
-
 HELM ?= helm
-package: chart ## the Helm chart as a file in dist/
+package: generate ## the Helm chart as a file in dist/
 	$(HELM) package helm/moe-asr --destination dist
 
-reference: dev ## write docs/reference and the generated parts of other pages
+generate: dev ## write every generated file: reference pages, tables; the chart's workflow, schema, dashboards and rules
 	$(BIN)/python -m reference
 
 docs: dev ## the documentation as a site in site/, strictly, links checked, nothing fetched
@@ -131,9 +124,6 @@ docs: dev ## the documentation as a site in site/, strictly, links checked, noth
 
 wheel: dev ## source distribution and wheel in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
-
-dashboards: install ## write the chart's dashboards and Prometheus rules
-	$(BIN)/python -m dashboards
 
 bench: dev ## measurements against peers, side by side
 	$(BIN)/python -m bench.run

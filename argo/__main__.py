@@ -1,7 +1,4 @@
-"""`python -m argo`: writes what is generated from contracts and parameters.
-
-With options it prints the templates for one cluster instead: `python -m argo --registry R | kubectl apply -f -`.
-"""
+"""`python -m argo`: prints the templates for one cluster, as in `python -m argo --registry R | kubectl apply -f -`."""
 
 from __future__ import annotations
 
@@ -9,37 +6,17 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from argo import extend
-from argo.parameters import EXTEND_FILE, FILE, PARAMETERS, Installation
+from argo.parameters import Installation
 from argo.workflow import to_text
 from stages import STAGES
-
-DOCS = Path(__file__).parents[1] / "docs" / "cluster.md"
-BEGIN, END = "<!-- parameters -->", "<!-- /parameters -->"
-
-
-def table() -> str:
-    """The parameters as a Markdown table."""
-    rows = []
-    for name, (value, text) in PARAMETERS.items():
-        shown = "" if not value else "(see `argo/parameters.py`)" if len(value) > 40 else f"`{value}`"
-        rows.append(f"| `{name}` | {shown} | {text} |")
-    return "\n".join(["| parameter | default | |", "|---|---|---|", *rows])
-
-
-def with_table(page: str) -> str:
-    """The page with the table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
-
 
 DIGEST = re.compile(r"(?P<stage>[a-z]+)=(?P<digest>sha256:[0-9a-f]{64})")
 
 
-def installation(words: Sequence[str]) -> Installation | None:
-    """What the options of the command line say; None where there are none.
+def installation(words: Sequence[str]) -> Installation:
+    """What the options of the command line say.
 
     Raises:
         SystemExit: an option is unknown, or a digest is none.
@@ -57,18 +34,13 @@ def installation(words: Sequence[str]) -> Installation | None:
     digests = [DIGEST.fullmatch(text) for text in options.pop("digest")]
     if not all(match and match["stage"] in {contract.name for contract in STAGES} for match in digests):
         parser.error("--digest: give STAGE=sha256:<64 hexadecimal digits> for the image of a stage")
-    place = Installation(**options, digests={match["stage"]: match["digest"] for match in digests if match})
-    return None if not words else place
+    return Installation(**options, digests={match["stage"]: match["digest"] for match in digests if match})
 
 
 def main() -> None:
-    """Writes the workflow templates and the table of its parameters, or prints a template for one cluster."""
-    if place := installation(sys.argv[1:]):
-        sys.stdout.write(f"{to_text(place)}---\n{extend.to_text(place)}")
-        return
-    FILE.write_text(to_text(), encoding="utf-8")
-    EXTEND_FILE.write_text(extend.to_text(), encoding="utf-8")
-    DOCS.write_text(with_table(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
+    """Prints both templates."""
+    place = installation(sys.argv[1:])
+    sys.stdout.write(f"{to_text(place)}---\n{extend.to_text(place)}")
 
 
 if __name__ == "__main__":

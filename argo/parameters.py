@@ -6,12 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from common import __version__
 
-FILE = Path(__file__).with_name("moe-asr.yaml")  # the generated template
-EXTEND_FILE = Path(__file__).with_name("moe-asr-extend.yaml")  # of `argo/extend.py`
 GPU_LABEL = "nvidia.com/gpu.product"
 
 # GPU preset → values of the node label that GPU feature discovery sets.
@@ -95,6 +92,11 @@ QUANTITY = "^[0-9]+([.][0-9]+|)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|)$"
 NUMBERS = ("parallelism", "gpus", "gpu-stage-memory", "cpu-stage-memory", "step-memory", "retries", "stage-deadline")
 QUANTITIES = ("gpu-stage-cpu", "cpu-stage-cpu", "step-cpu", "shm-size", "scratch-size")
 FLAGS = ("resume", "verify", "artifacts")
+
+
+def template_name(name: str = "moe-asr") -> str:
+    """Name of an installed template: it holds the version, so that templates of several versions can be installed."""
+    return f"{name}-{__version__}"
 
 
 def parameter(name: str) -> str:

@@ -24,7 +24,7 @@ from hera.workflows import (
 )
 from hera.workflows import models as m
 
-from argo.parameters import GPU_LABEL, Installation, parameter, quantity
+from argo.parameters import GPU_LABEL, Installation, parameter, quantity, template_name
 from common import __version__
 
 GPU_RESOURCE = "nvidia.com/gpu"
@@ -209,7 +209,7 @@ def output(name: str, default: str | None = None) -> Parameter:
 def template(name: str, title: str, description: str, place: Installation, **options: Any) -> WorkflowTemplate:
     """An empty template with the common settings: labels, account, rights and deadlines."""
     return WorkflowTemplate(
-        name=f"{name}-{__version__}",
+        name=template_name(name),
         annotations={
             "workflows.argoproj.io/title": title,
             "workflows.argoproj.io/description": description,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from argo.parameters import FILE, PARAMETERS, PRODUCTS, find_problem
+from argo.parameters import PARAMETERS, PRODUCTS, find_problem
 from common.config import Config, flatten, resolve
 from common.data.sources import is_hub_name
 from common.errors import UsageError
@@ -91,10 +91,3 @@ def make_workflow(template: str, parameters: Mapping[str, str]) -> dict[str, Any
     )
     made: dict[str, Any] = workflow.to_dict()
     return made
-
-
-def default_template() -> str:
-    """Name of the generated template, version and all."""
-    import yaml
-
-    return str(yaml.safe_load(FILE.read_text(encoding="utf-8"))["metadata"]["name"])

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from bench.inputs import short_lengths, write_clips
@@ -111,10 +110,3 @@ def our_rate(
     )
     counted = sum(len(batch) for batch in batches[1:])
     return counted / (times[-1] - times[0]), result.throughput
-
-
-def trained_loss(recogniser: Recogniser, batch: Any) -> torch.Tensor:
-    """Loss per token of a batch, as the loop computes it."""
-    summed, _ = recogniser(batch)
-    loss: torch.Tensor = summed.detach() / batch.weight
-    return loss

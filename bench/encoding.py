@@ -1,4 +1,4 @@
-"""Rows of the frozen encoder: spectrograms, embeddings, and assigning utterances to experts.
+"""Rows of the frozen encoder: spectrograms and embeddings.
 
 Shape letters: N utterances, D embedding width.
 """
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import WhisperFeatureExtractor
@@ -21,10 +20,8 @@ from bench.inputs import make_example, noise, short_lengths, write_clips
 from bench.measure import Measurement, rounds, row
 from bench.peers import embed_padded
 from bench.setting import Setting, make_whisper
-from common.clustering.embeddings import read_tables, write_table
 from common.data.batches import Batch, BatchLoader, Example, collate, epoch_batches
 from common.data.features import log_mel
-from common.model.gate import Gate
 from common.model.recogniser import Recogniser
 
 
@@ -72,7 +69,7 @@ def _mel_row(name: str, lengths: Sequence[float], setting: Setting) -> Measureme
 
 
 def rows(setting: Setting) -> list[Measurement]:
-    """Embeddings from audio files; assignment from cached ones."""
+    """Embeddings from audio files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         examples = write_clips(folder, setting.model, short_lengths(setting.clips))
@@ -80,15 +77,12 @@ def rows(setting: Setting) -> list[Measurement]:
         loader = BatchLoader(examples, num_workers=setting.workers, device=setting.device)
         waits: list[float] = []
 
-        def ours() -> Tensor:
-            vectors_ND, wait = embed(recogniser, examples, loader, setting)
-            waits.append(wait)
-            return vectors_ND
+        def ours() -> None:
+            waits.append(embed(recogniser, examples, loader, setting)[1])
 
         peer = copy.deepcopy(recogniser.whisper).to(setting.dtype)
         steps: dict[str, Any] = {"ours": ours, "theirs": lambda: embed_padded(peer, examples, setting)}
         taken = rounds(steps, setting)
-        vectors_ND = ours().cpu().numpy()
         wait = 100 * sorted(waits)[len(waits) // 2]
         return [
             row(
@@ -103,7 +97,6 @@ def rows(setting: Setting) -> list[Measurement]:
                     f"ours waits {wait:.1f}% of the time for data",
                 ),
             ),
-            _assignment_row(folder, examples, vectors_ND, taken["ours"], setting),
         ]
 
 
@@ -127,28 +120,3 @@ def embed(
             setting.synchronize()
     order = torch.tensor([n for numbers in batches for n in numbers]).argsort()
     return torch.cat(vectors)[order.to(setting.device)], waited / (time.perf_counter() - started)
-
-
-def _assignment_row(
-    folder: Path, examples: Sequence[Example], vectors_ND: np.ndarray, encoding: float, setting: Setting
-) -> Measurement:
-    ids = [example.id for example in examples]
-    write_table(folder / "table", ids, vectors_ND)
-    gate = Gate(vectors_ND.shape[1], 64, setting.experts).eval()
-
-    def ours() -> None:
-        table = read_tables([folder / "table"])
-        with torch.inference_mode():
-            gate(torch.from_numpy(table.rows(ids))).argmax(1).tolist()
-
-    taken = rounds({"ours": ours}, setting)["ours"]
-    return row(
-        "expert assignment: cached embeddings against encoding again",
-        len(ids) / taken,
-        len(ids) / encoding,
-        unit="utterances/s",
-        better="more",
-        target=100,
-        note=f"{setting.model}, {len(ids)} utterances; ours reads the table and asks the gate; encoding again is our "
-        "own extraction above",
-    )

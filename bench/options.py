@@ -13,12 +13,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from bench.inputs import make_batch, short_lengths
 from bench.joint import make_contest, ours_backward, whole_step
 from bench.measure import TRAINS_SHORT, Measurement, rounds, row
-from bench.setting import Setting, make_whisper
+from bench.setting import Setting
 from common.data.augment import Augmentation
 from common.data.batches import Batch
 from common.model.recogniser import Recogniser
@@ -47,12 +46,10 @@ def rows(setting: Setting) -> list[Measurement]:
     checkpointed = changed(recogniser, gradient_checkpointing=True)
     measurements = [
         pair("audio_context: dynamic, against 30s", plain, step(recogniser, padded)) | TRAINS_SHORT,
-        pair("attention: SDPA, against eager", plain, step(eager(recogniser))),
         pair("gradient_checkpointing: time", step(checkpointed), plain),
         memory_row(step(checkpointed, padded), step(recogniser, padded), setting),
         pair("augment: speed and SpecAugment", step(augmented(recogniser)), plain),
         *precision_rows(pair, recogniser, short, setting),
-        adamw_row(setting),
     ]
     if setting.name != "quick":  # the compiler takes longer than all other rows at micro sizes
         measurements.append(pair("compile: true", step(compiled(recogniser)), plain))
@@ -79,25 +76,13 @@ def augmented(recogniser: Recogniser) -> Recogniser:
     return changed(recogniser, augmentation=Augmentation(speeds=(0.9, 1.0, 1.1), time_masks=2, mel_masks=2))
 
 
-def eager(recogniser: Recogniser) -> Recogniser:
-    """A copy whose attention is written out as two products and a softmax."""
-    other = duplicate(recogniser)
-    other.whisper.set_attn_implementation("eager")
-    return other
-
-
 def compiled(recogniser: Recogniser) -> Recogniser:
     """A copy with compiled blocks."""
-    other = duplicate(recogniser)
-    other.compile_blocks()
-    return other
-
-
-def duplicate(recogniser: Recogniser) -> Recogniser:
-    """A copy with weights of its own."""
     if recogniser.slot is not None:
         recogniser.slot.routing = None  # of the last step, whose graph cannot be copied
-    return copy.deepcopy(recogniser)
+    other = copy.deepcopy(recogniser)
+    other.compile_blocks()
+    return other
 
 
 def memory_row(with_it: Step, without: Step, setting: Setting) -> Measurement:
@@ -140,19 +125,3 @@ def tf32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def adamw_row(setting: Setting) -> Measurement:
-    """The optimiser alone, on all weights of the dense fine-tune's model."""
-    model = make_whisper(setting.dense_model, setting.device)
-    taken = rounds({name: adamw_step(model, fused=name == "with") for name in ("with", "without")}, setting)
-    note = setting.words(f"{setting.dense_model}, the update of all weights alone")
-    return row("AdamW: fused, against a loop", taken["with"], taken["without"], unit="s/step", target=None, note=note)
-
-
-def adamw_step(model: nn.Module, *, fused: bool) -> Step:
-    """One update, gradients given."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = torch.full_like(p, 1e-3)
-    return torch.optim.AdamW(parameters, lr=1e-6, fused=fused, foreach=False).step

@@ -12,7 +12,7 @@ and its word errors by utterance; and `summary`, one row for each corpus, number
 from them. What `bench.peft` wrote beside the runs of a sweep is the regime `peft`.
 
 Runs that were added before word errors were part of the file have rates alone; their rows of the summary stay as they
-are. `make reference` writes the tables of docs/regimes.md from the summary.
+are. `make generate` writes the tables of docs/regimes.md from the summary.
 """
 
 from __future__ import annotations

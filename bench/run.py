@@ -1,7 +1,7 @@
 """`python -m bench.run`: every row, one table, one JSON file.
 
 python -m bench.run                       this machine's CPU, or its GPU where there is one
-python -m bench.run --only joint dense    some groups; rows of others, of equal device and versions, stay
+python -m bench.run --only joint dense    some groups; the file's other rows stay
 python -m bench.run --quick               micro sizes: does everything run?
 """
 
@@ -19,23 +19,10 @@ from pathlib import Path
 
 import torch
 
-from bench import decoding, dense, encoding, joint
+from bench import between_epochs, decoding, dense, encoding, joint, options
 from bench.measure import Measurement, device_name, versions
 from bench.setting import THREADS, Setting, cpu_setting, gpu_setting, quick_setting
 from bench.table import RESULTS, rows_table
-
-
-def _options(setting: Setting) -> list[Measurement]:
-    from bench import options
-
-    return options.rows(setting)
-
-
-def _between_epochs(_: Setting) -> list[Measurement]:
-    from bench import between_epochs
-
-    return between_epochs.rows()
-
 
 # Names for --only, in the table's order.
 GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
@@ -46,8 +33,8 @@ GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
     "extract": encoding.rows,
     "log-mel": encoding.mel_rows,
     "generate": decoding.rows,
-    "options": _options,
-    "between-epochs": _between_epochs,
+    "options": options.rows,
+    "between-epochs": lambda _: between_epochs.rows(),
 }
 FULL_SIZE_ONLY = ("between-epochs",)
 
@@ -61,13 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="micro sizes: figures mean nothing, but every row runs")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--out", type=Path, help="JSON file  [bench/results/<device>.json]")
-    options = parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
     quieten()
-    setting = choose(options.device, quick=options.quick)
-    path = options.out or (None if options.quick else RESULTS / f"{slug(setting)}.json")
-    rows_by_group = earlier(path, setting) if path is not None and set(options.only) < set(GROUPS) else {}
-    for name in options.only:
-        rows_by_group[name] = [row | {"group": name} for row in measure(name, setting)]
+    setting = choose(given.device, quick=given.quick)
+    path = given.out or (None if given.quick else RESULTS / f"{slug(setting)}.json")
+    rows_by_group = earlier(path, setting) if path is not None else {}
+    if rows_by_group is None and set(given.only) < set(GROUPS):
+        parser.error(f"{path} holds rows of another device or of other versions: name another file with --out")
+    rows_by_group = rows_by_group or {}
+    for name in given.only:
+        if rows := measure(name, setting):
+            rows_by_group[name] = [row | {"group": name} for row in rows]
         if path is not None:  # after each group: what is cut off leaves what it had
             write(in_order(rows_by_group), setting, path)
     print("\n".join(rows_table(in_order(rows_by_group))))
@@ -75,13 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{path} is written")
 
 
-def earlier(path: Path, setting: Setting) -> dict[str, list[Measurement]]:
-    """Rows by group of an earlier run on the same device with the same versions, which `--only` leaves alone."""
+def earlier(path: Path, setting: Setting) -> dict[str, list[Measurement]] | None:
+    """Rows by group of an earlier run, each kept until its group is measured again; None where device or versions
+    differ.
+    """
     if not path.is_file():
         return {}
     report = json.loads(path.read_text(encoding="utf-8"))
     if (report["device"], report["versions"]) != (device_name(setting), versions()):
-        return {}
+        return None
     return {name: [row for row in report["rows"] if row["group"] == name] for name in GROUPS}
 
 
@@ -116,7 +109,7 @@ def choose(device: str, *, quick: bool) -> Setting:
 
 
 def measure(name: str, setting: Setting) -> list[Measurement]:
-    """The rows of a group; one that fails is named and omitted."""
+    """The rows of a group; none where it fails, which is named."""
     if setting.name == "quick" and name in FULL_SIZE_ONLY:
         return []
     started, rows = time.monotonic(), []

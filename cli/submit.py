@@ -36,13 +36,14 @@ def submit(
         moe-asr submit --corpus s3://bucket/corpus --gpu a100-80 --store s3://bucket/runs -p parallelism=8 --processes 4
     """
     from argo.kubectl import create
-    from argo.submit import chosen_parameters, default_template, make_workflow, submission
+    from argo.parameters import template_name
+    from argo.submit import chosen_parameters, make_workflow, submission
 
     config = config_from(options)
     parameters = submission(config, mode=options["mode"], file=options["config_file"], gpu=options["gpu"])
     parameters |= {"resume": "true"} if resume else {}
     parameters |= chosen_parameters(dict(_pair(text) for text in given))
-    workflow = make_workflow(template or default_template(), parameters)
+    workflow = make_workflow(template or template_name(), parameters)
     if dry_run:
         echo(json.dumps(workflow, indent=1))
         return

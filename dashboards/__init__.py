@@ -1,1 +1,1 @@
-"""Dashboards and rules as code: `make dashboards` writes what the chart ships (helm/moe-asr/dashboards and rules)."""
+"""Dashboards and rules as code: `make generate` writes what the chart ships (helm/moe-asr/dashboards and rules)."""

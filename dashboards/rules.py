@@ -119,7 +119,7 @@ def gpu_alerts() -> list[Rule]:
     return [
         alert(
             "MoeAsrGpuIdle",
-            f'avg_over_time(moe_asr:gpu_busy:ratio{{stage!="none"}}[10m]) < {IDLE}',
+            f'moe_asr:gpu_busy:ratio{{stage!="none"}} < {IDLE}',
             "10m",
             "warning",
             "A GPU is idle while a stage runs",

@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 
 from common.errors import DataError
 from common.text import normalise
@@ -196,12 +195,6 @@ def pair_split(first: str, second: str) -> str:
     digest = hashlib.blake2b(f"{first} {second}".encode(), digest_size=8).digest()
     share = int.from_bytes(digest, "big") / 2**64
     return next(name for name, upper in _PAIR_SHARES if share < upper)
-
-
-def content_pairs(sentence: str) -> list[tuple[str, str]]:
-    """Neighbouring content words of a sentence, function words skipped."""
-    words = [word for word in sentence.lower().rstrip(".").split() if word not in FUNCTION_WORDS]
-    return list(pairwise(words))
 
 
 def held_out(word: str) -> bool:

@@ -1,6 +1,6 @@
-"""What of the chart is made from other files: `python -m helm.chart` (`make chart`) writes it, a test compares it.
+"""What of the chart is made from other files: `make generate` writes it, a test compares it.
 
-- `files/moe-asr.yaml`, `files/moe-asr-extend.yaml`: the workflow templates from argo/
+- `files/moe-asr.yaml`, `files/moe-asr-extend.yaml`: the workflow templates
 - `values.schema.json`: the definitions of `config`, from the pipeline's own models, so that helm refuses its typos too
 - `README.md`: the table of values, from the comments in values.yaml
 """
@@ -16,12 +16,11 @@ from typing import Any
 
 import yaml
 
+from argo import extend, workflow
 from common.config import Config
+from reference.blocks import fill, table
 
 CHART = Path(__file__).parent / "moe-asr"
-WORKFLOW = Path(__file__).parents[1] / "argo" / "moe-asr.yaml"
-EXTEND_WORKFLOW = WORKFLOW.with_name("moe-asr-extend.yaml")
-BEGIN, END = "<!-- values -->\n", "<!-- /values -->\n"
 OWN = "config."  # prefix of the definitions that come from the models
 PLACES = ("store", "endpoint_url")  # the chart has values for them
 COMMENT = re.compile(r"^ *# -- (?P<text>.+)$")
@@ -40,7 +39,8 @@ class Value:
 def generated() -> dict[Path, str]:
     """Path → text of every generated file."""
     return {
-        **{CHART / "files" / file.name: file.read_text(encoding="utf-8") for file in (WORKFLOW, EXTEND_WORKFLOW)},
+        CHART / "files" / "moe-asr.yaml": workflow.to_text(),
+        CHART / "files" / "moe-asr-extend.yaml": extend.to_text(),
         CHART / "values.schema.json": schema_text((CHART / "values.schema.json").read_text(encoding="utf-8")),
         CHART / "README.md": readme_text((CHART / "README.md").read_text(encoding="utf-8")),
     }
@@ -70,18 +70,10 @@ def _at(tree: Any, names: list[str]) -> Any:
 
 
 def readme_text(text: str) -> str:
-    """The README with its table of values made anew.
-
-    Raises:
-        ValueError: the marks around the table are missing.
-    """
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    if not mark:
-        raise ValueError(f"README.md of the chart lacks {BEGIN.strip()} … {END.strip()}")
+    """The README with its table of values made anew."""
     values = documented_values((CHART / "values.yaml").read_text(encoding="utf-8"))
-    rows = [f"| `{v.path}` | `{json.dumps(v.default, ensure_ascii=False)}` | {v.text} |\n" for v in values]
-    return before + BEGIN + "| value | default | what it is |\n|---|---|---|\n" + "".join(rows) + END + after
+    rows = [(f"`{v.path}`", f"`{json.dumps(v.default, ensure_ascii=False)}`", v.text) for v in values]
+    return fill(text, "values", table(("value", "default", "what it is"), rows))
 
 
 def schema_text(text: str) -> str:
@@ -105,13 +97,3 @@ def _plain(schema: Any) -> Any:
     properties = schema.get("properties", {})
     kept = {name: _plain(part) for name, part in schema.items() if name not in ("title", "default", "properties")}
     return kept | ({"properties": {name: _plain(part) for name, part in properties.items()}} if properties else {})
-
-
-def main() -> None:
-    """Writes all generated files of the chart."""
-    for path, text in generated().items():
-        path.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""Generated documentation: reference pages and tables of other pages (`make reference` writes, a test compares)."""
+"""Generated documentation: reference pages and tables of other pages (`make generate` writes, a test compares)."""

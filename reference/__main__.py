@@ -1,13 +1,12 @@
-"""`python -m reference`: writes the generated pages of docs/reference and the generated parts of other pages."""
+"""`python -m reference` (`make generate`): writes every generated file, of docs/ and of the chart."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import click
-
 from bench.table import full_table, options_table, regime_rows
+from dashboards import files
+from helm import chart
 from reference import settings, tables
 from reference.blocks import fill
 
@@ -16,10 +15,12 @@ PAGES = Path("docs/reference")
 
 
 def generated() -> dict[Path, str]:
-    """Path → text of every generated page."""
+    """Path → text of every generated file."""
     blocks = {
         PAGES / "exit-codes.md": {"codes": tables.exit_code_rows()},
         PAGES / "artifacts.md": {"stages": tables.stage_rows(), "manifest": tables.manifest_rows()},
+        Path("docs/cluster.md"): {"parameters": tables.parameter_rows()},
+        Path("docs/monitoring.md"): {"metrics": tables.metric_rows(), "alerts": tables.alert_rows()},
         Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
         Path("docs/regimes.md"): {
             "audible": regime_rows("bench", [384]),
@@ -29,7 +30,8 @@ def generated() -> dict[Path, str]:
         },
         Path("docs/running.md"): {"presets": settings.preset_rows()},
     }
-    texts = {PAGES / "config.md": settings.page()}
+    texts = {PAGES / "config.md": settings.page(), **files.generated()}
+    texts |= {path.relative_to(ROOT): text for path, text in chart.generated().items()}
     for path, parts in blocks.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         for name, lines in parts.items():
@@ -38,22 +40,14 @@ def generated() -> dict[Path, str]:
     return texts
 
 
-@click.command()
-@click.option("--check", is_flag=True, help="Change nothing; fail where a page is not as it would be written.")
-def main(check: bool) -> None:
-    """Writes docs/reference and the generated parts of other pages."""
-    made = generated()
-    stale = [path for path, text in made.items() if not _is(ROOT / path, text)]
-    if check and stale:
-        sys.exit(f"not as `make reference` writes them: {', '.join(map(str, stale))}")
-    for path in stale:
-        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / path).write_text(made[path], encoding="utf-8")
-        click.echo(path)
-
-
-def _is(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_text(encoding="utf-8") == text
+def main() -> None:
+    """Writes what differs, and prints its path."""
+    for path, text in generated().items():
+        file = ROOT / path
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            print(path)
 
 
 if __name__ == "__main__":

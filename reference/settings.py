@@ -17,7 +17,7 @@ from stages import STAGES
 
 HEAD = """# Configuration
 
-<!-- Written by `make reference` from common/sections.py, conf/ and the stages' contracts: change those. -->
+<!-- Written by `make generate` from common/sections.py, conf/ and the stages' contracts: change those. -->
 
 One YAML tree. `moe-asr config show` prints the resolved one; `--config FILE` lays a file over a mode's, and
 `--set section.key=value` sets one value. An unknown name is refused with the nearest known one.

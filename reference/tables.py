@@ -1,4 +1,4 @@
-"""Tables of exit codes, stages and manifests, from the code that defines them."""
+"""Tables of exit codes, stages, manifests, metrics, alerts and parameters, from the code that defines them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 import inspect
 import re
 
+from argo.parameters import PARAMETERS
 from common import errors
 from common.storage.manifest import Manifest
+from common.telemetry import MEMORY, METRICS, STAGE
+from dashboards.rules import rule_files
 from reference.blocks import table
 from stages import STAGES
 
@@ -65,6 +68,31 @@ FIELDS = {
     "seconds": "how long it took",
     "metrics": "figures of the stage, and the last values of its live metrics",
 }
+
+
+def metric_rows() -> list[str]:
+    """Every metric: its kind, and its labels beyond those of all stages."""
+    rows = []
+    for metric in (*METRICS, MEMORY):
+        labels = ", ".join(label for label in metric.labels if label not in STAGE)
+        rows.append((f"`{metric.name}`", metric.kind, labels, metric.help))
+    return table(("metric", "kind", "further labels", ""), rows)
+
+
+def alert_rows() -> list[str]:
+    """Every alert: how long it waits, what it says."""
+    rules = [rule for group in rule_files()["alerts.yaml"]["groups"] for rule in group["rules"]]
+    rows = [(f"`{r['alert']}`", r["labels"]["severity"], r["for"], f"{r['annotations']['summary']}.") for r in rules]
+    return table(("alert", "severity", "after", ""), rows)
+
+
+def parameter_rows() -> list[str]:
+    """Every parameter of the workflow."""
+    rows = []
+    for name, (value, text) in PARAMETERS.items():
+        shown = "" if not value else "(see `argo/parameters.py`)" if len(value) > 40 else f"`{value}`"
+        rows.append((f"`{name}`", shown, text))
+    return table(("parameter", "default", ""), rows)
 
 
 def _attributes(text: str) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,20 @@ def micro_run(tmp_path_factory, micro_model, tones) -> tuple[Path, Path]:
         run_pipeline(micro_config(folder, micro_model, tones))
     store = open_store(folder)
     return folder, stage_folders(store, run_record(store, "micro"), "asr", folder)[0]
+
+
+@pytest.fixture(scope="session")
+def argo_lint(tmp_path_factory) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """text of YAML → what Argo's own linter makes of it, without a cluster."""
+    kept = Path.home() / ".cache" / "kubelab" / "bin" / "argo"
+    program = shutil.which("argo") or (kept if kept.exists() else None)
+    if program is None:
+        pytest.skip("there is no argo program")
+
+    def lint(text: str) -> subprocess.CompletedProcess[str]:
+        file = tmp_path_factory.mktemp("lint") / "objects.yaml"
+        file.write_text(text, encoding="utf-8")
+        kinds = "--kinds=workflowtemplates,cronworkflows"
+        return subprocess.run([program, "lint", "--offline", kinds, file], capture_output=True, text=True)
+
+    return lint

@@ -1,11 +1,10 @@
 """A real S3 server on loopback, and a proxy before it that breaks what it is told to break.
 
-The server is versitygw on its posix backend, built once by the Go toolchain and kept in the user's cache.
+The server is versitygw on its posix backend.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import http.client
 import os
@@ -13,7 +12,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,31 +23,18 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.golang import installed
+
 VERSION = "v1.8.0"
 MODULE = f"github.com/versity/versitygw/cmd/versitygw@{VERSION}"
-CACHE = Path.home() / ".cache" / "moe-asr" / "bin"
 ACCESS, SECRET = "tester", "tester-secret-key-never-shown"
 BODILESS = {"HEAD"}
 
 
 @functools.cache
 def build_server() -> Path | str:
-    """The server's program, built if need be (minutes, once); a reason in words where that cannot be done."""
-    program = CACHE / f"versitygw-{VERSION}"
-    if program.exists():
-        return program
-    if not shutil.which("go"):
-        return "versitygw is not built and there is no Go toolchain"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            environment = os.environ | {"GOBIN": folder, "GOFLAGS": "-p=2 -buildvcs=false"}
-            built = subprocess.run(["go", "install", MODULE], env=environment, capture_output=True, text=True)
-            if built.returncode:
-                return f"versitygw cannot be built: {built.stderr[-300:]}"
-            (Path(folder) / "versitygw").rename(program)
-    return program
+    """The server's program; a reason in words where it cannot be had."""
+    return installed(f"versitygw-{VERSION}", MODULE)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

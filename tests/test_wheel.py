@@ -72,7 +72,7 @@ def test_the_wheel_has_code_configurations_and_templates_and_no_tests(wheel):
         "common/report/templates/report.html",
         "common/report/templates/model_card.md",
     }
-    assert wanted | {"stages/asr/run.py", "argo/moe-asr.yaml", "recipes/text_to_sql/flights.yaml"} <= names
+    assert wanted | {"stages/asr/run.py", "recipes/text_to_sql/flights.yaml"} <= names
     assert {name.split("/")[0] for name in names} == {
         *("common", "demo", "stages", "cli", "argo", "conf", "recipes"),
         f"moe_asr-{version('moe-asr')}.dist-info",

@@ -11,7 +11,7 @@ fi
 if [ -s /run/secrets/ca ]; then
   export PIP_CERT=/run/secrets/ca SSL_CERT_FILE=/run/secrets/ca
 fi
-export HOME=/tmp/build TMPDIR=/tmp/build XDG_CACHE_HOME=/tmp/build PYTHONDONTWRITEBYTECODE=1
+export HOME=/tmp/build TMPDIR=/tmp/build XDG_CACHE_HOME=/tmp/build NUMBA_CACHE_DIR=/tmp/build PYTHONDONTWRITEBYTECODE=1
 export PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # A cache of wheels may be mounted here; without one each wheel is downloaded.
 if [ -d /var/cache/uv ]; then

@@ -1,4 +1,4 @@
-"""Compiles the modules that the stages import, and only those.
+"""Compiles the modules that the stages import, and only those. A test compares the list with the sources' imports.
 
 A container with a read-only root cannot keep bytecode: without this every pod compiles them at its start. All of
 site-packages would be another quarter of a gigabyte.
@@ -13,15 +13,18 @@ from pathlib import Path
 
 IMPORTED = (
     "accelerate",
+    "av",
     "boto3",
     "botocore.session",
-    "click",
+    "click.shell_completion",
+    "hdbscan",
     "hera.workflows",
     "jinja2",
     "matplotlib.pyplot",
+    "packaging.requirements",
     "peft",
-    "prometheus_client",
-    "pydantic",
+    "prometheus_client.core",
+    "pydantic.type_adapter",
     "rapidfuzz",
     "s3transfer.manager",
     "safetensors.torch",
@@ -32,10 +35,11 @@ IMPORTED = (
     "soundfile",
     "soxr",
     "tokenizers",
-    "torch",
+    "torch.distributed.launcher.api",
     "torch.utils.data",
     "tqdm",
     "transformers.models.whisper.modeling_whisper",
+    "umap",
     "whisper_normalizer.english",
     "yaml",
 )

@@ -22,6 +22,7 @@ ANSWERING = (
     "sql_timeout",
     "device",
 )
+AT_LEAST_ONE = click.IntRange(min=1)
 split = click.option("--split", default="test", show_default=True, help="Split of the questions.")
 
 
@@ -33,10 +34,10 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--train", default=6000, show_default=True, help="Pairs to train on.")
-@click.option("--dev", default=466, show_default=True, help="Pairs to select by.")
-@click.option("--test", default=448, show_default=True, help="Pairs to report on.")
-@click.option("--flights", default=6000, show_default=True, help="Flights in the database.")
+@click.option("--train", default=6000, type=AT_LEAST_ONE, show_default=True, help="Pairs to train on.")
+@click.option("--dev", default=466, type=AT_LEAST_ONE, show_default=True, help="Pairs to select by.")
+@click.option("--test", default=448, type=AT_LEAST_ONE, show_default=True, help="Pairs to report on.")
+@click.option("--flights", default=6000, type=AT_LEAST_ONE, show_default=True, help="Flights in the database.")
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 def demo(folder: Path, **counts: int) -> None:
     """Writes a flights-like database and questions with their queries, from a committed grammar."""

@@ -35,7 +35,7 @@ from recipes.text_to_sql.generate import generate
 from recipes.text_to_sql.metrics import score
 from recipes.text_to_sql.model import TextToSql, from_scratch, pretrained, save
 from recipes.text_to_sql.settings import Settings
-from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries, write_lines, write_records
+from recipes.text_to_sql.sql import Limits, Outcome, run_queries, write_lines, write_records
 
 log = logging.getLogger(__name__)
 Scores = dict[str, float]
@@ -142,8 +142,7 @@ def make_judge(
         stopping: ends running queries when it is true.
     """
     limits, threads = Limits(settings.sql_timeout), settings.sql_threads
-    cache = settings.output / "gold"
-    known = gold_outcomes(database, gold, threads=threads, limits=limits, cache=cache, stopping=stopping)
+    known = run_queries(database, gold, threads=threads, limits=limits, stopping=stopping)
     if failed := sum(bool(outcome.error) for outcome in known.values()):
         log.warning("%d gold queries of dev fail themselves: no prediction can match them", failed)
 

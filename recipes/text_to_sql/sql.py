@@ -6,7 +6,6 @@ large or malformed are an error of that query only, without effect on others.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import select
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -192,32 +191,6 @@ def run_queries(
             failed.set()
             raise
     return {query: outcomes[query] for query in wanted}
-
-
-def gold_outcomes(
-    database: Path,
-    queries: Sequence[str],
-    *,
-    threads: int,
-    limits: Limits,
-    cache: Path,
-    stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, Outcome]:
-    """Outcomes of gold queries, computed once for a database and kept in the folder `cache` by digest."""
-    wanted = list(dict.fromkeys(queries))
-    with database.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps([asdict(limits), wanted]).encode())
-    path = cache / f"{digest.hexdigest()}.jsonl"
-    if path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            return {
-                query: Outcome(tuple(map(tuple, json.loads(line)))) for query, line in zip(wanted, lines, strict=True)
-            }
-    outcomes = run_queries(database, wanted, threads=threads, limits=limits, stopping=stopping)
-    if not any(outcome.error for outcome in outcomes.values()):  # a slow moment must not last
-        write_records(path, [outcomes[query] for query in wanted])
-    return outcomes
 
 
 def write_records(path: Path, outcomes: Sequence[Outcome]) -> None:

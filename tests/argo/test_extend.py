@@ -1,4 +1,4 @@
-"""The template that adds experts: as committed, memoized apart from its retries, one pod for each speaker."""
+"""The template that adds experts: memoized apart from its retries, one pod for each speaker."""
 
 import subprocess
 import sys
@@ -6,14 +6,13 @@ import sys
 import yaml
 
 from argo.extend import ITEM, to_text
-from argo.parameters import EXTEND_FILE, EXTEND_PARAMETERS
+from argo.parameters import EXTEND_PARAMETERS
 
-SPEC = yaml.safe_load(EXTEND_FILE.read_text())["spec"]
+SPEC = yaml.safe_load(to_text())["spec"]
 TEMPLATES = {t["name"]: t for t in SPEC["templates"]}
 
 
-def test_the_committed_file_is_what_is_built_without_torch():
-    assert EXTEND_FILE.read_text() == to_text(), "run `make argo`"
+def test_it_is_built_without_torch():
     code = "import argo.extend, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

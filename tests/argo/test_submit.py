@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import yaml
 from click.testing import CliRunner
 
-from argo.parameters import FILE
+from argo.workflow import build
 from cli.main import cli
 from common.errors import ConfigError, UsageError
 
@@ -25,7 +24,7 @@ def parameters(workflow):
 
 def test_a_submission_names_the_template_and_only_what_was_chosen():
     made = dry_run("--mode", "full", *PLACES, "--seed", "7")
-    assert made["spec"]["workflowTemplateRef"] == {"name": yaml.safe_load(FILE.read_text())["metadata"]["name"]}
+    assert made["spec"]["workflowTemplateRef"] == {"name": build().name}
     assert parameters(made) == {
         "mode": "full",
         "gpu": "h100-80",

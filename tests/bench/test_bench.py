@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import encoding, joint, kernels, run
-from bench.dense import make_dense, trained_loss
+from bench.dense import make_dense
 from bench.inputs import make_batch, short_lengths, write_clips
 from bench.measure import row
 from bench.peers import (
@@ -57,9 +57,29 @@ def test_measuring_one_group_again_keeps_the_rows_of_the_others(tmp_path):
     after = json.loads(path.read_text(encoding="utf-8"))
     assert [entry["group"] for entry in after["rows"]] == sorted(entry["group"] for entry in after["rows"])
     assert [entry for entry in after["rows"] if entry["group"] == "log-mel"] == before["rows"]
-    path.write_text(json.dumps(before | {"device": "another"}), encoding="utf-8")
-    run.main(["--quick", "--only", "extract", "--out", str(path)])
-    assert {entry["group"] for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]} == {"extract"}
+
+
+def test_some_groups_alone_never_replace_rows_of_another_machine(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    run.main(["--quick", "--only", "log-mel", "--out", str(path)])
+    other = json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"device": "another"})
+    path.write_text(other, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run.main(["--quick", "--only", "log-mel", "--out", str(path)])
+    assert "rows of another device" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == other
+
+
+def test_a_group_that_fails_keeps_its_earlier_rows(tmp_path, monkeypatch):
+    def fails(_):
+        raise RuntimeError("out of memory")
+
+    path = tmp_path / "out.json"
+    run.main(["--quick", "--only", "log-mel", "--out", str(path)])
+    before = path.read_text(encoding="utf-8")
+    monkeypatch.setattr(run, "GROUPS", {**run.GROUPS, "log-mel": fails})
+    run.main(["--quick", "--only", "log-mel", "--out", str(path)])
+    assert path.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize("group", [name for name in run.GROUPS if name not in run.FULL_SIZE_ONLY])
@@ -138,7 +158,7 @@ def test_the_trainers_loss_equals_ours_on_the_same_batch(adapt, setting, tmp_pat
         recogniser.set_routing(None, len(batch))
     with torch.no_grad():
         theirs = trainer.compute_loss(recogniser.whisper, inputs)
-        ours = trained_loss(recogniser, batch)
+        ours = recogniser(batch)[0] / batch.weight
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

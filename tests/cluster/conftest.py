@@ -24,7 +24,6 @@ from tests.cluster.lab import (
     kubectl,
     running_cluster,
 )
-from tests.images.build import PREFIX, TAG
 
 
 @pytest.fixture(scope="session")
@@ -66,16 +65,13 @@ def make_secret() -> None:
 def images(folder: Path) -> tuple[str, str]:
     """Registry and tag of the stages' images.
 
-    Those that $MOE_ASR_TEST_REGISTRY and $MOE_ASR_TEST_TAG name; or those in the archive $MOE_ASR_TEST_ARCHIVE, made by
-    `tests.images.build`; or one stand-in for all of them, made of this environment.
+    Those that $MOE_ASR_TEST_REGISTRY and $MOE_ASR_TEST_TAG name; or one stand-in for all of them, made of this
+    environment.
     """
     if registry := os.environ.get("MOE_ASR_TEST_REGISTRY"):
         return registry, os.environ.get("MOE_ASR_TEST_TAG", __version__)
     if not Path(TOOL).is_file():
         raise NoClusterError("no images for this cluster: set MOE_ASR_TEST_REGISTRY and MOE_ASR_TEST_TAG")
-    if archive := os.environ.get("MOE_ASR_TEST_ARCHIVE"):
-        command(TOOL, "load-image", archive, timeout=1800)
-        return PREFIX, TAG
     made = folder / "image.tar"
     image.main(str(made), *(f"moe-asr.local/{stage}:test" for stage in STAGES))
     command(TOOL, "load-image", made, timeout=1800)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,6 @@ class Lab:
     template: str
     wrong: str
     kept: Path
-    extra: dict[str, str] = field(default_factory=dict)
 
     def store(self, name: str) -> Store:
         """A store in the test bucket."""
@@ -157,7 +156,7 @@ class Lab:
         config = dict(tree or self.tree())
         values = {"config": yaml.safe_dump(config), "gpu": "h100-80", "settings": small_settings(config)}
         values |= {"store": f"s3://{BUCKET}/{name}", "endpoint-url": self.endpoint}
-        values |= SMALL | self.extra | parameters
+        values |= SMALL | parameters
         workflow = {
             "apiVersion": "argoproj.io/v1alpha1",
             "kind": "Workflow",
@@ -177,8 +176,20 @@ class Lab:
         words = ["submit", "--config", file, "--gpu", "h100-80", "--store", f"s3://{BUCKET}/{name}"]
         words += ["--endpoint-url", self.endpoint, "--namespace", NAMESPACE, "--template", self.template]
         words += [w for line in small_settings(self.tree()).splitlines() for w in ("--set", line)]
-        words += [w for n, v in (SMALL | self.extra).items() for w in ("-p", f"{n}={v}")]
+        words += [w for n, v in SMALL.items() for w in ("-p", f"{n}={v}")]
         return command(sys.executable, "-m", "cli.main", *words).split()[1]
+
+
+def until(true: Callable[[], Any], seconds: float = 120) -> None:
+    """Returns once the function says true.
+
+    Raises:
+        AssertionError: it takes longer.
+    """
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"still not so after {seconds:.0f} s"
+        time.sleep(0.5)
 
 
 def small_settings(tree: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.lab import command, kubectl
+from tests.cluster.lab import command, kubectl, until
 
 CONTROLLER = ("-n", "argo", "-l", "app=workflow-controller")
 KUBELET_SOCKET = Path("/var/lib/kubelet/device-plugins/kubelet.sock")  # the kubelet makes it anew when it starts
@@ -86,14 +85,6 @@ def controller() -> dict[str, Any]:
 
 def allocatable_gpus() -> str:
     return kubectl("get", "nodes", "-o", r"jsonpath={.items[0].status.allocatable.nvidia\.com/gpu}")
-
-
-def until(true: Callable[[], Any], seconds: float) -> None:
-    """Returns once the function says true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"still not so after {seconds:.0f} s"
-        time.sleep(0.5)
 
 
 def _is_alive(pid: int) -> bool:

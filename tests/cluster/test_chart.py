@@ -18,7 +18,7 @@ import yaml
 from argo import progress
 from common.pipeline.runs import run_record
 from stages.extend.extension import added_of
-from tests.cluster.lab import BUCKET, NAMESPACE, Lab, kubectl, small_settings
+from tests.cluster.lab import BUCKET, NAMESPACE, Lab, kubectl, small_settings, until
 from tests.helm.tools import CHART, helm_program
 
 pytestmark = pytest.mark.timeout(1200)
@@ -104,14 +104,6 @@ def everything() -> set[str]:
     line = r"{range .items[*]}{.kind}/{.metadata.namespace}/{.metadata.name}{'\n'}{end}"
     names = kubectl("get", KINDS, "--all-namespaces", "-o", f"jsonpath={line}").split()
     return {name for name in names if f"/{SPACE}/" in name or "//" in name or CACHE in name}
-
-
-def until(true: Any, seconds: float = 120) -> None:
-    """Returns once the function says true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"still not so after {seconds:.0f} s"
-        time.sleep(1)
 
 
 def run_from_template(template: str = TEMPLATE, **parameters: str) -> list[progress.WorkflowStep]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.config import to_yaml
-from dashboards.__main__ import DASHBOARDS
+from dashboards.files import DASHBOARDS
 from stages.local_runner import Run, run_one
 from tests.dashboards.prometheus import EVERYTHING, ask, expand, exporters, job, prometheus, query_range
 from tests.servers import free_port

@@ -3,6 +3,7 @@
 import random
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.errors import DataError, UsageError
 from common.text import normalise
 from demo import effects as synth_effects
 from demo.corpus import STAND_INS, speak, synthesize
-from demo.sentences import FUNCTION_WORDS, PATTERNS, build_lexicon, content_pairs, make_sentence
+from demo.sentences import FUNCTION_WORDS, PATTERNS, build_lexicon, make_sentence
 
 SPLITS = ("train", "dev", "test")
 
@@ -119,6 +120,12 @@ def test_an_unknown_voice_is_named():
 
 def test_the_index_can_be_read_again(small):
     assert read_corpus(small.root) == small
+
+
+def content_pairs(sentence):
+    """Neighbouring content words of a sentence, function words skipped."""
+    words = [word for word in sentence.lower().rstrip(".").split() if word not in FUNCTION_WORDS]
+    return list(pairwise(words))
 
 
 def test_no_phrase_of_two_content_words_is_in_two_splits():

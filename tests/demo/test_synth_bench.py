@@ -18,12 +18,12 @@ from demo.sentences import (
     FUNCTION_WORDS,
     SHORT_PATTERNS,
     build_lexicon,
-    content_pairs,
     held_out,
     make_sentence,
     training_lexicon,
 )
 from demo.voices import BENCH, BENCH_ALIKE, UNSEEN, cycle, replace_sounds, undone
+from tests.demo.test_synth import content_pairs
 
 SPLITS = ("train", "dev", "test")
 PHONEMES = "k|'a|t s|,I|t w|'O:|k|s"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -70,23 +69,6 @@ def render(helm: Helm) -> Render:
         return [document for document in yaml.load_all(done.stdout, yaml.CSafeLoader) if document]
 
     return lambda *arguments: copy.deepcopy(once(*arguments))
-
-
-@pytest.fixture(scope="session")
-def argo_lint(tmp_path_factory) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """text of YAML → what Argo's own linter makes of it, without a cluster."""
-    kept = Path.home() / ".cache" / "kubelab" / "bin" / "argo"
-    program = shutil.which("argo") or (kept if kept.exists() else None)
-    if program is None:
-        pytest.skip("there is no argo program")
-
-    def lint(text: str) -> subprocess.CompletedProcess[str]:
-        file = tmp_path_factory.mktemp("lint") / "objects.yaml"
-        file.write_text(text, encoding="utf-8")
-        kinds = "--kinds=workflowtemplates,cronworkflows"
-        return subprocess.run([program, "lint", "--offline", kinds, file], capture_output=True, text=True)
-
-    return lint
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 
-from helm.chart import EXTEND_WORKFLOW, WORKFLOW
+from argo import extend, workflow
 from tests.helm.pods import extension_of, kind_of, parameters_of, pods_of, workflow_of
 from tests.helm.tools import CHART
 
@@ -27,7 +27,7 @@ def rich(render):
 
 @pytest.fixture(scope="module")
 def original():
-    return yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    return yaml.safe_load(workflow.to_text())
 
 
 def templates(workflow):
@@ -46,9 +46,9 @@ def tags(tree):
     return set(re.findall(r"\{\{.*?\}\}(?!\})", json.dumps(tree["spec"]["templates"])))
 
 
-@pytest.mark.parametrize(("part", "file"), [(workflow_of, WORKFLOW), (extension_of, EXTEND_WORKFLOW)])
-def test_by_default_the_steps_are_those_of_the_generated_file(plain, part, file):
-    ours, theirs = templates(part(plain)), templates(yaml.safe_load(file.read_text(encoding="utf-8")))
+@pytest.mark.parametrize(("part", "module"), [(workflow_of, workflow), (extension_of, extend)])
+def test_by_default_the_steps_are_those_of_the_generated_file(plain, part, module):
+    ours, theirs = templates(part(plain)), templates(yaml.safe_load(module.to_text()))
     assert ours.keys() == theirs.keys()
     for name, template in theirs.items():
         kept = {k: v for k, v in ours[name].items() if k not in ("container", "memoize", "podSpecPatch")}

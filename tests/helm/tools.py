@@ -6,20 +6,16 @@ something cannot be had.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-CACHE = Path.home() / ".cache" / "moe-asr" / "bin"
+from tests.golang import CACHE, cached, go, installed
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "moe-asr"
 
@@ -40,47 +36,12 @@ CRDS = (
 KINDS = (("workflowtemplate", "cronworkflow"), ("podmonitor", "prometheusrule"))
 
 
-def _go(arguments: list[str | Path], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    flags = {"CGO_ENABLED": "0", "GOFLAGS": "-p=2 -buildvcs=false"}
-    return subprocess.run(
-        ["go", *arguments], cwd=folder, env=os.environ | flags | environment, capture_output=True, text=True
-    )
-
-
-def _cached(name: str, make: Callable[[Path], str]) -> Path | str:
-    """A file of the cache; `make` writes it to the path it gets and returns what went wrong, if anything."""
-    path = CACHE / name
-    if path.exists():
-        return path
-    if not shutil.which("go"):
-        return f"{name} is not in {CACHE} and there is no Go toolchain"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            draft = path.with_name(f".{name}.{os.getpid()}")
-            if problem := make(draft):
-                return f"{name} cannot be made: {problem[-300:]}"
-            draft.rename(path)
-    return path
-
-
 @functools.cache
 def helm_program() -> Path | str:
     """helm, built by `go install` (minutes, once)."""
 
-    def make(path: Path) -> str:
-        folder = path.with_name(f"{path.name}.d")
-        folder.mkdir(exist_ok=True)
-        flags = f"-s -w -X helm.sh/helm/v3/internal/version.version={HELM}"
-        package = f"helm.sh/helm/v3/cmd/helm@{HELM}"
-        done = _go(["install", "-trimpath", "-ldflags", flags, package], CACHE, GOBIN=str(folder))
-        if not done.returncode:
-            (folder / "helm").rename(path)
-        shutil.rmtree(folder)
-        return done.stderr if done.returncode else ""
-
-    return _cached(f"helm-{HELM}", make)
+    flags = f"-s -w -X helm.sh/helm/v3/internal/version.version={HELM}"
+    return installed(f"helm-{HELM}", f"helm.sh/helm/v3/cmd/helm@{HELM}", "-trimpath", "-ldflags", flags)
 
 
 @functools.cache
@@ -90,10 +51,10 @@ def pod_security_program() -> Path | str:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.iterdir()))).hexdigest()[:12]
 
     def make(path: Path) -> str:
-        done = _go(["build", "-trimpath", "-ldflags", "-s -w", "-o", path, "."], sources)
+        done = go(["build", "-trimpath", "-ldflags", "-s -w", "-o", path, "."], sources)
         return done.stderr if done.returncode else ""
 
-    return _cached(f"podsecurity-{digest}", make)
+    return cached(f"podsecurity-{digest}", make)
 
 
 @functools.cache
@@ -116,11 +77,11 @@ def schemas_file() -> Path | str:
         return ""
 
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    return _cached(f"schemas-{source}.json", make)
+    return cached(f"schemas-{source}.json", make)
 
 
 def _module_file(module: str, file: str) -> str:
-    done = _go(["mod", "download", "-json", module], CACHE)
+    done = go(["mod", "download", "-json", module], CACHE)
     if done.returncode:
         raise OSError(f"{module}: {done.stdout or done.stderr}")
     return (Path(json.loads(done.stdout)["Dir"]) / file).read_text(encoding="utf-8")

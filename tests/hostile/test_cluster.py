@@ -9,11 +9,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from argo.parameters import FILE, FLAGS, NUMBERS, PARAMETERS, QUANTITIES, find_problem, quantity
+from argo.parameters import FLAGS, NUMBERS, PARAMETERS, QUANTITIES, find_problem, quantity
+from argo.workflow import to_text
 from cli.main import cli
 from common.errors import UsageError
 
-SPEC = yaml.safe_load(FILE.read_text(encoding="utf-8"))["spec"]
+SPEC = yaml.safe_load(to_text())["spec"]
 PATCHES = {t["name"]: t["podSpecPatch"] for t in SPEC["templates"] if "podSpecPatch" in t}
 CRAFTED = [
     '1Gi"}}], "hostPID": true, "volumes": [{"name": "scratch", "emptyDir": {"sizeLimit": "1Gi',

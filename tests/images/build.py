@@ -1,23 +1,16 @@
 """Builds the images with Debian's own tools, where no registry and no container daemon can be reached.
 
-    python -m tests.images.build --archive images.tar            all six, for `ctr images import` or `docker load`
-    python -m tests.images.build --archive base.tar --only base
-
 Everything is kept in ~/.cache/moe-asr/images (or $MOE_ASR_IMAGES): the second time only layers of changed sources are
 made. Images are named localhost/moe-asr/<base or stage>:test.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,22 +54,7 @@ class Engine:
         return self.run("podman", "image", "exists", image, check=False).returncode == 0
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, help="write the images into this file")
-    parser.add_argument("--only", nargs="+", choices=("base", *STAGES), help="these images instead of all")
-    arguments = parser.parse_args()
-    wanted = tuple(arguments.only or ("base", *STAGES))
-    try:
-        engine = build(tuple(name for name in wanted if name != "base"))
-    except CannotBuildError as error:
-        sys.exit(f"cannot build images: {error}")
-    if arguments.archive:
-        write_archive(engine, wanted, arguments.archive)
-
-
-def build(stages: Sequence[str] = STAGES) -> Engine:
+def build() -> Engine:
     """Builds base and stages, reusing what is there and up to date.
 
     Raises:
@@ -88,7 +66,7 @@ def build(stages: Sequence[str] = STAGES) -> Engine:
     if not engine.has(DEBIAN):
         make_debian(engine)
     flags = " ".join(["--isolation=chroot", "--layers=false", "--quiet", *cached_wheels()])
-    engine.run(*MAKE, "images", "ENGINE=buildah", f"COMMIT={TAG}", f"STAGES={' '.join(stages)}", f"FLAGS={flags}")
+    engine.run(*MAKE, "images", "ENGINE=buildah", f"COMMIT={TAG}", f"FLAGS={flags}")
     remove_unused(engine)
     return engine
 
@@ -170,20 +148,3 @@ def remove_unused(engine: Engine) -> None:
         if name != f"{dependencies}:{locked}":
             engine.run("podman", "rmi", name, check=False, stdout=subprocess.DEVNULL)
     engine.run("podman", "image", "prune", "--force", stdout=subprocess.DEVNULL)
-
-
-def write_archive(engine: Engine, names: Sequence[str], archive: Path) -> None:
-    """One file with images and their shared layers; left alone where it holds these images already."""
-    images = [image(name) for name in names]
-    identities = engine.output("podman", "image", "inspect", "--format", "{{.Id}}", *images)
-    digest = hashlib.sha256(" ".join([*images, identities]).encode()).hexdigest()
-    stamp = archive.with_name(archive.name + ".digest")
-    if archive.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == digest:
-        return
-    archive.unlink(missing_ok=True)
-    engine.run("podman", "save", "--quiet", "--multi-image-archive", "--output", archive, *images)
-    stamp.write_text(digest, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

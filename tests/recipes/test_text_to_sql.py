@@ -26,7 +26,7 @@ from recipes.text_to_sql.generate import generate
 from recipes.text_to_sql.metrics import record_f1, score
 from recipes.text_to_sql.model import TextToSql, add_missing, from_scratch, make_tokenizer, pretrained, save
 from recipes.text_to_sql.settings import Settings
-from recipes.text_to_sql.sql import Limits, Outcome, gold_outcomes, run_queries
+from recipes.text_to_sql.sql import Limits, Outcome, run_queries
 
 QUICK = Limits(seconds=5.0)
 RUNAWAY = "SELECT COUNT(*) FROM t a, t b, t c, t d"
@@ -203,23 +203,6 @@ def test_identical_and_known_queries_run_once(table, monkeypatch):
     assert ran == {"SELECT 1": 1} and outcomes["SELECT 2"] is known["SELECT 2"]
 
 
-def test_gold_records_are_computed_once_until_database_or_queries_change(table, tmp_path, monkeypatch):
-    copy = tmp_path / "t.db"
-    copy.write_bytes(table.read_bytes())
-    options = {"threads": 2, "limits": QUICK, "cache": tmp_path / "gold"}
-    queries = ["SELECT x, y, 1.5, NULL FROM t WHERE x < 3", "SELECT MAX(x) FROM t"]
-    first = gold_outcomes(copy, queries, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(sql, "run_queries", None)
-        assert gold_outcomes(copy, queries, **options) == first
-    connection = sqlite3.connect(copy)
-    connection.execute("INSERT INTO t VALUES (9000, 'new')")
-    connection.commit()
-    connection.close()
-    assert gold_outcomes(copy, queries, **options)[queries[1]].rows == ((9000,),)
-    assert gold_outcomes(copy, ["SELECT 7"], **options) == {"SELECT 7": Outcome(((7,),))}
-
-
 def test_a_file_that_is_no_database_is_the_users_to_mend(tmp_path):
     (tmp_path / "x.db").write_text("this is no database, but long enough to look at" * 30)
     assert "not a database" in run_one(tmp_path / "x.db", "SELECT * FROM t").error
@@ -241,6 +224,13 @@ def test_the_demonstration_is_the_same_for_a_seed_and_every_query_of_it_runs(pai
     outcomes = run_queries(pairs / "flights.db", [query for _, query in made], threads=2, limits=QUICK)
     assert not any(outcome.error for outcome in outcomes.values())
     assert sum(bool(outcome.rows) for outcome in outcomes.values()) > 0.3 * len(outcomes)
+
+
+@pytest.mark.parametrize("option", ["--train", "--dev", "--test", "--flights"])
+def test_a_demonstration_with_an_empty_part_is_refused_before_anything_is_written(option, tmp_path):
+    done = CliRunner().invoke(cli, ["demo", str(tmp_path / "demo"), option, "0"])
+    assert done.exit_code == 2 and option in done.output
+    assert not (tmp_path / "demo").exists()
 
 
 def test_batches_are_a_pure_function_of_seed_and_epoch_and_hold_each_pair_once(pairs):

@@ -1,4 +1,4 @@
-"""The generated pages are those of today, and say all that there is."""
+"""All generated files are those of today, and the pages say all that there is."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MADE = generated()
 
 
 @pytest.mark.parametrize("path", sorted(MADE, key=str), ids=str)
-def test_a_committed_page_is_what_make_reference_writes(path):
-    assert (ROOT / path).read_text(encoding="utf-8") == MADE[path], "run `make reference`"
+def test_a_committed_file_is_what_make_generate_writes(path):
+    assert (ROOT / path).read_text(encoding="utf-8") == MADE[path], "run `make generate`"
 
 
 def test_every_setting_has_a_row_with_a_description():
