@@ -140,7 +140,10 @@ def read_corpus(path: str | Path) -> Corpus:
         DataError: a missing file, bad JSON, a missing or mistyped field, a duplicate id, no utterance at all;
             the message names file, line, field and remedy.
     """
-    index = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
+    try:
+        index = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
+    except OSError as error:  # a name that is too long, a folder without rights
+        raise DataError(f"cannot read {path}: {error.strerror}: {_INDEX_REMEDY}") from error
     root = index.parent.resolve()
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}

@@ -138,6 +138,29 @@ def test_a_bad_table_is_refused(tmp_path, audio, content, message):
         import_table(audio / "t.csv", tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["long " * 60, "a\0b.wav"])
+def test_a_path_that_no_file_can_have_is_a_fault_of_its_row(tmp_path, audio, name):
+    table = write_table(audio / "t.jsonl", [{"path": "0.wav", "text": "a"}, {"path": name, "text": "b"}])
+    with pytest.raises(DataError, match=r"t\.jsonl:2: cannot read .*(File name too long|no file can have this name)"):
+        import_table(table, tmp_path / "out")
+    assert len(import_table(table, tmp_path / "out", skip_bad=True).utterances) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"columns": [0, 1], "data": [["0.wav", "a"]]}, "no column for 'audio_filepath'.*it has '0', '1'"),
+        ({"columns": ["audio", "text"], "data": 3}, "JSON, but no table"),
+        ({"columns": 3, "data": [["0.wav", "a"]]}, "JSON, but no table"),
+        ({"columns": ["audio", "text"], "data": [["0.wav", "a"], 3]}, "JSON, but no table"),
+    ],
+)
+def test_a_table_of_pandas_without_names_or_rows_is_refused(tmp_path, audio, content, message):
+    (audio / "t.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        import_table(audio / "t.json", tmp_path / "out")
+
+
 def test_unknown_columns_and_fields_name_those_that_exist(tmp_path, audio):
     table = write_table(audio / "t.csv", rows())
     with pytest.raises(DataError, match="no column 'Diagnosis' for 'etiology': it has path, transcript, speaker"):
