@@ -120,11 +120,10 @@ def read_audio(
     *,
     offset: float = 0.0,
     duration: float | None = None,
-    sample_rate: int = SAMPLE_RATE,
     name: str | None = None,
     on_damage: Callable[[str], object] | None = None,
 ) -> Samples:
-    """Decode audio to mono at one rate, block by block, so that memory holds only the result.
+    """Decode audio to mono at 16 kHz, block by block, so that memory holds only the result.
 
     Channels are averaged; if they cancel (opposite phase), the loudest channel is used. Peaks beyond full scale are
     clipped; samples at another scale (over twice full scale) are scaled down to it.
@@ -133,7 +132,6 @@ def read_audio(
         source: a path, the bytes of a file, or an open binary file that can seek.
         offset: seconds to skip.
         duration: maximum number of seconds to read; None reads to the end.
-        sample_rate: Hz of the result.
         name: name in error messages of a source that is not a path.
         on_damage: called with the part that cannot be decoded, which is replaced by silence; by default damage is an
             error.
@@ -150,7 +148,7 @@ def read_audio(
     def read(channel: int | None) -> tuple[Samples, Levels]:
         with open_audio(source, label, offset=offset, duration=duration) as stream:
             levels = Levels(stream.rate, stream.channels, stream.damage)
-            return _collect(_at_rate(_one_channel(stream, levels, channel), stream.rate, sample_rate)), levels
+            return _collect(_resampled(_one_channel(stream, levels, channel), stream.rate)), levels
 
     mono_T, levels = read(None)
     check_levels(levels, label, offset, on_damage)
@@ -256,11 +254,11 @@ def _one_channel(stream: AudioStream, levels: Levels, channel: int | None) -> It
         yield mean_N if channel is None else block_NC[:, channel]
 
 
-def _at_rate(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
-    if rate == wanted:
+def _resampled(blocks: Iterator[Samples], rate: int) -> Iterator[Samples]:
+    if rate == SAMPLE_RATE:
         yield from blocks
         return
-    resampler: Any = soxr.ResampleStream(rate, wanted, 1, dtype="float32")
+    resampler: Any = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
     for block_N in blocks:
         yield resampler.resample_chunk(np.ascontiguousarray(block_N))
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)

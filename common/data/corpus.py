@@ -259,22 +259,6 @@ def index_digest(utterances: Iterable[Utterance]) -> str:
     return digest.hexdigest()
 
 
-def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utterance]]:
-    """Utterances by split, speaker, etiology or severity, groups in alphabetical order.
-
-    Raises:
-        DataError: the corpus has no such field; the message lists the available fields.
-    """
-    listed = list(utterances)
-    if field not in available_fields(listed):
-        known = ", ".join(available_fields(listed)) or "none"
-        raise DataError(f"the corpus has no field {field!r} to group by: it has {known}")
-    groups: dict[str, list[Utterance]] = defaultdict(list)
-    for u in listed:
-        groups[getattr(u, field)].append(u)
-    return dict(sorted(groups.items()))
-
-
 def available_fields(utterances: Iterable[Utterance]) -> list[str]:
     """Those of the fields split, speaker, etiology and severity that at least one utterance has."""
     missing = set(GROUP_FIELDS)
@@ -289,8 +273,10 @@ def corpus_stats(corpus: Corpus) -> dict[str, Any]:
     """Counts and hours of speech, over all and by split, etiology, severity and speaker (where the corpus has them)."""
     stats: dict[str, Any] = {"digest": corpus.digest, **_totals(corpus.utterances)}
     for name in available_fields(corpus.utterances):
-        groups = group_by(corpus.utterances, name)
-        stats[f"by_{name}"] = {value: _totals(group) for value, group in groups.items()}
+        groups: dict[str, list[Utterance]] = defaultdict(list)
+        for u in corpus.utterances:
+            groups[getattr(u, name)].append(u)
+        stats[f"by_{name}"] = {value: _totals(group) for value, group in sorted(groups.items())}
     return stats
 
 

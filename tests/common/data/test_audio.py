@@ -66,11 +66,6 @@ def test_bytes_and_open_files_read_like_paths(tmp_path):
         assert audio_info(file) == audio_info(content)
 
 
-def test_another_target_rate_is_honoured(tmp_path):
-    write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
-    assert len(read_audio(tmp_path / "a.wav", sample_rate=8000)) == 4000
-
-
 def write_m4a(path, samples: np.ndarray, rate: int) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=rate, layout="mono")

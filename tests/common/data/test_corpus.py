@@ -11,7 +11,6 @@ import pytest
 from common.data.corpus import (
     Utterance,
     corpus_stats,
-    group_by,
     index_digest,
     new_corpus_folder,
     read_corpus,
@@ -193,20 +192,6 @@ def test_a_corpus_of_one_has_a_subset_of_one():
     assert stratified_subset([make_utterance(1)], percent=1, seed=1) == [make_utterance(1)]
     assert stratified_subset([make_utterance(1)], count=50, seed=1) == [make_utterance(1)]
     assert stratified_subset([], percent=10, seed=1) == []
-
-
-@pytest.mark.parametrize("wrong", [{}, {"percent": 5, "count": 5}, {"percent": 0}, {"percent": 101}, {"count": 0}])
-def test_a_subset_of_no_sensible_size_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"percent|count"):
-        stratified_subset([make_utterance(1)], seed=1, **wrong)
-
-
-def test_grouping_by_a_field_that_the_corpus_lacks_names_those_it_has():
-    utterances = [make_utterance(1), make_utterance(2)]
-    assert list(group_by(utterances, "speaker")) == ["s1", "s2"]
-    for field in ("etiology", "diagnosis", "text"):
-        with pytest.raises(DataError, match=f"'{field}'.*split, speaker"):
-            group_by(utterances, field)
 
 
 def test_stats_count_utterances_hours_and_speakers(tmp_path):

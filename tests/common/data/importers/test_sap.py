@@ -64,7 +64,7 @@ def test_contributors_become_speakers_with_etiology_and_rated_severity(tmp_path)
     assert {u.severity for u in made.corpus.utterances if u.speaker == "cd"} == {""}
     assert first.duration == 0.5
     assert made.skipped == {}
-    assert audit(made.corpus, threads=1) == []
+    assert audit(made.corpus) == []
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_sessions_become_utterances_with_severity_and_controls(torgo, tmp_path):
     assert len({(u.speaker, u.split) for u in by_id.values()}) == 6
     assert Counter(u.split for u in by_id.values()) == {"train": 6, "dev": 6, "test": 6}
     assert made.skipped == {}
-    assert [finding for finding in audit(made.corpus, threads=1) if finding.severity == "error"] == []
+    assert [finding for finding in audit(made.corpus) if finding.severity == "error"] == []
 
 
 def test_microphones(torgo, tmp_path):
