@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -17,6 +17,7 @@ from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from common.data.corpus import Corpus
+    from common.data.importers.build import BuildOptions
     from common.data.importers.rows import Imported
 
 
@@ -288,7 +289,7 @@ def import_corpus(
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
     given = {"--audio-root": audio_root, "--column": columns, "--heading": heading, "--skip-bad": skip_bad}
     _check_given(kind, given | {"--official-splits": official_splits, "--microphone": microphone})
-    shared: _Shared = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
+    shared: BuildOptions = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
         made = import_sap(source, out, official_splits=official_splits, **shared)
@@ -318,14 +319,6 @@ def _check_given(kind: str, given: Mapping[str, object]) -> None:
         if value and option not in FORMAT_OPTIONS[kind]:
             users = " and ".join(name for name, options in FORMAT_OPTIONS.items() if option in options)
             raise UsageError(f"{option} is not for --format {kind}, only for {users}: leave it out")
-
-
-class _Shared(TypedDict):
-    """Options of all importers."""
-
-    copy_audio: bool
-    mend_text: bool
-    seed: int
 
 
 def _columns(columns: tuple[str, ...]) -> dict[str, str] | None:

@@ -1,26 +1,22 @@
-"""Reading and writing audio. Audio of any format is read as mono, 16 kHz, within [-1, 1].
+"""Reading audio of any format as mono, 16 kHz, within [-1, 1].
 
 Shape letters: T samples of the result, N frames of a block, C channels.
 """
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 
 from common.data.decoders import AudioSource, AudioStream, Damage, open_audio
 from common.data.decoders import Samples as Samples  # for those that read audio
-from common.errors import DataError, StoreError
+from common.errors import DataError
 
 if TYPE_CHECKING:
     from common.data.corpus import Corpus, Utterance
@@ -212,30 +208,6 @@ def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
     if levels.frames:
         check_levels(levels, label)
     return AudioInfo(levels.seconds, levels.rate, levels.channels)
-
-
-def write_wav(path: str | Path, samples: npt.ArrayLike, rate: int = SAMPLE_RATE) -> None:
-    """Write 16-bit PCM WAV, whole or not at all; samples beyond [-1, 1] are clipped.
-
-    Args:
-        samples: shape (T,) or (T, channels).
-        rate: Hz.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(np.asarray(samples, np.float32), -1, 1), rate, format="WAV", subtype="PCM_16")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StoreError(f"cannot write {target}: {error.strerror}: free space or change rights") from error
 
 
 def label_of(source: AudioSource, name: str | None) -> str:

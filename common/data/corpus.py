@@ -8,21 +8,17 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from common.data.clips import Clip, Place, Remote
 from common.data.identities import identifier, join_spellings, joined_in_words
-from common.errors import DataError, StoreError, UsageError
-from common.files import explained
+from common.errors import DataError
+from common.files import explained, write_lasting
 from common.json_files import read_jsonl
 
 log = logging.getLogger(__name__)
@@ -193,29 +189,16 @@ def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
     """Write `root/index.jsonl` sorted by id, whole or not at all; fields at their defaults are omitted.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError, RetryableError: the folder cannot be written.
     """
-    folder = Path(root)
-    ordered = sorted(utterances, key=lambda u: u.id)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=folder, prefix=".index-", delete=False, newline="\n"
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.writelines(index_lines(ordered, {}))
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(folder / INDEX_NAME)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {folder / INDEX_NAME}: {error.strerror}: free space or change rights"
-        ) from error
+    index, ordered = Path(root) / INDEX_NAME, sorted(utterances, key=lambda u: u.id)
+
+    def fill(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(index_lines(ordered, {}))
+
+    with explained(index):
+        write_lasting(index, fill)
 
 
 def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) -> Iterator[str]:
@@ -223,32 +206,6 @@ def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) ->
     for u in utterances:
         place = places.get(u.audio_filepath)
         yield _encode(_to_record(u) | (asdict(place) if place else {})) + "\n"
-
-
-@contextmanager
-def new_corpus_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `out` when the block succeeds, and deleted when it fails.
-
-    Raises:
-        UsageError: `out` exists and is not an empty folder.
-        StoreError: it cannot be written.
-    """
-    out = out.absolute()
-    try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UsageError(f"{out} already exists: name another folder for the corpus, or remove it first")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only the owner can read
-            folder.replace(out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write the corpus {out}: {error.strerror or error}: free space or change rights"
-        ) from error
 
 
 def index_digest(utterances: Iterable[Utterance]) -> str:

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from cli.evaluate import evaluate
 from cli.segment import segment
 from cli.transcribe import say, transcribe
-from common.data.audio import write_wav
 from common.data.corpus import read_corpus
 from common.errors import DataError, UsageError
+from tests.factories import write_wav
 
 SHORT = ("--set", "decode.max_new_tokens=10", "--set", "runtime.num_workers=0")
 

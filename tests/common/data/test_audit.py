@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.corpus import Corpus, Utterance, read_corpus, write_index
+from tests.factories import write_wav
 
 
 def noise(number: int, seconds: float = 1.0, rate: int = 16000) -> np.ndarray:

@@ -12,12 +12,11 @@ from common.data.corpus import (
     Utterance,
     corpus_stats,
     index_digest,
-    new_corpus_folder,
     read_corpus,
     write_index,
 )
 from common.data.subsets import stratified_subset
-from common.errors import DataError, StoreError, UsageError
+from common.errors import DataError, StoreError
 
 
 def make_utterance(number: int, **changes: object) -> Utterance:
@@ -139,23 +138,8 @@ def test_a_failed_write_leaves_the_old_index(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(StoreError, match="cannot write"):
+    with pytest.raises(StoreError, match="is a file where a folder is needed"):
         write_index(tmp_path / "file", [make_utterance(1)])
-    with pytest.raises(StoreError, match="cannot write"), new_corpus_folder(tmp_path / "file" / "corpus"):
-        pass
-
-
-def test_a_new_corpus_folder_appears_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "deep" / "corpus"
-    with pytest.raises(ZeroDivisionError), new_corpus_folder(out) as folder:
-        (folder / "half").write_text("written", encoding="utf-8")
-        raise ZeroDivisionError
-    assert list(out.parent.iterdir()) == []
-    with new_corpus_folder(out) as folder:
-        (folder / "whole").write_text("written", encoding="utf-8")
-    assert [p.name for p in out.iterdir()] == ["whole"]
-    with pytest.raises(UsageError, match="already exists"), new_corpus_folder(out):
-        pass
 
 
 def test_subsets_are_nested_by_percent_and_by_count():

@@ -292,7 +292,7 @@ def test_a_read_only_store_is_told_and_can_be_read(small_disk):
     store.write("a/b", b"1")
     make_read_only()
     for act in (lambda: store.write("a/b", b"2"), lambda: store.put_if_absent("c", b""), lambda: store.delete("a/b")):
-        with pytest.raises(StoreError, match=r"read-only.*choose another store"):
+        with pytest.raises(StoreError, match=r"read-only.*choose another place"):
             act()
     assert store.read("a/b") == b"1"
 

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.importers.sap import import_sap, read_transcript
 from common.errors import DataError
+from tests.factories import write_wav
 
 
 def recording(speaker: str, number: int, transcript: str = "Make it cooler.", **more) -> dict:

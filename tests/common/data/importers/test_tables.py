@@ -1,18 +1,20 @@
 """Importing: tables of several shapes become one corpus; faults are named by file and line and leave nothing behind."""
 
 import csv
+import errno
 import json
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.corpus import Utterance, read_corpus
 from common.data.importers import audiofolder, tables
 from common.data.importers.splits import split_by_speaker
-from common.errors import DataError, UsageError
+from common.errors import DataError, RetryableError, StoreError, UsageError
+from tests.factories import write_wav
 
 
 def import_table(*arguments, **options):
@@ -74,6 +76,24 @@ def test_copied_audio_makes_a_corpus_that_can_move(tmp_path, audio):
     moved = read_corpus(tmp_path / "moved")
     assert moved.digest == corpus.digest
     assert audit(moved) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EIO, RetryableError, "out: the file system fails"),
+        (errno.ENOSPC, StoreError, "out: the disk is full"),
+        (errno.ENOENT, DataError, r"t\.csv:2: .*0\.wav was removed"),
+    ],
+)
+def test_a_copy_that_fails_is_named_and_leaves_nothing(tmp_path, audio, monkeypatch, number, kind, message):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with pytest.raises(kind, match=message):
+        import_table(write_table(audio / "t.csv", rows()), tmp_path / "deep" / "out", copy_audio=True)
+    assert not any((tmp_path / "deep").iterdir())
 
 
 def test_columns_and_audio_root_can_be_named(tmp_path, audio):

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.importers.torgo import import_torgo, read_prompt
 from common.errors import DataError
+from tests.factories import write_wav
 
 SPEAKERS = ("F01", "F03", "M03", "FC01", "MC01", "MC04")
 
