@@ -62,9 +62,10 @@ def micro_whisper(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> None:
-    """Writes 16-bit WAV, of shape (T,) or (T, channels)."""
+    """Writes 16-bit WAV, of shape (T,) or (T, channels), under any name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.asarray(samples, np.float32), rate, subtype="PCM_16")
+    with path.open("wb") as file:
+        soundfile.write(file, np.asarray(samples, np.float32), rate, format="WAV", subtype="PCM_16")
 
 
 def micro_corpus(
