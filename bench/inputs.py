@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 
 from bench.setting import SHAPES
-from common.data.audio import SAMPLE_RATE, Samples, write_wav
+from common.data.audio import SAMPLE_RATE, Samples
 from common.data.batches import Batch, Example, collate
 from common.data.features import context_positions
 
@@ -66,6 +67,6 @@ def write_clips(folder: Path, shape: str, lengths: Sequence[float], *, context: 
     examples = []
     for i, seconds in enumerate(lengths):
         path = folder / f"{i:05d}.wav"
-        write_wav(path, noise(seconds, i), SAMPLE_RATE)
+        soundfile.write(path, noise(seconds, i), SAMPLE_RATE, subtype="PCM_16")
         examples.append(make_example(shape, seconds, i, context=context, path=path))
     return examples

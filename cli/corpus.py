@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -16,6 +17,7 @@ from common.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from common.data.corpus import Corpus
+    from common.data.importers.build import BuildOptions
     from common.data.importers.rows import Imported
 
 
@@ -242,9 +244,7 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
 @click.option(
     "--microphone",
     type=click.Choice(("head", "array", "both")),
-    default="head",
-    show_default=True,
-    help="Microphone to import, for --format torgo.",
+    help="Microphone to import, for --format torgo.  [default: head]",
 )
 @click.option("--copy-audio", is_flag=True, help="Copy the audio into OUT instead of referring to it.")
 @click.option("--seed", default=42, show_default=True, help="Random seed for the split by speaker.")
@@ -258,7 +258,7 @@ def import_corpus(
     skip_bad: bool,
     mend_text: bool,
     official_splits: bool,
-    microphone: Literal["head", "array", "both"],
+    microphone: Literal["head", "array", "both"] | None,
     copy_audio: bool,
     seed: int,
 ) -> None:
@@ -287,12 +287,14 @@ def import_corpus(
     from common.data.importers.torgo import import_torgo
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
-    shared: _Shared = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
+    given = {"--audio-root": audio_root, "--column": columns, "--heading": heading, "--skip-bad": skip_bad}
+    _check_given(kind, given | {"--official-splits": official_splits, "--microphone": microphone})
+    shared: BuildOptions = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
         made = import_sap(source, out, official_splits=official_splits, **shared)
     elif kind == "torgo":
-        made = import_torgo(source, out, microphone=microphone, **shared)
+        made = import_torgo(source, out, microphone=microphone or "head", **shared)
     elif kind == "audiofolder":
         made = import_audiofolder(source, out, columns=mapping, skip_bad=skip_bad, **shared)
     else:
@@ -303,12 +305,20 @@ def import_corpus(
     _say_imported(out, made)
 
 
-class _Shared(TypedDict):
-    """Options of all importers."""
+FORMAT_OPTIONS = {
+    "table": ("--audio-root", "--column", "--heading", "--skip-bad"),
+    "audiofolder": ("--column", "--skip-bad"),
+    "sap": ("--official-splits",),
+    "torgo": ("--microphone",),
+}
 
-    copy_audio: bool
-    mend_text: bool
-    seed: int
+
+def _check_given(kind: str, given: Mapping[str, object]) -> None:
+    """Refuses options that the format of the source has no use for."""
+    for option, value in given.items():
+        if value and option not in FORMAT_OPTIONS[kind]:
+            users = " and ".join(name for name, options in FORMAT_OPTIONS.items() if option in options)
+            raise UsageError(f"{option} is not for --format {kind}, only for {users}: leave it out")
 
 
 def _columns(columns: tuple[str, ...]) -> dict[str, str] | None:

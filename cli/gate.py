@@ -25,7 +25,13 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "
 @click.option(
     "--pooling", "poolings", multiple=True, type=click.Choice(("mean", "max", "meanstd")), help="Pooling to compare."
 )
-@click.option("--samples", default=2000, show_default=True, help="Utterances for comparing clusterings; 0 skips it.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=0),
+    default=2000,
+    show_default=True,
+    help="Utterances for comparing clusterings; 0 skips it.",
+)
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from cli.completion import completion
 from cli.corpus import corpus
 from cli.doctor import doctor
 from cli.estimate import estimate, fit_batch
@@ -85,7 +84,6 @@ def config_show(**options: Any) -> None:
 
 for command in (
     doctor,
-    completion,
     corpus,
     model,
     estimate,

@@ -217,6 +217,7 @@ def logs(
 @click.option("--delete", is_flag=True, help="Delete these files. By default they are only listed.")
 @click.option(
     "--older-than",
+    type=click.FloatRange(min=0),
     default=24.0,
     show_default=True,
     help="Hours that an unfinished attempt may be idle before it is garbage.",

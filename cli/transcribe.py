@@ -11,6 +11,7 @@ import click
 
 from cli.shared import added_options, decoding_config, open_as_told, opening_options, with_options, with_store
 from common.errors import DataError, UsageError
+from common.escape import escaped
 
 if TYPE_CHECKING:
     from common.decoding.decode import Decoding
@@ -243,14 +244,14 @@ def total_seconds(recordings: Sequence[Recording]) -> float:
 
 
 def say(line: str, *, on_stdout: bool = False) -> None:
-    """Writes around a running progress bar; what the terminal's encoding lacks is escaped."""
+    """Writes around a running progress bar; what a terminal would obey, or its encoding lacks, is escaped."""
     import sys
 
     from tqdm import tqdm
 
     stream = sys.stdout if on_stdout else sys.stderr
     encoding = stream.encoding or "utf-8"
-    shown = line.encode(encoding, "backslashreplace").decode(encoding)
+    shown = escaped(line).encode(encoding, "backslashreplace").decode(encoding)
     tqdm.write(shown, file=stream, end="" if on_stdout else "\n")
 
 

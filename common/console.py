@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 
 import click
 
-from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MoeAsrError, RetryableError, StoreError
+from common.errors import EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MoeAsrError, RetryableError, StoreError, UsageError
 from common.escape import escaped
 
 LOST = {"AcceleratorError", "DistBackendError", "DistNetworkError"}  # torch's, when hardware or a peer fails
 
 
 def set_up_logging(log_file: str | None = None, *, quiet: bool = False) -> None:
-    """Sends log lines to stderr and, if `file` is given, to a file."""
+    """Sends log lines to stderr and, if `log_file` is given, to this file."""
     handlers: list[logging.Handler] = [_Stderr()]
     if log_file:
         try:
@@ -112,6 +112,8 @@ def run_command(command: click.Command) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(UsageError.exit_code, f"{error.filename}: {error.strerror}: check the path")
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
             _crash()
         place = error.filename or "a file"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import DataError, MoeAsrError, RetryableError, StoreError, UsageError
+from common.errors import DataError, RetryableError, StoreError, UsageError
 
 TEMPORARY = ".tmp-"  # how names of unfinished files start; no listing shows them
 MAX_DOCUMENT = 64 * 2**20  # bytes of a JSON document: a record, a manifest, a tokenizer; large ones have a few MiB
@@ -106,6 +106,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
 
     Args:
         overwrite: replace an existing folder if it contains a file named `mark`, which shows that this program made it.
+        mark: empty where nothing is ever replaced.
 
     Raises:
         UsageError: `path` exists and may not be replaced.
@@ -113,7 +114,8 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
     path = path.absolute()  # `.` has no name from which a neighbouring folder's name could be made
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
-        raise UsageError(f"{path} already exists: name another folder, or give --overwrite")
+        remedy = "give --overwrite" if mark else "remove it first"
+        raise UsageError(f"{path} already exists: name another folder, or {remedy}")
     if taken and not (path / mark).is_file():
         raise UsageError(
             f"{path} contains no {mark}, so it was not made by this command and is kept: name another folder"
@@ -217,25 +219,21 @@ def prune(folder: Path, root: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Converts errors of the file system into the errors of `common.errors`."""
+    """Converts errors of the file system into the errors of `common.errors`: one line with the path and the remedy."""
     try:
         yield
     except FileExistsError:
         raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise NotFound(f"{path} is not there") from None
     except OSError as error:
-        raise explain_os_error(error, path) from None
-
-
-def explain_os_error(error: OSError, path: Path) -> MoeAsrError:
-    """One line that names the path and the remedy."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return NotFound(f"{path} is not there")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"{path}: the disk is full ({os.strerror(error.errno)}); free some space, then run it again")
-    if error.errno == errno.EROFS:
-        return StoreError(f"{path}: the file system is read-only; choose another store, or mount it writable")
-    if isinstance(error, PermissionError):
-        return StoreError(f"{path}: no permission; change its owner or mode, or choose another store")
-    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):
-        return RetryableError(f"{path}: the file system fails ({os.strerror(error.errno)}); try again")
-    return StoreError(f"{path}: {error.strerror or error}")
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):
+            raise RetryableError(f"{path}: the file system fails ({reason}); try again") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"the disk is full ({reason}); free some space, then run it again"
+        elif error.errno == errno.EROFS:
+            reason = "the file system is read-only; choose another place, or mount it writable"
+        elif isinstance(error, PermissionError):
+            reason = "no permission; change its owner or mode, or choose another place"
+        raise StoreError(f"{path}: {reason}") from None

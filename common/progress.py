@@ -73,19 +73,6 @@ def _amount(number: float) -> str:
     return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
 
 
-class _Hidden:
-    """Shows no progress."""
-
-    def update(self, n: float = 1, /) -> None:
-        return
-
-    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
 def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hidden: bool = False) -> Bar:
     """A bar on a terminal, log lines otherwise, nothing if `hidden`.
 
@@ -93,9 +80,7 @@ def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hi
         total: units of the whole work, of which `initial` are already done.
         unit: name of the counted units, in the plural.
     """
-    if hidden:
-        return _Hidden()
-    if not sys.stderr.isatty():
+    if not hidden and not sys.stderr.isatty():
         return Lines(total, initial, label, unit)
     from tqdm import tqdm
 
@@ -106,6 +91,7 @@ def progress(total: float, label: str, *, initial: float = 0, unit: str = "", hi
         unit=f" {unit}" if unit else "it",
         unit_scale=not float(total).is_integer(),  # otherwise all digits of a fraction are shown
         dynamic_ncols=True,
+        disable=hidden,
     )
     return bar
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
@@ -104,7 +104,7 @@ class Telemetry:
         ProcessCollector(registry=self.registry)
         self.registry.register(_DeviceMemory())
         self.registry.register(self.finished)
-        self.set(BUILD_INFO, 1, version=__version__, python=platform.python_version(), torch=_version("torch"))
+        self.set(BUILD_INFO, 1, version=__version__, python=platform.python_version(), torch=version("torch"))
 
     def stage(self, name: str, shard: int | None = None) -> StageTelemetry:
         """The view of one stage."""
@@ -330,10 +330,3 @@ def _instrument(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge 
         return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=STEP_BUCKETS)
     kind = Counter if metric.kind == "counter" else Gauge
     return kind(metric.name, metric.help, metric.labels, registry=registry)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""

@@ -18,8 +18,9 @@ import numpy as np
 import soundfile
 
 from common.data.audio import SAMPLE_RATE
-from common.data.corpus import Corpus, Utterance, new_corpus_folder, read_corpus, write_index
+from common.data.corpus import Corpus, Utterance, read_corpus, write_index
 from common.errors import DataError, UsageError
+from common.files import explained, new_folder
 from common.progress import counted
 from demo import effects as effects
 from demo.espeak import require_espeak, speak
@@ -162,7 +163,7 @@ def synthesize_bench(
 
 
 def _make_corpus(out: str | Path, speakers: Sequence[_Speaker], processes: int) -> Corpus:
-    with new_corpus_folder(Path(out)) as folder:
+    with explained(Path(out)), new_folder(Path(out)) as folder:
         (folder / "audio").mkdir()
         write_index(folder, _speak_all(speakers, folder, processes))
     return read_corpus(out)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from common.data.audio import write_wav
 from common.data.corpus import Utterance, write_index
 
 SPECIALS = ("<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>")
@@ -59,6 +59,13 @@ def micro_whisper(folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"is_multilingual": False}), encoding="utf-8")
     return folder
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = 16_000) -> None:
+    """Writes 16-bit WAV, of shape (T,) or (T, channels), under any name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        soundfile.write(file, np.asarray(samples, np.float32), rate, format="WAV", subtype="PCM_16")
 
 
 def micro_corpus(

@@ -1,26 +1,22 @@
-"""Reading and writing audio. Audio of any format is read as mono, 16 kHz, within [-1, 1].
+"""Reading audio of any format as mono, 16 kHz, within [-1, 1].
 
 Shape letters: T samples of the result, N frames of a block, C channels.
 """
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import soxr
 
 from common.data.decoders import AudioSource, AudioStream, Damage, open_audio
 from common.data.decoders import Samples as Samples  # for those that read audio
-from common.errors import DataError, StoreError
+from common.errors import DataError
 
 if TYPE_CHECKING:
     from common.data.corpus import Corpus, Utterance
@@ -120,11 +116,10 @@ def read_audio(
     *,
     offset: float = 0.0,
     duration: float | None = None,
-    sample_rate: int = SAMPLE_RATE,
     name: str | None = None,
     on_damage: Callable[[str], object] | None = None,
 ) -> Samples:
-    """Decode audio to mono at one rate, block by block, so that memory holds only the result.
+    """Decode audio to mono at 16 kHz, block by block, so that memory holds only the result.
 
     Channels are averaged; if they cancel (opposite phase), the loudest channel is used. Peaks beyond full scale are
     clipped; samples at another scale (over twice full scale) are scaled down to it.
@@ -133,7 +128,6 @@ def read_audio(
         source: a path, the bytes of a file, or an open binary file that can seek.
         offset: seconds to skip.
         duration: maximum number of seconds to read; None reads to the end.
-        sample_rate: Hz of the result.
         name: name in error messages of a source that is not a path.
         on_damage: called with the part that cannot be decoded, which is replaced by silence; by default damage is an
             error.
@@ -150,7 +144,7 @@ def read_audio(
     def read(channel: int | None) -> tuple[Samples, Levels]:
         with open_audio(source, label, offset=offset, duration=duration) as stream:
             levels = Levels(stream.rate, stream.channels, stream.damage)
-            return _collect(_at_rate(_one_channel(stream, levels, channel), stream.rate, sample_rate)), levels
+            return _collect(_resampled(_one_channel(stream, levels, channel), stream.rate)), levels
 
     mono_T, levels = read(None)
     check_levels(levels, label, offset, on_damage)
@@ -216,30 +210,6 @@ def audio_info(source: AudioSource, *, name: str | None = None) -> AudioInfo:
     return AudioInfo(levels.seconds, levels.rate, levels.channels)
 
 
-def write_wav(path: str | Path, samples: npt.ArrayLike, rate: int = SAMPLE_RATE) -> None:
-    """Write 16-bit PCM WAV, whole or not at all; samples beyond [-1, 1] are clipped.
-
-    Args:
-        samples: shape (T,) or (T, channels).
-        rate: Hz.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(np.asarray(samples, np.float32), -1, 1), rate, format="WAV", subtype="PCM_16")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(target)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise StoreError(f"cannot write {target}: {error.strerror}: free space or change rights") from error
-
-
 def label_of(source: AudioSource, name: str | None) -> str:
     """Name of a source in error messages."""
     if name is not None:
@@ -256,11 +226,11 @@ def _one_channel(stream: AudioStream, levels: Levels, channel: int | None) -> It
         yield mean_N if channel is None else block_NC[:, channel]
 
 
-def _at_rate(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
-    if rate == wanted:
+def _resampled(blocks: Iterator[Samples], rate: int) -> Iterator[Samples]:
+    if rate == SAMPLE_RATE:
         yield from blocks
         return
-    resampler: Any = soxr.ResampleStream(rate, wanted, 1, dtype="float32")
+    resampler: Any = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
     for block_N in blocks:
         yield resampler.resample_chunk(np.ascontiguousarray(block_N))
     yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)

@@ -43,15 +43,12 @@ class Finding:
     severity: Severity
 
 
-def audit(
-    corpus: Corpus, *, token_count: Callable[[str], int] | None = None, threads: int | None = None
-) -> list[Finding]:
+def audit(corpus: Corpus, *, token_count: Callable[[str], int] | None = None) -> list[Finding]:
     """Read every audio file and compare it with the index.
 
     Args:
         corpus: the corpus to check.
         token_count: number of tokens of a text in the decoder, including special tokens; None skips this check.
-        threads: number of files that are decoded at a time; None uses one thread per processor.
 
     Returns:
         Findings, errors first, then by kind and utterance. Kinds of error: `unreadable-audio` (missing, empty, no
@@ -70,7 +67,7 @@ def audit(
     for u in corpus.utterances:
         by_file[u.audio_filepath].append(u)
     by_content: dict[tuple[str, float], list[Utterance]] = defaultdict(list)
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda group: _inspect_file(corpus, group), by_file.values())
         for group, (digest, file_findings) in zip(
             by_file.values(), counted(results, len(by_file), "audit", unit="files"), strict=True

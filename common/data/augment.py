@@ -55,17 +55,23 @@ class Augmentation:
         return change_speed(audio_BS, [speed if fits else 1.0 for speed, fits in zip(drawn_B, fits_B, strict=True)])
 
     def mel(self, mel_BMF: Tensor, frames_B: Tensor) -> Tensor:
-        """Spectrograms with random stripes set to their mean; `frames_B` of each hold speech."""
+        """Spectrograms with stripes of time and of mel bands set to the utterance's mean (SpecAugment without warping;
+        Park et al., Interspeech 2019).
+
+        Args:
+            mel_BMF: log-mel spectrograms.
+            frames_B: frames that hold speech; time masks lie within them, and their longest width is a share of them
+                (adaptive, Park et al., ICASSP 2020).
+        """
         if not self.time_masks and not self.mel_masks:
             return mel_BMF
-        return spec_augment(
-            mel_BMF,
-            frames_B,
-            time_masks=self.time_masks,
-            time_width=self.time_width,
-            mel_masks=self.mel_masks,
-            mel_width=self.mel_width,
-        )
+        M, F = mel_BMF.shape[1:]
+        frames_B = frames_B.to(mel_BMF.device)
+        time_BF = _stripes(self.time_masks, frames_B * self.time_width, frames_B, F)
+        bands_B = torch.full_like(frames_B, M)
+        mel_BM = _stripes(self.mel_masks, torch.full_like(bands_B, min(self.mel_width, M)).float(), bands_B, M)
+        mean_B11 = mel_BMF.mean((1, 2), keepdim=True)
+        return torch.where(time_BF[:, None, :] | mel_BM[:, :, None], mean_B11, mel_BMF)
 
 
 def change_speed(audio_BS: Tensor, speed_B: Sequence[float]) -> Tensor:
@@ -93,27 +99,6 @@ def change_speed(audio_BS: Tensor, speed_B: Sequence[float]) -> Tensor:
         out_BS[rows] = 0.0
         out_BS[rows, : min(S, length)] = changed_RS[:, :S].to(out_BS.dtype)
     return out_BS
-
-
-def spec_augment(
-    mel_BMF: Tensor, frames_B: Tensor, *, time_masks: int, time_width: float, mel_masks: int, mel_width: int
-) -> Tensor:
-    """Sets stripes of time and of mel bands to the utterance's mean (Park et al., Interspeech 2019; no warping).
-
-    Args:
-        mel_BMF: log-mel spectrograms.
-        frames_B: frames that hold speech; time masks lie within them.
-        time_masks, mel_masks: how many per utterance, each of a random width from 0.
-        time_width: the longest, as a share of the utterance's frames (adaptive, Park et al., ICASSP 2020).
-        mel_width: the widest, in bands.
-    """
-    M, F = mel_BMF.shape[1:]
-    frames_B = frames_B.to(mel_BMF.device)
-    time_BF = _stripes(time_masks, frames_B * time_width, frames_B, F)
-    bands_B = torch.full_like(frames_B, M)
-    mel_BM = _stripes(mel_masks, torch.full_like(bands_B, min(mel_width, M)).float(), bands_B, M)
-    mean_B11 = mel_BMF.mean((1, 2), keepdim=True)
-    return torch.where(time_BF[:, None, :] | mel_BM[:, :, None], mean_B11, mel_BMF)
 
 
 def _stripes(count: int, widest_B: Tensor, extent_B: Tensor, size: int) -> Tensor:

@@ -93,9 +93,6 @@ class AudioCache:
             self._keep(path, data)
         return data
 
-    def __contains__(self, name: str) -> bool:
-        return (self.folder / name[:2] / name).exists()
-
     def _load(self, path: Path) -> bytes | None:
         try:
             kept = path.read_bytes()

@@ -8,21 +8,17 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 from common.data.clips import Clip, Place, Remote
 from common.data.identities import identifier, join_spellings, joined_in_words
-from common.errors import DataError, StoreError, UsageError
-from common.files import explained
+from common.errors import DataError
+from common.files import explained, write_lasting
 from common.json_files import read_jsonl
 
 log = logging.getLogger(__name__)
@@ -140,7 +136,10 @@ def read_corpus(path: str | Path) -> Corpus:
         DataError: a missing file, bad JSON, a missing or mistyped field, a duplicate id, no utterance at all;
             the message names file, line, field and remedy.
     """
-    index = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
+    try:
+        index = Path(path) / INDEX_NAME if Path(path).is_dir() else Path(path)
+    except OSError as error:  # a name that is too long, a folder without rights
+        raise DataError(f"cannot read {path}: {error.strerror}: {_INDEX_REMEDY}") from error
     root = index.parent.resolve()
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
@@ -190,29 +189,16 @@ def write_index(root: str | Path, utterances: Iterable[Utterance]) -> None:
     """Write `root/index.jsonl` sorted by id, whole or not at all; fields at their defaults are omitted.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError, RetryableError: the folder cannot be written.
     """
-    folder = Path(root)
-    ordered = sorted(utterances, key=lambda u: u.id)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=folder, prefix=".index-", delete=False, newline="\n"
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.writelines(index_lines(ordered, {}))
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(folder / INDEX_NAME)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {folder / INDEX_NAME}: {error.strerror}: free space or change rights"
-        ) from error
+    index, ordered = Path(root) / INDEX_NAME, sorted(utterances, key=lambda u: u.id)
+
+    def fill(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(index_lines(ordered, {}))
+
+    with explained(index):
+        write_lasting(index, fill)
 
 
 def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) -> Iterator[str]:
@@ -222,54 +208,12 @@ def index_lines(utterances: Iterable[Utterance], places: Mapping[str, Place]) ->
         yield _encode(_to_record(u) | (asdict(place) if place else {})) + "\n"
 
 
-@contextmanager
-def new_corpus_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `out` when the block succeeds, and deleted when it fails.
-
-    Raises:
-        UsageError: `out` exists and is not an empty folder.
-        StoreError: it cannot be written.
-    """
-    out = out.absolute()
-    try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UsageError(f"{out} already exists: name another folder for the corpus, or remove it first")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield folder
-            folder.chmod(0o755)  # mkdtemp makes folders that only the owner can read
-            folder.replace(out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write the corpus {out}: {error.strerror or error}: free space or change rights"
-        ) from error
-
-
 def index_digest(utterances: Iterable[Utterance]) -> str:
     """The sha256 (hex) of all fields of all utterances, independent of their order and of the folder's location."""
     digest = hashlib.sha256()
     for u in sorted(utterances, key=lambda u: u.id):
         digest.update(_encode_ascii([getattr(u, name) for name in _FIELD_NAMES]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def group_by(utterances: Iterable[Utterance], field: str) -> dict[str, list[Utterance]]:
-    """Utterances by split, speaker, etiology or severity, groups in alphabetical order.
-
-    Raises:
-        DataError: the corpus has no such field; the message lists the available fields.
-    """
-    listed = list(utterances)
-    if field not in available_fields(listed):
-        known = ", ".join(available_fields(listed)) or "none"
-        raise DataError(f"the corpus has no field {field!r} to group by: it has {known}")
-    groups: dict[str, list[Utterance]] = defaultdict(list)
-    for u in listed:
-        groups[getattr(u, field)].append(u)
-    return dict(sorted(groups.items()))
 
 
 def available_fields(utterances: Iterable[Utterance]) -> list[str]:
@@ -286,8 +230,10 @@ def corpus_stats(corpus: Corpus) -> dict[str, Any]:
     """Counts and hours of speech, over all and by split, etiology, severity and speaker (where the corpus has them)."""
     stats: dict[str, Any] = {"digest": corpus.digest, **_totals(corpus.utterances)}
     for name in available_fields(corpus.utterances):
-        groups = group_by(corpus.utterances, name)
-        stats[f"by_{name}"] = {value: _totals(group) for value, group in groups.items()}
+        groups: dict[str, list[Utterance]] = defaultdict(list)
+        for u in corpus.utterances:
+            groups[getattr(u, name)].append(u)
+        stats[f"by_{name}"] = {value: _totals(group) for value, group in sorted(groups.items())}
     return stats
 
 

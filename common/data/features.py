@@ -20,7 +20,6 @@ HOP_LENGTH = 160  # samples: 10 ms
 SAMPLES_PER_POSITION = 2 * HOP_LENGTH  # the second convolution strides by 2: 20 ms a position
 POSITIONS_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_POSITION  # 50
 MAX_POSITIONS = round(MAX_SECONDS * POSITIONS_PER_SECOND)  # 1500
-MAX_SAMPLES = MAX_POSITIONS * SAMPLES_PER_POSITION
 
 # Encoder lengths that batches are padded to. Few, so that kernels are reused and batches fill; about 20% apart, so
 # that little is wasted. Multiples of 32 suit attention kernels.

@@ -21,7 +21,8 @@ from common.storage import open_store
 from common.storage.store import is_current
 
 MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
-HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+# As the hub's client requires: begins and ends with a letter, a digit or _, without -- and .., no .git at the end.
+HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?")
 
 
 def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cache_bytes: int = 0) -> Corpus:
@@ -87,7 +88,7 @@ def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
 
 def is_hub_name(name: str) -> bool:
     """Whether a model's name is looked up on the hub: no such folder exists, and it has the form organisation/model."""
-    return not name.startswith("s3://") and not Path(name).is_dir() and HUB_NAME.match(name) is not None
+    return not name.startswith("s3://") and not Path(name).is_dir() and HUB_NAME.fullmatch(name) is not None
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -73,16 +73,7 @@ def stratified_subset(
 
     Returns:
         At least one utterance (when there is any), sorted by id.
-
-    Raises:
-        ValueError: neither or both of percent and count, or one out of range.
     """
-    if (percent is None) == (count is None):
-        raise ValueError("give either percent or count")
-    if percent is not None and not 0 < percent <= 100:
-        raise ValueError(f"percent must be above 0 and at most 100, not {percent}")
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
     wanted = count if count is not None else max(1, math.floor(len(utterances) * (percent or 0) / 100 + 0.5))
     if wanted >= len(utterances):
         return sorted(utterances, key=lambda u: u.id)

@@ -33,7 +33,7 @@ from common.pipeline.plan import Task
 from common.pipeline.shared_results import SharedResults
 from common.storage.artifacts import Key, commit, download_folder, fetch, inspect, new_attempt, quarantine
 from common.storage.manifest import Manifest
-from common.storage.measured import MeasuredStore
+from common.storage.measured import measured_store
 from common.storage.store import Store, remove_all
 from common.telemetry import TASKS, StageTelemetry, Telemetry
 
@@ -138,7 +138,7 @@ def execute(
         MoeAsrError: as raised by the stage.
     """
     live = (telemetry or Telemetry()).stage(task.contract.name, task.shard)
-    measured = MeasuredStore(store, live)
+    measured = measured_store(store, live)
     state = inspect(measured, task.key)
     if state.status == "done" and state.manifest:
         live.add(TASKS, result="skipped")

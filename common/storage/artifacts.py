@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,15 +273,3 @@ def quarantine(store: Store, key: Key, state: State) -> None:
     """Renames the checked manifest if it is unchanged, so that the key then counts as missing."""
     aside = f"{key.prefix}manifest.{hashlib.sha256(state.raw).hexdigest()[:8]}.damaged.json"
     store.move_aside(key.prefix + MANIFEST, aside, state.raw)
-
-
-def verify(store: Store) -> Iterator[tuple[str, State]]:
-    """Re-hashes every artifact of a store; yields `stage/key` and the result."""
-    for entry in store.list(ROOT):
-        parts = entry.key.split("/")
-        if len(parts) == 4 and parts[3] == MANIFEST:
-            try:
-                state = inspect(store, Key(parts[1], parts[2]), deep=True)
-            except DataError as error:  # one manifest that cannot be judged hides no other
-                state = State("damaged", str(error))
-            yield f"{parts[1]}/{parts[2]}", state

@@ -33,6 +33,7 @@ from common.tensors import first_not_finite
 log = logging.getLogger(__name__)
 SCHEMA = 1
 TENSORS, STATE = "state.safetensors", "state.json"
+KEEP = 2  # newest checkpoints
 TORN_SECONDS = 3600  # a folder without manifest may be one that another process is writing, for so long
 
 
@@ -46,19 +47,15 @@ class _Snapshot:
 class Checkpointer:
     """Saves and finds checkpoints below a prefix of a store. One thread writes; the newest waiting snapshot wins."""
 
-    def __init__(
-        self, store: Store, prefix: str, *, keep: int = 2, scratch: Path, live: StageTelemetry | None = None
-    ) -> None:
+    def __init__(self, store: Store, prefix: str, *, scratch: Path, live: StageTelemetry | None = None) -> None:
         """
         Args:
             prefix: ends with `/`.
-            keep: number of newest checkpoints to keep.
             scratch: a folder for uploads to and downloads from a remote store.
             live: counts checkpoints, their seconds and errors.
         """
-        assert keep >= 1
         self.live = live or Telemetry().stage("")
-        self.store, self.prefix, self.keep, self.scratch = store, prefix, keep, scratch
+        self.store, self.prefix, self.scratch = store, prefix, scratch
         self._lock = threading.Lock()
         self._waiting: _Snapshot | None = None
         self._thread: threading.Thread | None = None
@@ -93,10 +90,6 @@ class Checkpointer:
         if thread is not None:
             thread.join()
         self._raise_error()
-
-    def close(self) -> None:
-        """Waits until everything is written; the checkpointer can be used again afterwards."""
-        self.wait()
 
     def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
         """The newest whole checkpoint: step, tensors on the CPU, state. A damaged one is skipped with a warning."""
@@ -202,7 +195,7 @@ class Checkpointer:
             for name, entries in folders.items()
             if name not in whole and all(now - entry.modified > TORN_SECONDS for entry in entries.values())
         ]
-        for name in [*whole[: -self.keep], *torn]:
+        for name in [*whole[:-KEEP], *torn]:
             self._delete(name)
 
     def _delete(self, name: str) -> None:

@@ -44,14 +44,12 @@ class LocalStore:
         self.root = Path(root)
 
     def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
-        """See Store."""
         path = self.local_path(key)
         with explained(path), _regular(path).open("rb") as file:
             check_size(os.fstat(file.fileno()).st_size, limit, path)
             return file.read()
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """See Store."""
         path = self.local_path(key)
         with explained(path), _regular(path).open("rb") as file:
             # Before memory is allocated, since the length may be wrong.
@@ -63,23 +61,19 @@ class LocalStore:
         return data
 
     def get(self, key: str, path: Path) -> None:
-        """See Store."""
         source = self.local_path(key)
         with explained(source), new_file(path) as temporary:
             shutil.copyfile(_regular(source), temporary)
 
     def put(self, key: str, path: Path) -> None:
-        """See Store."""
         if not path.is_file():
             raise NotFound(f"{path} is not there")
         self._place(key, lambda temporary: shutil.copyfile(path, temporary))
 
     def write(self, key: str, data: bytes) -> None:
-        """See Store."""
         self._place(key, lambda temporary: temporary.write_bytes(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """See Store."""
         if self.local_path(key).exists():
             return False
         try:
@@ -89,7 +83,6 @@ class LocalStore:
         return True
 
     def move_aside(self, key: str, to: str, data: bytes) -> bool:
-        """See Store."""
         path, aside = self.local_path(key), self.local_path(to)
         for place in (path.parent, aside.parent):
             self._refuse_links(place)
@@ -111,15 +104,12 @@ class LocalStore:
         return same
 
     def list(self, prefix: str, *, follow: bool = True) -> Iterator[Entry]:
-        """See Store."""
         return (entry for entry in self._entries(prefix, follow) if not is_temporary(entry.key))
 
     def leftovers(self) -> Iterator[Entry]:
-        """See Store."""
         return (entry for entry in self._entries("", follow=False) if is_temporary(entry.key))
 
     def delete(self, key: str) -> None:
-        """See Store."""
         path = self.local_path(key)
         self._refuse_links(path.parent)
         with explained(path):
@@ -129,7 +119,6 @@ class LocalStore:
         prune(path.parent, self.root)
 
     def size(self, key: str) -> int | None:
-        """See Store."""
         path = self.local_path(key)
         try:
             with explained(path):
@@ -146,14 +135,12 @@ class LocalStore:
         return time.time()
 
     def local_path(self, key: str, *, to_write: bool = False) -> Path:
-        """See Store."""
         path = self.root / check_key(key)
         if to_write:
             self._refuse_links(path)
         return path
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        """See Store."""
         entries = list(self.list(prefix))
         stale = [entry for entry in entries if not is_current(entry, into / entry.key[len(prefix) :])]
 
@@ -168,7 +155,6 @@ class LocalStore:
             remove_others(into, {entry.key[len(prefix) :] for entry in entries})
 
     def put_folder(self, folder: Path, prefix: str) -> None:
-        """See Store."""
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         if self.local_path(prefix).resolve() == folder.resolve():
             with explained(folder):

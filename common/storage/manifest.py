@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
-from functools import lru_cache
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from common.errors import DataError
 from common.storage.store import check_key
@@ -96,7 +97,7 @@ def _validated(data: bytes, where: str) -> Manifest:
     from pydantic import ValidationError
 
     try:
-        manifest: Manifest = _manifest_type().validate_json(data, strict=True)
+        manifest: Manifest = _MANIFEST.validate_json(data, strict=True)
         _check_names(manifest)
     except ValidationError as error:
         first = error.errors()[0]
@@ -131,11 +132,7 @@ def _check_names(manifest: Manifest) -> None:
         raise DataError("a time that is not a number")
 
 
-@lru_cache(maxsize=1)
-def _manifest_type() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Manifest)
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def content_digest(files: Mapping[str, FileRecord], volatile: Sequence[str]) -> str:

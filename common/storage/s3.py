@@ -43,27 +43,20 @@ T = TypeVar("T")
 
 
 class S3Store:
-    """Keys below a prefix of a bucket. May be pickled and used after a fork: each process opens its own connections."""
+    """Keys below a prefix of a bucket. May be used after a fork: each process opens its own connections."""
 
-    def __init__(
-        self, bucket: str, prefix: str = "", *, endpoint_url: str | None = None, region: str | None = None
-    ) -> None:
+    def __init__(self, bucket: str, prefix: str = "", *, endpoint_url: str | None = None) -> None:
         prefix = prefix.strip("/")
         self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
-        self.endpoint_url, self.region = endpoint_url, region
+        self.endpoint_url = endpoint_url
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._opened: tuple[int, S3Client, ThreadPoolExecutor] | None = None
         self._opening = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(S3Store, self.bucket, self.prefix, endpoint_url=self.endpoint_url, region=self.region), ()
-
     def read(self, key: str, limit: int = MAX_DOCUMENT) -> bytes:
-        """See Store."""
         return self._read(key, limit)
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """See Store."""
         if length == 0:
             return b""
         data = self._read(key, length, Range=f"bytes={start}-{start + length - 1}")
@@ -72,7 +65,6 @@ class S3Store:
         return data
 
     def get(self, key: str, path: Path) -> None:
-        """See Store."""
         full = self._full(key)
         with explained(path), new_file(path) as temporary:
             try:
@@ -81,14 +73,12 @@ class S3Store:
                 raise explain(error, self._name(key), self._endpoint) from None
 
     def put(self, key: str, path: Path) -> None:
-        """See Store."""
         if not path.is_file():
             raise NotFound(f"{path} is not there")
         with explained(path):
             self._ask(key, lambda: upload(self._client, self._pool, self.bucket, self._full(key), path))
 
     def write(self, key: str, data: bytes) -> None:
-        """See Store."""
         self._ask(key, lambda: self._client.put_object(Bucket=self.bucket, Key=self._full(key), Body=data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -127,7 +117,6 @@ class S3Store:
         return True
 
     def move_aside(self, key: str, to: str, data: bytes) -> bool:
-        """See Store."""
         from botocore.exceptions import ClientError
 
         full = self._full(key)
@@ -193,7 +182,6 @@ class S3Store:
                 raise StoreError(f"{self._name(key)} at {self._endpoint}: the server's listing does not come to an end")
 
     def delete(self, key: str) -> None:
-        """See Store."""
         name, _, upload = key.partition(UPLOAD_MARK)
         full = self._full(name)
         try:
@@ -207,7 +195,6 @@ class S3Store:
             return
 
     def size(self, key: str) -> int | None:
-        """See Store."""
         try:
             ask = partial(self._client.head_object, Bucket=self.bucket, Key=self._full(key))
             return self._ask(key, lambda: whole(ask(), "ContentLength"))["ContentLength"]
@@ -221,11 +208,9 @@ class S3Store:
         return parsedate_to_datetime(date).timestamp() if date else time.time()
 
     def local_path(self, key: str, *, to_write: bool = False) -> None:
-        """See Store."""
         return
 
     def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        """See Store."""
         entries = list(self.list(prefix))
         paths = {entry: into / check_key(entry.key[len(prefix) :]) for entry in entries}
         stale = [entry for entry in entries if not is_current(entry, paths[entry])]
@@ -237,7 +222,6 @@ class S3Store:
             remove_others(into, {entry.key[len(prefix) :] for entry in entries})
 
     def put_folder(self, folder: Path, prefix: str) -> None:
-        """See Store."""
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         names = folder_files(folder)
         with ThreadPoolExecutor(CONNECTIONS) as files:
@@ -290,14 +274,14 @@ class S3Store:
         import boto3
 
         session = boto3.session.Session()
-        client = make_client(self.endpoint_url, self.region, attempts=3, session=session)
+        client = make_client(self.endpoint_url, attempts=3, session=session)
         try:
             whole(client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1), "IsTruncated")
         except Exception as error:
             explanation = explain(error, self.url, self._endpoint)
             if not isinstance(explanation, RetryableError) or is_connection(error):  # a busy server is left to later
                 raise explanation from None
-        client = make_client(self.endpoint_url, self.region, session=session)
+        client = make_client(self.endpoint_url, session=session)
         return os.getpid(), client, ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="s3")
 
     def _ask(self, key: str, request: Callable[[], T]) -> T:
@@ -328,7 +312,6 @@ class S3Store:
 
 def make_client(
     endpoint_url: str | None,
-    region: str | None = None,
     *,
     attempts: int | None = None,
     session: Session | None = None,
@@ -351,7 +334,7 @@ def make_client(
         "max_pool_connections": 2 * CONNECTIONS,
         "tcp_keepalive": True,
     }
-    region = region or session.region_name or "us-east-1"
+    region = session.region_name or "us-east-1"
     client = session.client("s3", region_name=region, endpoint_url=endpoint_url, config=Config(**options))
     address = client.meta.endpoint_url
     if not (urlsplit(address).hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn")):

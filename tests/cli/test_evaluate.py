@@ -11,7 +11,7 @@ import pytest
 
 from cli.evaluate import _slug
 from cli.main import cli
-from common.data.audio import read_audio, write_wav
+from common.data.audio import read_audio
 from common.data.corpus import read_corpus, write_index
 from common.data.shards import pack_corpus
 from common.errors import ConfigError, DataError, UsageError
@@ -20,6 +20,7 @@ from common.json_files import read_rows
 from common.storage import open_store
 from tests.cli.test_main import moe_asr
 from tests.common.report.test_report import Page
+from tests.factories import write_wav
 
 QUICK = ("--set", "runtime.num_workers=0", "--set", "decode.max_new_tokens=6", "--device", "cpu", "--quiet")
 

@@ -48,6 +48,10 @@ def moe_asr(*words, cwd, module="cli.main", variables=None):
         (["status", "nothing"], 65, "no run 'nothing'"),
         (["run", "--frobnicate"], 64, "No such option"),
         (["model", "import-ct2", "nowhere", "out"], 65, "nowhere"),
+        (["corpus", "stats", "x" * 300], 65, "File name too long: give a folder with index.jsonl"),
+        (["corpus", "import", "x" * 300, "out"], 64, "File name too long: check the path"),
+        (["gate", "demo", "corpus", "--samples", "-5"], 64, "-5 is not in the range x>=0"),
+        (["gc", "--older-than", "-5"], 64, "-5.0 is not in the range x>=0"),
     ],
 )
 def test_bad_input_gets_one_line_and_its_exit_code(tmp_path, words, code, message):

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 from cli.evaluate import evaluate
 from cli.segment import segment
-from cli.transcribe import transcribe
-from common.data.audio import write_wav
+from cli.transcribe import say, transcribe
 from common.data.corpus import read_corpus
 from common.errors import DataError, UsageError
+from tests.factories import write_wav
 
 SHORT = ("--set", "decode.max_new_tokens=10", "--set", "runtime.num_workers=0")
 
@@ -83,6 +83,19 @@ def test_without_a_folder_the_transcript_is_printed(files, micro_model):
     done = invoke(transcribe, files / "tone.wav", "--model", micro_model, "--format", "json")
     assert json.loads(done.stdout)["file"] == str(files / "tone.wav")
     assert "--out" in str(invoke(transcribe, files / "tone.wav", "--model", micro_model, "--format", "all").exception)
+
+
+def test_a_missing_folder_is_no_hub_name(files):
+    done = invoke(transcribe, files / "tone.wav", "--model", "../nothere")
+    assert isinstance(done.exception, DataError)
+    assert "model '../nothere' is neither a folder, nor a run, nor a hub name" in str(done.exception)
+
+
+def test_a_terminal_obeys_nothing_that_a_transcript_contains(capsys, tmp_path):
+    say("\x1b[2Jtext\n", on_stdout=True)
+    say("file\x1b[2J: no speech was found")
+    printed = capsys.readouterr()
+    assert printed.out == "\\u001b[2Jtext\n" and printed.err == "file\\u001b[2J: no speech was found\n"
 
 
 def test_two_files_of_one_name_are_refused(files, micro_model, tmp_path):

@@ -47,7 +47,7 @@ def test_every_speaker_is_in_one_split_and_every_split_has_every_etiology(small)
 
 
 def test_the_audio_is_as_the_index_says_and_the_audit_finds_nothing(small):
-    assert audit(small, threads=1) == []
+    assert audit(small) == []
     for u in small.utterances:
         info = audio_info(small.path(u))
         assert (info.rate, info.channels) == (16000, 1)

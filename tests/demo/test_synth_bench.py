@@ -74,7 +74,7 @@ def test_every_group_of_train_speaks_for_its_share_of_the_time(small):
 
 
 def test_the_audit_finds_nothing(small):
-    assert audit(small, threads=1) == []
+    assert audit(small) == []
 
 
 def test_a_fifth_of_the_words_is_never_in_train():

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.audio import write_wav
 from common.data.importers.rows import Imported
 from common.data.importers.tables import import_table
+from tests.factories import write_wav
 
 
 def recordings(folder: Path, count: int = 3, *, seconds: float = 0.3) -> Path:

@@ -33,7 +33,7 @@ def test_an_index_that_was_written_by_hand_is_read_in_the_same_way(tmp_path, cap
     corpus = read_corpus(tmp_path)
     assert [(u.speaker, u.split) for u in corpus.utterances] == [("M01", "train"), ("M01", "test"), ("", "dev")]
     assert "speaker 'm01' is taken for 'M01'" in caplog.text
-    assert "shared-speaker" in {finding.kind for finding in audit(corpus, threads=1)}
+    assert "shared-speaker" in {finding.kind for finding in audit(corpus)}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_word_that_looks_like_a_missing_value_stays_a_text_and_is_named_by_the
     made = imported(tmp_path, "path,text,speaker\n0.wav,nan,nan\n1.wav,null,x\n")
     assert cells(made, "text", "speaker") == [("nan", ""), ("null", "x")]
     assert "speaker 'nan' is taken for a missing value" in made.notes
-    assert [f.kind for f in audit(made.corpus, threads=1)] == ["placeholder-text", "placeholder-text"]
+    assert [f.kind for f in audit(made.corpus)] == ["placeholder-text", "placeholder-text"]
 
 
 def test_numbers_are_names_without_a_decimal_point(tmp_path):

@@ -40,7 +40,7 @@ def kinds(folder, content: bytes, duration: float = 4.0, **changes) -> list[str]
     """What audit finds in a corpus of one file."""
     (folder / "a").write_bytes(content)
     write_index(folder, [Utterance("a", "a", duration, "some text", speaker="s", **changes)])
-    return [finding.kind for finding in audit(read_corpus(folder), threads=1)]
+    return [finding.kind for finding in audit(read_corpus(folder))]
 
 
 def test_mp3_without_a_xing_header():

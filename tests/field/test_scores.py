@@ -59,13 +59,13 @@ def test_the_audit_counts_texts_in_odd_forms_and_the_importer_mends_them(tmp_pat
     """A model that is tuned on curly apostrophes learns to write them (elizaOS/eliza#27446)."""
     table = "path,text,speaker\n0.wav,don’t,a\n1.wav,“it’s” ﬁne\u200b,b\n2.wav,plain,c\n"
     made = imported(tmp_path / "as", table)
-    (finding,) = audit(made.corpus, threads=1)
+    (finding,) = audit(made.corpus)
     assert (finding.kind, finding.severity) == ("odd-forms", "warning")
     assert "curly or other apostrophes: 2" in finding.detail
     assert any("--mend-text" in note for note in made.notes)
     mended = imported(tmp_path / "mended", table, mend_text=True)
     assert cells(mended, "text") == [("don't",), ('"it\'s" fine',), ("plain",)]
-    assert audit(mended.corpus, threads=1) == []
+    assert audit(mended.corpus) == []
 
 
 @pytest.mark.parametrize("text", ["İstanbul", "今日は、いい！", "می\u200cخواهم", "שָׁלוֹם", "¿Qué?", "Việt", "straße"])

@@ -132,5 +132,5 @@ def test_what_is_no_file_is_a_finding(tmp_path):
     from common.data.audit import audit
     from common.data.corpus import read_corpus
 
-    problems = {(f.utterance_id, f.kind) for f in audit(read_corpus(tmp_path), threads=1)}
+    problems = {(f.utterance_id, f.kind) for f in audit(read_corpus(tmp_path))}
     assert {("b", "unreadable-audio"), ("z", "unreadable-audio")} <= problems

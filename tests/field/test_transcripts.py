@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from cli.transcribe import decoding_of, transcribe
-from common.data.audio import write_wav
 from common.decoding.alignment import Word
 from common.decoding.decode import Decoded, Decoding
 from common.decoding.pauses import Window
 from common.errors import DataError, UsageError
 from common.inference.recordings import LoadedRecording, find_recordings, printable
 from common.inference.transcribe import WindowTranscript
+from tests.factories import write_wav
 from tests.field.audio_files import hurt, sound_file, tone
 
 RECORDING = find_recordings([Path("a.wav")])[0]

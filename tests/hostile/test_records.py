@@ -12,7 +12,7 @@ from common.config import Config
 from common.errors import DataError, UsageError
 from common.pipeline.runs import read_record, recorded_states, run_names, settings_alone
 from common.storage import open_store
-from common.storage.artifacts import inspect, verify
+from common.storage.artifacts import inspect
 from common.storage.manifest import FileRecord, Malformed, Manifest, content_digest
 from stages.__main__ import stage_config
 from tests.common.storage.test_artifacts import KEY, make
@@ -187,7 +187,7 @@ def test_a_manifest_holds_names_alone(made, name, field):
 def test_a_manifest_that_lost_files_is_not_whole(made, files):
     store, manifest = made
     store.write(f"{KEY.prefix}manifest.json", replace(manifest, files=files).to_json())
-    ((_, state),) = verify(store)
+    state = inspect(store, KEY, deep=True)
     assert state.status == "damaged" and "digest" in state.reason
     assert content_digest(manifest.files, manifest.volatile) == manifest.digest
 

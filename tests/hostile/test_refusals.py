@@ -60,7 +60,7 @@ def test_where_deletes_are_denied_checkpoints_are_saved_and_found(no_deletes, tm
     torch = pytest.importorskip("torch")
     from common.storage.checkpoint import Checkpointer
 
-    checkpointer = Checkpointer(no_deletes, "c/", keep=1, scratch=tmp_path)
+    checkpointer = Checkpointer(no_deletes, "c/", scratch=tmp_path)
     for step in (1, 2, 3):
         checkpointer.save(step, {"w": torch.full((2,), step)}, {"step": step}, wait=True)
     step, tensors, state = checkpointer.latest()

@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 from cli.main import cli
-from common.data.audio import write_wav
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus, write_index
 from common.data.importers.tables import import_table
@@ -50,7 +49,7 @@ from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
-from tests.factories import bundle_info, run_record
+from tests.factories import bundle_info, run_record, write_wav
 
 DECODING = Decoding(batch_size=4, max_new_tokens=4)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
-from common.data.importers.build import build_corpus
+from common.data.importers.build import BuildOptions, build_corpus
 from common.data.importers.folders import is_data, kind_of_folder, visible_files
 from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import SPLIT_NAMES
@@ -22,10 +23,8 @@ def import_audiofolder(
     out: str | Path,
     *,
     columns: Mapping[str, str] | None = None,
-    copy_audio: bool = False,
     skip_bad: bool = False,
-    mend_text: bool = False,
-    seed: int = 42,
+    **options: Unpack[BuildOptions],
 ) -> Imported:
     """Make a corpus of a Hugging Face audiofolder: metadata at the top, or in each of the folders train, validation and
     test (in any case), whose names then are the splits. Arguments and errors as of `import_table`.
@@ -46,12 +45,10 @@ def import_audiofolder(
         rows,
         Path(out),
         source={"format": "audiofolder", "source": str(folder), "columns": dict(columns or {})},
-        copy_audio=copy_audio,
-        seed=seed,
         skip_bad=skip_bad,
-        mend_text=mend_text,
         faults=total.faults,
         notes=[*dict.fromkeys(total.notes), *_passed_over(source, rows)],
+        **options,
     )
 
 

@@ -13,29 +13,38 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from common import __version__
 from common.data.audio import AudioInfo, audio_info
-from common.data.corpus import (
-    PROVENANCE,
-    Utterance,
-    join_identities,
-    new_corpus_folder,
-    read_corpus,
-    write_index,
-)
+from common.data.corpus import PROVENANCE, Utterance, join_identities, read_corpus, write_index
 from common.data.identities import identifier
 from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, split_by_speaker
 from common.data.importers.stretches import shared_files, stretch_of, unclear_stretches
 from common.data.importers.values import seconds
 from common.errors import DataError
+from common.files import explained, new_folder
 from common.progress import counted
 from common.text import lone_surrogate, mend, odd_forms, printable
 
 MOST_FAULTS, FIRST_FAULTS = 1000, 5  # that one message lists; where no row can be used
+SEED = 42
 DIFFERS = 0.5  # seconds between a table's duration and the file's, from where on it is worth a note
+
+
+class BuildOptions(TypedDict, total=False):
+    """Options of all importers.
+
+    Attributes:
+        copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
+        mend_text: write texts in the form that Whisper writes (`common.text.mend`).
+        seed: random seed of the assignment of speakers to splits; by default `SEED`.
+    """
+
+    copy_audio: bool
+    mend_text: bool
+    seed: int
 
 
 def build_corpus(
@@ -43,10 +52,10 @@ def build_corpus(
     out: Path,
     *,
     source: Mapping[str, Any],
-    copy_audio: bool,
-    seed: int,
-    skip_bad: bool = False,
+    copy_audio: bool = False,
     mend_text: bool = False,
+    seed: int = SEED,
+    skip_bad: bool = False,
     faults: Sequence[str] = (),
     fault_reason: str = "with a fault",
     notes: Sequence[str] = (),
@@ -56,8 +65,8 @@ def build_corpus(
 
     Args:
         source: the source of the corpus, for its provenance: format, path, options.
+        copy_audio, mend_text, seed: see `BuildOptions`.
         skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
-        mend_text: bring texts into the form that Whisper writes (`common.text.mend`).
         faults: faults of rows that could not be read.
         fault_reason: the reason under which rows with a fault are counted among the rows omitted.
         notes: messages about the source.
@@ -66,9 +75,9 @@ def build_corpus(
     Raises:
         DataError: there are rows with a fault, or no usable rows.
         UsageError: `out` exists.
-        StoreError: `out` cannot be written.
+        StoreError, RetryableError: `out` cannot be written.
     """
-    with new_corpus_folder(out) as folder:
+    with explained(out), new_folder(out) as folder:
         kept, more = _measure(rows)
         named, double = _name(kept)
         all_faults = sorted([*faults, *more, *double], key=_in_order)
@@ -222,7 +231,10 @@ def _copy_audio(rows: Sequence[TableRow], utterances: Sequence[Utterance], folde
         if row.audio not in copies:
             name = f"audio/{len(copies):07d}{row.audio.suffix}"
             (folder / "audio").mkdir(exist_ok=True)
-            shutil.copyfile(row.audio, folder / name)
+            try:
+                shutil.copyfile(row.audio, folder / name)
+            except FileNotFoundError:
+                raise DataError(f"{row.where}: {row.audio} was removed during the import: run it again") from None
             copies[row.audio] = name
     return [replace(u, audio_filepath=copies[row.audio]) for row, u in zip(rows, utterances, strict=True)]
 

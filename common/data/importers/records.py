@@ -189,9 +189,13 @@ def _items(content: Any) -> list[tuple[str, Any]] | None:
     """(name, record) of each row; None if the value is not a table."""
     if isinstance(content, list):
         return [(f"item {number}", item) for number, item in enumerate(content, start=1)]
-    if {"columns", "data"} <= content.keys():  # pandas' orient="split"
-        rows = [row for row in content["data"] if isinstance(row, list)]
-        return [(f"item {i}", dict(zip(content["columns"], row, strict=False))) for i, row in enumerate(rows, start=1)]
+    names, rows = content.get("columns"), content.get("data")
+    if isinstance(names, list) and isinstance(rows, list):  # pandas' orient="split"
+        names = [str(name) for name in names]
+        return [
+            (f"item {i}", dict(zip(names, row, strict=False)) if isinstance(row, list) else row)
+            for i, row in enumerate(rows, start=1)
+        ]
     values = list(content.values())
     if values and all(isinstance(value, dict) for value in values):
         if any(name_key(name)[0] in _KEYS for name in content):  # pandas' orient="columns"

@@ -40,10 +40,13 @@ def find_audio(root: Path, name: str) -> Path:
     """Path of a row's audio: as written, or with slashes for backslashes, in the other Unicode form of its accents
     (macOS writes decomposed names), or with a suffix; as written if none of these exists.
     """
-    for path in (root / variant for variant in _variants(name)):
-        if path.exists():
-            return path.resolve()
-    return (root / name).resolve()
+    try:
+        for path in (root / variant for variant in _variants(name)):
+            if path.exists():
+                return path.resolve()
+        return (root / name).resolve()
+    except (OSError, ValueError):  # too long, or with a NUL: no file can have this name, as reading it will say
+        return root / name
 
 
 def _variants(name: str) -> Iterator[str]:

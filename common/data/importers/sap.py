@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from common.data.corpus import Utterance
-from common.data.importers.build import build_corpus
+from common.data.importers.build import SEED, BuildOptions, build_corpus
 from common.data.importers.folders import visible_files
 from common.data.importers.rows import Imported, TableRow
 from common.data.importers.splits import FRACTIONS, SPLIT_NAMES, split_by_speaker
@@ -50,9 +50,7 @@ def import_sap(
     out: str | Path,
     *,
     official_splits: bool = False,
-    copy_audio: bool = False,
-    mend_text: bool = False,
-    seed: int = 42,
+    **options: Unpack[BuildOptions],
 ) -> Imported:
     """Make a corpus of unpacked Speech Accessibility Project data.
 
@@ -68,13 +66,11 @@ def import_sap(
         folder: the unpacked data.
         out: the corpus folder to make, which must not exist or must be empty.
         official_splits: keep Train and Dev unchanged, even if nothing is left for `test`.
-        copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
-        mend_text: as in `import_table`.
-        seed: random seed of the assignment of speakers to splits.
+        options: see `BuildOptions`.
 
     Raises:
         DataError: the folder does not have this structure, or nothing in it can be used.
-        UsageError, StoreError: as in `import_table`.
+        UsageError, StoreError, RetryableError: as in `import_table`.
     """
     source = Path(folder)
     contributors, splits = _read_contributors(source)
@@ -87,17 +83,15 @@ def import_sap(
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
         raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
     if not official_splits:
-        rows = hold_out_dev(rows, seed=seed)
+        rows = hold_out_dev(rows, seed=options.get("seed", SEED))
     return build_corpus(
         rows,
         Path(out),
         source={"format": "sap", "source": str(folder), "official_splits": official_splits},
-        copy_audio=copy_audio,
-        seed=seed,
         skip_bad=True,
-        mend_text=mend_text,
         fault_reason=UNREADABLE,
         skipped=skipped,
+        **options,
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
-from common.data.importers.build import build_corpus
+from common.data.importers.build import BuildOptions, build_corpus
 from common.data.importers.columns import TO_THE_END, UNTOUCHED, Column, check_mapping, choose_columns
 from common.data.importers.records import read_table
 from common.data.importers.rows import Imported, TableRow, find_audio
@@ -30,10 +30,8 @@ def import_table(
     audio_root: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
     heading: Sequence[str] = (),
-    copy_audio: bool = False,
     skip_bad: bool = False,
-    mend_text: bool = False,
-    seed: int = 42,
+    **options: Unpack[BuildOptions],
 ) -> Imported:
     """Make a corpus from a table with audio paths: CSV (comma, semicolon, tab or bar), JSON Lines, or JSON; also
     gzipped.
@@ -46,15 +44,13 @@ def import_table(
         out: the corpus folder to make, which must not exist or must be empty.
         columns: field name -> the table's column, if it is not among `KNOWN_COLUMNS`; an empty name uses no column.
         heading: the names of the columns, for a table without a heading row.
-        copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
         skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
-        mend_text: write texts in the form that Whisper writes (straight apostrophes, no invisible characters, …).
-        seed: random seed of the assignment of speakers to splits.
+        options: see `BuildOptions`.
 
     Raises:
         DataError: an unreadable table, a missing column, rows with a fault; the message names file and line.
         UsageError: `out` exists or an unknown field in `columns`.
-        StoreError: `out` cannot be written.
+        StoreError, RetryableError: `out` cannot be written.
     """
     root = Path(audio_root or Path(table).parent)
     parsed = read_rows(Path(table), root, columns or {}, heading=heading)
@@ -64,12 +60,10 @@ def import_table(
         parsed.rows,
         Path(out),
         source={"format": "table", "source": str(table), "columns": dict(columns or {})},
-        copy_audio=copy_audio,
-        seed=seed,
         skip_bad=skip_bad,
-        mend_text=mend_text,
         faults=parsed.faults,
         notes=parsed.notes,
+        **options,
     )
 
 

@@ -10,9 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
-from common.data.importers.build import build_corpus
+from common.data.importers.build import BuildOptions, build_corpus
 from common.data.importers.folders import is_data
 from common.data.importers.rows import Imported, TableRow
 from common.errors import DataError
@@ -37,9 +37,7 @@ def import_torgo(
     out: str | Path,
     *,
     microphone: Microphone = "head",
-    copy_audio: bool = False,
-    mend_text: bool = False,
-    seed: int = 42,
+    **options: Unpack[BuildOptions],
 ) -> Imported:
     """Make a corpus from TORGO's folders; there are no official splits, so speakers are assigned to splits.
 
@@ -51,11 +49,11 @@ def import_torgo(
         out: the corpus folder to make, which must not exist or must be empty.
         microphone: `head` uses the array's recording if the head's is missing, and `array` the reverse; `both` makes
             two utterances of each.
-        copy_audio, mend_text, seed: as in `import_table`.
+        options: see `BuildOptions`.
 
     Raises:
         DataError: the folder does not have this structure, or nothing in it can be used.
-        UsageError, StoreError: as in `import_table`.
+        UsageError, StoreError, RetryableError: as in `import_table`.
     """
     source = Path(folder)
     sessions = [path for path in sorted(source.rglob("prompts")) if path.is_dir() and _is_session(path.parent)]
@@ -72,12 +70,10 @@ def import_torgo(
         rows,
         Path(out),
         source={"format": "torgo", "source": str(folder), "microphone": microphone},
-        copy_audio=copy_audio,
-        seed=seed,
         skip_bad=True,
-        mend_text=mend_text,
         fault_reason="with audio that cannot be read",
         skipped=skipped,
+        **options,
     )
 
 

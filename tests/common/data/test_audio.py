@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.data.audio import SAMPLE_RATE, audio_info, measure_audio, read_audio, write_wav
-from common.errors import DataError, StoreError
+from common.data.audio import SAMPLE_RATE, audio_info, measure_audio, read_audio
+from common.errors import DataError
+from tests.factories import write_wav
 
 
 def tone(seconds: float, rate: int, hertz: float = 300.0) -> np.ndarray:
@@ -66,11 +67,6 @@ def test_bytes_and_open_files_read_like_paths(tmp_path):
         assert audio_info(file) == audio_info(content)
 
 
-def test_another_target_rate_is_honoured(tmp_path):
-    write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
-    assert len(read_audio(tmp_path / "a.wav", sample_rate=8000)) == 4000
-
-
 def write_m4a(path, samples: np.ndarray, rate: int) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=rate, layout="mono")
@@ -124,14 +120,3 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, value):
 def test_errors_about_bytes_carry_the_given_name():
     with pytest.raises(DataError, match="shard-3: clip 12"):
         read_audio(b"nothing that decodes", name="shard-3: clip 12")
-
-
-def test_a_place_that_cannot_be_written_is_a_store_error(tmp_path):
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(StoreError, match="cannot write"):
-        write_wav(tmp_path / "file" / "a.wav", np.zeros(10), 16000)
-
-
-def test_loud_samples_are_clipped_not_wrapped(tmp_path):
-    write_wav(tmp_path / "a.wav", np.array([2.0, -2.0]), 16000)
-    assert np.allclose(read_audio(tmp_path / "a.wav"), [1.0, -1.0], atol=1e-4)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.corpus import Corpus, Utterance, read_corpus, write_index
+from tests.factories import write_wav
 
 
 def noise(number: int, seconds: float = 1.0, rate: int = 16000) -> np.ndarray:
@@ -25,7 +25,7 @@ def utterances(tmp_path) -> list[Utterance]:
 
 def findings(folder, utterances, **options) -> list[tuple[str, str, str]]:
     write_index(folder, utterances)
-    return [(f.severity, f.kind, f.utterance_id) for f in audit(read_corpus(folder), threads=2, **options)]
+    return [(f.severity, f.kind, f.utterance_id) for f in audit(read_corpus(folder), **options)]
 
 
 def test_a_sound_corpus_has_no_findings(tmp_path, utterances):

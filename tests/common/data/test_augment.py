@@ -5,7 +5,7 @@ import pytest
 import soxr
 import torch
 
-from common.data.augment import Augmentation, change_speed, spec_augment
+from common.data.augment import Augmentation, change_speed
 
 RATE = 16_000
 
@@ -42,13 +42,13 @@ def test_masks_have_the_widths_asked_for_and_time_masks_stay_within_the_speech()
     torch.manual_seed(0)
     mel_BMF = torch.randn(16, 80, 300)
     frames_B = torch.tensor([100, 300] * 8)
-    masked_BMF = spec_augment(mel_BMF, frames_B, time_masks=2, time_width=0.1, mel_masks=0, mel_width=0)
+    masked_BMF = Augmentation(time_masks=2, time_width=0.1).mel(mel_BMF, frames_B)
     hidden_BF = (masked_BMF != mel_BMF).all(1)
     assert ((masked_BMF != mel_BMF).any(1) == hidden_BF).all()  # whole columns
     assert (hidden_BF.sum(1) <= 2 * (0.1 * frames_B).floor()).all()
     assert not hidden_BF[::2, 100:].any()
     assert hidden_BF.any()
-    masked_BMF = spec_augment(mel_BMF, frames_B, time_masks=0, time_width=0.0, mel_masks=1, mel_width=27)
+    masked_BMF = Augmentation(mel_masks=1, mel_width=27).mel(mel_BMF, frames_B)
     hidden_BM = (masked_BMF != mel_BMF).all(2)
     assert (hidden_BM.sum(1) <= 27).all()
     assert hidden_BM.sum() > 16
@@ -57,7 +57,8 @@ def test_masks_have_the_widths_asked_for_and_time_masks_stay_within_the_speech()
 def test_masked_places_hold_the_mean_of_their_utterance():
     torch.manual_seed(1)
     mel_BMF = torch.randn(4, 80, 200)
-    masked_BMF = spec_augment(mel_BMF, torch.full((4,), 200), time_masks=1, time_width=0.5, mel_masks=1, mel_width=20)
+    augmentation = Augmentation(time_masks=1, time_width=0.5, mel_masks=1, mel_width=20)
+    masked_BMF = augmentation.mel(mel_BMF, torch.full((4,), 200))
     changed = masked_BMF != mel_BMF
     mean_BMF = mel_BMF.mean((1, 2), keepdim=True).expand_as(mel_BMF)
     torch.testing.assert_close(masked_BMF[changed], mean_BMF[changed])

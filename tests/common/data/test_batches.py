@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from common.data.audio import write_wav
 from common.data.batches import TENSORS, BatchLoader, collate, epoch_batches, make_examples
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.data.features import SAMPLES_PER_POSITION
 from common.data.tokens import load_codec
 from common.errors import DataError, RetryableError
+from tests.factories import write_wav
 
 CPU = torch.device("cpu")
 

@@ -101,7 +101,7 @@ def test_the_index_names_the_bytes(tones, packed):
 def test_a_file_larger_than_a_shard_and_a_shard_larger_than_the_corpus(tones, tmp_path, shard_bytes):
     made = pack_corpus(read_corpus(tones), open_store(tmp_path / "out"), shard_bytes=shard_bytes, scratch=tmp_path)
     assert made.shards == (1 if shard_bytes > 1 else made.files)
-    assert audit(read_corpus(tmp_path / "out"), threads=2) == audit(read_corpus(tones), threads=2)
+    assert audit(read_corpus(tmp_path / "out")) == audit(read_corpus(tones))
 
 
 def test_names_that_no_tar_should_have_are_replaced(tones, tmp_path):
@@ -326,7 +326,7 @@ def test_a_poisoned_tar_is_refused_and_nothing_of_it_is_executed_or_written(tmp_
     row = {"id": "a", "audio_filepath": "audio/a.wav", "duration": 1.0, "text": "one"}
     row |= {name: getattr(place, name) for name in ("shard", "byte_offset", "byte_size", "sha256")}
     (folder / "index.jsonl").write_text(json.dumps(row))
-    assert "bad-shard" in {finding.kind for finding in audit(read_corpus(folder), threads=1)}
+    assert "bad-shard" in {finding.kind for finding in audit(read_corpus(folder))}
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["index.jsonl", "x.tar"]
 
 
@@ -343,4 +343,4 @@ def test_a_pickle_in_the_place_of_audio_is_refused_and_not_loaded(tmp_path, micr
     (tmp_path / "index.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match=r"a\.wav"):
         load_all(read_corpus(tmp_path), micro_model)
-    assert [f.kind for f in audit(read_corpus(tmp_path), threads=1)] == ["unreadable-audio", "no-speakers"]
+    assert [f.kind for f in audit(read_corpus(tmp_path))] == ["unreadable-audio", "no-speakers"]

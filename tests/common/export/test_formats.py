@@ -300,7 +300,9 @@ def test_folders_appear_whole_and_only_our_own_are_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with new_folder(out, mark=MARK) as folder:
         (folder / MARK).write_text("1")
-    with pytest.raises(UsageError, match="already exists"), new_folder(out, mark=MARK):
+    with pytest.raises(UsageError, match=r"already exists.*give --overwrite"), new_folder(out, mark=MARK):
+        pass
+    with pytest.raises(UsageError, match=r"already exists.*remove it first"), new_folder(out):
         pass
     with new_folder(out, overwrite=True, mark=MARK) as folder:
         (folder / MARK).write_text("2")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from common.config import validate
-from common.data.audio import write_wav
 from common.data.corpus import Utterance, read_corpus, write_index
 from common.decoding.alignment import Word
 from common.errors import DataError
@@ -26,6 +25,7 @@ from common.inference.transcribe import join_words
 from common.storage import open_store
 from stages.inputs import load_corpus, long_audio
 from stages.local_runner import run_pipeline
+from tests.factories import write_wav
 from tests.stages.test_local_runner import micro_config
 
 BURSTS = 14  # of 2 s, with 1 s of pause between: 42 s

@@ -23,8 +23,8 @@ TENSORS = {
 PREFIX = "artifacts/asr/abc/checkpoints/"
 
 
-def open_in(store, tmp_path, **options):
-    return Checkpointer(store, PREFIX, scratch=tmp_path / "scratch", **options)
+def open_in(store, tmp_path):
+    return Checkpointer(store, PREFIX, scratch=tmp_path / "scratch")
 
 
 def steps(store):
@@ -79,9 +79,10 @@ class SlowStore:
         self.store.put_folder(folder, prefix)
 
 
-def test_training_goes_on_while_one_is_written_and_the_newest_waiting_one_wins(tmp_path):
+def test_training_goes_on_while_one_is_written_and_the_newest_waiting_one_wins(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.storage.checkpoint.KEEP", 9)
     store = SlowStore(open_store(tmp_path))
-    points = open_in(store, tmp_path, keep=9)
+    points = open_in(store, tmp_path)
     for step in range(1, 6):
         points.save(step, TENSORS, {})  # returns although nothing can be written
     store.go.set()

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.importers.sap import import_sap, read_transcript
 from common.errors import DataError
+from tests.factories import write_wav
 
 
 def recording(speaker: str, number: int, transcript: str = "Make it cooler.", **more) -> dict:
@@ -64,7 +64,7 @@ def test_contributors_become_speakers_with_etiology_and_rated_severity(tmp_path)
     assert {u.severity for u in made.corpus.utterances if u.speaker == "cd"} == {""}
     assert first.duration == 0.5
     assert made.skipped == {}
-    assert audit(made.corpus, threads=1) == []
+    assert audit(made.corpus) == []
 
 
 @pytest.mark.parametrize(

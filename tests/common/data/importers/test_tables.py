@@ -1,18 +1,20 @@
 """Importing: tables of several shapes become one corpus; faults are named by file and line and leave nothing behind."""
 
 import csv
+import errno
 import json
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.corpus import Utterance, read_corpus
 from common.data.importers import audiofolder, tables
 from common.data.importers.splits import split_by_speaker
-from common.errors import DataError, UsageError
+from common.errors import DataError, RetryableError, StoreError, UsageError
+from tests.factories import write_wav
 
 
 def import_table(*arguments, **options):
@@ -56,7 +58,7 @@ def test_a_table_becomes_a_corpus(tmp_path, audio, name, separator):
     first = corpus.utterances[3]
     assert (first.text, first.speaker, first.etiology, first.duration) == ("text, 3", "s3", "b", 1.3)
     assert corpus.path(first) == audio / "3.wav"
-    assert audit(corpus, threads=1) == []
+    assert audit(corpus) == []
     assert corpus == read_corpus(tmp_path / "out")
 
 
@@ -73,7 +75,25 @@ def test_copied_audio_makes_a_corpus_that_can_move(tmp_path, audio):
     (tmp_path / "out").rename(tmp_path / "moved")
     moved = read_corpus(tmp_path / "moved")
     assert moved.digest == corpus.digest
-    assert audit(moved, threads=1) == []
+    assert audit(moved) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EIO, RetryableError, "out: the file system fails"),
+        (errno.ENOSPC, StoreError, "out: the disk is full"),
+        (errno.ENOENT, DataError, r"t\.csv:2: .*0\.wav was removed"),
+    ],
+)
+def test_a_copy_that_fails_is_named_and_leaves_nothing(tmp_path, audio, monkeypatch, number, kind, message):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with pytest.raises(kind, match=message):
+        import_table(write_table(audio / "t.csv", rows()), tmp_path / "deep" / "out", copy_audio=True)
+    assert not any((tmp_path / "deep").iterdir())
 
 
 def test_columns_and_audio_root_can_be_named(tmp_path, audio):
@@ -136,6 +156,29 @@ def test_a_bad_table_is_refused(tmp_path, audio, content, message):
     (audio / "t.csv").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         import_table(audio / "t.csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["long " * 60, "a\0b.wav"])
+def test_a_path_that_no_file_can_have_is_a_fault_of_its_row(tmp_path, audio, name):
+    table = write_table(audio / "t.jsonl", [{"path": "0.wav", "text": "a"}, {"path": name, "text": "b"}])
+    with pytest.raises(DataError, match=r"t\.jsonl:2: cannot read .*(File name too long|no file can have this name)"):
+        import_table(table, tmp_path / "out")
+    assert len(import_table(table, tmp_path / "out", skip_bad=True).utterances) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"columns": [0, 1], "data": [["0.wav", "a"]]}, "no column for 'audio_filepath'.*it has '0', '1'"),
+        ({"columns": ["audio", "text"], "data": 3}, "JSON, but no table"),
+        ({"columns": 3, "data": [["0.wav", "a"]]}, "JSON, but no table"),
+        ({"columns": ["audio", "text"], "data": [["0.wav", "a"], 3]}, "JSON, but no table"),
+    ],
+)
+def test_a_table_of_pandas_without_names_or_rows_is_refused(tmp_path, audio, content, message):
+    (audio / "t.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        import_table(audio / "t.json", tmp_path / "out")
 
 
 def test_unknown_columns_and_fields_name_those_that_exist(tmp_path, audio):
@@ -241,9 +284,3 @@ def test_utterances_without_speakers_are_dealt_one_by_one():
     utterances = [Utterance(f"u{i}", f"{i}.wav", 1.0, "text") for i in range(50)]
     counts = Counter(u.split for u in split_by_speaker(utterances, fractions=(0.8, 0.1, 0.1), seed=1))
     assert counts == {"train": 40, "dev": 5, "test": 5}
-
-
-@pytest.mark.parametrize("fractions", [(1, 1, 1), (0.5, 0.5), (1.2, -0.1, -0.1)])
-def test_fractions_that_do_not_sum_to_one_are_refused(fractions):
-    with pytest.raises(UsageError, match="summing to 1"):
-        split_by_speaker(people({"a": 3}), fractions=fractions, seed=1)

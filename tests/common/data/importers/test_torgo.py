@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from common.data.audio import write_wav
 from common.data.audit import audit
 from common.data.importers.torgo import import_torgo, read_prompt
 from common.errors import DataError
+from tests.factories import write_wav
 
 SPEAKERS = ("F01", "F03", "M03", "FC01", "MC01", "MC04")
 
@@ -52,7 +52,7 @@ def test_sessions_become_utterances_with_severity_and_controls(torgo, tmp_path):
     assert len({(u.speaker, u.split) for u in by_id.values()}) == 6
     assert Counter(u.split for u in by_id.values()) == {"train": 6, "dev": 6, "test": 6}
     assert made.skipped == {}
-    assert [finding for finding in audit(made.corpus, threads=1) if finding.severity == "error"] == []
+    assert [finding for finding in audit(made.corpus) if finding.severity == "error"] == []
 
 
 def test_microphones(torgo, tmp_path):
