@@ -15,7 +15,7 @@ import torch
 
 from common.clustering.choices import ClusterOptions, Source, compare_clusterings, embed_layers
 from common.clustering.embeddings import EmbeddingTable, read_tables, speaker_sums
-from common.config import Config, validate
+from common.config import Config, merge, validate
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import Corpus, Utterance
 from common.data.subsets import stratified_subset
@@ -67,8 +67,10 @@ def examine_gate(
     """
     record = run_record(store, name)
     place = {"store": store.url, "endpoint_url": endpoint_url, "corpus": {"path": corpus}}
-    config = validate(settings_alone(record) | place)
-    opened = open_model(record["name"], store=store, cache=cache, device=device, precision=config.precision)
+    tree = settings_alone(record)
+    opened = open_model(record["name"], store=store, cache=cache, device=device, precision=tree["precision"])
+    merge(tree, place | {"model": {"name": str(opened.base)}})
+    config = validate(tree)
     if opened.recogniser.gate is None:
         raise DataError(f"run {record['name']} has at most one expert, and so no gate: name a run with several")
     stages = {task["stage"] for task in record["tasks"].values()}

@@ -146,12 +146,14 @@ def _load(
     if (folder / DESCRIPTION).is_file():
         info = read_info(folder)
         revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
-        origin = find_base(base or info.base, revision, from_hub=base is not None or revision is not None)
+        own = revision if base in (None, info.base) else None
+        origin = find_base(base or info.base, own, from_hub=base is not None or revision is not None)
         _warn_of_other_base(origin, info, folder)
         return load_recogniser(folder, origin, device)[0], origin, info
     if (folder / ADAPTER).is_file():
         settings = _adapter_settings(folder)
-        origin = find_base(base or settings.get("base_model_name_or_path"), settings.get("revision"))
+        recorded = settings.get("base_model_name_or_path")
+        origin = find_base(base or recorded, settings.get("revision") if base in (None, recorded) else None)
         return Recogniser(_with_adapter(load_whisper(origin), folder)), origin, None
     without_words = not (folder / "tokenizer.json").is_file()
     return Recogniser(load_whisper(folder)), find_base(base, None) if base and without_words else folder, None

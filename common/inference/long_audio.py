@@ -219,7 +219,7 @@ def segment_long(
     """Divides long utterances; continues an interrupted segmentation.
 
     Args:
-        found: result of `long_utterances`.
+        too_long: utterances longer than the audio context.
         unfinished: the file with the rows that are finished so far.
 
     Raises:

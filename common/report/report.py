@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -57,6 +57,7 @@ class RunView:
         experts: one output folder per expert, beginning with the shared expert if it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
         audio_root: location of the corpus, shown with the utterances.
+        etiologies: etiology of each of the corpus's utterances, by id.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RunView:
     asr: Path | None
     timeline: list[Row]
     audio_root: str | None
+    etiologies: Mapping[str, str]
 
 
 def render_report(view: RunView) -> str:
@@ -81,9 +83,9 @@ def render_report(view: RunView) -> str:
     sections: dict[str, Row | str] = {
         "result": result_section(view.summary, predictions),
         "etiologies": etiology_section(view.summary, predictions),
-        "clusters": _clusters(view.cluster),
+        "clusters": _clusters(view.cluster, view.etiologies),
         "gate": _gate(view.gate),
-        "experts": _experts(view.experts),
+        "experts": _experts(view.experts, view.timeline),
         "joint": _joint(view.asr, predictions),
         "worst": worst_section(predictions, view.audio_root),
         "timeline": _timeline(view.timeline),
@@ -113,7 +115,7 @@ def _about(view: RunView) -> list[str]:
     return about
 
 
-def _clusters(folder: Path | None) -> Row | str:
+def _clusters(folder: Path | None, etiologies: Mapping[str, str]) -> Row | str:
     if folder is None:
         return "Clusters: this run has no cluster stage."
     if not (folder / "report.json").is_file():
@@ -123,16 +125,17 @@ def _clusters(folder: Path | None) -> Row | str:
     section["merged"] = f"merged from {report['merged_from']}" if report.get("merged_from") else ""
     tries = [f"{a['clusters']} at {a['min_cluster_size']}" for a in report.get("attempts") or ()]
     section["tried"] = f"found: {', '.join(tries)}" if len(tries) > 1 else ""
+    rows = read_rows(folder / "assignments.jsonl")
+    section["composition"] = _composition([row | {"etiology": etiologies[row["id"]]} for row in rows])
     if not (folder / "projection.jsonl").is_file():
         return section | {"no_map": "No map: the run was made without a projection (--no-plot)."}
-    rows = read_rows(folder / "projection.jsonl")
-    drawn = plots.sample_points(rows)
-    cut = "" if len(drawn) == len(rows) else f", a stratified sample of {number(len(drawn))} of {number(len(rows))}"
-    for field, colour in (("cluster", "cluster"), ("etiology", "etiology")):
-        label = f"Scatter plot of {len(drawn)} utterances by {field}; the table below has the counts."
-        svg = inline_svg(partial(plots.draw_map, drawn, field), f"map-{field}", label)
-        section["maps"].append((f"Utterances by {colour}{cut}. Hollow: noise, in the most similar cluster.", svg))
-    return section | {"composition": _composition(rows)}
+    points = read_rows(folder / "projection.jsonl")
+    cut = f", a random sample of {number(len(points))} of {number(len(rows))}" if len(points) < len(rows) else ""
+    for field in ("cluster", "etiology"):
+        label = f"Scatter plot of {len(points)} utterances by {field}; the table below has the counts."
+        svg = inline_svg(partial(plots.draw_map, points, field), f"map-{field}", label)
+        section["maps"].append((f"Utterances by {field}{cut}. Hollow: noise, in the most similar cluster.", svg))
+    return section
 
 
 def _cluster_reading(report: Row) -> str:
@@ -186,13 +189,15 @@ def _gate(folder: Path | None) -> Row | str:
     return {"report": report, "groups": groups, "figures": _drawn(figures, "gate")}
 
 
-def _experts(folders: Sequence[Path]) -> Row | str:
+def _experts(folders: Sequence[Path], timeline: Sequence[Row]) -> Row | str:
     if not folders:
         return "Experts: this run trained none before the joint training."
     with_report = [folder for folder in folders if (folder / "report.json").is_file()]
     if not with_report:
         return "Experts: the experts stage wrote no report.json."
     reports = [_with_top(read_object(folder / "report.json")) for folder in with_report]
+    seconds = {e["shard"] or "shared": e["seconds"] for e in timeline if e["stage"] in ("experts", "shared")}
+    reports = [report | {"seconds": seconds.get(str(report["cluster"]))} for report in reports]
     with_metrics = [folder for folder in with_report if (folder / "metrics.jsonl").is_file()]
     curves = [plots.expert_curves(folder) for folder in with_metrics]
     shown = curves[: plots.PANELS]

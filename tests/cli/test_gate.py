@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from cli.gate import gate
 from common.errors import DataError
+from stages.inputs import load_corpus
 from stages.local_runner import run_pipeline
 from tests.stages.test_local_runner import micro_config
 
@@ -48,6 +49,18 @@ def test_a_run_gets_its_gates_accuracy_and_other_ways_of_clustering(store):
     said = ask(store, *asked)
     for word in ("calibration error", "layer 1 mean, pca, spectral", "(own)", "ARI speaker", "Nearest neighbours"):
         assert word in said
+
+
+def test_the_corpus_is_opened_with_the_runs_own_base_model(store, micro_model, monkeypatch):
+    names = []
+
+    def opening(config, cache):
+        names.append(config.model.name)
+        return load_corpus(config, cache)
+
+    monkeypatch.setattr("stages.gate_study.load_corpus", opening)
+    ask(store, "micro", "--samples", "40")
+    assert names == [str(micro_model)]
 
 
 def test_a_run_routed_by_speaker_gave_each_speaker_one_routing(store):
