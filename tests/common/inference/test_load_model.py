@@ -79,11 +79,13 @@ def test_a_run_is_known_by_name_folder_artifact_and_model_folder(trained, tmp_pa
     store, folder = trained
     root = Path(store.url)
     for name in ("micro", str(root / "micro"), str(folder.parent), str(folder)):
-        assert find_model(name, store, tmp_path).resolve() == folder.resolve(), name
+        assert find_model(name, store, tmp_path)[0].resolve() == folder.resolve(), name
 
 
 @pytest.mark.parametrize(("base", "revision"), [(None, "abc"), ("org/own", "abc"), ("org/other", None)])
-def test_the_recorded_revision_is_that_of_the_recorded_base(trained, tmp_path, micro_model, monkeypatch, base, revision):
+def test_the_recorded_revision_is_that_of_the_recorded_base(
+    trained, tmp_path, micro_model, monkeypatch, base, revision
+):
     monkeypatch.chdir(tmp_path)
     calls = []
 
