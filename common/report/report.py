@@ -53,7 +53,7 @@ class RunView:
         config_yaml: the resolved configuration.
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
-        cluster, gate, asr: a stage's output folder; None where the run has no such stage.
+        cluster, gate, asr: a stage's output folder; None where the run has no cluster or gating stage.
         experts: one output folder per expert, beginning with the shared expert if it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
         audio_root: location of the corpus, shown with the utterances.
@@ -67,7 +67,7 @@ class RunView:
     cluster: Path | None
     gate: Path | None
     experts: list[Path]
-    asr: Path | None
+    asr: Path
     timeline: list[Row]
     audio_root: str | None
     etiologies: Mapping[str, str]
@@ -118,8 +118,6 @@ def _about(view: RunView) -> list[str]:
 def _clusters(folder: Path | None, etiologies: Mapping[str, str]) -> Row | str:
     if folder is None:
         return "Clusters: this run has no cluster stage."
-    if not (folder / "report.json").is_file():
-        return "Clusters: the cluster stage wrote no report.json."
     report = read_object(folder / "report.json")
     section: Row = {"report": report, "maps": [], "reading": _cluster_reading(report), "no_map": None}
     section["merged"] = f"merged from {report['merged_from']}" if report.get("merged_from") else ""
@@ -163,8 +161,6 @@ def _composition(rows: Sequence[Row]) -> Row:
 def _gate(folder: Path | None) -> Row | str:
     if folder is None:
         return "Gate: this run trained none before the joint training."
-    if not (folder / "report.json").is_file():
-        return "Gate: the gating stage wrote no report.json."
     report = read_object(folder / "report.json")
     label = f"Confusion matrix over {len(report['labels'])} groups; accuracy {percent(report['accuracy'])}."
     figures: list[Drawing] = [
@@ -192,14 +188,10 @@ def _gate(folder: Path | None) -> Row | str:
 def _experts(folders: Sequence[Path], timeline: Sequence[Row]) -> Row | str:
     if not folders:
         return "Experts: this run trained none before the joint training."
-    with_report = [folder for folder in folders if (folder / "report.json").is_file()]
-    if not with_report:
-        return "Experts: the experts stage wrote no report.json."
-    reports = [_with_top(read_object(folder / "report.json")) for folder in with_report]
+    reports = [_with_top(read_object(folder / "report.json")) for folder in folders]
     seconds = {e["shard"] or "shared": e["seconds"] for e in timeline if e["stage"] in ("experts", "shared")}
     reports = [report | {"seconds": seconds.get(str(report["cluster"]))} for report in reports]
-    with_metrics = [folder for folder in with_report if (folder / "metrics.jsonl").is_file()]
-    curves = [plots.expert_curves(folder) for folder in with_metrics]
+    curves = [plots.expert_curves(folder) for folder in folders]
     shown = curves[: plots.PANELS]
     highest = max((row["loss"] for _, rows in shown for row in rows if is_number(row.get("loss"))), default=None)
     figures: list[Drawing] = []
@@ -218,14 +210,8 @@ def _with_top(report: Row) -> Row:
     return report | {"top": [(name or "unknown", n) for name, n in ranked[:3]], "more": max(0, len(ranked) - 3)}
 
 
-def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
-    if folder is None:
-        return "Joint training: this run has no asr stage."
-    if not (folder / "report.json").is_file():
-        return "Joint training: the asr stage wrote no report.json."
-    report = read_object(folder / "report.json")
-    if (folder / "throughput.json").is_file():
-        report["throughput"] = read_object(folder / "throughput.json")
+def _joint(folder: Path, rows: Sequence[Row]) -> Row:
+    report = read_object(folder / "report.json") | {"throughput": read_object(folder / "throughput.json")}
     load = report.get("load") or []
     figures = _training_figure(folder, "Loss, and WER on dev where it was decoded.")
     if len(load) > 1:
@@ -249,8 +235,7 @@ def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
 
 
 def _training_figure(folder: Path, title: str) -> list[Drawing]:
-    if not (folder / "metrics.jsonl").is_file() or not (rows := read_rows(folder / "metrics.jsonl")):
-        return []
+    rows = read_rows(folder / "metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("split") == "train" and row.get("loss") is not None]
     ends = f", from {number(float(losses[0]))} to {number(float(losses[-1]))}" if losses else ""
     return [(title, partial(plots.draw_training, rows), f"Line chart of training loss over steps{ends}; and dev.")]

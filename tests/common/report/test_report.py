@@ -127,8 +127,6 @@ def test_hostile_text_stays_text(tmp_path):
         ({"cluster": None}, "clusters", "no cluster stage"),
         ({"gate": None}, "gate", "trained none before the joint training"),
         ({"experts": []}, "experts", "trained none before the joint training"),
-        ({"asr": None}, "joint", "no asr stage"),
-        ({"asr": None}, "worst", "no predictions"),
         ({"timeline": []}, "timeline", "no stage has been recorded"),
         ({"summary": {}}, "result", "no error rate yet"),
         ({"summary": {"wer_after": 0.2, "by_etiology": {}}}, "etiologies", "names no etiology"),
@@ -141,18 +139,13 @@ def test_absent_stage_leaves_its_section_out_and_says_why(bare, absent, section,
     assert "Left out of this report" in page.words and reason in page.words
 
 
-def test_stage_without_its_report_is_left_out(view, tmp_path):
-    empty = replace(view, cluster=tmp_path, gate=tmp_path, experts=[tmp_path], asr=tmp_path)
-    words = Page(render_report(empty)).words
-    assert words.count("wrote no report.json") == 4
-
-
 def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
     row = {"id": "a", "split": "test", "speaker": "", "etiology": "", "severity": "", "duration": 1.0, "loop": False,
            "reference": "x y", "hypothesis_before": "", "hypothesis": "x", "words": 2, "errors_before": 2, "errors": 1,
            "experts": [], "weights": []}  # fmt: skip
-    write_rows(tmp_path / "predictions.jsonl", [row | {"id": i} for i in ("a", "b")])
-    write_object(tmp_path / "report.json", {"mixture": "none", "experts": 0, "top_k": 1, "steps": 3})
+    asr = write_fake_run(tmp_path).asr
+    write_rows(asr / "predictions.jsonl", [row | {"id": i} for i in ("a", "b")])
+    write_object(asr / "report.json", {"mixture": "none", "experts": 0, "top_k": 1, "steps": 3})
     summary = {
         "wer_before": 1.0,
         "wer_after": 0.5,
@@ -160,7 +153,7 @@ def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
         "utterances": 2,
         "by_etiology": {"unknown": {"wer_before": 1.0, "wer_after": 0.5}},
     }
-    dense = replace(view, cluster=None, gate=None, experts=[], asr=tmp_path, summary=summary)
+    dense = replace(view, cluster=None, gate=None, experts=[], asr=asr, summary=summary)
     words = Page(render_report(dense)).words
     assert "names no speakers" in words and "names no etiology" in words and "50.0%" in words
 
@@ -233,8 +226,9 @@ def test_gain_that_clipping_hides_is_qualified(bare):
 
 
 def test_collapse_is_said_beside_the_result(bare, tmp_path):
-    write_object(tmp_path / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
-    assert Page(render_report(replace(bare, asr=tmp_path))).words.count("Experts collapsed") == 2
+    asr = write_fake_run(tmp_path).asr
+    write_object(asr / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
+    assert Page(render_report(replace(bare, asr=asr))).words.count("Experts collapsed") == 2
 
 
 def test_worst_utterances_are_at_most_25_most_errors_first(view, page):
@@ -268,9 +262,9 @@ def test_map_of_a_sample_says_so_and_the_table_counts_all_utterances(tmp_path):
     counts = Counter((cluster_of[name], etiology) for name, etiology in view.etiologies.items())
     table = page.html.split("Utterances by cluster and etiology; the tint")[1].split("</table>")[0]
     names = re.findall(r"<th[^>]*>([^<]+)</th>", table.split("</thead>")[0])[1:-1]
-    for number, row in enumerate(re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL)):
+    for cluster, row in enumerate(re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL)):
         *cells, total = (int(re.sub(r"\D", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row))
-        assert cells == [counts[number, name] for name in names] and total == sum(cells)
+        assert cells == [counts[cluster, name] for name in names] and total == sum(cells)
     assert sum(counts.values()) == 5200
 
 
