@@ -63,8 +63,8 @@ def evaluate(
 
     MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
     name; CORPUS a folder with index.jsonl or its address. Speakers and groups for which the model has added experts
-    use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, utterances.csv and
-    report.html.
+    use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, report.html, and the
+    utterances as predictions.jsonl and, for spreadsheets, utterances.csv.
 
     \b
         moe-asr evaluate mine data/mine

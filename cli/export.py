@@ -111,14 +111,12 @@ def export(
 @click.command()
 @click.argument("models", nargs=-1, required=True)
 @click.option("--weights", help="Weight of each model, such as 0.7,0.3. Equal by default.")
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the result. By default the exact sum of all ranks.")
 @with_options(out_options)
 @with_store
 def merge(
     models: tuple[str, ...],
     out: Path,
     weights: str | None,
-    rank: int | None,
     overwrite: bool,
     store_url: str,
     endpoint_url: str | None,
@@ -133,7 +131,7 @@ def merge(
     """
     from common.export.join import join_extensions
     from common.export.merge import MARK, merge_models
-    from common.inference.load_model import find_added, find_model
+    from common.inference.load_model import find_model
     from stages.local_runner import cache_folder
 
     if len(models) < 2:
@@ -143,16 +141,16 @@ def merge(
         raise UsageError(f"--weights {weights}: {len(shares)} numbers for {len(models)} models")
     store = open_store(store_url, endpoint_url=endpoint_url)
     with new_folder(out, overwrite=overwrite, mark=MARK) as folder:
-        folders = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
-        added = [find_added(name, store, cache_folder(), endpoint_url) for name in models]
+        found = [find_model(name, store, cache_folder(), endpoint_url) for name in models]
+        folders, added = [folder for folder, _ in found], [experts for _, experts in found]
         if any(added):
-            if weights or rank:
-                raise UsageError("--weights and --rank are not for extensions: their experts are kept as they are")
+            if weights:
+                raise UsageError("--weights is not for extensions: their experts are kept as they are")
             names = join_extensions(folders, added, folder)
             (folder / MARK).write_text(json.dumps({"models": list(models), "added": names}) + "\n", encoding="utf-8")
             echo(f"{out}: {len(names)} added experts")
             return
-        made = merge_models(folders, shares, folder, rank=rank)
-        said = {"models": list(models), "weights": shares, "rank": made.rank, "relative_error": made.error}
+        rank = merge_models(folders, shares, folder)
+        said = {"models": list(models), "weights": shares, "rank": rank}
         (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    echo(f"{out}: rank {made.rank}, relative error {made.error:.2%}")
+    echo(f"{out}: rank {rank}")

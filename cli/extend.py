@@ -219,12 +219,12 @@ def _gain(expert: AddedExpert) -> str:
 
 
 def _added(model: str, store_url: str, endpoint_url: str | None) -> list[AddedExpert]:
-    from common.inference.load_model import find_added
+    from common.inference.load_model import find_model
     from common.model.added import read_added
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    return [read_added(folder) for folder in find_added(model, store, cache_folder(), endpoint_url)]
+    return [read_added(folder) for folder in find_model(model, store, cache_folder(), endpoint_url)[1]]
 
 
 @experts.command("show")

@@ -1,8 +1,9 @@
-"""`moe-asr gate`: a run's gate on speakers that it was not trained on, and other ways of clustering."""
+"""`moe-asr gate`: other layers, poolings and clusterings for the groups of a run's gate."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import click
 
@@ -12,9 +13,8 @@ from common.console import echo
 from common.json_files import Row
 from common.storage import open_store
 
-RATES = {"accuracy": "accuracy", "calibration error": "expected_calibration_error"}
 FIGURES = {"clusters": "clusters", "noise": "noise_share", "silhouette": "silhouette"}
-FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "stability"}
+FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker"}
 
 
 @click.command()
@@ -26,11 +26,7 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker", "stability": "
     "--pooling", "poolings", multiple=True, type=click.Choice(("mean", "max", "meanstd")), help="Pooling to compare."
 )
 @click.option(
-    "--samples",
-    type=click.IntRange(min=0),
-    default=2000,
-    show_default=True,
-    help="Utterances for comparing clusterings; 0 skips it.",
+    "--samples", type=click.IntRange(min=1), default=2000, show_default=True, help="Maximum number of utterances."
 )
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -45,7 +41,7 @@ def gate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measures the gate of a finished RUN on dev and test of its CORPUS, and compares layers, poolings and clusterings.
+    """Compares encoder layers, poolings and clusterings for the groups of a finished RUN's gate, on its CORPUS.
 
     \b
         moe-asr gate mine data/mine
@@ -69,18 +65,9 @@ def gate(
     echo(json.dumps(report, indent=1) if as_json else _tables(report))
 
 
-def _tables(report: Row) -> str:
-    parts = []
-    if report["gates"]:
-        rows = [
-            (f"{row['gate']}, {row['split']}", *(f"{row[n]:.1%}" for n in RATES.values())) for row in report["gates"]
-        ]
-        parts += [text_table(("gate", *RATES), rows)]
-        parts += [f"Nearest neighbours find the cluster of {report['agreement']:.1%} of the clustered utterances."]
-    if report["clusterings"]:
-        rows = [(_way(row), *(_figure(row.get(name)) for name in FIGURES.values())) for row in report["clusterings"]]
-        parts += [text_table(("clustering", *FIGURES), rows)]
-    return "\n\n".join(parts)
+def _tables(report: Sequence[Row]) -> str:
+    rows = [(_way(row), *(_figure(row.get(name)) for name in FIGURES.values())) for row in report]
+    return text_table(("clustering", *FIGURES), rows)
 
 
 def _way(row: Row) -> str:

@@ -20,7 +20,6 @@ from common.options import Option, click_option, config_from, config_options
 from common.pipeline.contract import Contract
 from common.pipeline.plan import Planned
 from common.pipeline.runs import read_record, run_names, settings_alone
-from common.pipeline.stage import hand_out
 from common.signals import handle_signals
 from common.storage import open_store
 from stages import STAGES, pod
@@ -103,7 +102,6 @@ def _run_piece(planned: Planned, run: Run, stopping: Callable[[], bool]) -> None
     memo = pod.variable("MEMO")
     done = planned.manifest if planned.status == "done" else None
     manifest = done or run_one(run, planned, stopping, {"memo": memo} if memo else None)
-    hand_out(manifest)
     task = planned.task
     prefix = f"{task.key.prefix}{manifest.attempt}"
     where = run.store.local_path(prefix) or f"{run.store.url.rstrip('/')}/{prefix}"

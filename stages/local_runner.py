@@ -295,6 +295,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         asr=folders["model"][0],
         timeline=run.record["timeline"],
         audio_root=run.corpus.url,
+        etiologies={u.id: u.etiology for u in run.corpus.utterances},
     )
     run.store.write(f"{name}/summary.json", _json(summary))
     run.store.write(f"{name}/report.html", render_report(view).encode())

@@ -52,7 +52,12 @@ def run_in_processes(
         StageFailed: the first piece that failed otherwise; the others are finished first.
         Preempted: `stopping` became true.
     """
-    give_back_memory()
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # torch keeps freed memory, which the other processes need
+    # The processes are configured by their options, not by a pod's variables.
+    own = {name: value for name, value in os.environ.items() if name not in ("MOE_ASR_STORE", "MOE_ASR_WORKFLOW")}
     free = list(enumerate(slots))
     port = config.runtime.metrics_port
     file = scratch / f"{config.run}-{os.getpid()}.yaml"
@@ -70,7 +75,7 @@ def run_in_processes(
             if port:  # this process keeps the first; each slot has its own
                 command += ["--metrics-port", str(port + 1 + number)]
             visible = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-            return _run_until(command, without_variables(os.environ) | visible, stopping, at_once)
+            return _run_until(command, own | visible, stopping, at_once)
         finally:
             free.append((number, device))
 
@@ -92,19 +97,6 @@ def run_in_processes(
             raise RetryableError(message) if code == RetryableError.exit_code else StageFailed(message, code)
     if any(codes):
         raise Preempted("stopped by a signal; what was under way had time for a checkpoint")
-
-
-def without_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a stage that is configured by its options, without the variables of a pod."""
-    return {name: value for name, value in environment.items() if name not in ("MOE_ASR_STORE", "MOE_ASR_WORKFLOW")}
-
-
-def give_back_memory() -> None:
-    """Releases unused GPU memory for other processes, since torch keeps allocated memory."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _run_until(

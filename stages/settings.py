@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Literal
 
 from common.config import Config
@@ -17,23 +18,9 @@ from common.training.train import TrainOptions
 
 def train_options(section: TrainConfig, config: Config) -> TrainOptions:
     """The loop's numbers from a stage's section and the runtime's."""
-    return TrainOptions(
-        epochs=section.epochs,
-        learning_rate=section.learning_rate,
-        accumulate=section.gradient_accumulation_steps,
-        max_steps=section.max_steps,
-        warmup_ratio=section.warmup_ratio,
-        max_grad_norm=section.max_grad_norm,
-        patience=section.patience,
-        eval_every_n_epochs=section.eval_every_n_epochs,
-        select_by=section.select_by,
-        average=section.average,
-        average_of=section.average_of,
-        save_every_n_epochs=config.runtime.save_every_n_epochs,
-        checkpoint_minutes=config.runtime.checkpoint_minutes,
-        save_only_best=config.runtime.save_only_best,
-        quiet=config.runtime.quiet,
-    )
+    names = {field.name for field in fields(TrainOptions)}
+    given = {name: v for name, v in (section.model_dump() | config.runtime.model_dump()).items() if name in names}
+    return TrainOptions(accumulate=section.gradient_accumulation_steps, **given)
 
 
 def decoding_options(config: Config) -> Decoding:

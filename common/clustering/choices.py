@@ -6,7 +6,6 @@ Shape letters: N utterances, D embedding width, B utterances of a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 
-from common.clustering.cluster import Algorithm, Clustering, cluster, known_groups
+from common.clustering.cluster import Algorithm, cluster
 from common.clustering.reduction import Reduction
 from common.clustering.report import cluster_report
 from common.data.batches import BatchLoader, Example, epoch_batches
@@ -26,21 +25,6 @@ from common.model.whisper import encode_layers, pool
 Source = tuple[int, str]  # layer, pooling
 REDUCTIONS: tuple[Reduction, ...] = ("none", "pca", "umap")
 ALGORITHMS: tuple[Algorithm, ...] = ("hdbscan", "spectral", "etiology")
-PART = 0.8  # of the utterances, clustered again to see whether the groups stay
-REPEATS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterOptions:
-    """Settings shared by all compared clusterings; names as in `common.config.Config` and
-    `common.sections.ClusterConfig`.
-    """
-
-    num_experts: int
-    reduce_dim: int
-    min_cluster_size: int
-    min_samples: int
-    seed: int
 
 
 def embed_layers(
@@ -79,7 +63,7 @@ def embed_layers(
 def compare_clusterings(
     points: Mapping[Source, npt.NDArray[np.float32]],
     groups: Mapping[str, Sequence[str]],
-    options: ClusterOptions,
+    options: Mapping[str, Any],
     *,
     reductions: Sequence[Reduction] = REDUCTIONS,
     algorithms: Sequence[Algorithm] = ALGORITHMS,
@@ -89,14 +73,14 @@ def compare_clusterings(
     Args:
         points: vectors_ND by layer and pooling, all of the same utterances.
         groups: "etiology" and "speaker" of each utterance.
+        options: further arguments of `cluster`, for all combinations.
         algorithms: `etiology` evaluates the corpus's own etiologies as if they were clusters; it is omitted if there
             is only one.
 
     Returns:
         Rows of layer, pooling, reduce, algorithm; clusters, noise_share, silhouette (None for one cluster), largest
-        (share of the largest cluster), etiology and speaker (adjusted Rand index against them), stability (mean
-        adjusted Rand index between the clusters of three random samples of four fifths and those of all utterances;
-        None for known groups). A combination that fails has `problem` instead.
+        (share of the largest cluster), etiology and speaker (adjusted Rand index against them). A combination that
+        fails has `problem` instead.
     """
     if len(set(groups["etiology"])) < 2:
         algorithms = [name for name in algorithms if name != "etiology"]
@@ -114,64 +98,19 @@ def _judge(
     groups: Mapping[str, Sequence[str]],
     reduce: Reduction,
     algorithm: Algorithm,
-    options: ClusterOptions,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     try:
-        clusters = _cluster(points_ND, groups["etiology"], reduce, algorithm, options)
+        clusters = cluster(
+            points_ND, etiologies=groups["etiology"], reduce=reduce, algorithm=algorithm, allow_reduce=True, **options
+        )
     except DataError as error:
         return {"problem": str(error)}
-    report = cluster_report(clusters, clusters.reduced_NP, groups=groups, seed=options.seed)
-    stability = None if algorithm == "etiology" else _stability(points_ND, clusters, reduce, algorithm, options)
+    report = cluster_report(clusters, clusters.reduced_NP, groups=groups, seed=options["seed"])
     return {
         "clusters": report["clusters"],
         "noise_share": report["noise_share"],
         "silhouette": report["silhouette"],
         "largest": max(report["sizes"]) / len(points_ND),
         **report["adjusted_rand"],
-        "stability": stability,
     }
-
-
-def _cluster(
-    points_ND: npt.NDArray[np.float32],
-    etiologies: Sequence[str],
-    reduce: Reduction,
-    algorithm: Algorithm,
-    options: ClusterOptions,
-) -> Clustering:
-    settings = asdict(options)
-    wanted, seed, dim = settings.pop("num_experts"), settings.pop("seed"), settings.pop("reduce_dim")
-    if algorithm == "etiology":
-        return known_groups(points_ND, etiologies, reduce=reduce, reduce_dim=dim, seed=seed)
-    return cluster(
-        points_ND,
-        num_clusters=wanted,
-        algorithm=algorithm,
-        reduce=reduce,
-        reduce_dim=dim,
-        allow_reduce=True,
-        seed=seed,
-        **settings,
-    )
-
-
-def _stability(
-    points_ND: npt.NDArray[np.float32],
-    whole: Clustering,
-    reduce: Reduction,
-    algorithm: Algorithm,
-    options: ClusterOptions,
-) -> float | None:
-    """Stability of the clusters; None if the samples are too small to be clustered."""
-    from sklearn.metrics import adjusted_rand_score
-
-    generator = np.random.default_rng(options.seed)
-    scores = []
-    for _ in range(REPEATS):
-        part = np.sort(generator.permutation(len(points_ND))[: round(PART * len(points_ND))])
-        try:
-            clusters = _cluster(points_ND[part], (), reduce, algorithm, options)
-        except DataError:
-            return None
-        scores.append(adjusted_rand_score(whole.labels_N[part], clusters.labels_N))
-    return float(np.mean(scores))

@@ -56,6 +56,7 @@ class Clustering:
 def cluster(
     points_ND: Floats,
     *,
+    etiologies: Sequence[str] = (),
     num_clusters: int,
     algorithm: Algorithm,
     reduce: Reduction,
@@ -75,6 +76,7 @@ def cluster(
     Args:
         points_ND: embeddings; may be a memory map.
         num_clusters: number of clusters to find, which is the number of experts.
+        etiologies: of each utterance, which are the groups of `algorithm` `etiology` (`known_groups`).
         algorithm: `spectral` always finds `num_clusters` clusters.
         reduce, reduce_dim: as for `reduce_dimensions`.
         min_cluster_size: minimum cluster size of HDBSCAN's first try.
@@ -85,6 +87,8 @@ def cluster(
     Raises:
         DataError: too few utterances or clusters, equal or non-finite embeddings.
     """
+    if algorithm == "etiology":
+        return known_groups(points_ND, etiologies, reduce=reduce, reduce_dim=reduce_dim, seed=seed)
     _check(points_ND, num_clusters)
     N = len(points_ND)
     reduced_NP = reduce_dimensions(points_ND, method=reduce, dim=reduce_dim, seed=seed)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 
-from common.data.batches import Batch
 from common.data.tokens import TextCodec
 from common.decoding.beam import beam_search
 from common.decoding.decoder_step import Found, decoder_step
 from common.decoding.loops import COMPRESSION_RATIO_THRESHOLD, compression_ratio
 from common.decoding.token_rules import Rules, make_rules
-from common.model.recogniser import Recogniser
 from common.model.routing import RoutingSlot
 
 SHRINK_AT = 0.75  # share of unfinished rows above which a batch is kept
@@ -252,23 +250,3 @@ def _draw(logits_RV: Tensor, number: float) -> Tensor:
     cumulative_RV = logits_RV.softmax(1).cumsum(1)
     wanted_R1 = number * cumulative_RV[:, -1:]  # rounding: the sum is not quite 1
     return torch.searchsorted(cumulative_RV, wanted_R1, right=True)[:, 0].clamp(max=logits_RV.shape[1] - 1)
-
-
-def decode_batch(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[Decoded]:
-    """Decoded text of each utterance of a batch, routed by `Recogniser.encode_batch`."""
-    hidden_BTD = recogniser.encode_batch(batch)
-    return decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding, recogniser.slot)
-
-
-def decode_texts(
-    recogniser: Recogniser,
-    batch: Batch,
-    codec: TextCodec,
-    *,
-    max_new_tokens: int = 224,
-    decoding: Decoding | None = None,
-) -> list[str]:
-    """Text of each utterance of a batch: greedy up to `max_new_tokens`, or as `decoding` says."""
-    with torch.inference_mode():
-        decoding = replace(decoding or Decoding(len(batch), max_new_tokens), batch_size=len(batch))
-        return [decoded.text for decoded in decode_batch(recogniser, batch, codec, decoding)]

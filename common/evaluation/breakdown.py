@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.data.corpus import Utterance
-from common.errors import DataError
-from common.evaluation.wer import Score, duration_bucket, group_report, score, summarise
+from common.evaluation.wer import Score, duration_bucket, score, summarise
 from common.json_files import Row
 
+_FORMULA = re.compile(r"[=+\-@\t\r\n\uff0b\uff0d\uff1d\uff20]")  # how one begins in some spreadsheet
 Routing = tuple[Sequence[int], Sequence[float]]  # experts and weights of an utterance
 UNKNOWN = "unknown"
 GROUPS: dict[str, Callable[[Row], str]] = {
@@ -97,7 +97,10 @@ def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
 
     def grouped(key: Callable[[Row], str]) -> dict[str, dict[str, Any]]:
-        return group_report(scores, {str(row["id"]): key(row) for row in rows}, speakers, **options)
+        members: dict[str, list[Score]] = {}
+        for row, counted in zip(rows, scores, strict=True):
+            members.setdefault(key(row), []).append(counted)
+        return {name: summarise(members[name], speakers, **options) for name in sorted(members)}
 
     cells = grouped(lambda row: "\0".join(GROUPS[name](row) for name in CELL))
     return {
@@ -135,33 +138,3 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
-
-
-def read_table(path: Path) -> list[Row]:
-    """The rows of utterances.csv, as they were written.
-
-    Raises:
-        DataError: the file is not such a table.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [{name: _plain(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        return [row | {name: read(row[name]) for name, read in _TYPES.items()} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a table of utterances: {error}") from None
-
-
-def _plain(value: str) -> str:
-    return value[1:] if value.startswith("'") and _FORMULA.match(value) else value
-
-
-# How a formula begins in some spreadsheet, by itself or behind apostrophes, so that reading can take ours away again.
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff0b\uff0d\uff1d\uff20]")
-_COUNTS = ("words", "errors", "insertions", "chars", "char_errors", "reference_used")
-_TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(_COUNTS, int),
-    "duration": float,
-    "loop": lambda text: bool(int(text)),
-    "experts": lambda text: [int(part) for part in text.split()],
-    "weights": lambda text: [float(part) for part in text.split()],
-}

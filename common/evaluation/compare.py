@@ -16,11 +16,10 @@ import numpy as np
 from common.errors import DataError, UsageError
 from common.evaluation.breakdown import UNKNOWN, speakers_of
 from common.evaluation.results import Result
-from common.evaluation.wer import Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
+from common.evaluation.wer import LEVEL, Floats, Metric, Score, cer, interval_of_difference, resampled_rates, wer
 from common.json_files import Row
 from common.sections import DecodeConfig
 
-LEVEL = 0.95
 UNTOLD = {"low": None, "high": None, "p": None, "better": None}
 METRICS: tuple[Metric, ...] = ("wer", "cer")
 Systems = Mapping[str, Sequence[Result]]
@@ -174,7 +173,7 @@ def _draws(
 def _against(deltas_R: Floats) -> Row:
     """Interval and p of a difference; `better`, the share of draws in which it is below zero."""
     better = float(np.mean((deltas_R < 0) + 0.5 * (deltas_R == 0)))
-    return interval_of_difference(deltas_R, LEVEL) | {"better": better}
+    return interval_of_difference(deltas_R) | {"better": better}
 
 
 def _facts(results: Sequence[Result]) -> Row:

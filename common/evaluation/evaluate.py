@@ -27,7 +27,7 @@ from common.limits import MAX_SECONDS, is_too_long
 from common.model.routing import Choice
 from common.progress import progress
 
-RESULT, TABLE, PAGE = "evaluation.json", "utterances.csv", "report.html"
+RESULT, ROWS, TABLE, PAGE = "evaluation.json", "predictions.jsonl", "utterances.csv", "report.html"
 
 
 def choose_utterances(
@@ -85,7 +85,7 @@ def decode_corpus(
         return [(result.text, chosen) for result, chosen in zip(transcript.decoded, routing, strict=True)]
 
     with closing(progress(len(utterances), "evaluate", unit="utterances", hidden=quiet)) as bar:
-        decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, bar=bar)
+        decoded = decode_batches(examples, loader, transcribe, opened.accelerator, batch_size=size, count=bar.update)
         for u in long:
             group = opened.group if opened.group >= 0 else group_number(opened.info, u)
             own = replace(opened, voice=added[u.id], group=group)
@@ -114,7 +114,8 @@ def fixed_choices(
         return {}
     if all(group_number(info, u) < 0 for u in utterances):
         warn_without_group(opened)
-    return split_choice(utterances, *model_choice(opened, utterances, evidence))
+    logits_NE, known_N = model_choice(opened, utterances, evidence)
+    return {u.id: (logits_NE[i : i + 1], known_N[i : i + 1]) for i, u in enumerate(utterances)}
 
 
 def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: Iterable[Batch]) -> torch.Tensor:
@@ -129,11 +130,6 @@ def evidence_of(opened: OpenedModel, utterances: Sequence[Utterance], batches: I
         assert evidence_BF is not None
         evidence |= zip(batch.ids, evidence_BF, strict=True)
     return torch.stack([evidence[u.id] for u in utterances])
-
-
-def split_choice(utterances: Sequence[Utterance], logits_NE: torch.Tensor, known_N: torch.Tensor) -> dict[str, Choice]:
-    """id → its row of a choice."""
-    return {u.id: (logits_NE[i : i + 1], known_N[i : i + 1]) for i, u in enumerate(utterances)}
 
 
 def describe_evaluation(

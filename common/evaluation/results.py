@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.data.features import describe_context
 from common.errors import DataError
-from common.evaluation.breakdown import read_table, score_of
+from common.evaluation.breakdown import score_of
 from common.evaluation.wer import Score
 from common.json_files import Row, read_object, read_rows
 from common.pipeline.runs import find_run, recorded_states, run_names, stage_folders
@@ -21,7 +21,7 @@ class Result:
     """Results of one model on a test set.
 
     Attributes:
-        rows: of the utterances, as in predictions.jsonl and utterances.csv.
+        rows: of the utterances, as in predictions.jsonl.
         scores: by utterance id.
         facts: facts about the training, as far as known: seconds, samples_per_second, trained_parameters, experts,
             load, …; steps are those of joint training and, before it, of experts alone.
@@ -46,7 +46,7 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
     folder = Path(name)
     if (folder / "evaluation.json").is_file():
         facts = read_object(folder / "evaluation.json")
-        rows = read_table(folder / "utterances.csv")
+        rows = read_rows(folder / "predictions.jsonl")
         kept = {key: facts.get(key) for key in ("load", "decoding", "language", "model")}
         kept["audio_context"] = describe_context(facts["context"], facts["margin"])
         return _result(name, rows, facts["language"], kept | {"experts": (facts["mixture"] or {}).get("experts")})

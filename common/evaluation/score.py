@@ -14,16 +14,13 @@ from accelerate.utils import gather_object
 
 from common.data.batches import Batch, BatchLoader, Example, epoch_batches
 from common.data.corpus import Utterance
-from common.data.features import log_mel
 from common.data.tokens import TextCodec
-from common.decoding.decode import Decoding, decode_hidden, decode_texts
+from common.decoding.decode import Decoding, decode_hidden
 from common.errors import Preempted
 from common.evaluation.breakdown import Routing, breakdown, references, score_of, scored_row
 from common.evaluation.wer import Score, score
 from common.json_files import Row
 from common.model.recogniser import Recogniser
-from common.model.whisper import encode
-from common.progress import Bar
 
 
 def decode_set(
@@ -35,7 +32,7 @@ def decode_set(
     accelerator: Accelerator,
     *,
     base: bool = False,
-    bar: Bar | None = None,
+    count: Callable[[int], object] = lambda units: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """id → text of every example; the work is divided over the processes, and the result gathered on all of them.
@@ -43,26 +40,24 @@ def decode_set(
     Args:
         loader: of these examples.
         base: decode with the base model, no expert added.
-        bar: counts the examples.
+        count: counts the examples.
         stopping: asked at every batch.
 
     Raises:
         Preempted: `stopping` became true.
     """
 
+    @torch.inference_mode()
     def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
-        texts = (
-            _base_texts(recogniser, batch, codec, decoding)
-            if base
-            else decode_texts(recogniser, batch, codec, decoding=decoding)
-        )
-        return [(text, ((), ())) for text in texts]
+        hidden_BTD = recogniser.encode_batch(batch, base=base)
+        decoded = decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding, recogniser.slot)
+        return [(result.text, ((), ())) for result in decoded]
 
     was_training = recogniser.training
     recogniser.eval()
     with accelerator.autocast():
         decoded = decode_batches(
-            examples, loader, transcribe, accelerator, batch_size=decoding.batch_size, bar=bar, stopping=stopping
+            examples, loader, transcribe, accelerator, batch_size=decoding.batch_size, count=count, stopping=stopping
         )
     recogniser.train(was_training)
     return {name: text for name, (text, _) in decoded.items()}
@@ -75,7 +70,7 @@ def decode_batches(
     accelerator: Accelerator,
     *,
     batch_size: int,
-    bar: Bar | None = None,
+    count: Callable[[int], object] = lambda units: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, tuple[str, Routing]]:
     """id → text and routing of every example; the work is divided over the processes, and the result gathered on all.
@@ -83,7 +78,7 @@ def decode_batches(
     Args:
         loader: of these examples.
         transcribe: a batch → text and routing of each of its utterances.
-        bar: counts the examples; those of other processes are estimated.
+        count: counts the examples; those of other processes are estimated.
         stopping: asked at every batch.
 
     Raises:
@@ -96,21 +91,11 @@ def decode_batches(
         decoded += zip(batch.ids, transcribe(batch), strict=True)
         counted = min(left, len(batch) * world)
         left -= counted
-        if bar:
-            bar.update(counted)
+        count(counted)
         if stopping():
             raise Preempted("stopped by a signal while texts were decoded")
-    if bar and left:
-        bar.update(left)
+    count(left)
     return dict(gather_object(decoded) if world > 1 else decoded)
-
-
-@torch.inference_mode()
-def _base_texts(recogniser: Recogniser, batch: Batch, codec: TextCodec, decoding: Decoding) -> list[str]:
-    if recogniser.slot is not None:
-        recogniser.slot.routing = None
-    hidden_BTD = encode(recogniser.whisper, log_mel(batch.audio_BS, recogniser.mel_bands))
-    return [decoded.text for decoded in decode_hidden(recogniser.whisper, hidden_BTD, codec, decoding)]
 
 
 def score_set(

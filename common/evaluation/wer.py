@@ -21,6 +21,7 @@ from common.text import is_hallucination_loop, normalise, unspaced
 Metric = Literal["wer", "wer_unclipped", "cer", "cer_unclipped"]
 Floats = NDArray[np.float64]
 
+LEVEL = 0.95  # of confidence, of all intervals
 DURATION_EDGES = (2, 5, 10, 20, 30)  # seconds
 RESAMPLE_BLOCK = 4_000_000  # speakers drawn at a time, which bounds memory
 
@@ -125,7 +126,6 @@ def bootstrap_interval(
     speakers: Mapping[str, str],
     *,
     metric: Metric = "wer",
-    level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
@@ -141,17 +141,13 @@ def bootstrap_interval(
         scores: of N utterances.
         speakers: utterance id → speaker; an utterance that is missing counts as a separate speaker.
         metric: the rate.
-        level: of confidence, between 0 and 1.
         resamples: R, number of draws of speakers.
         seed: random seed; the same seed gives the same interval.
 
     Returns:
         Lower and upper end.
     """
-    errors_S, lengths_S = _sums_by_speaker(scores, speakers, metric)
-    rng = np.random.default_rng(seed)
-    rates_R = np.concatenate([_ratio(*drawn) for drawn in _draw(rng, resamples, errors_S, lengths_S)])
-    return _interval(rates_R, level)
+    return _interval(resampled_rates([scores], speakers, metric=metric, resamples=resamples, seed=seed)[0])
 
 
 def paired_bootstrap(
@@ -160,7 +156,6 @@ def paired_bootstrap(
     speakers: Mapping[str, str],
     *,
     metric: Metric = "wer",
-    level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -168,7 +163,7 @@ def paired_bootstrap(
 
     Args:
         scores_a, scores_b: of the same N utterances, in any order.
-        speakers, metric, level, resamples, seed: as for `bootstrap_interval`.
+        speakers, metric, resamples, seed: as for `bootstrap_interval`.
 
     Returns:
         `delta`, the rate of b minus that of a (negative: b is better); `low` and `high`, its interval; `p`, two-sided:
@@ -186,7 +181,7 @@ def paired_bootstrap(
         )
     rates_2R = resampled_rates([a, b], speakers, metric=metric, resamples=resamples, seed=seed)
     rate_a, rate_b = (_rate_of(*_errors_and_lengths(scores, metric)) for scores in (a, b))
-    return {"delta": rate_b - rate_a} | interval_of_difference(rates_2R[1] - rates_2R[0], level)
+    return {"delta": rate_b - rate_a} | interval_of_difference(rates_2R[1] - rates_2R[0])
 
 
 def resampled_rates(
@@ -209,27 +204,27 @@ def resampled_rates(
     return np.concatenate(blocks, axis=1)
 
 
-def interval_of_difference(deltas_R: Floats, level: float = 0.95) -> dict[str, float]:
+def interval_of_difference(deltas_R: Floats) -> dict[str, float]:
     """`low` and `high` of the interval of a difference and its two-sided `p`, from its draws (`paired_bootstrap`)."""
-    low, high = _interval(deltas_R, level)
+    low, high = _interval(deltas_R)
     beyond = min((deltas_R <= 0).sum(), (deltas_R >= 0).sum())
     return {"low": low, "high": high, "p": min(1.0, float(2 * (beyond + 1) / (len(deltas_R) + 1)))}
 
 
 def summarise(
-    scores: Sequence[Score], speakers: Mapping[str, str], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    scores: Sequence[Score], speakers: Mapping[str, str], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """Rates, intervals and counts of a set of utterances, for reports.
 
     Args:
         scores: of N utterances.
-        speakers, level, resamples, seed: as for `bootstrap_interval`.
+        speakers, resamples, seed: as for `bootstrap_interval`.
 
     Returns:
         `wer`, `wer_unclipped`, `cer`, `cer_unclipped`; `ci` and `cer_ci`, the intervals of `wer` and `cer` as
         [low, high]; `utterances`, `words`, `speakers`, `insertions` and `loops`, numbers.
     """
-    options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return {
         "wer": wer(scores),
         "wer_unclipped": wer(scores, clipped=False),
@@ -243,29 +238,6 @@ def summarise(
         "insertions": sum(score.word_insertions for score in scores),
         "loops": sum(score.loop for score in scores),
     }
-
-
-def group_report(
-    scores: Sequence[Score],
-    groups: Mapping[str, str],
-    speakers: Mapping[str, str],
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """`summarise` for each group (etiology, severity, speaker, duration), in the groups' sorted order.
-
-    Args:
-        scores: of N utterances.
-        groups: utterance id → group; missing utterances are "unknown".
-        speakers, level, resamples, seed: as for `bootstrap_interval`.
-    """
-    members: dict[str, list[Score]] = {}
-    for score in scores:
-        members.setdefault(groups.get(score.id, "unknown"), []).append(score)
-    options: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
-    return {group: summarise(members[group], speakers, **options) for group in sorted(members)}
 
 
 def duration_bucket(seconds: float) -> str:
@@ -318,6 +290,6 @@ def _rate_of(errors: Floats, lengths: Floats) -> float:
     return float(_ratio(errors.sum(keepdims=True), lengths.sum(keepdims=True))[0])
 
 
-def _interval(values: Floats, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -1,23 +1,18 @@
 """Merges several trained models: averages the deltas that their adapters add to the weights, W + Σ w·scale·B A.
 
 The mean of the products B A is not the product of the means of A and B. Concatenated, the matrices of n adapters are
-one adapter of n times the rank that adds exactly the weighted sum; a truncated singular value decomposition reduces it
-to a smaller rank, with an error that is reported.
-
-Shape letters: I/O input/output features, R rank, C ranks of all adapters together.
+one adapter of n times the rank that adds exactly the weighted sum.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import DataError, UsageError
@@ -31,27 +26,16 @@ SAME = ("base_digest", "language", "task", "context", "margin", "num_experts", "
 SAME_IN_MIXTURES = ("mixture", "top_k", "layer", "pooling", "route_by", "column", "groups", "gate")
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """Result of a merge.
-
-    Attributes:
-        rank: rank of the written adapters.
-        error: ‖delta − exact sum‖ / ‖exact sum‖ over all layers; 0 if the rank was not reduced.
-    """
-
-    rank: int
-    error: float
-
-
-def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *, rank: int | None = None) -> Merged:
+def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path) -> int:
     """Writes the weighted sum of trained models as a model that `common.inference.load_model.open_model` reads.
 
     Args:
         folders: outputs of the asr stage.
         weights: weight of each model.
         out: an empty folder.
-        rank: rank of the result; if None, the sum of the models' ranks, which is exact.
+
+    Returns:
+        The largest rank of the written adapters.
 
     Raises:
         UsageError: the models cannot be merged.
@@ -60,25 +44,20 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path, *
     infos = [read_info(folder) for folder in folders]
     _refuse_strangers(folders, infos)
     scales = [weight * info.alpha / info.rank for weight, info in zip(weights, infos, strict=True)]
-    lost = whole = 0.0
     final = {"experts": 1, "shared": 0}  # ranks
     parts = [f"experts/{number}" for number in range(infos[0].num_experts)] + ["shared"] * bool(infos[0].shared_rank)
     for part in parts:
         summed = _side_by_side([adapter_matrices(folder / part) for folder in folders], scales)
-        total = len(next(iter(summed.values()))[0])
-        kept = min(rank or total, total)
-        if kept < total:
-            summed, squares_lost, squares = truncate(summed, kept)
-            lost, whole = lost + squares_lost, whole + squares
-        final[part.split("/")[0]] = kept
-        save_adapter(summed, out / part, base_model=infos[0].base, alpha=kept)
+        rank = len(next(iter(summed.values()))[0])
+        final[part.split("/")[0]] = rank
+        save_adapter(summed, out / part, base_model=infos[0].base, alpha=rank)
     routed, shared = final["experts"], final["shared"]
     info = replace(infos[0], adapt="lora", rank=routed, alpha=float(routed), shared_rank=shared)
     (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     if info.gate:
         for name in GATE:
             shutil.copyfile(folders[0] / name, out / name)
-    return Merged(max(final.values()), math.sqrt(lost / whole) if whole else 0.0)
+    return max(final.values())
 
 
 def _refuse_strangers(folders: Sequence[Path], infos: Sequence[BundleInfo]) -> None:
@@ -127,32 +106,3 @@ def _side_by_side(adapters: Sequence[Matrices], scales: Sequence[float]) -> Matr
 def _layer_size(matrices: tuple[Tensor, Tensor]) -> tuple[int, int]:
     """Input and output features of the layer that an adapter's two matrices are for."""
     return matrices[0].shape[1], matrices[1].shape[0]
-
-
-def truncate(matrices: Matrices, rank: int) -> tuple[Matrices, float, float]:
-    """The closest adapter of a smaller rank (Eckart and Young).
-
-    Returns:
-        (adapter, squared Frobenius norm of the removed part, squared Frobenius norm of the whole).
-    """
-    small: Matrices = {}
-    lost = whole = 0.0
-    for name, (a_CI, b_OC) in matrices.items():
-        small[name], value_C = _truncate_layer(a_CI, b_OC, rank)
-        lost += float(value_C[rank:].square().sum())
-        whole += float(value_C.square().sum())
-    return small, lost, whole
-
-
-def _truncate_layer(a_CI: Tensor, b_OC: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Truncates one layer by QR of both matrices, so that no matrix of size O × I is computed; returns the singular
-    values of all C ranks too.
-    """
-    left_OC, up_CC = torch.linalg.qr(b_OC.double())
-    right_IC, down_CC = torch.linalg.qr(a_CI.double().t())
-    u_CC, value_C, v_CC = torch.linalg.svd(up_CC @ down_CC.t(), full_matrices=False)
-    root_R = value_C[:rank].sqrt()
-    b_OR = left_OC @ (u_CC[:, :rank] * root_R)
-    a_RI = (v_CC[:rank] * root_R[:, None]) @ right_IC.t()
-    missing = rank - len(root_R)  # a layer narrower than the rank
-    return (F.pad(a_RI.float(), (0, 0, 0, missing)), F.pad(b_OR.float(), (0, missing))), value_C

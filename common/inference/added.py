@@ -32,12 +32,9 @@ def added_folders(run: tuple[Store, dict[str, object]] | None, folder: Path, cac
         store, record = run
         tasks = record["tasks"]
         assert isinstance(tasks, dict)
-        return stage_folders(store, record, STAGE, cache) if STAGE in _stages(tasks) else []
+        has_added = any(task["stage"] == STAGE for task in tasks.values())
+        return stage_folders(store, record, STAGE, cache) if has_added else []
     return sorted(path.parent for path in (folder / FOLDER).glob(f"*/{ADDED}"))
-
-
-def _stages(tasks: dict[str, dict[str, str]]) -> set[str]:
-    return {task["stage"] for task in tasks.values()}
 
 
 @lru_cache(maxsize=8)

@@ -116,7 +116,7 @@ def open_model(
         UsageError: a margin is given for a context of 30 s.
         RetryableError: hub or store does not answer.
     """
-    folder, added_from = _find(name, store, cache, endpoint_url)
+    folder, added_from = find_model(name, store, cache, endpoint_url)
     accelerator = make_accelerator(precision, device)
     find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
     recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
@@ -146,37 +146,25 @@ def _load(
     if (folder / DESCRIPTION).is_file():
         info = read_info(folder)
         revision = info.base_digest.rpartition("@")[2] if info.base_digest.startswith("hub:") else None
-        origin = find_base(base or info.base, revision, from_hub=base is not None or revision is not None)
+        own = revision if base in (None, info.base) else None
+        origin = find_base(base or info.base, own, from_hub=base is not None or revision is not None)
         _warn_of_other_base(origin, info, folder)
         return load_recogniser(folder, origin, device)[0], origin, info
     if (folder / ADAPTER).is_file():
         settings = _adapter_settings(folder)
-        origin = find_base(base or settings.get("base_model_name_or_path"), settings.get("revision"))
+        recorded = settings.get("base_model_name_or_path")
+        origin = find_base(base or recorded, settings.get("revision") if base in (None, recorded) else None)
         return Recogniser(_with_adapter(load_whisper(origin), folder)), origin, None
     without_words = not (folder / "tokenizer.json").is_file()
     return Recogniser(load_whisper(folder)), find_base(base, None) if base and without_words else folder, None
 
 
-def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> Path:
-    """The local folder of a model by its name (see `open_model`); remote models are downloaded.
+def find_model(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> tuple[Path, list[Path]]:
+    """The local folder of a model by its name (see `open_model`), and those of its added experts, in order.
 
     Raises:
         DataError: there is no such model.
     """
-    return _find(name, store, cache, endpoint_url)[0]
-
-
-def find_added(name: str, store: Store | None, cache: Path, endpoint_url: str | None = None) -> list[Path]:
-    """The local folders of a model's added experts, in order.
-
-    Raises:
-        DataError: there is no such model.
-    """
-    return _find(name, store, cache, endpoint_url)[1]
-
-
-def _find(name: str, store: Store | None, cache: Path, endpoint_url: str | None) -> tuple[Path, list[Path]]:
-    """The folder of a model, and the folders of its added experts."""
     folder = _unwrapped(Path(name))
     if any((folder / file).is_file() for file in (DESCRIPTION, ADAPTER, "config.json")):
         return folder, added_folders(None, folder, cache)
@@ -203,7 +191,7 @@ def _root(
     Raises:
         DataError: the model is missing, or has changed.
     """
-    folder, own = _find(root["name"], store, cache, endpoint_url)
+    folder, own = find_model(root["name"], store, cache, endpoint_url)
     if model_content(folder) != root["digest"]:
         raise DataError(f"model {root['name']} has other weights than when experts were added to it: restore it")
     return folder, own

@@ -219,13 +219,13 @@ def segment_long(
     """Divides long utterances; continues an interrupted segmentation.
 
     Args:
-        found: result of `long_utterances`.
+        too_long: utterances longer than the audio context.
         unfinished: the file with the rows that are finished so far.
 
     Raises:
         DataError: audio cannot be read.
     """
-    from common.data.audio import read_audio
+    from common.data.audio import read_utterance
     from common.inference.segment import divide
     from common.progress import progress
 
@@ -235,9 +235,7 @@ def segment_long(
     waiting = [u for u in too_long if u.id not in done]
     bar = progress(round(sum(u.duration for u in waiting), 1), "segment", unit="s", hidden=quiet or not waiting)
     for group in _groups(waiting):
-        audios = [
-            read_audio(_audio(corpus, u), offset=u.offset, duration=u.duration, name=u.audio_filepath) for u in group
-        ]
+        audios = [read_utterance(corpus, u) for u in group]
         rows = [
             LongUtterance(u.id, d.pieces, u.duration, d.unspoken, d.matched, d.hard_cuts, d.problem)
             for u, d in zip(group, divide(opened, group, audios, bar.update), strict=True)
@@ -246,11 +244,6 @@ def segment_long(
         _append(unfinished, rows)
     bar.close()
     return {u.id: done[u.id] for u in too_long}
-
-
-def _audio(corpus: Corpus, utterance: Utterance) -> bytes | Path:
-    clip = corpus.clip(utterance)
-    return clip.read() if clip is not None else corpus.path(utterance)
 
 
 def _groups(utterances: Sequence[Utterance]) -> Iterator[list[Utterance]]:

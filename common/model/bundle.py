@@ -8,13 +8,12 @@ experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weigh
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +28,7 @@ from common.model.whisper import load_whisper
 from common.tensors import check_weights
 
 DESCRIPTION = "recogniser.json"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +51,25 @@ class BundleInfo:
     base: str
     base_digest: str
     language: str
-    task: str
-    context: str
-    margin: int
-    layer: int
-    pooling: str
-    adapt: str
-    num_experts: int
-    shared_rank: int
+    task: Literal["transcribe", "translate"]
+    context: Annotated[str, Field(pattern="^(dynamic|30s)$")]
+    margin: NonNegativeInt
+    layer: Annotated[int, Field(ge=-1)]
+    pooling: Literal["mean", "max", "meanstd"]
+    adapt: Literal["lora", "adalora", "full"]
+    num_experts: NonNegativeInt
+    shared_rank: NonNegativeInt
     mixture: Mixture
-    top_k: int
-    rank: int
-    alpha: float
+    top_k: PositiveInt
+    rank: PositiveInt
+    alpha: Positive
     targets: tuple[str, ...]
     within: str
     gate: bool
     route_by: Literal["utterance", "speaker", "table"] = "utterance"
     column: str = ""
     groups: tuple[str, ...] = ()
-    seconds: float | None = None
+    seconds: Positive | None = None
 
 
 def save_gate(gate: Gate, folder: Path) -> None:
@@ -149,21 +149,10 @@ def read_info(folder: Path) -> BundleInfo:
 def _find_problem(info: BundleInfo) -> str:
     """A problem of a bundle's values that no training can have written; empty if the values are consistent."""
     checks = {
-        "alpha": math.isfinite(info.alpha) and info.alpha > 0,
-        "rank": info.rank > 0,
-        "num_experts": info.num_experts >= 0 and (info.num_experts + info.shared_rank > 0 or info.adapt == "full"),
-        "shared_rank": info.shared_rank >= 0,
+        "num_experts": info.num_experts + info.shared_rank > 0 or info.adapt == "full",
         "gate": info.gate == (info.num_experts > 1 and info.adapt != "full")
         or (info.route_by == "table" and not info.gate),
         "groups": len(info.groups) == (info.num_experts if info.route_by == "table" else 0),
-        "top_k": info.top_k > 0,
-        "margin": info.margin >= 0,
-        "layer": info.layer >= -1,
-        "seconds": info.seconds is None or (math.isfinite(info.seconds) and info.seconds > 0),
-        "context": info.context in ("dynamic", "30s"),
-        "adapt": info.adapt in ("lora", "adalora", "full"),
-        "pooling": info.pooling in ("mean", "max", "meanstd"),
-        "task": info.task in ("transcribe", "translate"),
     }
     return "; ".join(f"{name} {getattr(info, name)!r} is not valid" for name, good in checks.items() if not good)
 

@@ -250,9 +250,12 @@ class Recogniser(nn.Module):
         row_B = batch.row_B
         self.set_routing(self.gate_logits(row_B), len(batch), self.known(row_B), self.added(row_B))
 
-    def encode_batch(self, batch: Batch) -> Tensor:
-        """Sets the routing of a batch and returns its encoder output, the input of decoding: hidden_BTD."""
-        self._route(batch)
+    def encode_batch(self, batch: Batch, *, base: bool = False) -> Tensor:
+        """Sets the routing of a batch, or none for the `base`, and returns its encoder output: hidden_BTD."""
+        if not base:
+            self._route(batch)
+        elif self.slot is not None:
+            self.slot.routing = None
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
     def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:

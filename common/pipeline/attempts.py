@@ -13,13 +13,13 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import MoeAsrError, RetryableError, StoreError
-from common.progress import Bar, progress
+from common.progress import progress
 from common.storage.artifacts import Key
 from common.storage.store import Store
 
@@ -42,31 +42,19 @@ class Activity:
         self.name, self.done, self.total, self.unit = name, done, total, unit
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """A progress bar that updates an activity."""
-
-    bar: Bar
-    activity: Activity
-
-    def update(self, n: float = 1, /) -> None:
-        """Counts further units."""
-        self.activity.done += int(n)
-        self.bar.update(n)
-
-    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
-        """Shows values beside the count."""
-        self.bar.set_postfix(refresh=refresh, **values)
-
-    def close(self) -> None:
-        """Ends it."""
-        self.bar.close()
-
-
-def counted_bar(activity: Activity, total: int, name: str, *, unit: str, hidden: bool) -> Counted:
-    """Begins an activity, with a progress bar of the same name."""
+@contextmanager
+def counting(
+    activity: Activity, total: int, name: str, *, unit: str, hidden: bool
+) -> Iterator[Callable[[int], object]]:
+    """Begins an activity and shows a progress bar of the same name while the block runs; yields what counts units."""
     activity.begin(name, 0, total, unit)
-    return Counted(progress(total, name, unit=unit, hidden=hidden), activity)
+
+    def count(units: int) -> None:
+        activity.done += units
+        bar.update(units)
+
+    with closing(progress(total, name, unit=unit, hidden=hidden)) as bar:
+        yield count
 
 
 @dataclass

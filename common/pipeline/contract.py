@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from common.config import Config
 from common.data.corpus import Corpus
@@ -61,15 +61,3 @@ class Contract:
     def processes(self, config: Config) -> int:
         """Number of processes that work together on one piece."""
         return config.runtime.processes if self.together else 1
-
-    def settings(self) -> dict[str, Any]:
-        """The declaration in plain values, for help texts and drift tests."""
-        return {
-            "summary": self.summary,
-            "inputs": list(self.inputs),
-            "sources": list(self.sources),
-            "reads": list(self.reads),
-            "output": self.output,
-            "fans out": self.fan_out is not None,
-            "gpus": self.gpus,
-        }

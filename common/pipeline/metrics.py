@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ class MetricsLog:
         self.activity = activity or Activity()
         self.live = live or Telemetry().stage("")
         self.rows: list[dict[str, Any]] = []
-        self.events: Counter[str] = Counter()
 
     def log(self, row: dict[str, Any], rates: dict[str, float]) -> None:
         """Adds one row; `rates` (throughput) go to the live metrics only, since they differ between equal runs."""
@@ -59,12 +57,6 @@ class MetricsLog:
         if (path := os.environ.get("ARGO_PROGRESS_FILE")) and 0 <= done <= total > 0:
             with contextlib.suppress(OSError):  # a display is no reason to fail
                 Path(path).write_text(f"{done}/{total}\n", encoding="utf-8")
-
-    def event(self, name: str) -> None:
-        """Counts a rare event."""
-        self.events[name] += 1
-        if name == "nonfinite_steps":
-            self.live.add(telemetry.NONFINITE)
 
     def restore(self, rows: list[dict[str, Any]]) -> None:
         """Restores the rows of an interrupted run."""

@@ -6,10 +6,8 @@ A stage's `run` uses neither stores nor workflows: it is a function over folders
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import os
 import platform
 import shutil
 import tempfile
@@ -222,13 +220,6 @@ def last_values(live: StageTelemetry) -> dict[str, float | None]:
     """The stage's metrics for its manifest; None for values that are not finite, which JSON cannot represent."""
     values = {name: value for name, value in live.values().items() if not name.startswith("moe_asr_stage_")}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def hand_out(manifest: Manifest) -> None:
-    """Writes a task's last values as JSON into $MOE_ASR_METRICS_FILE, from which a workflow engine reads them."""
-    if path := os.environ.get("MOE_ASR_METRICS_FILE"):
-        values = {"stage": manifest.stage, "seconds": manifest.seconds, **manifest.metrics}
-        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _context(

@@ -16,7 +16,7 @@ from common.data.features import describe_context
 from common.decoding.decode import Decoding
 from common.errors import MoeAsrError
 from common.evaluation.breakdown import UNKNOWN, loops, named, write_table
-from common.evaluation.evaluate import PAGE, RESULT, TABLE, choose_utterances, decode_corpus, describe_evaluation
+from common.evaluation.evaluate import PAGE, RESULT, ROWS, TABLE, choose_utterances, decode_corpus, describe_evaluation
 from common.files import new_folder
 from common.inference.load_model import OpenedModel
 from common.json_files import Row
@@ -166,7 +166,7 @@ def evaluate_to_folder(
     num_workers: int = 0,
     quiet: bool = True,
 ) -> Row:
-    """Evaluates a model and writes evaluation.json, utterances.csv and report.html into the folder `out`, all or none.
+    """Evaluates a model and writes evaluation.json, its utterances and report.html into the folder `out`, all or none.
 
     Args:
         long_audio: `error`, `drop` utterances over 30 s (their number is in the result), or transcribe them in
@@ -195,6 +195,8 @@ def evaluate_to_folder(
             opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
         )
         (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / ROWS).write_text(lines, encoding="utf-8")
         write_table(folder / TABLE, rows)
         (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")
     return result

@@ -44,7 +44,7 @@ def model_card(
         manifest: of the asr stage's artifact.
         model_digest: the base model's digest in keys.
         corpus_digest: the corpus's digest in keys.
-        utterances: number of utterances of the corpus in all splits.
+        utterances: those of the corpus, in all splits.
     """
     import jinja2
 

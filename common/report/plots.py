@@ -7,7 +7,6 @@ Categories differ by colour, by marker shape and by a label: no reading depends 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import warnings
@@ -39,25 +38,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, MUTED, GRID, PAPER = "#1c1e21", "#5b616a", "#dcdfe4", "#fefefe"
 
 WIDTH = 4.6  # inches: one column of a paper, and a phone without unreadable type
-MAP_POINTS = 5_000
 CURVE_POINTS = 300
 LEGEND_ENTRIES = 8
 PANELS = 16
 LABEL = 26  # characters of a name in a figure
-
-
-def sample_points(rows: Sequence[Row], limit: int = MAP_POINTS) -> list[Row]:
-    """At most `limit` rows of a projection, each cluster and etiology in proportion and none omitted if it fits.
-
-    The choice depends on the ids alone, so that it is the same for any order of the rows.
-    """
-    if len(rows) <= limit:
-        return list(rows)
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: hashlib.sha256(str(row["id"]).encode()).digest()):
-        groups[str(row["cluster"]), str(row.get("etiology"))].append(row)
-    ranked = [(i / len(group), row) for group in groups.values() for i, row in enumerate(group)]
-    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])[:limit]]
 
 
 def render_svg(draw: Callable[[], Figure]) -> str:
@@ -70,7 +54,7 @@ def render_svg(draw: Callable[[], Figure]) -> str:
 
 def plot_clusters(cluster: Path, out: Path) -> list[Path]:
     """Draw the cluster map of a cluster stage's folder into `out`; returns the PNG and SVG files written."""
-    rows = sample_points(read_rows(cluster / "projection.jsonl"))
+    rows = read_rows(cluster / "projection.jsonl")
     return _write(out, {f"clusters_by_{name}": partial(draw_map, rows, name) for name in ("cluster", "etiology")})
 
 
@@ -95,9 +79,8 @@ def plot_asr(asr: Path, out: Path) -> list[Path]:
     figures = {"asr_training": partial(draw_training, read_rows(asr / "metrics.jsonl"))}
     if len(load := read_object(asr / "report.json").get("load") or ()) > 1:
         figures["asr_expert_load"] = partial(draw_load, load)
-    if (asr / "summary.json").is_file():
-        figures["asr_wer_by_etiology"] = partial(draw_rates, read_object(asr / "summary.json")["by_etiology"])
-    if (asr / "predictions.jsonl").is_file() and (shares := routing(read_rows(asr / "predictions.jsonl"))):
+    figures["asr_wer_by_etiology"] = partial(draw_rates, read_object(asr / "summary.json")["by_etiology"])
+    if shares := routing(read_rows(asr / "predictions.jsonl")):
         figures["asr_routing"] = partial(draw_routing, shares)
     return _write(out, figures)
 

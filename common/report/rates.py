@@ -28,10 +28,8 @@ RATES = ("wer_before", "wer_after", "cer_before", "cer_after", "wer_before_uncli
 Step = tuple[str, str, str]  # kind, words of the reference, words of the hypothesis
 
 
-def scored_rows(asr: Path | None) -> list[Row]:
+def scored_rows(asr: Path) -> list[Row]:
     """The rows of predictions.jsonl that the summary describes: those of the test split, if there is one."""
-    if asr is None or not (asr / "predictions.jsonl").is_file():
-        return []
     rows = read_rows(asr / "predictions.jsonl")
     return [row for row in rows if row.get("split") == "test"] or rows
 
@@ -86,10 +84,8 @@ def etiology_section(summary: Row, rows: Sequence[Row]) -> Row | str:
     }
 
 
-def worst_section(rows: Sequence[Row], audio_root: str | None) -> Row | str:
+def worst_section(rows: Sequence[Row], audio_root: str | None) -> Row:
     """The utterances with most errors, each aligned with its reference."""
-    if not rows:
-        return "Worst utterances: the run has no predictions."
     wrong = [row for row in rows if row["errors"]]
     ranked = sorted(wrong, key=lambda r: (-r["errors"], -r["errors"] / max(1, r["words"]), str(r["id"])))[:WORST]
     lines = []

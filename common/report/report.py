@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -53,10 +53,11 @@ class RunView:
         config_yaml: the resolved configuration.
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
-        cluster, gate, asr: a stage's output folder; None where the run has no such stage.
+        cluster, gate, asr: a stage's output folder; None where the run has no cluster or gating stage.
         experts: one output folder per expert, beginning with the shared expert if it was trained before.
         timeline: {stage, shard, started (unix seconds), seconds, host, status ("run" or "skipped")} each.
         audio_root: location of the corpus, shown with the utterances.
+        etiologies: etiology of each of the corpus's utterances, by id.
     """
 
     name: str
@@ -66,9 +67,10 @@ class RunView:
     cluster: Path | None
     gate: Path | None
     experts: list[Path]
-    asr: Path | None
+    asr: Path
     timeline: list[Row]
     audio_root: str | None
+    etiologies: Mapping[str, str]
 
 
 def render_report(view: RunView) -> str:
@@ -81,9 +83,9 @@ def render_report(view: RunView) -> str:
     sections: dict[str, Row | str] = {
         "result": result_section(view.summary, predictions),
         "etiologies": etiology_section(view.summary, predictions),
-        "clusters": _clusters(view.cluster),
+        "clusters": _clusters(view.cluster, view.etiologies),
         "gate": _gate(view.gate),
-        "experts": _experts(view.experts),
+        "experts": _experts(view.experts, view.timeline),
         "joint": _joint(view.asr, predictions),
         "worst": worst_section(predictions, view.audio_root),
         "timeline": _timeline(view.timeline),
@@ -113,26 +115,25 @@ def _about(view: RunView) -> list[str]:
     return about
 
 
-def _clusters(folder: Path | None) -> Row | str:
+def _clusters(folder: Path | None, etiologies: Mapping[str, str]) -> Row | str:
     if folder is None:
         return "Clusters: this run has no cluster stage."
-    if not (folder / "report.json").is_file():
-        return "Clusters: the cluster stage wrote no report.json."
     report = read_object(folder / "report.json")
     section: Row = {"report": report, "maps": [], "reading": _cluster_reading(report), "no_map": None}
     section["merged"] = f"merged from {report['merged_from']}" if report.get("merged_from") else ""
     tries = [f"{a['clusters']} at {a['min_cluster_size']}" for a in report.get("attempts") or ()]
     section["tried"] = f"found: {', '.join(tries)}" if len(tries) > 1 else ""
+    rows = read_rows(folder / "assignments.jsonl")
+    section["composition"] = _composition([row | {"etiology": etiologies[row["id"]]} for row in rows])
     if not (folder / "projection.jsonl").is_file():
         return section | {"no_map": "No map: the run was made without a projection (--no-plot)."}
-    rows = read_rows(folder / "projection.jsonl")
-    drawn = plots.sample_points(rows)
-    cut = "" if len(drawn) == len(rows) else f", a stratified sample of {number(len(drawn))} of {number(len(rows))}"
-    for field, colour in (("cluster", "cluster"), ("etiology", "etiology")):
-        label = f"Scatter plot of {len(drawn)} utterances by {field}; the table below has the counts."
-        svg = inline_svg(partial(plots.draw_map, drawn, field), f"map-{field}", label)
-        section["maps"].append((f"Utterances by {colour}{cut}. Hollow: noise, in the most similar cluster.", svg))
-    return section | {"composition": _composition(rows)}
+    points = read_rows(folder / "projection.jsonl")
+    cut = f", a random sample of {number(len(points))} of {number(len(rows))}" if len(points) < len(rows) else ""
+    for field in ("cluster", "etiology"):
+        label = f"Scatter plot of {len(points)} utterances by {field}; the table below has the counts."
+        svg = inline_svg(partial(plots.draw_map, points, field), f"map-{field}", label)
+        section["maps"].append((f"Utterances by {field}{cut}. Hollow: noise, in the most similar cluster.", svg))
+    return section
 
 
 def _cluster_reading(report: Row) -> str:
@@ -160,8 +161,6 @@ def _composition(rows: Sequence[Row]) -> Row:
 def _gate(folder: Path | None) -> Row | str:
     if folder is None:
         return "Gate: this run trained none before the joint training."
-    if not (folder / "report.json").is_file():
-        return "Gate: the gating stage wrote no report.json."
     report = read_object(folder / "report.json")
     label = f"Confusion matrix over {len(report['labels'])} groups; accuracy {percent(report['accuracy'])}."
     figures: list[Drawing] = [
@@ -186,15 +185,13 @@ def _gate(folder: Path | None) -> Row | str:
     return {"report": report, "groups": groups, "figures": _drawn(figures, "gate")}
 
 
-def _experts(folders: Sequence[Path]) -> Row | str:
+def _experts(folders: Sequence[Path], timeline: Sequence[Row]) -> Row | str:
     if not folders:
         return "Experts: this run trained none before the joint training."
-    with_report = [folder for folder in folders if (folder / "report.json").is_file()]
-    if not with_report:
-        return "Experts: the experts stage wrote no report.json."
-    reports = [_with_top(read_object(folder / "report.json")) for folder in with_report]
-    with_metrics = [folder for folder in with_report if (folder / "metrics.jsonl").is_file()]
-    curves = [plots.expert_curves(folder) for folder in with_metrics]
+    reports = [_with_top(read_object(folder / "report.json")) for folder in folders]
+    seconds = {e["shard"] or "shared": e["seconds"] for e in timeline if e["stage"] in ("experts", "shared")}
+    reports = [report | {"seconds": seconds.get(str(report["cluster"]))} for report in reports]
+    curves = [plots.expert_curves(folder) for folder in folders]
     shown = curves[: plots.PANELS]
     highest = max((row["loss"] for _, rows in shown for row in rows if is_number(row.get("loss"))), default=None)
     figures: list[Drawing] = []
@@ -213,14 +210,8 @@ def _with_top(report: Row) -> Row:
     return report | {"top": [(name or "unknown", n) for name, n in ranked[:3]], "more": max(0, len(ranked) - 3)}
 
 
-def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
-    if folder is None:
-        return "Joint training: this run has no asr stage."
-    if not (folder / "report.json").is_file():
-        return "Joint training: the asr stage wrote no report.json."
-    report = read_object(folder / "report.json")
-    if (folder / "throughput.json").is_file():
-        report["throughput"] = read_object(folder / "throughput.json")
+def _joint(folder: Path, rows: Sequence[Row]) -> Row:
+    report = read_object(folder / "report.json") | {"throughput": read_object(folder / "throughput.json")}
     load = report.get("load") or []
     figures = _training_figure(folder, "Loss, and WER on dev where it was decoded.")
     if len(load) > 1:
@@ -244,8 +235,7 @@ def _joint(folder: Path | None, rows: Sequence[Row]) -> Row | str:
 
 
 def _training_figure(folder: Path, title: str) -> list[Drawing]:
-    if not (folder / "metrics.jsonl").is_file() or not (rows := read_rows(folder / "metrics.jsonl")):
-        return []
+    rows = read_rows(folder / "metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("split") == "train" and row.get("loss") is not None]
     ends = f", from {number(float(losses[0]))} to {number(float(losses[-1]))}" if losses else ""
     return [(title, partial(plots.draw_training, rows), f"Line chart of training loss over steps{ends}; and dev.")]

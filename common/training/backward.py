@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ def forward_backward(
     parts = [part for batch in micro for part in halves(batch, split)]
     try:
         for number, part in enumerate(parts):
-            with no_sync(model, number + 1 < len(parts)), accelerator.autocast():
+            with accelerator.no_sync(model) if number + 1 < len(parts) else nullcontext(), accelerator.autocast():
                 loss, values = model(part)
                 accelerator.backward(loss / weight * accelerator.num_processes)
             total += loss.detach().float() / weight
@@ -35,13 +35,6 @@ def forward_backward(
         torch.cuda.empty_cache()
         return total, logs, False
     return total, logs, True
-
-
-def no_sync(model: nn.Module, wanted: bool) -> Any:
-    """Disables the gradient exchange for all parts of a step except the last."""
-    if wanted and isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return torch.enable_grad()
 
 
 def halves(batch: TrainBatch, split: int) -> list[TrainBatch]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from common.data.batches import BatchLoader, Example, epoch_batches
-from common.json_files import read_rows
 
 
 def mean_loss(
@@ -25,8 +23,3 @@ def mean_loss(
             total += torch.stack([logs["ce"].float(), batch.weight.float()])
     total = accelerator.reduce(total, "sum")
     return float(total[0] / total[1].clamp_min(1))
-
-
-def read_jsonl_column(path: Path, column: str) -> dict[str, int]:
-    """id → an integer column of a JSON Lines table."""
-    return {row["id"]: int(row[column]) for row in read_rows(path)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -56,9 +57,13 @@ class Throughput:
         self._waited = 0.0  # within this step: shown when it ends, so that waiting is never more than the steps
         self._tokens = torch.zeros((), device=device)  # read with the rates, since that waits for the device
 
-    def waiting(self) -> _Stopwatch:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
         """A context whose time counts as waiting for data."""
-        return _Stopwatch(self)
+        since = time.monotonic()
+        yield
+        seconds = time.monotonic() - since
+        self.waited, self._waited = self.waited + seconds, self._waited + seconds
 
     def add(self, batches: Sequence[TrainBatch]) -> None:
         """Counts the batches of one step."""
@@ -77,11 +82,6 @@ class Throughput:
         self._waited = 0.0
         for metric, amount in ((telemetry.SAMPLES, samples), (telemetry.AUDIO, audio), (telemetry.PADDED, slots)):
             self.live.add(metric, amount)
-
-    def wait(self, seconds: float) -> None:
-        """Counts time in which the loop waited for data."""
-        self.waited += seconds
-        self._waited += seconds
 
     def pause(self) -> None:
         """Stops the clock (evaluation)."""
@@ -139,14 +139,3 @@ class Throughput:
             "data_wait_percent": 100 * self.waited / seconds,
             "peak_memory_bytes": totals["peak_memory_bytes"],
         }
-
-
-class _Stopwatch:
-    def __init__(self, meter: Throughput) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.meter.wait(time.monotonic() - self.since)

@@ -28,6 +28,7 @@ from common.errors import DataError, Preempted, RetryableError, UsageError
 from common.pipeline.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
+from common.telemetry import NONFINITE
 from common.training.backward import forward_backward
 from common.training.schedules import learning_rate_factor
 from common.training.state import (
@@ -292,7 +293,7 @@ def train(
                 if not scaled or overflows > 1:  # a scaler finds its scale by one overflow now and then
                     tqdm.write(f"{label}: gradient is not finite at step {state.step}: the step is skipped")
                 if metrics:
-                    metrics.event("nonfinite_steps")
+                    metrics.live.add(NONFINITE)
                 if not scaled:
                     optimizer.zero_grad()
             optimizer.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from common.model.bundle import save_recogniser
 from common.model.recogniser import Recogniser
 from common.model.routing import routing_report
 from common.model.whisper import load_whisper
-from common.pipeline.attempts import counted_bar
+from common.pipeline.attempts import counting
 from common.pipeline.stage import Context
 from common.storage.artifacts import Key
 from common.training.speech import mean_loss
@@ -60,10 +60,6 @@ class SpeechSet:
     utterances: list[Utterance]
     examples: list[Example]
     loader: BatchLoader
-
-    def some(self, count: int, seed: int) -> list[Utterance]:
-        """A stratified part of at most `count` utterances."""
-        return stratified_subset(self.utterances, count=min(count, len(self.utterances)), seed=seed)
 
 
 @dataclass(frozen=True)
@@ -234,7 +230,8 @@ def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]
     """
     config, dev, live = joint.config, joint.sets["dev"], joint.context.metrics.live
     seconds, decoding = config.runtime.extract_batch_seconds, decoding_options(config)
-    decoded = dev.some(config.asr.select_samples, config.seed)
+    count = min(config.asr.select_samples, len(dev.utterances))
+    decoded = stratified_subset(dev.utterances, count=count, seed=config.seed)
     wanted = {u.id for u in decoded}
     subset = [example for example in dev.examples if example.id in wanted]
     workers = min(1, config.runtime.num_workers)
@@ -286,7 +283,8 @@ def _evaluate(joint: Joint, model: Path, result: TrainResult, judged: list[dict[
     rows, summary = prediction_rows(old, new), summarise(**rates)
     in_train = {u.speaker for u in joint.sets["train"].utterances} - {""}
     summary["speakers_in_train"] = len({u.speaker for u in test.utterances} & in_train)
-    summary["audio_context"] = {"before": describe_context("30s", 0), "after": describe_context(*audio_context(config))}
+    after_context = describe_context(config.audio.context, config.audio.margin)
+    summary["audio_context"] = {"before": describe_context("30s", 0), "after": after_context}
     report |= {
         "mixture": config.asr.mixture if config.asr.adapt == "lora" else "none",
         "trained_parameters": result.parameters,
@@ -330,8 +328,8 @@ def _base_texts(joint: Joint, model: Path) -> tuple[dict[str, str], bool]:
 def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *, base: bool = False) -> dict[str, str]:
     """id → text of every utterance of a set, with a progress bar of this name."""
     hidden = joint.config.runtime.quiet or not joint.accelerator.is_main_process
-    bar = counted_bar(joint.context.attempt.activity, len(part.examples), name, unit="utterances", hidden=hidden)
-    with closing(bar):
+    activity, total = joint.context.attempt.activity, len(part.examples)
+    with counting(activity, total, name, unit="utterances", hidden=hidden) as count:
         return decode_set(
             recogniser,
             part.examples,
@@ -340,7 +338,7 @@ def _decode(joint: Joint, name: str, recogniser: Recogniser, part: SpeechSet, *,
             decoding_options(joint.config),
             joint.accelerator,
             base=base,
-            bar=bar,
+            count=count,
             stopping=joint.context.stopping,
         )
 
@@ -353,11 +351,6 @@ def _training_is_saved() -> Iterator[None]:
     except Preempted:
         message = "asr: stopped by a signal while scoring: training is saved; scoring will start again"
         raise Preempted(message) from None
-
-
-def audio_context(config: Config) -> tuple[str, int]:
-    """(context, margin) of the model in training and scoring."""
-    return config.audio.context, config.audio.margin
 
 
 def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], dict[str, Any]]:

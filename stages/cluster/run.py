@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.clustering.cluster import Clustering, cluster, known_groups
+from common.clustering.cluster import cluster
 from common.clustering.embeddings import read_tables
 from common.clustering.reduction import project
 from common.clustering.report import cluster_report, poor_clustering
@@ -18,7 +18,6 @@ from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.pipeline.stage import Context
-from common.sections import ClusterConfig
 from stages.inputs import training_subset
 
 log = logging.getLogger(__name__)
@@ -37,8 +36,15 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
             "subsets.embeddings_percent"
         )
     options = config.cluster
-    clusters = _find(options, points_ND, [u.etiology for u in utterances], wanted, config.seed)
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
+    clusters = cluster(
+        points_ND,
+        etiologies=groups["etiology"],
+        num_clusters=wanted,
+        allow_reduce=options.reduce_experts,
+        seed=config.seed,
+        **options.model_dump(exclude={"reduce_experts", "plot"}),
+    )
     report = cluster_report(clusters, clusters.reduced_NP, groups=groups, seed=config.seed)
     report |= {"clusters_wanted": wanted, "warning": poor_clustering(report, groups, wanted)}
     if report["warning"]:
@@ -57,24 +63,6 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")
     context.summary["utterances"] = len(utterances)
     context.summary |= {name: report[name] for name in ("clusters", "clusters_wanted", "noise_share", "warning")}
-
-
-def _find(
-    options: ClusterConfig, points_ND: np.ndarray, etiologies: Sequence[str], wanted: int, seed: int
-) -> Clustering:
-    if options.algorithm == "etiology":
-        return known_groups(points_ND, etiologies, reduce=options.reduce, reduce_dim=options.reduce_dim, seed=seed)
-    return cluster(
-        points_ND,
-        num_clusters=wanted,
-        algorithm=options.algorithm,
-        reduce=options.reduce,
-        reduce_dim=options.reduce_dim,
-        min_cluster_size=options.min_cluster_size,
-        min_samples=options.min_samples,
-        allow_reduce=options.reduce_experts,
-        seed=seed,
-    )
 
 
 def _draw(

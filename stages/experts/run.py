@@ -19,7 +19,7 @@ from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
 from common.data.tokens import load_codec
-from common.json_files import read_object
+from common.json_files import read_object, read_rows
 from common.model.adapters import load_expert, save_expert
 from common.model.bundle import load_gate
 from common.model.gate import Gate
@@ -28,7 +28,7 @@ from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.stage import Context
 from common.training.rates import adapter_groups
-from common.training.speech import mean_loss, read_jsonl_column
+from common.training.speech import mean_loss
 from common.training.train import make_accelerator, train
 from stages.inputs import evaluation_subset, training_subset
 from stages.settings import augmentation, epoch_planner, lora_scope, speech_examples, train_options
@@ -152,7 +152,7 @@ def _utterances(
     table, router = read_tables(embeddings), load_gate(gate).eval()
     own = assigned(training_subset(config, corpus, "experts"), table, router, expert)
     if not own:  # a subset smaller than the gate's may hold none of the group: then those that the gate learnt from
-        group_of = read_jsonl_column(gate / "assignments.jsonl", "group")
+        group_of = {row["id"]: row["group"] for row in read_rows(gate / "assignments.jsonl")}
         own = [u for u in corpus.split("train") if group_of.get(u.id) == expert]
     dev = evaluation_subset(config, corpus, "dev")
     return own, assigned(dev, table, router, expert) or dev

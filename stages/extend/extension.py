@@ -100,13 +100,12 @@ def make_plan(
         UsageError: a name is invalid or already exists.
         DataError: the corpus has no utterances for training.
     """
-    _check_name(wish.name)
+    if not NAME.fullmatch(wish.name):
+        raise UsageError(
+            f"{wish.name!r} cannot name an expert: --name takes letters, digits, dots, dashes, underscores"
+        )
     record = parent_record(opened, config, store)
-    clash = [
-        info
-        for info in opened.added
-        if info.name == wish.name or (info.column, info.value) == (wish.column, wish.value)
-    ]
+    clash = [info for info in opened.added if _same(info, wish)]
     if clash and not wish.replace:
         info = clash[0]
         raise UsageError(
@@ -180,7 +179,7 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     return [info for info, _ in made]
 
 
-def _same(info: AddedExpert, other: AddedExpert) -> bool:
+def _same(info: AddedExpert, other: AddedExpert | Wish) -> bool:
     return info.name == other.name or (info.column, info.value) == (other.column, other.value)
 
 
@@ -212,11 +211,6 @@ def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str
             "digest": model_content(opened.folder),
         },
     }
-
-
-def _check_name(name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name an expert: --name takes letters, digits, dots, dashes, underscores")
 
 
 def _slug(text: str) -> str:
@@ -280,18 +274,6 @@ def _write_card(store: Store, name: str, root: str, count: int) -> None:
     store.write(f"{name}/README.md", f"{card.rstrip()}\n\n## Added experts\n\n{sentence}\n".encode())
 
 
-def extension_record(name: str, store: Store) -> tuple[Store, dict[str, Any]]:
-    """Store and record of a run with added experts.
-
-    Raises:
-        DataError: there is no such run.
-    """
-    located = find_run(name, store)
-    if located is None:
-        raise DataError(f"no run {name!r} in {store.url}; runs there: {', '.join(run_names(store)) or 'none'}")
-    return located
-
-
 def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
     """Removes an added expert from a run; deletes its files unless another run uses them.
 
@@ -299,9 +281,13 @@ def remove(name: str, expert: str, store: Store, cache: Path) -> list[str]:
         The other runs that use it.
 
     Raises:
+        DataError: there is no such run.
         UsageError: the run has no such expert.
     """
-    store, record = extension_record(name, store)
+    located = find_run(name, store)
+    if located is None:
+        raise DataError(f"no run {name!r} in {store.url}; runs there: {', '.join(run_names(store)) or 'none'}")
+    store, record = located
     added = added_of(store, record, cache)
     key = next((key for info, key in added if info.name == expert), None)
     if key is None:

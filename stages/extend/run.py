@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from common.json_files import Row
 from common.limits import is_too_long
 from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
 from common.model.routing import Choice
-from common.pipeline.attempts import counted_bar
+from common.pipeline.attempts import counting
 from common.pipeline.stage import Context
 from common.training.added import (
     ENOUGH_GROUPS,
@@ -239,8 +238,8 @@ def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str
     """id → text of some of the utterances, with the current routing of the model."""
     examples = [enrolment.examples[number] for number in numbers]
     loader = BatchLoader(examples, num_workers=0, device=work.opened.accelerator.device)
-    with closing(counted_bar(work.context.attempt.activity, len(examples), name, unit="utterances",
-                             hidden=work.config.runtime.quiet)) as bar:  # fmt: skip
+    activity, hidden = work.context.attempt.activity, work.config.runtime.quiet
+    with counting(activity, len(examples), name, unit="utterances", hidden=hidden) as count:
         return decode_set(
             enrolment.recogniser,
             examples,
@@ -248,7 +247,7 @@ def _decode(work: _Work, enrolment: Enrolment, numbers: Sequence[int], name: str
             work.opened.codec,
             decoding_options(work.config),
             work.opened.accelerator,
-            bar=bar,
+            count=count,
             stopping=work.context.stopping,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,62 @@ from torch import Tensor, nn
 from common.clustering.embeddings import read_tables
 from common.clustering.report import shared_information
 from common.config import Config
-from common.data.corpus import Corpus
+from common.data.corpus import Corpus, Utterance
+from common.errors import DataError
 from common.evaluation.gate_report import gate_report, new_speakers_report
 from common.json_files import Row, read_rows
 from common.model.bundle import save_gate
 from common.model.gate import Gate
 from common.pipeline.stage import Context
 from common.training.train import make_accelerator, train
-from stages.gating.groups import Groups, clustered_groups, labelled_groups
 from stages.settings import train_options
 
 HELD_OUT = 0.1  # of each group
 ASSIGNMENTS = "assignments.jsonl"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Utterances with the group of each.
+
+    Attributes:
+        numbers: number of each utterance's group.
+        names: names of the groups, by number.
+    """
+
+    utterances: tuple[Utterance, ...]
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def clustered_groups(train: Sequence[Utterance], assignments: Sequence[Row]) -> Groups:
+    """The clusters.
+
+    Args:
+        assignments: rows of the cluster stage.
+    """
+    utterance_of = {u.id: u for u in train}
+    numbers = tuple(int(row["cluster"]) for row in assignments)
+    names = tuple(f"cluster {number}" for number in range(max(numbers) + 1))
+    return Groups(tuple(utterance_of[row["id"]] for row in assignments), numbers, names)
+
+
+def labelled_groups(train: Sequence[Utterance], embedded: Collection[str], column: str) -> Groups:
+    """The values of a column, for all embedded training utterances with a value, not only for clustered utterances.
+
+    Raises:
+        DataError: no utterance has a value.
+    """
+    known = set(embedded)
+    utterances = tuple(u for u in train if u.id in known and getattr(u, column))
+    if not utterances:
+        raise DataError(
+            f"gating.target: the corpus's column {column!r} is empty in train: name another column, or train the gate "
+            "on clusters (gating.target=cluster)"
+        )
+    names = tuple(sorted({str(getattr(u, column)) for u in utterances}))
+    number_of = {name: number for number, name in enumerate(names)}
+    return Groups(utterances, tuple(number_of[getattr(u, column)] for u in utterances), names)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from common.data.audio import read_audio
 from common.data.corpus import read_corpus, write_index
 from common.data.shards import pack_corpus
 from common.errors import ConfigError, DataError, UsageError
-from common.evaluation.breakdown import read_table
 from common.json_files import read_rows
 from common.storage import open_store
 from tests.cli.test_main import moe_asr
@@ -59,7 +58,7 @@ def test_an_evaluation_of_a_run_has_the_rates_of_its_summary(evaluated, micro_ru
         assert evaluation["by_etiology"][name]["wer"] == pytest.approx(group["wer_after"])
     report = json.loads((micro_run[1] / "report.json").read_text())
     assert evaluation["load"] == pytest.approx(report["load"], abs=1e-3)
-    assert read_table(evaluated / "utterances.csv")[0]["id"] == read_rows(micro_run[1] / "predictions.jsonl")[0]["id"]
+    assert read_rows(evaluated / "predictions.jsonl")[0]["id"] == read_rows(micro_run[1] / "predictions.jsonl")[0]["id"]
 
 
 def test_the_base_evaluated_is_the_run_before_training(base, micro_run):
@@ -112,14 +111,14 @@ def test_hostile_words_stay_text(micro_model, tones, tmp_path):
 
 
 def test_the_better_of_two_references_counts(micro_model, tones, base, tmp_path):
-    heard = {row["id"]: row["hypothesis"] for row in read_table(base / "utterances.csv")}
+    heard = {row["id"]: row["hypothesis"] for row in read_rows(base / "predictions.jsonl")}
     shutil.copytree(tones, tmp_path / "corpus")
     write_index(
         tmp_path / "corpus",
         [replace(u, text_alt=heard.get(u.id) or "nothing") for u in read_corpus(tones).utterances],
     )
     call("evaluate", micro_model, tmp_path / "corpus", "--samples", 12, "--out", tmp_path / "out", *QUICK)
-    rows = read_table(tmp_path / "out" / "utterances.csv")
+    rows = read_rows(tmp_path / "out" / "predictions.jsonl")
     assert all(row["errors"] == 0 and row["reference_used"] == 1 for row in rows if row["chars"])
 
 
@@ -150,7 +149,7 @@ def test_long_utterances_are_heard_in_windows_where_that_is_wanted(micro_model, 
     write_index(tmp_path / "corpus", [replace(test[0], audio_filepath="long.wav", duration=34.0), *short])
     out = tmp_path / "out"
     call("evaluate", micro_model, tmp_path / "corpus", "--long-audio", "windows", "--out", out, *QUICK)
-    rows = {row["id"]: row for row in read_table(out / "utterances.csv")}
+    rows = {row["id"]: row for row in read_rows(out / "predictions.jsonl")}
     assert len(rows) == 3 and rows[test[0].id]["hypothesis"]
     assert json.loads((out / "evaluation.json").read_text())["left_out"] == 0
 

@@ -8,6 +8,7 @@ from common.report.report import RunView
 
 ETIOLOGIES = ("plain", "whisper", "croak", "tremor", "fast", "breathy")
 WORDS = "the river bank holds seven copper kettles and a quiet lamp beside two old maps under green winter light"
+MAPPED = 5000  # points of the cluster map at most, as in the cluster stage
 CONFIG = "mode: demo\nseed: 42\nmodel:\n  name: models/tiny.en\nasr:\n  mixture: blend\n  top_k: 2\n"
 
 
@@ -19,7 +20,7 @@ def write_fake_run(
     root = Path(root)
     predictions = [_prediction(rng, i, speakers, etiologies, experts, gain) for i in range(utterances)]
     cluster, gate, asr = root / "cluster", root / "gate", root / "asr"
-    _write_cluster(cluster, rng, experts, points, etiologies)
+    of_points = _write_cluster(cluster, rng, experts, points, etiologies)
     _write_gate(gate, rng, experts)
     folders = [root / "experts" / str(i) for i in range(experts)]
     for i, folder in enumerate(folders):
@@ -27,7 +28,9 @@ def write_fake_run(
     summary = _summary(predictions)
     _write_asr(asr, rng, experts, predictions, summary)
     timeline = _timeline(rng, experts)
-    return RunView("demo", CONFIG, "0.1.0", summary, cluster, gate, folders, asr, timeline, "data/demo")
+    stages = {"cluster": cluster, "gate": gate, "experts": folders, "asr": asr}
+    return RunView("demo", CONFIG, "0.1.0", summary, **stages, timeline=timeline, audio_root="data/demo",
+                   etiologies=of_points)  # fmt: skip
 
 
 def write_rows(path, rows):
@@ -120,7 +123,9 @@ def _write_cluster(folder, rng, experts, points, etiologies):
         etiology = etiologies[cluster % len(etiologies)] if rng.random() < 0.7 else rng.choice(etiologies)
         noise = rng.random() < 0.12
         rows.append({"id": f"utt{i:05d}", "x": x, "y": y, "cluster": cluster, "etiology": etiology, "noise": noise})
-    write_rows(folder / "projection.jsonl", rows)
+    assigned = [{"id": r["id"], "cluster": r["cluster"], "noise": r["noise"], "probability": 0.9} for r in rows]
+    write_rows(folder / "assignments.jsonl", assigned)
+    write_rows(folder / "projection.jsonl", rows if points <= MAPPED else rng.sample(rows, MAPPED))
     write_object(folder / "report.json", {
         "algorithm": "hdbscan", "clusters": experts, "clusters_wanted": experts, "warning": "", "silhouette": 0.31,
         "noise_share": sum(r["noise"] for r in rows) / points,
@@ -128,8 +133,9 @@ def _write_cluster(folder, rng, experts, points, etiologies):
         "purity": {"etiology": 0.74, "speaker": 0.39},
         "adjusted_rand": {"etiology": 0.52, "speaker": 0.21}, "min_cluster_size": 3,
         "attempts": [{"min_cluster_size": 5, "clusters": 2}, {"min_cluster_size": 3, "clusters": experts + 1}],
-        "merged_from": experts + 1,
+        "merged_from": experts + 1, "utterances_clustered": points,
     })  # fmt: skip
+    return {row["id"]: row["etiology"] for row in rows}
 
 
 def _write_gate(folder, rng, experts):
@@ -146,8 +152,8 @@ def _write_gate(folder, rng, experts):
 def _write_expert(folder, rng, i, etiologies):
     counts = {name: rng.randint(1, 40) for name in etiologies[: 1 + i % len(etiologies)]}
     write_object(folder / "report.json", {
-        "cluster": i, "utterances": sum(counts.values()), "etiologies": counts, "best_step": 45,
-        "best_value": 0.7 + i / 50, "seconds": 20.0 + i,
+        "cluster": i, "group": f"cluster {i}", "utterances": sum(counts.values()), "etiologies": counts, "steps": 60,
+        "best_step": 45, "best_value": 0.7 + i / 50,
     })  # fmt: skip
     write_rows(folder / "metrics.jsonl", metrics(rng, start=2 + i / 4, wer=False))
 
@@ -186,7 +192,7 @@ def _timeline(rng, experts):
                 "stage": "experts",
                 "shard": str(i),
                 "started": started,
-                "seconds": 24.0,
+                "seconds": 20.0 + i,
                 "host": "laptop",
                 "status": "run",
             }

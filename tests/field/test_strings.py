@@ -12,7 +12,6 @@ from cli.main import cli
 from common.data.corpus import read_corpus
 from common.errors import DataError
 from common.json_files import read_rows
-from common.training.speech import read_jsonl_column
 from tests.cli.test_main import ENVIRONMENT
 from tests.field.tables import cells, imported, recordings
 
@@ -26,7 +25,7 @@ def test_separators_inside_of_a_text_or_id_do_not_end_a_line(tmp_path, separator
     assert read_corpus(tmp_path / "out").digest == made.corpus.digest
     table = tmp_path / "assignments.jsonl"
     table.write_text(json.dumps({"id": f"a{separator}b", "cluster": 3}, ensure_ascii=False) + "\n", "utf-8")
-    assert read_jsonl_column(table, "cluster") == {f"a{separator}b": 3}
+    assert read_rows(table) == [{"id": f"a{separator}b", "cluster": 3}]
 
 
 def test_a_csv_keeps_them_too(tmp_path):

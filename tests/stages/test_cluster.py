@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info
 from common.clustering.embeddings import write_table
 from common.config import validate
 from common.data.corpus import read_corpus
+from common.json_files import read_rows
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.stage import Context
 from stages.cluster.run import run
@@ -34,6 +35,13 @@ def cluster_stage(tones, tmp_path):
 
     stage.groups_N = np.unique([u.etiology for u in corpus.utterances], return_inverse=True)[1]
     return stage
+
+
+def test_the_map_is_a_sample_of_many_utterances(cluster_stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.cluster.run.PLOTTED", 50)
+    cluster_stage(np.random.default_rng(0).normal(size=(108, 8)).astype(np.float32), reduce="none", plot="pca")
+    mapped, assigned = (read_rows(tmp_path / "output" / f"{name}.jsonl") for name in ("projection", "assignments"))
+    assert (len(mapped), len(assigned)) == (50, 72)
 
 
 def processor_ticks() -> dict[str, int]:

@@ -1,6 +1,7 @@
 """`asr.pretrain: experts`: the shared expert first, routed experts on top of it, then all jointly."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -63,6 +64,8 @@ def test_the_shared_expert_comes_first_and_both_are_in_timeline_and_report(made)
     order = [row["stage"] for row in sorted(record["timeline"], key=lambda row: row["started"])]
     assert order == ["extract", "cluster", "gating", "shared", "experts", "experts", "asr"]
     page = (store / "micro" / "report.html").read_text()
+    times = re.findall(r"<td>([^<]*)</td>\s*<td class=\"text\">", page.split('id="experts"')[1].split("</table>")[0])
+    assert len(times) == 3 and "–" not in times
     assert "trained on top of the shared one" in page and "shared expert, expert 0, expert 1" in page
     report = json.loads((folders(store, "shared")[0] / "report.json").read_text())
     parts = [json.loads((folder / "report.json").read_text()) for folder in folders(store, "experts")]

@@ -1,8 +1,9 @@
-"""Accuracy for speakers that were not fitted on, by one utterance and by all of a speaker's."""
+"""Hand-computed calibration; accuracy for speakers not fitted on, by one utterance and by all of a speaker's."""
 
 import numpy as np
+import pytest
 
-from common.evaluation.gate_report import new_speakers_report
+from common.evaluation.gate_report import gate_report, new_speakers_report
 
 
 def voices(shift, *, per_speaker=12, speakers=8, groups=2, seed=0):
@@ -19,6 +20,21 @@ def voices(shift, *, per_speaker=12, speakers=8, groups=2, seed=0):
             labels.append(group)
             names.append(f"s{speaker}")
     return np.array(rows, np.float32), np.array(labels), names
+
+
+def test_calibration_error_is_the_hand_computed_one():
+    probability_NK = np.array([[0.95, 0.05], [0.15, 0.85], [0.85, 0.15], [0.45, 0.55]], np.float32)
+    report = gate_report(probability_NK, np.array([0, 0, 0, 1]))
+    # Bins of a tenth: 0.95 is right; of the two at 0.85 one is; 0.55 is right.
+    assert report["expected_calibration_error"] == pytest.approx((0.05 + 2 * 0.35 + 0.45) / 4, abs=1e-6)
+    assert [(row["count"], row["accuracy"]) for row in report["reliability"]] == [(1, 1.0), (2, 0.5), (1, 1.0)]
+    assert report["accuracy"] == 0.75
+
+
+def test_a_gate_that_is_sure_is_calibrated_where_it_is_right():
+    probability_NK = np.eye(2, dtype=np.float32)[[0, 1, 0]]
+    assert gate_report(probability_NK, np.array([0, 1, 0]))["expected_calibration_error"] < 1e-6
+    assert gate_report(probability_NK, np.array([1, 0, 1]))["expected_calibration_error"] > 0.99
 
 
 def test_audible_groups_are_told_from_one_utterance():

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from common.data.corpus import Utterance
 from common.errors import Preempted
 from common.evaluation.score import decode_batches, prediction_rows, rates_of, scored_rows, summarise
-from common.pipeline.attempts import Activity, counted_bar
+from common.pipeline.attempts import Activity, counting
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 FIELDS = ("id", "speaker", "etiology", "severity", "duration", "text", "text_alt")
@@ -46,24 +46,23 @@ class Short:
 
 def test_decoding_counts_its_utterances_and_stops_when_told():
     activity = Activity()
-    bar = counted_bar(activity, 10, "scoring", unit="utterances", hidden=True)
     stopping = iter([False, False, True, True])
 
     def decode(stop):
-        return decode_batches(
-            [Short()] * 10,
-            lambda batches: map(Some, batches),
-            lambda batch: [(name.upper(), ((), ())) for name in batch.ids],
-            Accelerator(cpu=True),
-            batch_size=4,
-            bar=bar,
-            stopping=stop,
-        )
+        with counting(activity, 10, "scoring", unit="utterances", hidden=True) as count:
+            return decode_batches(
+                [Short()] * 10,
+                lambda batches: map(Some, batches),
+                lambda batch: [(name.upper(), ((), ())) for name in batch.ids],
+                Accelerator(cpu=True),
+                batch_size=4,
+                count=count,
+                stopping=stop,
+            )
 
     decoded = decode(lambda: False)
     assert {name: text for name, (text, _) in decoded.items()} == {f"u{i}": f"U{i}" for i in range(10)}
     assert (activity.name, activity.done, activity.total) == ("scoring", 10, 10)
-    activity.done = 0
     next(stopping)
     with pytest.raises(Preempted):
         decode(lambda: next(stopping))

@@ -12,7 +12,6 @@ from common.evaluation.wer import (
     bootstrap_interval,
     cer,
     duration_bucket,
-    group_report,
     paired_bootstrap,
     score,
     summarise,
@@ -243,21 +242,6 @@ def test_paired_bootstrap_refuses_different_utterances():
 def test_loops_are_told_from_long_or_repetitive_speech(said, meant, loop):
     assert is_hallucination_loop(said, meant) == loop
     assert score("u", said, [meant]).loop == loop
-
-
-def test_groups_partition_the_utterances():
-    scores = _scores()
-    groups = {score.id: ("als", "plain")[i % 2] for i, score in enumerate(scores[:-10])}
-    report = group_report(scores, groups, _speakers(scores))
-    assert list(report) == ["als", "plain", "unknown"]
-    assert report["unknown"]["utterances"] == 10
-    assert sum(part["words"] for part in report.values()) == sum(score.words for score in scores)
-    weighted = sum(part["wer"] * part["words"] for part in report.values())
-    assert weighted / sum(score.words for score in scores) == pytest.approx(wer(scores))
-    als = [score for score in scores if groups.get(score.id) == "als"]
-    assert report["als"] == summarise(als, _speakers(scores))
-    low, high = report["als"]["ci"]
-    assert low <= report["als"]["wer"] <= high
 
 
 def test_loops_are_counted():

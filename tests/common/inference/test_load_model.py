@@ -79,7 +79,35 @@ def test_a_run_is_known_by_name_folder_artifact_and_model_folder(trained, tmp_pa
     store, folder = trained
     root = Path(store.url)
     for name in ("micro", str(root / "micro"), str(folder.parent), str(folder)):
-        assert find_model(name, store, tmp_path).resolve() == folder.resolve(), name
+        assert find_model(name, store, tmp_path)[0].resolve() == folder.resolve(), name
+
+
+@pytest.mark.parametrize(("base", "revision"), [(None, "abc"), ("org/own", "abc"), ("org/other", None)])
+def test_the_recorded_revision_is_that_of_the_recorded_base(
+    trained, tmp_path, micro_model, monkeypatch, base, revision
+):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def locate(name, cache, *, revision, endpoint_url):
+        calls.append((name, revision))
+        return micro_model
+
+    monkeypatch.setattr("common.inference.load_model.locate_model", locate)
+    monkeypatch.setattr("common.inference.load_model._with_adapter", lambda whisper, folder: whisper)
+    bundle = shutil.copytree(trained[1], tmp_path / "bundle")
+    description = read_object(bundle / "recogniser.json")
+    (bundle / "recogniser.json").write_text(
+        json.dumps(description | {"base": "org/own", "base_digest": "hub:org/own@abc"})
+    )
+    adapter(micro_model, tmp_path / "adapter")
+    settings = read_object(tmp_path / "adapter" / "adapter_config.json")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "org/own", "revision": "abc"})
+    )
+    for name in ("bundle", "adapter"):
+        opened(tmp_path / name, tmp_path, base=base)
+    assert calls == [(base or "org/own", revision)] * 2
 
 
 def test_audio_without_a_table_is_routed_as_its_embedding_is(trained, tones, tmp_path):

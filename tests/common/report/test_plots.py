@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ from common.errors import DataError
 from common.json_files import read_rows
 from common.report import plots
 from common.report.page import inline_svg
-from tests.common.fake_run import metrics, write_fake_run
+from tests.common.fake_run import metrics, write_fake_run, write_rows
 
 # Viénot, Brettel and Mollon 1999, in linear RGB, as tabulated by Machado et al. 2009 (severity 1).
 VISION = {
@@ -69,9 +70,11 @@ def test_missing_metrics_are_named(tmp_path):
 
 
 def test_dense_run_and_run_without_experts_have_what_plots_they_can(view, tmp_path):
-    (tmp_path / "report.json").write_text('{"experts": 0}', encoding="utf-8")
-    (tmp_path / "metrics.jsonl").write_bytes((view.asr / "metrics.jsonl").read_bytes())
-    assert {path.stem for path in plots.plot_asr(tmp_path, tmp_path / "out")} == {"asr_training"}
+    asr = shutil.copytree(view.asr, tmp_path / "asr")
+    (asr / "report.json").write_text('{"experts": 0}', encoding="utf-8")
+    rows = [row | {"experts": [], "weights": []} for row in read_rows(asr / "predictions.jsonl")]
+    write_rows(asr / "predictions.jsonl", rows)
+    assert {path.stem for path in plots.plot_asr(asr, tmp_path / "out")} == {"asr_training", "asr_wer_by_etiology"}
     assert plots.plot_experts([], tmp_path) == []
 
 
@@ -127,22 +130,6 @@ def test_rare_etiologies_share_one_entry_and_clusters_never_do():
     assert len(categories) == plots.LEGEND_ENTRIES and set().union(*categories.values()) == set(names)
     assert next(iter(categories)) == "e0" and list(categories)[-1] == "5 others"
     assert list(plots._categories(["10", "2", "1"], by_number=True)) == ["1", "2", "10"]
-
-
-def test_sample_is_stratified_small_enough_and_independent_of_order():
-    rng = random.Random(1)
-    rows = [
-        {"id": f"u{i}", "cluster": min(3, int(rng.expovariate(1))), "etiology": rng.choice("xxxxxxxxxy")}
-        for i in range(2000)
-    ] + [{"id": "rare", "cluster": 9, "etiology": "z"}]
-    sample = plots.sample_points(rows, 200)
-    assert len(sample) == 200 and {"id": "rare", "cluster": 9, "etiology": "z"} in sample
-    shuffled = rng.sample(rows, len(rows))
-    assert {r["id"] for r in plots.sample_points(shuffled, 200)} == {r["id"] for r in sample}
-    for cluster in range(4):
-        whole, part = (sum(r["cluster"] == cluster for r in some) / len(some) for some in (rows, sample))
-        assert part == pytest.approx(whole, abs=0.03)
-    assert plots.sample_points(rows[:50], 200) == rows[:50]
 
 
 def test_routing_shares_sum_to_one():

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -126,8 +127,6 @@ def test_hostile_text_stays_text(tmp_path):
         ({"cluster": None}, "clusters", "no cluster stage"),
         ({"gate": None}, "gate", "trained none before the joint training"),
         ({"experts": []}, "experts", "trained none before the joint training"),
-        ({"asr": None}, "joint", "no asr stage"),
-        ({"asr": None}, "worst", "no predictions"),
         ({"timeline": []}, "timeline", "no stage has been recorded"),
         ({"summary": {}}, "result", "no error rate yet"),
         ({"summary": {"wer_after": 0.2, "by_etiology": {}}}, "etiologies", "names no etiology"),
@@ -140,18 +139,13 @@ def test_absent_stage_leaves_its_section_out_and_says_why(bare, absent, section,
     assert "Left out of this report" in page.words and reason in page.words
 
 
-def test_stage_without_its_report_is_left_out(view, tmp_path):
-    empty = replace(view, cluster=tmp_path, gate=tmp_path, experts=[tmp_path], asr=tmp_path)
-    words = Page(render_report(empty)).words
-    assert words.count("wrote no report.json") == 4
-
-
 def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
     row = {"id": "a", "split": "test", "speaker": "", "etiology": "", "severity": "", "duration": 1.0, "loop": False,
            "reference": "x y", "hypothesis_before": "", "hypothesis": "x", "words": 2, "errors_before": 2, "errors": 1,
            "experts": [], "weights": []}  # fmt: skip
-    write_rows(tmp_path / "predictions.jsonl", [row | {"id": i} for i in ("a", "b")])
-    write_object(tmp_path / "report.json", {"mixture": "none", "experts": 0, "top_k": 1, "steps": 3})
+    asr = write_fake_run(tmp_path).asr
+    write_rows(asr / "predictions.jsonl", [row | {"id": i} for i in ("a", "b")])
+    write_object(asr / "report.json", {"mixture": "none", "experts": 0, "top_k": 1, "steps": 3})
     summary = {
         "wer_before": 1.0,
         "wer_after": 0.5,
@@ -159,29 +153,32 @@ def test_dense_run_without_experts_or_names_is_reported(view, tmp_path):
         "utterances": 2,
         "by_etiology": {"unknown": {"wer_before": 1.0, "wer_after": 0.5}},
     }
-    dense = replace(view, cluster=None, gate=None, experts=[], asr=tmp_path, summary=summary)
+    dense = replace(view, cluster=None, gate=None, experts=[], asr=asr, summary=summary)
     words = Page(render_report(dense)).words
     assert "names no speakers" in words and "names no etiology" in words and "50.0%" in words
 
 
 def test_numbers_that_are_not_there_are_dashes(bare, tmp_path):
-    write_object(tmp_path / "report.json", {"algorithm": "spectral", "silhouette": None, "noise_share": float("nan")})
-    section = Page(render_report(replace(bare, cluster=tmp_path))).words.split("Clusters")[3]
+    cluster = write_fake_run(tmp_path).cluster
+    write_object(cluster / "report.json", {"algorithm": "spectral", "silhouette": None, "noise_share": float("nan")})
+    (cluster / "projection.jsonl").unlink()
+    section = Page(render_report(replace(bare, cluster=cluster))).words.split("Clusters")[3]
     assert "Silhouette –" in section and "similar –" in section and "No map" in section
 
 
 def test_poor_clusters_are_a_sentence_with_what_was_asked_for(bare, tmp_path):
     report = {"algorithm": "hdbscan", "clusters": 2, "clusters_wanted": 3, "warning": "Poor clustering: 2 of 3 groups."}
-    write_object(tmp_path / "report.json", report)
-    words = Page(render_report(replace(bare, cluster=tmp_path))).words
+    cluster = write_fake_run(tmp_path).cluster
+    write_object(cluster / "report.json", report)
+    words = Page(render_report(replace(bare, cluster=cluster))).words
     assert "Poor clustering: 2 of 3 groups." in words and "found / asked for 2 / 3" in words
 
 
 def test_broken_file_is_named_with_its_line(bare, tmp_path):
-    write_object(tmp_path / "report.json", {"algorithm": "hdbscan"})
-    (tmp_path / "projection.jsonl").write_text('{"id": "a", "x": 0, "y": 0, "cluster": 0}\n{"id": \n', encoding="utf-8")
+    cluster = write_fake_run(tmp_path).cluster
+    (cluster / "projection.jsonl").write_text('{"id": "a", "x": 0, "y": 0, "cluster": 0}\n{"id": \n', encoding="utf-8")
     with pytest.raises(DataError, match=r"projection\.jsonl:2: not JSON"):
-        render_report(replace(bare, cluster=tmp_path))
+        render_report(replace(bare, cluster=cluster))
 
 
 def _words_of(tmp_path, **options):
@@ -229,8 +226,9 @@ def test_gain_that_clipping_hides_is_qualified(bare):
 
 
 def test_collapse_is_said_beside_the_result(bare, tmp_path):
-    write_object(tmp_path / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
-    assert Page(render_report(replace(bare, asr=tmp_path))).words.count("Experts collapsed") == 2
+    asr = write_fake_run(tmp_path).asr
+    write_object(asr / "report.json", {"experts": 4, "load": [1.0, 0, 0, 0], "collapsed": True})
+    assert Page(render_report(replace(bare, asr=asr))).words.count("Experts collapsed") == 2
 
 
 def test_worst_utterances_are_at_most_25_most_errors_first(view, page):
@@ -255,11 +253,24 @@ def test_breakdowns_add_up_to_the_whole(view):
     assert difference_interval(rows[::-1]) == interval
 
 
-def test_projection_larger_than_the_map_is_sampled_and_said(tmp_path):
-    view = write_fake_run(tmp_path, points=5200)
+def test_map_of_a_sample_says_so_and_the_table_counts_all_utterances(tmp_path):
+    view = write_fake_run(tmp_path, experts=3, points=5200)
     page = Page(render_report(view))
-    assert "a stratified sample of 5 000 of 5 200" in page.words
+    assert page.words.count("a random sample of 5 000 of 5 200.") == 2
     assert len(page.all("use")) < 2 * 5_000 + 500 and len(page.html) < 1_500_000
+    cluster_of = {row["id"]: row["cluster"] for row in read_rows(view.cluster / "assignments.jsonl")}
+    counts = Counter((cluster_of[name], etiology) for name, etiology in view.etiologies.items())
+    table = page.html.split("Utterances by cluster and etiology; the tint")[1].split("</table>")[0]
+    names = re.findall(r"<th[^>]*>([^<]+)</th>", table.split("</thead>")[0])[1:-1]
+    for cluster, row in enumerate(re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], re.DOTALL)):
+        *cells, total = (int(re.sub(r"\D", "", cell)) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row))
+        assert cells == [counts[cluster, name] for name in names] and total == sum(cells)
+    assert sum(counts.values()) == 5200
+
+
+def test_expert_has_the_time_of_its_work(view, page):
+    section = page.html.split('id="experts"')[1].split("</table>")[0]
+    assert re.findall(r"<td>([^<]+ s)</td>", section) == [f"{20 + i} s" for i in range(len(view.experts))]
 
 
 @pytest.mark.parametrize("seed", range(20))
