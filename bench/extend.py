@@ -3,14 +3,15 @@
     python -m bench.extend MODEL --new CORPUS --others CORPUS --utterances 5 10 20 36 200
     python -m bench.extend MODEL --others CORPUS --persons 10
     python -m bench.extend MODEL --others CORPUS --groups --utterances 5 10
-    python -m bench.extend --table
+    python -m bench.extend                     computes the summary again
 
 Sides: the model as it is; the four ways of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
 replay of old speech; a fresh LoRA from Whisper. The enrolment is drawn from the new group's utterances in `--new`. The
 new group's and everybody else's test utterances are those of `--others`, decoded before and after. `--persons` enrols
 half of the utterances of single test speakers, and scores the other half.
 
-Rows are written as they are measured, scores by utterance beside them, and are not measured again.
+Sides are written as they are measured, with their word errors by utterance, and are not measured again; `summary` is
+computed from them. `make generate` writes the tables of docs/extending.md.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
+from bench.results_file import one_row_per_line
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, read_corpus
 from common.data.subsets import TEST_SEED
 from common.decoding.decode import Decoding
+from common.errors import DataError
 from common.evaluation.breakdown import score_of
 from common.evaluation.evaluate import decode_corpus
 from common.evaluation.wer import Score, paired_bootstrap, wer
@@ -59,6 +63,7 @@ RESULTS = Path(__file__).parent / "results"
 DECODING = Decoding(batch_size=8, max_new_tokens=60)
 TUNE_RATE, REPLAY = 3e-4, 3  # of all adapter weights; old utterances for each new one
 FRESH_RATE, FRESH_RANK = 1e-3, 48
+RESAMPLES = 4000
 
 
 def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
@@ -165,15 +170,17 @@ class Sides:
         """Appends one side to the results."""
         row = self.of | {"way": way, "new_wer": wer(scores), "others_before": self.old_before}
         row |= {"others_after": others_after, "seconds": round(seconds, 1), "bytes": size}
-        append_row(self.arguments.out, row)
-        lines = [{"id": s.id, "speaker": u.speaker, "words": s.words, "errors": s.word_errors}
-                 for u, s in zip(self.tested, scores, strict=True)]  # fmt: skip
-        with scores_file(self.arguments.out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.of | {"way": way, "scores": lines}) + "\n")
+        tested = {
+            "ids": [score.id for score in scores],
+            "speakers": [u.speaker for u in self.tested],
+            "words": [score.words for score in scores],
+        }
+        name = tested_name(row)
+        add_rows(self.arguments.out, {"sides": row | {"errors": [s.word_errors for s in scores]}}, {name: tested})
 
     def missing(self, ways: Sequence[str]) -> list[str]:
         """The ways that are not measured yet."""
-        there = {row["way"] for row in read_rows(self.arguments.out) if self.of.items() <= row.items()}
+        there = {row["way"] for row in read_results(self.arguments.out)["sides"] if self.of.items() <= row.items()}
         return [way for way in ways if way not in there]
 
     def measure_frozen(self) -> None:
@@ -277,97 +284,72 @@ def group_found(arguments: argparse.Namespace, count: int, column: str = "etiolo
         heaviest = groups[max(weights, key=lambda expert: weights[expert])] if weights else "no group"
         if heaviest != group:
             confused.append(f"{group} as {heaviest}")
-    return {"way": "group found by choose", "model": arguments.model_name, "utterances": count, "seed": arguments.seed,
+    return {"model": arguments.model_name, "utterances": count, "seed": arguments.seed,
             "right": len(by_speaker) - len(confused), "speakers": len(by_speaker), "confused": confused}  # fmt: skip
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Adds a row to the results, and prints it."""
-    print(json.dumps(row), flush=True)
-    results = read_object(path) if path.is_file() else {}
-    results["sides"] = [*results.get("sides", ()), row]
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def tested_name(row: Row) -> str:
+    """What the utterances are filed under that a side was tested on."""
+    return str(row.get("speaker", row["new"]))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows that are measured."""
-    return list(read_object(path)["sides"]) if path.is_file() else []
+def read_results(path: Path) -> Row:
+    """The results so far."""
+    return {"tested": {}, "sides": [], "groups": [], "summary": []} | (read_object(path) if path.is_file() else {})
 
 
-def scores_file(path: Path) -> Path:
-    """Scores by utterance, for intervals of differences."""
-    return path.with_name(f"{path.stem}-scores.jsonl")
+def add_rows(path: Path, rows: Mapping[str, Row], tested: Mapping[str, Row] = MappingProxyType({})) -> None:
+    """Adds a row to each of some lists of the results, and computes the summary again.
 
-
-def summary_rows(path: Path) -> list[Row]:
-    """Means over seeds and persons, with the difference from tuning all adapter weights.
-
-    Computed and stored where the scores by utterance are there, otherwise read.
+    Raises:
+        DataError: the row's utterances are not those of the rows before it.
     """
-    results = read_object(path)
-    if not scores_file(path).is_file():
-        stored: list[Row] = results["summary"]
-        return stored
+    results = read_results(path)
+    for name, utterances in tested.items():
+        if results["tested"].setdefault(name, utterances) != utterances:
+            raise DataError(f"{path}: {name} was tested on other utterances before")
+    for key, row in rows.items():
+        results[key].append(row)
+        print(json.dumps({name: value for name, value in row.items() if name != "errors"}), flush=True)
+    path.write_text(one_row_per_line(results | {"summary": summarise(results)}), encoding="utf-8")
+
+
+def summarise(results: Row) -> list[Row]:
+    """Means over seeds and persons, with the difference from tuning all adapter weights."""
     groups: dict[tuple[str, str, int], dict[str, list[Row]]] = {}
     for row in results["sides"]:
-        if "new_wer" in row:
-            count = 0 if "speaker" in row else row["utterances"]
-            groups.setdefault((row["model"], row["new"], count), {}).setdefault(row["way"], []).append(row)
-    scored = [json.loads(line) for line in scores_file(path).read_text(encoding="utf-8").splitlines()]
+        count = 0 if "speaker" in row else row["utterances"]
+        groups.setdefault((row["model"], row["new"], count), {}).setdefault(row["way"], []).append(row)
     summary = []
     for (model, new, count), ways in sorted(groups.items()):
-        part = [entry for entry in scored
-                if (entry["model"], entry["new"]) == (model, new) and count in (0, entry["utterances"])]  # fmt: skip
+        tuned, speakers = pooled(ways.get("tuned", ()), results["tested"])
         for way, rows in ways.items():
-            means = {key: statistics.mean(row[key] for row in rows)
-                     for key in ("others_before", "others_after", "bytes", "seconds")}  # fmt: skip
-            of = {"model": model, "new": new, "utterances": count or None, "way": way, "rows": len(rows)}
-            scores, speakers = pooled(part, way)
-            summary.append(of | {"new_wer": wer(scores)} | means | {"minus_tuned": None})
-            tuned, _ = pooled(part, "tuned")
-            shared = {s.id for s in scores} & {s.id for s in tuned}
-            if way not in ("tuned", "as it is") and shared:
-                before, after = ([s for s in side if s.id in shared] for side in (tuned, scores))
-                summary[-1]["minus_tuned"] = paired_bootstrap(before, after, speakers, resamples=4000)
-    path.write_text(json.dumps(results | {"summary": summary}, indent=1) + "\n", encoding="utf-8")
+            scores, own = pooled(rows, results["tested"])
+            row = {"model": model, "new": new, "utterances": count or None, "way": way, "rows": len(rows)}
+            row["new_wer"] = wer(scores)
+            for key in ("others_before", "others_after", "bytes", "seconds"):
+                row[key] = statistics.mean(row[key] for row in rows)
+            paired = way not in ("tuned", "as it is") and own == speakers
+            row["minus_tuned"] = paired_bootstrap(tuned, scores, speakers, resamples=RESAMPLES) if paired else None
+            summary.append(row)
     return summary
 
 
-def table(path: Path) -> str:
-    """The summary in Markdown."""
-    columns = "model, new speech|utterances|way|rows|new WER|minus tuned|others before|after|bytes|seconds"
-    lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
-    for row in summary_rows(path):
-        gap = row["minus_tuned"]
-        cells = [
-            f"{row['model']}, {row['new']}",
-            str(row["utterances"] or "half"),
-            row["way"],
-            str(row["rows"]),
-            f"{100 * row['new_wer']:.1f}",
-            f"{100 * gap['delta']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})" if gap else "",
-            f"{100 * row['others_before']:.1f}",
-            f"{100 * row['others_after']:.1f}",
-            f"{row['bytes']:,.0f}",
-            f"{row['seconds']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def pooled(scored: Sequence[Row], way: str) -> tuple[list[Score], dict[str, str]]:
-    """Scores of a way over all seeds, and the speaker of each."""
+def pooled(rows: Sequence[Row], tested: Mapping[str, Row]) -> tuple[list[Score], dict[str, str]]:
+    """Scores of a way over all seeds and persons, and the speaker of each."""
     scores, speakers = [], {}
-    for entry in scored:
-        for line in entry["scores"] if entry["way"] == way else ():
-            name = f"{entry['seed']}/{entry['utterances']}/{line['id']}"
-            scores.append(Score(name, line["words"], line["errors"], 0, chars=1, char_errors=0, reference=0))
-            speakers[name] = line["speaker"]
+    for row in rows:
+        utterances = tested[tested_name(row)]
+        columns = zip(utterances["ids"], utterances["speakers"], utterances["words"], row["errors"], strict=True)
+        for id, speaker, words, errors in columns:
+            name = f"{row['seed']}/{row['utterances']}/{id}"
+            scores.append(Score(name, words, errors, 0, chars=1, char_errors=0, reference=0))
+            speakers[name] = speaker
     return scores, speakers
 
 
-def main() -> None:
-    """Measures one model and seed, and appends the rows to a file."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Measures one model and seed, and adds the rows to a file."""
     parser = argparse.ArgumentParser("python -m bench.extend")
     parser.add_argument("model", nargs="?", help="name of a run in the store, or folder of a trained model")
     parser.add_argument("--store", help="store of the run")
@@ -380,16 +362,15 @@ def main() -> None:
     parser.add_argument("--tuned", nargs="*", default=["tuned", "replay", "fresh"], help="sides that change weights")
     parser.add_argument("--persons", type=int, help="measure single test speakers instead")
     parser.add_argument("--groups", action="store_true", help="measure instead how often choose finds the group")
-    parser.add_argument("--table", action="store_true", help="only print the means")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", default=tempfile.gettempdir())
     parser.add_argument("--out", type=Path, default=RESULTS / "extend.json")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(arguments.out))
+    arguments = parser.parse_args(words)
+    if arguments.model is None:
+        add_rows(arguments.out, {})
     elif arguments.groups:
         for count in arguments.utterances:
-            append_row(arguments.out, group_found(arguments, count))
+            add_rows(arguments.out, {"groups": group_found(arguments, count)})
     elif arguments.persons:
         measure_persons(arguments)
     else:

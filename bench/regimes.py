@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peft import FACTS, TEST
+from bench.results_file import one_row_per_line
 from common.config import Config, flatten
 from common.errors import DataError
 from common.evaluation.compare import compare
@@ -247,20 +248,6 @@ def is_default(name: str) -> bool:
     values = dict(flatten(Config().model_dump()))
     regime = REGIMES.get(name)
     return regime is not None and not regime.dense and all(values[k] == v for k, v in regime.settings.items())
-
-
-def one_row_per_line(value: Row) -> str:
-    """JSON in which each corpus, run and row of the summary is one line."""
-    parts = [f' "unseen_etiology": {json.dumps(value["unseen_etiology"])}']
-    corpora = [f"  {json.dumps(name)}: {_compact(tested)}" for name, tested in value["corpora"].items()]
-    parts.append(' "corpora": {\n' + ",\n".join(corpora) + "\n }")
-    for key in ("runs", "summary"):
-        parts.append(f' "{key}": [\n' + ",\n".join(f"  {_compact(row)}" for row in value[key]) + "\n ]")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,66 @@ def _regime(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def extension_rows(results: Path = RESULTS / "extend.json") -> list[str]:
+    """WER of a new group by method and number of utterances, with the difference from tuning all adapter weights."""
+    rows = [row for row in _summary(results) if row["utterances"]]
+    counts, seeds = sorted({row["utterances"] for row in rows}), {row["rows"] for row in rows}
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cells.setdefault(row["way"], {})[row["utterances"]] = _with_difference(row)
+    lines = [(WAYS[way], *(cells[way].get(count, "") for count in counts)) for way in WAYS if way in cells]
+    return _table((f"method, {'/'.join(map(str, sorted(seeds)))} seeds", *map(str, counts)), lines)
+
+
+def extension_costs(utterances: int = 36, results: Path = RESULTS / "extend.json") -> list[str]:
+    """What each method does to the trained groups, and what it stores, at one number of utterances."""
+    rows = {row["way"]: row for row in _summary(results) if row["utterances"] == utterances}
+    lines = []
+    for way in (way for way in WAYS if way in rows):
+        rates = (_percent(rows[way][key]) for key in ("new_wer", "others_before", "others_after"))
+        lines.append((WAYS[way], *rates, f"{rows[way]['bytes']:,.0f}", f"{rows[way]['seconds']:.0f}"))
+    return _table(("method", "new group", "trained groups before", "after", "bytes stored", "seconds"), lines)
+
+
+def person_rows(results: Path = RESULTS / "extend.json") -> list[str]:
+    """WER of single persons by method, of the unheard group and of trained groups."""
+    rows = [row for row in _summary(results) if not row["utterances"]]
+    kinds = sorted({row["new"] for row in rows}, reverse=True)
+    cells = {(row["way"], row["new"]): _with_difference(row) for row in rows}
+    lines = [(WAYS[way], *(cells.get((way, kind), "") for kind in kinds)) for way in WAYS if way in {row["way"] for row in rows}]
+    return _table(("method", *kinds), lines)
+
+
+def group_rows(results: Path = RESULTS / "extend.json") -> list[str]:
+    """How many speakers' groups `choose` finds, by model and number of utterances; one figure for each seed."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for row in json.loads(results.read_text(encoding="utf-8"))["groups"]:
+        found.setdefault(row["model"], {}).setdefault(row["utterances"], []).append(str(row["right"]))
+    lines = [(model, *(", ".join(counts.get(count, ())) for count in (5, 10))) for model, counts in found.items()]
+    return _table(("model", "of 60, from 5 utterances", "from up to 10"), lines)
+
+
+WAYS = {
+    "as it is": "unchanged",
+    "choose": "`choose`",
+    "gates": "`gates`",
+    "expert": "`expert`",
+    "neighbour": "`neighbour`",
+    "tuned": "all adapter weights tuned, 3e-4",
+    "replay": "the same with three times as much old speech",
+    "fresh": "a fresh LoRA of rank 48 from Whisper, 1e-3",
+}
+
+
+def _summary(results: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    return rows
+
+
+def _with_difference(row: dict[str, Any]) -> str:
+    return "; ".join(filter(None, (_percent(row["new_wer"]), _difference(row["minus_tuned"]))))
+
+
 def _percent(rate: float | None) -> str:
     return "" if rate is None else f"{100 * rate:.1f}"
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.table import full_table, options_table, regime_rows
+from bench.table import (
+    extension_costs,
+    extension_rows,
+    full_table,
+    group_rows,
+    options_table,
+    person_rows,
+    regime_rows,
+)
 from dashboards import files
 from helm import chart
 from reference import settings, tables
@@ -22,6 +30,12 @@ def generated() -> dict[Path, str]:
         Path("docs/cluster.md"): {"parameters": tables.parameter_rows()},
         Path("docs/monitoring.md"): {"metrics": tables.metric_rows(), "alerts": tables.alert_rows()},
         Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
+        Path("docs/extending.md"): {
+            "methods": extension_rows(),
+            "costs": extension_costs(),
+            "persons": person_rows(),
+            "groups": group_rows(),
+        },
         Path("docs/regimes.md"): {
             "audible": regime_rows("bench", [384]),
             "alike": regime_rows("bench-alike", [384]),
