@@ -41,12 +41,12 @@ from common.evaluation.evaluate import decode_corpus
 from common.evaluation.wer import Score, paired_bootstrap, wer
 from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row, read_object
-from common.model.added import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
+from common.model.added_experts import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
 from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.storage import open_store
-from common.training.added import (
+from common.training.added_experts import (
     BATCH,
     Candidates,
     Enrolment,
@@ -54,7 +54,7 @@ from common.training.added import (
     steps_for,
     ways_for,
 )
-from common.training.rates import adapter_groups
+from common.training.parameter_groups import adapter_groups
 from common.training.train import TrainOptions, train
 from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import parse_where

@@ -130,7 +130,11 @@ def person_rows(results: Path = RESULTS / "extend.json") -> list[str]:
     rows = [row for row in _summary(results) if not row["utterances"]]
     kinds = sorted({row["new"] for row in rows}, reverse=True)
     cells = {(row["way"], row["new"]): _with_difference(row) for row in rows}
-    lines = [(WAYS[way], *(cells.get((way, kind), "") for kind in kinds)) for way in WAYS if way in {row["way"] for row in rows}]
+    lines = [
+        (WAYS[way], *(cells.get((way, kind), "") for kind in kinds))
+        for way in WAYS
+        if way in {row["way"] for row in rows}
+    ]
     return _table(("method", *kinds), lines)
 
 

@@ -10,7 +10,7 @@ import click
 
 from common.console import coloured, echo
 from common.errors import UsageError
-from common.pipeline.machine import Check, check_machine
+from common.pipeline.machine_checks import Check, check_machine
 from stages.local_runner import cache_folder
 
 COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}

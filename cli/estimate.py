@@ -99,7 +99,7 @@ def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) 
     \b
         moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto
     """
-    from stages.fit import fit_batch as search
+    from stages.fit_batch import fit_batch as search
     from stages.local_runner import cache_folder
 
     config = config_from(options)

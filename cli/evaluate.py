@@ -71,7 +71,7 @@ def evaluate(
         moe-asr evaluate openai/whisper-small data/mine --split dev --json
     """
     from common.data.sources import open_corpus
-    from common.inference.added import with_added
+    from common.inference.added_experts import with_added
     from common.report.evaluation import evaluate_to_folder
     from stages.local_runner import cache_folder
     from stages.settings import decoding_options

@@ -73,7 +73,7 @@ def export(
         moe-asr export mine-F07 --to merged --out out/F07 --speaker F07
     """
     from common.export.formats import MARK, export_model, fixed_routing
-    from common.inference.added import with_added
+    from common.inference.added_experts import with_added
     from common.inference.load_model import open_model
     from stages.local_runner import cache_folder
 

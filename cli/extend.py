@@ -21,7 +21,7 @@ from common.progress import clock
 from common.storage import open_store
 
 if TYPE_CHECKING:
-    from common.model.added import AddedExpert, Method
+    from common.model.added_experts import AddedExpert, Method
     from stages.extend.extension import Extension, Plan
 
 METHODS = ("auto", "choose", "gates", "expert", "neighbour")
@@ -220,7 +220,7 @@ def _gain(expert: AddedExpert) -> str:
 
 def _added(model: str, store_url: str, endpoint_url: str | None) -> list[AddedExpert]:
     from common.inference.load_model import find_model
-    from common.model.added import read_added
+    from common.model.added_experts import read_added
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
@@ -237,7 +237,7 @@ def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None
     \b
         moe-asr experts show mine-F07 F07
     """
-    from common.inference.added import nearest
+    from common.inference.added_experts import nearest
 
     added = _added(model, store_url, endpoint_url)
     expert = next((expert for expert in added if expert.name == name), None)

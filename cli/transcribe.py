@@ -105,7 +105,7 @@ def transcribe(
         moe-asr transcribe recordings --model mine --format all --out transcripts
         curl -s https://example.org/talk.mp3 | moe-asr transcribe - --model mine
     """
-    from common.inference.added import with_added
+    from common.inference.added_experts import with_added
     from common.inference.choose_experts import warn_without_group
     from common.inference.recordings import STDIN, find_recordings, load_groups
     from common.inference.subtitles import table_rows

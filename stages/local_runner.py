@@ -16,7 +16,7 @@ from common.config import PLACES, Config, flatten, to_yaml
 from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
-from common.evaluation.hint import corpus_hint
+from common.evaluation.routing_hint import corpus_hint
 from common.files import explained, make_folders
 from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan

@@ -26,8 +26,8 @@ from common.data.corpus import Corpus, Utterance
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
 from common.data.tokens import IGNORED, TextCodec, text_bucket
 from common.errors import DataError, MoeAsrError, RetryableError
-from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.signals import signals_held, stop_with
+from common.whisper_limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 
 REQUESTS = 8  # of a process at once, to the store that holds the audio
 

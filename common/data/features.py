@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
 from common.data.audio import SAMPLE_RATE
-from common.limits import MAX_SECONDS
+from common.whisper_limits import MAX_SECONDS
 
 N_FFT = 400  # samples: 25 ms
 HOP_LENGTH = 160  # samples: 10 ms

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from common.errors import DataError
 from common.files import read_document
 from common.json_files import read_object
-from common.limits import MAX_TOKENS
+from common.whisper_limits import MAX_TOKENS
 
 GENERATION = "generation_config.json"
 REMEDY = "restore the file from its source"

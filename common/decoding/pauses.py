@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.data.audio import SAMPLE_RATE, Samples
-from common.limits import MAX_SECONDS
+from common.whisper_limits import MAX_SECONDS
 
 FRAME = SAMPLE_RATE // 100  # samples: 10 ms
 BLOCK = 6000 * FRAME  # samples that are processed at once: one minute

@@ -18,14 +18,14 @@ from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import Routing, loops
 from common.evaluation.score import decode_batches, rates_of, scored_rows
-from common.inference.added import added_number
+from common.inference.added_experts import added_number
 from common.inference.choose_experts import group_number, model_choice, warn_without_group
 from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
 from common.inference.transcribe import join_words, transcribe_audio
 from common.json_files import Row
-from common.limits import MAX_SECONDS, is_too_long
 from common.model.routing import Choice
 from common.progress import progress
+from common.whisper_limits import MAX_SECONDS, is_too_long
 
 RESULT, ROWS, TABLE, PAGE = "evaluation.json", "predictions.jsonl", "utterances.csv", "report.html"
 

@@ -24,7 +24,7 @@ from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
 from common.json_files import read_object
 from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
-from common.model.added import SCALING, TARGETS, added_matrices, merge_added
+from common.model.added_experts import SCALING, TARGETS, added_matrices, merge_added
 from common.model.bundle import BundleInfo, save_gate
 from common.model.recogniser import Recogniser
 from common.model.routing import Routing, route_to

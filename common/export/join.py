@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UsageError
-from common.inference.added import FOLDER, model_content
-from common.model.added import read_added
+from common.inference.added_experts import FOLDER, model_content
+from common.model.added_experts import read_added
 
 
 def join_extensions(models: Sequence[Path], added: Sequence[Sequence[Path]], out: Path) -> list[str]:

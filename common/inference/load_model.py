@@ -24,11 +24,11 @@ from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError, UsageError
 from common.files import read_document
-from common.inference.added import added_folders, model_content
+from common.inference.added_experts import added_folders, model_content
 from common.json_files import read_object
 from common.model.adapters import CONFIG as ADAPTER
 from common.model.adapters import check_patterns, read_adapter
-from common.model.added import AddedExpert, attach
+from common.model.added_experts import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.mixture import untie
 from common.model.recogniser import Recogniser

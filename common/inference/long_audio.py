@@ -21,8 +21,8 @@ from common.data.corpus import Corpus, Utterance, index_digest
 from common.data.sources import locate_model, model_digest
 from common.errors import DataError
 from common.files import MAX_FILE, explained
-from common.limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 from common.storage import open_store
+from common.whisper_limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 
 if TYPE_CHECKING:
     from common.inference.load_model import OpenedModel

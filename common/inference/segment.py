@@ -33,8 +33,8 @@ from common.decoding.loops import key_of
 from common.decoding.pauses import Stretch, Window, find_pauses, loudness, plan_windows
 from common.inference.load_model import OpenedModel, route_batch
 from common.inference.transcribe import join_words, make_batch, snap, transcribe_audio
-from common.limits import MAX_SECONDS, MAX_TOKENS
 from common.text import unspaced
+from common.whisper_limits import MAX_SECONDS, MAX_TOKENS
 
 REACH = 12.0  # s to each side of a cut that are aligned anew, at most
 CLEAR = 1.5  # s from a cut: an anchor nearer than that may be on the other side

@@ -23,9 +23,9 @@ from common.decoding.loops import is_loop, kept_items, key_of, shortened
 from common.decoding.pauses import OVERLAP, Stretch, Window, find_pauses, is_silent, loudness, plan_windows
 from common.inference.choose_experts import given_choice
 from common.inference.load_model import OpenedModel, gate_evidence, stacked, transcribe_batch
-from common.limits import MAX_SECONDS, is_too_long
 from common.model.routing import Choice
 from common.text import unspaced
+from common.whisper_limits import MAX_SECONDS, is_too_long
 
 SEGMENT_GAP = 0.8  # s between two words: a segment of subtitles ends
 SEGMENT_SECONDS = 12.0  # longest segment

@@ -10,8 +10,8 @@ from common import __version__
 from common.evaluation.breakdown import UNKNOWN
 from common.files import new_folder
 from common.json_files import Row
+from common.report.error_rates import axis_end, caution
 from common.report.page import clock, interval, number, percent, points, render_page
-from common.report.rates import axis_end, caution
 
 RESULT, PAGE = "comparison.json", "compare.html"
 

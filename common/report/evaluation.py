@@ -20,9 +20,9 @@ from common.evaluation.evaluate import PAGE, RESULT, ROWS, TABLE, choose_utteran
 from common.files import new_folder
 from common.inference.load_model import OpenedModel
 from common.json_files import Row
-from common.limits import is_too_long
+from common.report.error_rates import TABLE_ROWS, axis_end, caution, worst_section
 from common.report.page import clock, percent, render_page
-from common.report.rates import TABLE_ROWS, axis_end, caution, worst_section
+from common.whisper_limits import is_too_long
 
 EMBED_BYTES = 8_000_000  # of audio in one page, where the corpus has no files to point at
 TYPES = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".m4a": "audio/mp4"}

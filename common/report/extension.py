@@ -11,9 +11,9 @@ from typing import Any
 
 from common.files import new_folder
 from common.json_files import Row
-from common.model.added import AddedExpert
+from common.model.added_experts import AddedExpert
+from common.report.error_rates import align_words
 from common.report.page import render_page
-from common.report.rates import align_words
 
 PAGE, MARK = "report.html", "extension.json"
 CONFUSIONS = 15

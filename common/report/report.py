@@ -22,8 +22,8 @@ from markupsafe import Markup
 
 from common.json_files import Row, read_object, read_rows
 from common.report import page, plots
+from common.report.error_rates import TABLE_ROWS, etiology_section, result_section, scored_rows, worst_section
 from common.report.page import clock, inline_svg, is_number, number, percent
-from common.report.rates import TABLE_ROWS, etiology_section, result_section, scored_rows, worst_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

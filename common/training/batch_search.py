@@ -14,7 +14,7 @@ import torch
 
 from common.data.batches import Batch
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION
-from common.limits import MAX_SECONDS
+from common.whisper_limits import MAX_SECONDS
 
 RESERVE = 0.9  # of the memory is used at most: buckets of other shapes leave holes between their blocks
 

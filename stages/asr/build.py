@@ -19,7 +19,7 @@ from common.model.gate import Gate
 from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser, RouterOptions
 from common.model.whisper import load_whisper
-from common.training.rates import adapter_groups
+from common.training.parameter_groups import adapter_groups
 from stages.settings import augmentation, lora_scope
 
 

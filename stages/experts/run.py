@@ -27,7 +27,7 @@ from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.stage import Context
-from common.training.rates import adapter_groups
+from common.training.parameter_groups import adapter_groups
 from common.training.speech import mean_loss
 from common.training.train import make_accelerator, train
 from stages.inputs import evaluation_subset, training_subset

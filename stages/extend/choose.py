@@ -18,9 +18,9 @@ from common.errors import DataError, UsageError
 from common.evaluation.evaluate import evidence_of
 from common.inference.load_model import OpenedModel
 from common.inference.recordings import SUFFIXES
-from common.model.added import AddedExpert, append_terms
+from common.model.added_experts import AddedExpert, append_terms
 from common.model.mixture import AddedTerm, mixture_layers
-from common.training.added import BATCH, Candidates, Enrolment
+from common.training.added_experts import BATCH, Candidates, Enrolment
 from stages.extend.enrolment import audible
 
 

@@ -10,7 +10,7 @@ from common.data.audio import read_utterance
 from common.data.corpus import IDENTITIES, Corpus, Utterance
 from common.decoding.pauses import is_silent, loudness
 from common.errors import DataError, UsageError
-from common.inference.added import nearest
+from common.inference.added_experts import nearest
 
 log = logging.getLogger(__name__)
 FEW = 10  # utterances below which a gain is hardly measured

@@ -23,10 +23,10 @@ from common.config import Config
 from common.data.corpus import Corpus, index_digest
 from common.errors import DataError, UsageError
 from common.files import NotFound
-from common.inference.added import STAGE, model_content, nearest
+from common.inference.added_experts import STAGE, model_content, nearest
 from common.inference.load_model import OpenedModel
 from common.json_files import Row, read_object
-from common.model.added import NAME, AddedExpert, Method, read_added, remove_last
+from common.model.added_experts import NAME, AddedExpert, Method, read_added, remove_last
 from common.pipeline.plan import Task
 from common.pipeline.runs import RUN_NAME, find_run, read_record, run_names
 from common.pipeline.stage import execute

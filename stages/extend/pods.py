@@ -18,7 +18,7 @@ from common.config import Config, merge, nest, validate
 from common.data.corpus import Corpus
 from common.errors import UsageError
 from common.inference.load_model import OpenedModel, open_model
-from common.model.added import Method
+from common.model.added_experts import Method
 from common.pipeline.plan import Planned
 from common.pipeline.runs import run_record, settings_alone
 from common.signals import handle_signals

@@ -28,12 +28,11 @@ from common.evaluation.wer import paired_bootstrap, wer
 from common.inference.choose_experts import model_choice
 from common.inference.load_model import OpenedModel
 from common.json_files import Row
-from common.limits import is_too_long
-from common.model.added import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
+from common.model.added_experts import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
 from common.model.routing import Choice
 from common.pipeline.attempts import counting
 from common.pipeline.stage import Context
-from common.training.added import (
+from common.training.added_experts import (
     ENOUGH_GROUPS,
     Candidates,
     Enrolment,
@@ -45,6 +44,7 @@ from common.training.added import (
     try_ways,
     ways_for,
 )
+from common.whisper_limits import is_too_long
 from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options

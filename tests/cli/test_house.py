@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import cli
-from common.pipeline import machine
+from common.pipeline import machine_checks
 from recipes.text_to_sql.__main__ import cli as text_to_sql
 from stages.__main__ import stages
 from tests.cli.test_main import ENVIRONMENT, moe_asr
@@ -124,7 +124,7 @@ def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypa
     assert {check["name"].partition(":")[0] for check in json.loads(done.stdout)["checks"]} == {"store"}
     assert CliRunner().invoke(cli, ["doctor", "--only-store"]).exit_code != 0
 
-    monkeypatch.setattr(machine, "LOW_DISK", 2**62)
+    monkeypatch.setattr(machine_checks, "LOW_DISK", 2**62)
     done = CliRunner().invoke(cli, ["doctor"])
     assert done.exit_code == 1
     assert re.search(r"^fail +disk", done.stdout, re.MULTILINE)

@@ -8,7 +8,7 @@ from common.data.audit import audit
 from common.data.batches import BatchLoader, make_examples
 from common.data.tokens import load_codec
 from common.errors import DataError
-from common.limits import is_too_long
+from common.whisper_limits import is_too_long
 from tests.factories import write_wav
 from tests.field.tables import imported
 

@@ -18,7 +18,7 @@ from common.data.importers.tables import import_table
 from common.decoding.decode import Decoding
 from common.errors import DataError, StoreError, UsageError
 from common.evaluation.evaluate import decode_corpus
-from common.inference.added import with_added
+from common.inference.added_experts import with_added
 from common.inference.load_model import open_model
 from common.inference.recordings import LoadedRecording, Recording
 from common.inference.subtitles import as_csv, table_rows
@@ -32,7 +32,7 @@ from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
-from common.training.added import (
+from common.training.added_experts import (
     CHOOSING,
     GATE_WEIGHT,
     Candidates,
@@ -111,7 +111,7 @@ def store(finished, tmp_path):
 def few_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cli.extend.set_up_logging", lambda **_: None)  # it takes caplog's handler away
-    monkeypatch.setattr("common.training.added.STEPS", ((5, 2), (1000, 400)))
+    monkeypatch.setattr("common.training.added_experts.STEPS", ((5, 2), (1000, 400)))
 
 
 def extend(store, speech, *more, model="micro", speaker="s00", method="expert"):
@@ -242,16 +242,16 @@ def test_an_interrupted_extension_goes_on_to_the_same_bits(store, speech, tmp_pa
     whole = tmp_path / "whole"
     shutil.copytree(store, whole)
     extend(whole, speech)
-    from common.training import added
+    from common.training import added_experts
 
-    real, calls = added.train, []
+    real, calls = added_experts.train, []
 
     def stopped(*args, **options):
         calls.append(1)
         stopping = (lambda: True) if len(calls) == 2 else options["stopping"]
         return real(*args, **options | {"stopping": stopping})
 
-    monkeypatch.setattr(added, "train", stopped)
+    monkeypatch.setattr(added_experts, "train", stopped)
     with pytest.raises(Exception, match="stopped by a signal"):
         extend(store, speech)
     extend(store, speech)
@@ -499,7 +499,7 @@ def test_a_choice_uses_utterances_from_the_whole_enrolment_and_measures_each_onc
         measured.extend(numbers)
         return np.array([[1.0, float(number < 40), 1.0] for number in numbers])
 
-    monkeypatch.setattr("common.training.added.candidate_losses", measure)
+    monkeypatch.setattr("common.training.added_experts.candidate_losses", measure)
     candidates = Candidates(None)
     assert candidates.best(range(40, 60)) == 1 and candidates.best([3, 5]) == 0
     assert len(measured) == CHOOSING + 2 and measured[0] == 40 and measured[CHOOSING - 1] == 59
@@ -533,7 +533,7 @@ def test_a_method_that_is_clearly_worse_on_the_first_part_is_given_up():
 
 
 def test_steps_grow_with_the_utterances_from_the_fewest_to_the_most(monkeypatch):
-    monkeypatch.setattr("common.training.added.STEPS", ((2, 3), (10, 11), (20, 61)))
+    monkeypatch.setattr("common.training.added_experts.STEPS", ((2, 3), (10, 11), (20, 61)))
     assert [steps_for(n) for n in (1, 2, 10, 15, 20, 500)] == [3, 3, 11, 36, 61, 61]
 
 

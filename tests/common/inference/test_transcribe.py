@@ -17,7 +17,7 @@ from common.decoding.decode import Decoding
 from common.decoding.pauses import Stretch
 from common.errors import UsageError
 from common.evaluation.evaluate import decode_corpus
-from common.inference.added import with_added
+from common.inference.added_experts import with_added
 from common.inference.choose_experts import warn_without_group
 from common.inference.load_model import open_model
 from common.inference.subtitles import FORMATS, clock

@@ -15,8 +15,8 @@ from rapidfuzz.distance import Levenshtein
 
 from common.errors import DataError
 from common.json_files import read_rows
+from common.report.error_rates import align_words, axis_end, difference_interval, etiology_section, scored_rows
 from common.report.page import axis_of_time, clock, interval, lanes, number, percent, points
-from common.report.rates import align_words, axis_end, difference_interval, etiology_section, scored_rows
 from common.report.report import render_report
 from tests.common.fake_run import rate, write_fake_run, write_object, write_rows
 

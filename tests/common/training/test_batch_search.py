@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.limits import MAX_SECONDS
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.training.batch_search import hardest_batch, largest, memory_limit, peak_memory, training_rows
+from common.whisper_limits import MAX_SECONDS
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.evaluation.hint import corpus_hint
+from common.evaluation.routing_hint import corpus_hint
 
 
 def judged_rows(*intervals):

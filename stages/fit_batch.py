@@ -13,9 +13,9 @@ from common.config import Config
 from common.data.batches import Batch
 from common.data.tokens import whisper_config
 from common.errors import DataError
-from common.limits import MAX_SECONDS
 from common.training.batch_search import memory_limit, training_rows
 from common.training.train import make_accelerator
+from common.whisper_limits import MAX_SECONDS
 from stages.inputs import base_model
 
 MOST_ROWS = 1024

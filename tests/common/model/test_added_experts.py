@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import DataError
-from common.model.added import (
+from common.model.added_experts import (
     ADDED,
     AddedExpert,
     added_matrices,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from common.data.corpus import Utterance
 from common.errors import UsageError
 from common.files import file_hash
-from common.model.added import ADDED, AddedExpert
+from common.model.added_experts import ADDED, AddedExpert
 from common.pipeline.runs import stage_folders
 from common.storage.store import Store
 

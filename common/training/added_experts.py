@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.data.batches import Batch, BatchLoader, Example, epoch_batches
-from common.model.added import Method, Terms, append_terms, new_stack, remove_last
+from common.model.added_experts import Method, Terms, append_terms, new_stack, remove_last
 from common.model.mixture import AddedTerm, MixtureLinear, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.routing import NEVER, Choice
