@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
+from cli.clusterings import clusterings
 from cli.corpus import corpus
 from cli.doctor import doctor
 from cli.estimate import estimate, fit_batch
 from cli.evaluate import compare, evaluate
 from cli.export import export, merge
 from cli.extend import experts, extend
-from cli.gate import gate
 from cli.model import model
 from cli.runs import gc, logs, plan, plot, runs, status, verify
 from cli.segment import segment
@@ -97,7 +97,7 @@ for command in (
     extend,
     experts,
     sweep,
-    gate,
+    clusterings,
     submit,
     status,
     runs,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.clustering.choices import compare_clusterings, embed_layers
+from common.clustering.comparison import compare_clusterings, embed_layers
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus
 from common.data.features import log_mel

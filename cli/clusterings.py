@@ -1,4 +1,4 @@
-"""`moe-asr gate`: other layers, poolings and clusterings for the groups of a run's gate."""
+"""`moe-asr clusterings`: other layers, poolings and clusterings for the groups of a run's gate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker"}
 )
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def gate(
+def clusterings(
     run: str,
     corpus: str,
     store_url: str,
@@ -44,14 +44,14 @@ def gate(
     """Compares encoder layers, poolings and clusterings for the groups of a finished RUN's gate, on its CORPUS.
 
     \b
-        moe-asr gate mine data/mine
-        moe-asr gate mine data/mine --layer 8 --layer -1 --pooling mean --pooling meanstd
+        moe-asr clusterings mine data/mine
+        moe-asr clusterings mine data/mine --layer 8 --layer -1 --pooling mean --pooling meanstd
     """
-    from stages.gate_study import examine_gate
+    from stages.clusterings import run_clusterings
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    report = examine_gate(
+    report = run_clusterings(
         run,
         store,
         cache_folder(),

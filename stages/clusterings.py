@@ -1,11 +1,11 @@
-"""Other ways of embedding and clustering a finished run's utterances (`moe-asr gate`)."""
+"""Other ways of embedding and clustering a finished run's utterances (`moe-asr clusterings`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.clustering.choices import Source, compare_clusterings, embed_layers
+from common.clustering.comparison import Source, compare_clusterings, embed_layers
 from common.clustering.embeddings import EmbeddingTable, read_tables
 from common.config import Config, merge, validate
 from common.data.batches import BatchLoader, make_examples
@@ -19,7 +19,7 @@ from common.storage.store import Store
 from stages.inputs import load_corpus, training_subset
 
 
-def examine_gate(
+def run_clusterings(
     name: str,
     store: Store,
     cache: Path,

@@ -1,11 +1,11 @@
-"""`moe-asr gate` on a finished run: ways of embedding and clustering."""
+"""`moe-asr clusterings` on a finished run: ways of embedding and clustering."""
 
 import json
 
 import pytest
 from click.testing import CliRunner
 
-from cli.gate import gate
+from cli.clusterings import clusterings
 from common.errors import DataError
 from stages.inputs import load_corpus
 from stages.local_runner import run_pipeline
@@ -15,7 +15,7 @@ from tests.stages.test_local_runner import micro_config
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, micro_model, tones):
     """A store with three runs of the same corpus: pre-trained, routed by speaker, and with one expert."""
-    folder = tmp_path_factory.mktemp("gate") / "store"
+    folder = tmp_path_factory.mktemp("clusterings") / "store"
     (folder.parent / "corpus").symlink_to(tones)
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1))
     run_pipeline(micro_config(folder, micro_model, tones, asr__epochs=1, asr__route_by="speaker", run="by-speaker"))
@@ -28,7 +28,7 @@ def store(tmp_path_factory, micro_model, tones):
 def ask(store, *words):
     name, *options = words
     places = [str(store.parent / "corpus"), "--store", str(store), "--device", "cpu"]
-    done = CliRunner().invoke(gate, [name, *places, *options], catch_exceptions=False)
+    done = CliRunner().invoke(clusterings, [name, *places, *options], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -53,7 +53,7 @@ def test_the_corpus_is_opened_with_the_runs_own_base_model(store, micro_model, m
         names.append(config.model.name)
         return load_corpus(config, cache)
 
-    monkeypatch.setattr("stages.gate_study.load_corpus", opening)
+    monkeypatch.setattr("stages.clusterings.load_corpus", opening)
     ask(store, "micro", "--samples", "40")
     assert names == [str(micro_model)]
 
