@@ -50,7 +50,7 @@ def moe_asr(*words, cwd, module="cli.main", variables=None):
         (["model", "import-ct2", "nowhere", "out"], 65, "nowhere"),
         (["corpus", "stats", "x" * 300], 65, "File name too long: give a folder with index.jsonl"),
         (["corpus", "import", "x" * 300, "out"], 64, "File name too long: check the path"),
-        (["gate", "demo", "corpus", "--samples", "-5"], 64, "-5 is not in the range x>=0"),
+        (["clusterings", "demo", "corpus", "--samples", "-5"], 64, "-5 is not in the range x>=1"),
         (["gc", "--older-than", "-5"], 64, "-5.0 is not in the range x>=0"),
     ],
 )
