@@ -47,7 +47,7 @@ from common.training.added_experts import (
 )
 from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
-from tests.common.model.test_added import TARGETS, logits, model
+from tests.common.model.test_added_experts import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
 from tests.factories import bundle_info, run_record, write_wav
 
