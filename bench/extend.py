@@ -26,11 +26,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
-from bench.results_file import one_row_per_line
+from bench.results_file import (
+    RESAMPLES,
+    RESULTS,
+    read_results,
+    tested_utterances,
+    to_scores,
+    word_errors,
+    write_results,
+)
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, read_corpus
 from common.data.subsets import TEST_SEED
@@ -40,7 +47,7 @@ from common.evaluation.breakdown import score_of
 from common.evaluation.evaluate import decode_corpus
 from common.evaluation.wer import Score, paired_bootstrap, wer
 from common.inference.load_model import OpenedModel, open_model
-from common.json_files import Row, read_object
+from common.json_files import Row
 from common.model.added_experts import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
 from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
@@ -59,11 +66,10 @@ from common.training.train import TrainOptions, train
 from stages.extend.choose import enrolment_evidence, gate_log_probs
 from stages.extend.enrolment import parse_where
 
-RESULTS = Path(__file__).parent / "results"
 DECODING = Decoding(batch_size=8, max_new_tokens=60)
 TUNE_RATE, REPLAY = 3e-4, 3  # of all adapter weights; old utterances for each new one
 FRESH_RATE, FRESH_RANK = 1e-3, 48
-RESAMPLES = 4000
+EMPTY: Row = {"tested": {}, "sides": [], "groups": [], "summary": []}
 
 
 def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
@@ -170,17 +176,13 @@ class Sides:
         """Appends one side to the results."""
         row = self.of | {"way": way, "new_wer": wer(scores), "others_before": self.old_before}
         row |= {"others_after": others_after, "seconds": round(seconds, 1), "bytes": size}
-        tested = {
-            "ids": [score.id for score in scores],
-            "speakers": [u.speaker for u in self.tested],
-            "words": [score.words for score in scores],
-        }
-        name = tested_name(row)
-        add_rows(self.arguments.out, {"sides": row | {"errors": [s.word_errors for s in scores]}}, {name: tested})
+        tested = tested_utterances(scores, speakers=[u.speaker for u in self.tested])
+        add_side(self.arguments.out, row | {"errors": word_errors(scores)}, tested)
 
     def missing(self, ways: Sequence[str]) -> list[str]:
         """The ways that are not measured yet."""
-        there = {row["way"] for row in read_results(self.arguments.out)["sides"] if self.of.items() <= row.items()}
+        sides = read_results(self.arguments.out, EMPTY)["sides"]
+        there = {row["way"] for row in sides if self.of.items() <= row.items()}
         return [way for way in ways if way not in there]
 
     def measure_frozen(self) -> None:
@@ -293,25 +295,23 @@ def tested_name(row: Row) -> str:
     return str(row.get("speaker", row["new"]))
 
 
-def read_results(path: Path) -> Row:
-    """The results so far."""
-    return {"tested": {}, "sides": [], "groups": [], "summary": []} | (read_object(path) if path.is_file() else {})
-
-
-def add_rows(path: Path, rows: Mapping[str, Row], tested: Mapping[str, Row] = MappingProxyType({})) -> None:
-    """Adds a row to each of some lists of the results, and computes the summary again.
+def add_side(path: Path, row: Row, tested: Row) -> None:
+    """Adds a side to the results.
 
     Raises:
-        DataError: the row's utterances are not those of the rows before it.
+        DataError: it was tested on other utterances than the sides before it.
     """
-    results = read_results(path)
-    for name, utterances in tested.items():
-        if results["tested"].setdefault(name, utterances) != utterances:
-            raise DataError(f"{path}: {name} was tested on other utterances before")
-    for key, row in rows.items():
-        results[key].append(row)
-        print(json.dumps({name: value for name, value in row.items() if name != "errors"}), flush=True)
-    path.write_text(one_row_per_line(results | {"summary": summarise(results)}), encoding="utf-8")
+    results, name = read_results(path, EMPTY), tested_name(row)
+    if results["tested"].setdefault(name, tested) != tested:
+        raise DataError(f"{path}: {name} was tested on other utterances before")
+    add_row(path, results, "sides", row)
+
+
+def add_row(path: Path, results: Row, key: str, row: Row) -> None:
+    """Adds a row to one list of the results, prints it, and writes the results with their summary."""
+    results[key].append(row)
+    print(json.dumps({name: value for name, value in row.items() if name != "errors"}), flush=True)
+    write_results(path, results | {"summary": summarise(results)})
 
 
 def summarise(results: Row) -> list[Row]:
@@ -337,14 +337,13 @@ def summarise(results: Row) -> list[Row]:
 
 def pooled(rows: Sequence[Row], tested: Mapping[str, Row]) -> tuple[list[Score], dict[str, str]]:
     """Scores of a way over all seeds and persons, and the speaker of each."""
-    scores, speakers = [], {}
+    scores: list[Score] = []
+    speakers: dict[str, str] = {}
     for row in rows:
         utterances = tested[tested_name(row)]
-        columns = zip(utterances["ids"], utterances["speakers"], utterances["words"], row["errors"], strict=True)
-        for id, speaker, words, errors in columns:
-            name = f"{row['seed']}/{row['utterances']}/{id}"
-            scores.append(Score(name, words, errors, 0, chars=1, char_errors=0, reference=0))
-            speakers[name] = speaker
+        own = to_scores(utterances, row["errors"], prefix=f"{row['seed']}/{row['utterances']}/")
+        scores += own
+        speakers |= zip((score.id for score in own), utterances["speakers"], strict=True)
     return scores, speakers
 
 
@@ -367,10 +366,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "extend.json")
     arguments = parser.parse_args(words)
     if arguments.model is None:
-        add_rows(arguments.out, {})
+        results = read_results(arguments.out, EMPTY)
+        write_results(arguments.out, results | {"summary": summarise(results)})
     elif arguments.groups:
         for count in arguments.utterances:
-            add_rows(arguments.out, {"groups": group_found(arguments, count)})
+            found = group_found(arguments, count)
+            add_row(arguments.out, read_results(arguments.out, EMPTY), "groups", found)
     elif arguments.persons:
         measure_persons(arguments)
     else:

@@ -6,7 +6,6 @@ python -m bench.regimes                                                         
 A sweep's runs are NAME-REGIME-sSEED; --sweep NAME adds all of them, --sweep NAME-REGIME one regime. A label after it
 stands behind the regime's name.
 
-
 bench/results/regimes.json holds, for each corpus, the utterances of its test set; for each run, what it was made with
 and its word errors by utterance; and `summary`, one row for each corpus, number of steps and regime, which is computed
 from them. What `bench.peft` wrote beside the runs of a sweep is the regime `peft`.
@@ -26,12 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.peft import FACTS, TEST
-from bench.results_file import one_row_per_line
+from bench.results_file import (
+    RESAMPLES,
+    RESULTS,
+    read_results,
+    tested_utterances,
+    to_scores,
+    word_errors,
+    write_results,
+)
 from common.config import Config, flatten
 from common.errors import DataError
 from common.evaluation.compare import compare
 from common.evaluation.results import Result, before_training, read_result
-from common.evaluation.wer import Score
 from common.json_files import Row, read_object, read_rows
 from common.pipeline.runs import run_names, run_record, stage_folders
 from common.storage import open_store
@@ -39,8 +45,6 @@ from common.storage.store import Store
 from stages.local_runner import cache_folder
 from stages.sweep import REGIMES
 
-RESULTS = Path(__file__).parent / "results"
-RESAMPLES = 4000
 BASE, PEFT = "base", "peft"
 REFERENCES = ("dense", "dense-plain", PEFT)  # that all regimes of a budget are compared with
 
@@ -53,19 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--unseen", default="island", help="etiology that is not in the training data")
     parser.add_argument("--results", type=Path, default=RESULTS / "regimes.json")
     options = parser.parse_args(arguments)
-    value = read_object(options.results) if options.results.is_file() else {}
-    value = {"unseen_etiology": options.unseen, "corpora": {}, "runs": [], "summary": []} | value
+    empty: Row = {"unseen_etiology": options.unseen, "corpora": {}, "runs": [], "summary": []}
+    value = read_results(options.results, empty)
     store = open_store(options.store)
     for sweep in options.sweep:
         name, _, label = sweep.partition("=")
         for run in [*finished_runs(store, name), *peft_folders(store, name)]:
             add_run(value, run | {"regime": f"{run['regime']}, {label}" if label else run["regime"]}, store)
-    value["summary"] = summarise(value)
-    options.results.write_text(one_row_per_line(value), encoding="utf-8")
+    write_results(options.results, value | {"summary": summarise(value)})
 
 
 def finished_runs(store: Store, sweep: str) -> Iterable[Row]:
-    """Name, regime, corpus and facts of the finished runs of a sweep."""
+    """Name, regime, corpus and facts of the finished runs of a sweep, except the number of steps."""
     for name in run_names(store):
         regime = regime_of(name, sweep)
         record = run_record(store, name) if regime else None
@@ -84,7 +87,7 @@ def regime_of(run: str, sweep: str) -> str | None:
 
 
 def peft_folders(store: Store, sweep: str) -> Iterable[Row]:
-    """The same of what `bench.peft` wrote beside them."""
+    """The same of what `bench.peft` wrote beside them, with their steps, which are not among an evaluation's facts."""
     root = store.local_path("")
     for path in sorted(root.glob(f"{sweep}-{PEFT}-s*/{FACTS}")) if root else ():
         made = read_object(path)
@@ -98,7 +101,6 @@ def run_facts(store: Store, name: str, record: Row) -> Row:
     config, (folder,) = record["config"], stage_folders(store, record, "asr", cache_folder())
     report, summary = read_object(folder / "report.json"), json.loads(store.read(f"{name}/summary.json"))
     return {
-        "steps": read_result(name, store=store, cache=cache_folder()).facts["steps"],
         "seed": config["seed"],
         "learning_rate": config["asr"]["learning_rate"],
         "rank": None if config["asr"]["adapt"] == "full" else config["lora"]["rank"],
@@ -131,21 +133,17 @@ def add_run(value: Row, run: Row, store: Store) -> None:
     result = read_result(str(path / TEST) if peer else run["run"], store=store, cache=cache_folder())
     rows = sorted(result.rows, key=lambda row: str(row["id"]))
     scores = [result.scores[str(row["id"])] for row in rows]
-    tested = {
-        "ids": [score.id for score in scores],
-        "speakers": [row["speaker"] for row in rows],
-        "etiologies": [row["etiology"] for row in rows],
-        "words": [score.words for score in scores],
-    }
+    columns = {"speakers": [row["speaker"] for row in rows], "etiologies": [row["etiology"] for row in rows]}
+    tested = tested_utterances(scores, **columns)
     corpora: Row = value["corpora"]
     if corpora.setdefault(run["corpus"], tested) != tested:
         raise DataError(f"{run['run']} was not tested on the same utterances as the other runs on {run['corpus']}")
-    run = run | {"run": path.name, "errors": [score.word_errors for score in scores]}
+    run = {"steps": result.facts.get("steps")} | run | {"run": path.name, "errors": word_errors(scores)}
     own = [run]
     if not peer:
         base = before_training(result).scores
         of_base = {"run": BASE, "corpus": run["corpus"], "regime": BASE, "steps": 0, "seed": None}
-        own.append(of_base | {"errors": [base[score.id].word_errors for score in scores]})
+        own.append(of_base | {"errors": word_errors([base[score.id] for score in scores])})
     which = {identity(row) for row in own}
     value["runs"] = [row for row in value["runs"] if identity(row) not in which] + own
 
@@ -212,13 +210,10 @@ def compared(budget: tuple[str, int], regimes: Mapping[str, Sequence[Row]], valu
 
 
 def as_result(run: Row, tested: Mapping[str, Sequence[Any]]) -> Result:
-    """A run's word errors in the form that `compare` takes; it has no texts, and therefore no characters."""
-    columns = zip(*(tested[key] for key in ("ids", "speakers", "etiologies", "words")), run["errors"], strict=True)
-    rows, scores = [], {}
-    for name, speaker, etiology, words, errors in columns:
-        rows.append({"id": name, "speaker": speaker, "etiology": etiology, "reference": ""})
-        scores[name] = Score(name, words, errors, 0, chars=1, char_errors=0, reference=0)
-    return Result(run["run"], rows, scores, {})
+    """A run's word errors in the form that `compare` takes."""
+    columns = zip(tested["ids"], tested["speakers"], tested["etiologies"], strict=True)
+    rows = [{"id": id, "speaker": speaker, "etiology": group, "reference": ""} for id, speaker, group in columns]
+    return Result(run["run"], rows, {score.id: score for score in to_scores(tested, run["errors"])}, {})
 
 
 def only(systems: Mapping[str, Sequence[Result]], etiology: str, *, wanted: bool) -> dict[str, list[Result]]:

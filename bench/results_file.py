@@ -1,15 +1,46 @@
-"""Results as JSON in which each row is one line, so that a change shows what was measured again."""
+"""Results as JSON: word errors by utterance, from which rates and intervals are computed; one line for each row."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from common.json_files import Row
+from common.evaluation.wer import Score
+from common.json_files import Row, read_object
+
+RESULTS = Path(__file__).parent / "results"
+RESAMPLES = 4000
 
 
-def one_row_per_line(results: Row) -> str:
-    """JSON in which every element of a list or object at the top has a line of its own."""
+def tested_utterances(scores: Sequence[Score], **columns: Sequence[str]) -> Row:
+    """What all results on a test set have in common: ids, columns of the corpus (`speakers`, …), numbers of words."""
+    return {"ids": [score.id for score in scores], **columns, "words": [score.words for score in scores]}
+
+
+def word_errors(scores: Sequence[Score]) -> list[int]:
+    """What one result on a test set consists of, in the order of its utterances."""
+    return [score.word_errors for score in scores]
+
+
+def to_scores(tested: Mapping[str, Sequence[Any]], errors: Sequence[int], prefix: str = "") -> list[Score]:
+    """The scores again; there are no texts, and therefore no characters. `prefix` is put before the ids."""
+    return [
+        Score(f"{prefix}{id}", words, wrong, 0, chars=1, char_errors=0, reference=0)
+        for id, words, wrong in zip(tested["ids"], tested["words"], errors, strict=True)
+    ]
+
+
+def read_results(path: Path, empty: Row) -> Row:
+    """The results so far, over those of an `empty` file."""
+    return empty | (read_object(path) if path.is_file() else {})
+
+
+def write_results(path: Path, results: Row) -> None:
+    """Writes JSON in which every element of a list or object at the top has a line of its own, so that a change shows
+    what was measured again.
+    """
     parts = []
     for key, value in results.items():
         if isinstance(value, dict):
@@ -20,7 +51,7 @@ def one_row_per_line(results: Row) -> str:
             parts.append(f" {json.dumps(key)}: {_compact(value)}")
             continue
         parts.append(f" {json.dumps(key)}: {begin}\n" + ",\n".join(inner) + f"\n {end}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def _compact(value: Any) -> str:

@@ -68,7 +68,7 @@ def _settings(row: dict[str, Any]) -> str:
 
 def context_rates(results: Path = RESULTS / "regimes.json") -> str:
     """Error rates of plain LoRA trained and used with the dynamic audio context, and with 30 s by the peer."""
-    rows = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    rows = _summary(results)
     rates = {row["regime"]: row["wer"] for row in rows if row["corpus"] == "bench" and row["steps"] == 384}
     return f"WER of LoRA after 384 steps {rates['dense-plain']:.1%} against {rates['peft']:.1%}"
 
@@ -77,7 +77,7 @@ def regime_rows(corpus: str, budgets: Sequence[int], results: Path = RESULTS / "
     """One line per regime on one corpus with these numbers of steps, in %. Rows of an earlier recipe have no difference
     from regimes of today's.
     """
-    rows = json.loads(results.read_text(encoding="utf-8"))["summary"]
+    rows = _summary(results)
     rows = [row for steps in budgets for row in rows if (row["corpus"], row["steps"]) == (corpus, steps)]
     rows = [row for row in rows if row["regime"] != "base"] + [row for row in rows if row["regime"] == "base"][:1]
     rates = ("dev WER", "test WER", "of seeds", "minus `dense`", "minus `dense-plain`", "worst group", "unheard group")
@@ -129,12 +129,10 @@ def person_rows(results: Path = RESULTS / "extend.json") -> list[str]:
     """WER of single persons by method, of the unheard group and of trained groups."""
     rows = [row for row in _summary(results) if not row["utterances"]]
     kinds = sorted({row["new"] for row in rows}, reverse=True)
-    cells = {(row["way"], row["new"]): _with_difference(row) for row in rows}
-    lines = [
-        (WAYS[way], *(cells.get((way, kind), "") for kind in kinds))
-        for way in WAYS
-        if way in {row["way"] for row in rows}
-    ]
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row["way"], {})[row["new"]] = _with_difference(row)
+    lines = [(WAYS[way], *(cells[way].get(kind, "") for kind in kinds)) for way in WAYS if way in cells]
     return _table(("method", *kinds), lines)
 
 

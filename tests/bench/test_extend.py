@@ -63,11 +63,11 @@ def test_the_summary_is_computed_from_word_errors(measured, tmp_path):
 def test_a_side_on_other_utterances_is_refused(measured, tmp_path):
     (tmp_path / "r.json").write_text(measured[1].read_text())
     with pytest.raises(DataError, match="high was tested on other utterances"):
-        extend.add_rows(tmp_path / "r.json", {}, {"high": {"ids": []}})
+        extend.add_side(tmp_path / "r.json", {"new": "high"}, {"ids": []})
 
 
 def test_the_committed_summary_is_what_its_sides_give():
-    results = extend.read_results(extend.RESULTS / "extend.json")
+    results = extend.read_results(extend.RESULTS / "extend.json", extend.EMPTY)
     assert json.loads(json.dumps(extend.summarise(results))) == results["summary"]
 
 
