@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from cli.table import text_table
 from common.console import echo
@@ -244,7 +244,9 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
 @click.option(
     "--microphone",
     type=click.Choice(("head", "array", "both")),
-    help="Microphone to import, for --format torgo.  [default: head]",
+    default="head",
+    show_default=True,
+    help="Microphone to import, for --format torgo.",
 )
 @click.option("--copy-audio", is_flag=True, help="Copy the audio into OUT instead of referring to it.")
 @click.option("--seed", default=42, show_default=True, help="Random seed for the split by speaker.")
@@ -258,7 +260,7 @@ def import_corpus(
     skip_bad: bool,
     mend_text: bool,
     official_splits: bool,
-    microphone: Literal["head", "array", "both"] | None,
+    microphone: Literal["head", "array", "both"],
     copy_audio: bool,
     seed: int,
 ) -> None:
@@ -287,14 +289,13 @@ def import_corpus(
     from common.data.importers.torgo import import_torgo
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
-    given = {"--audio-root": audio_root, "--column": columns, "--heading": heading, "--skip-bad": skip_bad}
-    _check_given(kind, given | {"--official-splits": official_splits, "--microphone": microphone})
+    _check_given(kind)
     shared: BuildOptions = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
         made = import_sap(source, out, official_splits=official_splits, **shared)
     elif kind == "torgo":
-        made = import_torgo(source, out, microphone=microphone or "head", **shared)
+        made = import_torgo(source, out, microphone=microphone, **shared)
     elif kind == "audiofolder":
         made = import_audiofolder(source, out, columns=mapping, skip_bad=skip_bad, **shared)
     else:
@@ -313,12 +314,14 @@ FORMAT_OPTIONS = {
 }
 
 
-def _check_given(kind: str, given: Mapping[str, object]) -> None:
-    """Refuses options that the format of the source has no use for."""
-    for option, value in given.items():
-        if value and option not in FORMAT_OPTIONS[kind]:
-            users = " and ".join(name for name, options in FORMAT_OPTIONS.items() if option in options)
-            raise UsageError(f"{option} is not for --format {kind}, only for {users}: leave it out")
+def _check_given(kind: str) -> None:
+    """Refuses options of the running command that the format of the source has no use for."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        option, source = parameter.opts[0], context.get_parameter_source(parameter.name or "")
+        users = [name for name, options in FORMAT_OPTIONS.items() if option in options]
+        if users and kind not in users and source is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option} is not for --format {kind}, only for {' and '.join(users)}: leave it out")
 
 
 def _columns(columns: tuple[str, ...]) -> dict[str, str] | None:

@@ -1,7 +1,7 @@
-"""Reading JSON files and JSON Lines (one object per line)."""
+"""Reading JSON files; reading and writing JSON Lines (one object per line)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def read_rows(path: Path) -> list[Row]:
         DataError: the file is missing, or a line is not a JSON object; the message names file and line.
     """
     return [row for _, row in read_jsonl(path, remedy=REMEDY)]
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes a JSON Lines file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, Row]]:

@@ -19,7 +19,7 @@ from common.evaluation.breakdown import UNKNOWN, loops, named, write_table
 from common.evaluation.evaluate import PAGE, RESULT, ROWS, TABLE, choose_utterances, decode_corpus, describe_evaluation
 from common.files import new_folder
 from common.inference.load_model import OpenedModel
-from common.json_files import Row
+from common.json_files import Row, write_rows
 from common.report.error_rates import TABLE_ROWS, axis_end, caution, worst_section
 from common.report.page import clock, percent, render_page
 from common.whisper_limits import is_too_long
@@ -195,8 +195,7 @@ def evaluate_to_folder(
             opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
         )
         (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / ROWS).write_text(lines, encoding="utf-8")
+        write_rows(folder / ROWS, rows)
         write_table(folder / TABLE, rows)
         (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")
     return result

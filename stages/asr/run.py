@@ -35,6 +35,7 @@ from common.evaluation.score import (
     summarise,
 )
 from common.evaluation.wer import cer, wer
+from common.json_files import write_rows
 from common.model import adalora
 from common.model.bundle import save_recogniser
 from common.model.recogniser import Recogniser
@@ -298,8 +299,7 @@ def _evaluate(joint: Joint, model: Path, result: TrainResult, judged: list[dict[
     _write_json(output / "rates.json", rates)
     _write_json(output / "report.json", report)
     _write_json(output / "throughput.json", result.throughput)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (output / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    write_rows(output / "predictions.jsonl", rows)
     if config.runtime.plots:
         from common.report.plots import plot_asr
 

@@ -17,6 +17,7 @@ from common.clustering.report import cluster_report, poor_clustering
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
+from common.json_files import write_rows
 from common.pipeline.stage import Context
 from stages.inputs import training_subset
 
@@ -55,7 +56,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
             utterances, clusters.labels_N, clusters.noise_N, clusters.probability_N, strict=True
         )
     ]
-    _write_rows(output / "assignments.jsonl", rows)
+    write_rows(output / "assignments.jsonl", rows)
     np.save(output / "centroids.npy", clusters.centroids_KD, allow_pickle=False)
     (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot != "none":
@@ -79,7 +80,7 @@ def _draw(
     if len(chosen) > PLOTTED:
         chosen = sorted(np.random.default_rng(seed).choice(len(rows), PLOTTED, replace=False).tolist())
     plane_N2 = project(points_NP[chosen], method=method, seed=seed)
-    _write_rows(
+    write_rows(
         output / "projection.jsonl",
         [
             {
@@ -94,7 +95,3 @@ def _draw(
         ],
     )
     plot_clusters(output, output)
-
-
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
