@@ -57,7 +57,7 @@ ci: ## all that decides whether a change lands
 	.ci/run
 
 quickstart: install models/whisper-tiny.en/config.json data/demo/index.jsonl ## corpus, weights and all five stages on this machine
-	$(BIN)/moe-asr run --mode demo --gpu auto
+	$(BIN)/moe-asr run --mode demo
 
 models/whisper-tiny.en/config.json: | install
 	$(BIN)/moe-asr model import-ct2 tiny.en models/whisper-tiny.en

@@ -1,4 +1,4 @@
-"""Reads a run's state from a Workflow object: its pieces, their tries, cache hits and reasons for waiting.
+"""Reads a run's state from a Workflow object: its tasks, their tries, cache hits and reasons for waiting.
 
 Used by `moe-asr status` and by the tests; works on plain JSON, as printed by kubectl.
 """
@@ -35,7 +35,7 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class WorkflowStep:
-    """A step of the workflow, or one piece of a stage.
+    """A step of the workflow, or one task of a stage.
 
     Attributes:
         label: `plan-asr`, `cluster`, `experts[1]`, `extend[F07]`, …
@@ -53,14 +53,14 @@ class WorkflowStep:
     tries: tuple[Try, ...]
 
 
-def pieces(workflow: Object) -> list[WorkflowStep]:
-    """All steps and pieces that the workflow has begun or waits to begin, in the order of their start."""
+def workflow_steps(workflow: Object) -> list[WorkflowStep]:
+    """All steps and tasks that the workflow has begun or waits to begin, in the order of their start."""
     nodes: Sequence[Object] = list(workflow.get("status", {}).get("nodes", {}).values())
-    steps = [_piece(node, nodes) for node in nodes if _is_piece(node)]
+    steps = [_step(node, nodes) for node in nodes if _is_step(node)]
     return sorted(steps, key=lambda step: (step.started is None, step.started or 0.0, step.label))
 
 
-def _is_piece(node: Object) -> bool:
+def _is_step(node: Object) -> bool:
     template, kind = node.get("templateName"), node["type"]
     if template in WRAPPED:
         return kind not in ("TaskGroup", "Skipped", "Omitted")
@@ -71,7 +71,7 @@ def _is_try(node: Object) -> bool:
     return node["type"] == "Pod" and bool((node.get("nodeFlag") or {}).get("retried"))
 
 
-def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
+def _step(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     task = "outcome" if node["templateName"] == "outcome" else node["name"].split(".", 1)[-1].partition("(")[0]
     inputs = {p["name"]: p.get("value", "") for p in (node.get("inputs") or {}).get("parameters", [])}
     unit = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
@@ -85,7 +85,7 @@ def _piece(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
         label=f"{task}{shard}",
         template=node["templateName"],
         phase=ordered[-1].phase if waiting else node["phase"],
-        message=f"waits for {lock.rpartition('/')[2]}, which another workflow or piece holds" if lock else message,
+        message=f"waits for {lock.rpartition('/')[2]}, which another workflow or task holds" if lock else message,
         hit=bool((node.get("memoizationStatus") or {}).get("hit")),
         started=seconds(node.get("startedAt")),
         finished=seconds(node.get("finishedAt")),

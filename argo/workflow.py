@@ -4,8 +4,8 @@
             ─▶ plan-experts ─▶ experts (one pod each) ─▶ plan-asr ─▶ asr ─▶ report
     plan ─▶ shared ─▶ plan-experts  (where routed experts build on a shared one, beside extract to gating)
 
-A plan step reads the manifests in the store and outputs a list with one small item per piece of a stage; a stage that a
-configuration does not need gets an empty list. Each piece is memoized under a name that changes when its artifact is
+A plan step reads the manifests in the store and outputs a list with one small item per task of a stage; a stage that a
+configuration does not need gets an empty list. Each task is memoized under a name that changes when its artifact is
 gone, holds a lock on its key, and retries inside of both: in Argo 4.0.2 a template that both memoizes and retries hangs
 on a cache hit.
 
@@ -31,7 +31,7 @@ from argo.pods import OUTPUTS, container, memoized, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
-ITEM = ("shard", "key", "memo", "lock", "lane")  # the plan's item for one piece
+ITEM = ("shard", "key", "memo", "lock", "lane")  # the plan's item for one task
 POD_INPUTS = ("shard", "key", "memo", "model")
 MODEL = "{{inputs.parameters.model}}"  # digest of the base model, known from the first plan on
 
@@ -67,7 +67,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
 
 
 def _main() -> None:
-    """The order of steps: each stage after the plan that lists its pieces, each plan after the inputs of the stage."""
+    """The order of steps: each stage after the plan that lists its tasks, each plan after the inputs of the stage."""
     made_by = {contract.output: contract.name for contract in STAGES}
     with DAG(name="main", fail_fast=False):
         model = "{{tasks.plan.outputs.parameters.model}}"
@@ -108,8 +108,8 @@ def _stage(contract: Contract) -> None:
 
 
 def _locks(contract: Contract) -> list[str]:
-    """A lock on the key, so that no two workflows make the same piece, and a lock on the lane, which limits concurrent
-    pieces.
+    """A lock on the key, so that no two workflows run the same task, and a lock on the lane, which limits concurrent
+    tasks.
     """
     locks = ["moe-asr-{{inputs.parameters.lock}}"]
     if contract.fan_out:
@@ -118,7 +118,7 @@ def _locks(contract: Contract) -> list[str]:
 
 
 def _stage_pod(contract: Contract, place: Installation) -> None:
-    """The pod of one piece of a stage, with retries."""
+    """The pod of one task of a stage, with retries."""
     inputs = [Parameter(name=name) for name in POD_INPUTS]
     args = ["--shard", "{{inputs.parameters.shard}}"] if contract.fan_out else None
     env = {"MEMO": "{{inputs.parameters.memo}}", "MODEL": MODEL}
@@ -141,7 +141,7 @@ def _stage_pod(contract: Contract, place: Installation) -> None:
 
 
 def _plan(place: Installation) -> None:
-    """The step that lists a stage's pieces, on a CPU, before the stage."""
+    """The step that lists a stage's tasks, on a CPU, before the stage."""
     container(
         place,
         "plan",

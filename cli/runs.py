@@ -39,7 +39,7 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
     made = run.plan(deep=deep)
     expected = forecasts(run, made)
     rows = [(p.task.label, p.status, p.reason, p.task.key.digest) for p in made.planned]
-    rows += [(c.name, "todo", "its pieces are known once the stage before it is done", "") for c in made.open_ended]
+    rows += [(c.name, "todo", "its tasks are known once the stage before it is done", "") for c in made.open_ended]
     if as_json:
         names = ("task", "status", "reason", "key")
         tasks = [dict(zip(names, row, strict=True)) for row in rows]

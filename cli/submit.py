@@ -65,10 +65,10 @@ def _pair(text: str) -> tuple[str, str]:
 def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     """Prints the steps of a workflow, and why those that wait do so."""
     from argo.kubectl import find_workflow
-    from argo.progress import phase, pieces
+    from argo.progress import phase, workflow_steps
 
     workflow = find_workflow(name, namespace)
-    steps = pieces(workflow)
+    steps = workflow_steps(workflow)
     if as_json:
         echo(json.dumps(workflow, indent=1))
         return

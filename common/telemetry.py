@@ -25,7 +25,7 @@ from common.errors import Preempted
 
 log = logging.getLogger(__name__)
 
-STAGE = ("stage", "shard")  # on every metric of a stage; shard is empty where the stage is in one piece
+STAGE = ("stage", "shard")  # on every metric of a stage; shard is empty where a stage has one task
 STEP_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
 
 

@@ -73,7 +73,7 @@ def _name(flag: str) -> str:
 
 
 def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any]) -> None:
-    """Runs the pieces of a stage that are not done; joint training by `runtime.processes` processes together."""
+    """Runs the tasks of a stage that are not done; joint training by `runtime.processes` processes together."""
     config = pod.config_from_variables() if pod.in_pod() else stage_config(options, own)
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
     run = Run(config, pod.variable("MODEL") or None)
@@ -84,7 +84,7 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
         raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
     if shard is not None:
         if not 0 <= shard < len(of_stage):
-            raise UsageError(f"--shard {shard}: {contract.name} has pieces 0 to {len(of_stage) - 1}")
+            raise UsageError(f"--shard {shard}: {contract.name} has tasks 0 to {len(of_stage) - 1}")
         of_stage = [of_stage[shard]]
     processes = contract.processes(config)
     if processes > 1 and RANK is None and any(p.status != "done" for p in of_stage):
@@ -95,10 +95,10 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
             if int(RANK or 0):
                 follow_one(run, planned, stopping)
             else:
-                _run_piece(planned, run, stopping)
+                _run_task(planned, run, stopping)
 
 
-def _run_piece(planned: Planned, run: Run, stopping: Callable[[], bool]) -> None:
+def _run_task(planned: Planned, run: Run, stopping: Callable[[], bool]) -> None:
     memo = pod.variable("MEMO")
     done = planned.manifest if planned.status == "done" else None
     manifest = done or run_one(run, planned, stopping, {"memo": memo} if memo else None)
@@ -151,7 +151,7 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
 @stages.command("plan")
 @click.option("--stage", default="", help="Stage whose shards are planned. Without it, the first plan of a workflow.")
 def plan_command(stage: str) -> None:
-    """A workflow's plan: which pieces its stages have and under which keys (configured by variables)."""
+    """A workflow's plan: which tasks its stages have and under which keys (configured by variables)."""
     set_up_logging()
     pod.plan_stage(stage)
 

@@ -30,7 +30,7 @@ READ = 20  # manifests of a stage at most, newest first, until one fits
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one stage or of one piece of it.
+    """The work of one stage or task.
 
     Attributes:
         steps: maximum number of optimiser steps; None in a stage without training.
@@ -81,7 +81,7 @@ class Forecast:
 
 
 def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
-    """Forecasts by label of unfinished tasks, and by name of stages whose pieces are not known yet."""
+    """Forecasts by label of unfinished tasks, and by name of stages whose tasks are not known yet."""
     by_task: dict[str, Forecast] = {}
     for stage, label, key, shards in _unfinished(plan):
         work = stage_work(run, stage, label, shards)
@@ -95,7 +95,7 @@ def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
 
 
 def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
-    """Stage, label, key and number of pieces of unfinished work."""
+    """Stage, label, key and number of tasks of unfinished work."""
     stages = [planned.task.contract.name for planned in plan.planned]
     for planned in plan.planned:
         if planned.status != "done":

@@ -199,7 +199,7 @@ def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
 
 
 def _run_next(run: Run, plan: Plan, stopping: Callable[[], bool]) -> None:
-    """Runs all pieces that are not done of the first stage that has any."""
+    """Runs all tasks that are not done of the first stage that has any."""
     waiting = [p for p in plan.planned if p.status != "done"]
     stage = waiting[0].task.contract.name
     planned = [p for p in waiting if p.task.contract.name == stage]

@@ -105,14 +105,14 @@ def digest(*parts: str) -> str:
 
 
 def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[str, list[dict[str, str]]]:
-    """Stage → one small item per piece, for the workflow's fan-outs; empty for stages that are not needed or not
+    """Stage → one small item per task, for the workflow's fan-outs; empty for stages that are not needed or not
     known yet.
 
-    An item's `lock` is the same in all workflows that would make the same piece in the same store; its `lane` is one of
-    `lanes` numbers, and only one piece per lane runs at once.
+    An item's `lock` is the same in all workflows that would run the same task in the same store; its `lane` is one of
+    `lanes` numbers, and only one task per lane runs at once.
 
     Args:
-        lanes: number of pieces of one stage that may run at once.
+        lanes: number of tasks of one stage that may run at once.
     """
     lists: dict[str, list[dict[str, str]]] = {contract.name: [] for contract in STAGES}
     for planned in plan.planned:
@@ -154,7 +154,7 @@ def _say(plan: Plan, stage: str) -> None:
             log.info("%s: %s, %s", planned.task.label, planned.status, planned.reason)
     if not stage:
         for contract in plan.open_ended:
-            log.info("%s: its pieces are known once the stage before it is done", contract.name)
+            log.info("%s: its tasks are known once the stage before it is done", contract.name)
 
 
 def write_output(name: str, value: Any) -> None:

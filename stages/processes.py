@@ -1,4 +1,4 @@
-"""Runs pieces of a stage in separate processes, in parallel on several GPUs, and stops them together."""
+"""Runs tasks of a stage in separate processes, in parallel on several GPUs, and stops them together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_in_processes(
     scratch: Path,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs pieces of a stage in parallel, one process each, at most one per slot.
+    """Runs tasks of a stage in parallel, one process each, at most one per slot.
 
     Args:
         slots: CUDA_VISIBLE_DEVICES of each process; None does not change it.
@@ -48,8 +48,8 @@ def run_in_processes(
         stopping: once true, running processes are stopped with a checkpoint, and no more are started.
 
     Raises:
-        RetryableError: a piece failed with a temporary fault; the others are finished first.
-        StageFailed: the first piece that failed otherwise; the others are finished first.
+        RetryableError: a task failed with a temporary fault; the others are finished first.
+        StageFailed: the first task that failed otherwise; the others are finished first.
         Preempted: `stopping` became true.
     """
     import torch

@@ -33,7 +33,7 @@ class Contract:
         reads: sections or keys of the configuration that its result depends on.
         format: version of the output format; incremented when the same inputs give another output.
         fan_out: (config, corpus, manifests of finished stages) → number of shards, None while unknown; a stage without
-            this function is one piece.
+            this function has one task.
         active: whether a configuration needs the stage.
         gpus: number of GPUs that it requests on a cluster; 0 runs on CPU nodes.
         together: whether `runtime.processes` processes work on it together, with one GPU each.
@@ -59,5 +59,5 @@ class Contract:
         return self.part_of or self.name
 
     def processes(self, config: Config) -> int:
-        """Number of processes that work together on one piece."""
+        """Number of processes that work together on one task."""
         return config.runtime.processes if self.together else 1

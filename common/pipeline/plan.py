@@ -22,8 +22,8 @@ class Task:
     """One stage or one shard of it.
 
     Attributes:
-        shard: number of the shard; None if the stage is one piece.
-        inputs: output name of each earlier stage → keys of its pieces.
+        shard: number of the shard; None if the stage has one task.
+        inputs: output name of each earlier stage → keys of its tasks.
     """
 
     contract: Contract
@@ -101,19 +101,19 @@ def make_plan(
     groups = group_keys(contracts, config, sources)
     planned: list[Planned] = []
     open_ended: list[Contract] = []
-    pieces: dict[str, tuple[Key, ...]] = {}
+    output_keys: dict[str, tuple[Key, ...]] = {}
     manifests: dict[str, Manifest] = {}
     for contract in active_stages(contracts, config):
         group = groups[contract.output]
         count = contract.fan_out(config, corpus, manifests) if contract.fan_out else 1
-        if count is None or any(name not in pieces for name in contract.inputs if name in groups):
+        if count is None or any(name not in output_keys for name in contract.inputs if name in groups):
             open_ended.append(contract)
             if contract.fan_out is None:  # its own key is known, even if not yet how many inputs it has
-                pieces[contract.output] = (group,)
+                output_keys[contract.output] = (group,)
             continue
         keys = tuple(shard_key(group, i) for i in range(count)) if contract.fan_out else (group,)
-        pieces[contract.output] = keys
-        inputs = {name: pieces[name] for name in contract.inputs if name in groups}
+        output_keys[contract.output] = keys
+        inputs = {name: output_keys[name] for name in contract.inputs if name in groups}
         for number, key in enumerate(keys):
             task = Task(contract, number if contract.fan_out else None, key, inputs)
             planned_task = _look(store, task, group, before, planned, deep)

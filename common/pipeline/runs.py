@@ -176,11 +176,11 @@ def find_run(name: str, store: Store | None) -> tuple[Store, dict[str, Any]] | N
 def recorded_states(
     store: Store, record: Mapping[str, Any], stage: str | None = None, *, deep: bool = False
 ) -> Iterator[tuple[str, Key, State]]:
-    """Label, key and state of each piece of a run as recorded; the corpus may have changed since.
+    """Label, key and state of each task of a run as recorded; the corpus may have changed since.
 
     Args:
         record: the run's record.
-        stage: stage of the pieces; all stages if None.
+        stage: stage of the tasks; all stages if None.
         deep: as in `inspect`.
     """
     for label, task in record["tasks"].items():
@@ -190,7 +190,7 @@ def recorded_states(
 
 
 def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path) -> list[Path]:
-    """Local folders of a stage's finished pieces.
+    """Local folders of a stage's finished tasks.
 
     Args:
         record: the run's record.

@@ -80,7 +80,7 @@ class Context:
     """Services of the pipeline for a running stage.
 
     Attributes:
-        shard: number of the shard, None for a stage in one piece.
+        shard: number of the shard, None for a stage with one task.
         parts: finished parts of an earlier attempt.
         results: results that several runs of a store share.
         checkpointer: opens the stage's checkpoints, or those of one of its trainings by a name.

@@ -276,9 +276,9 @@ def _time_reading(worked: Sequence[Row], cuts: Sequence[Row]) -> str:
     wall = max(e["started"] + e["seconds"] for e in worked) - min(e["started"] for e in worked)
     hosts = len({e["host"] for e in worked})
     text = f"{clock(wall)} from first start to last end, on {hosts} host{'' if hosts == 1 else 's'}."
-    text += " The time beside a stage is its work, summed over its pieces."
+    text += " The time beside a stage is its work, summed over its tasks."
     if any(e.get("attempts", 1) > 1 for e in worked):
-        text += " Pauses between attempts at a piece of work do not count."
+        text += " Pauses between attempts at a task do not count."
     if cuts:
         pauses = ", ".join(clock(cut["seconds"]) for cut in cuts[:5])
         text += f" Dotted lines cut out pauses ({pauses}{', …' if len(cuts) > 5 else ''})."

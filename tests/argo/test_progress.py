@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from argo.progress import explain, gpu_products, phase, pieces, tidy, wanted_products
+from argo.progress import explain, gpu_products, phase, tidy, wanted_products, workflow_steps
 
 FINISHED = json.loads(Path(__file__).with_name("finished.json").read_text())
 LABELS = ["extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"]
@@ -25,13 +25,13 @@ def waiting_pod(*products, message="0/1 nodes are available: 1 node(s) didn't ma
     }
 
 
-def test_every_piece_is_found_once_with_its_tries():
-    steps = {piece.label: piece for piece in pieces(FINISHED)}
+def test_every_task_is_found_once_with_its_tries():
+    steps = {task.label: task for task in workflow_steps(FINISHED)}
     assert phase(FINISHED) == "Succeeded"
     assert [label for label in steps if label in LABELS] == LABELS
     assert {"plan", "plan-asr", "report", "outcome"} <= set(steps)
-    assert all(piece.tries and piece.tries[-1].phase == "Succeeded" for piece in steps.values())
-    pods = [attempt.pod for piece in steps.values() for attempt in piece.tries]
+    assert all(task.tries and task.tries[-1].phase == "Succeeded" for task in steps.values())
+    pods = [attempt.pod for task in steps.values() for attempt in task.tries]
     nodes = FINISHED["status"]["nodes"].values()
     assert sorted(pods) == sorted(n["id"] for n in nodes if n["type"] == "Pod")
 
@@ -44,9 +44,9 @@ def test_added_experts_are_named_by_their_speakers():
                 n["templateName"] = new
         for p in (n.get("inputs") or {}).get("parameters", []):
             p |= {"name": "who", "value": f"F0{p['value']}"} if p["name"] == "shard" else {}
-    steps = [piece for piece in pieces(changed) if piece.template == "extend"]
-    assert [piece.label for piece in steps] == ["experts[F00]", "experts[F01]"]
-    assert [piece.tries for piece in steps] == [p.tries for p in pieces(FINISHED) if p.template == "experts"]
+    steps = [task for task in workflow_steps(changed) if task.template == "extend"]
+    assert [task.label for task in steps] == ["experts[F00]", "experts[F01]"]
+    assert [task.tries for task in steps] == [p.tries for p in workflow_steps(FINISHED) if p.template == "experts"]
 
 
 def test_a_hit_has_no_pod():
@@ -57,16 +57,16 @@ def test_a_hit_has_no_pod():
     below = [key for key, n in nodes.items() if n["name"].startswith(asr["name"] + ".")]
     for key in below:
         del nodes[key]
-    (piece,) = [p for p in pieces(changed) if p.label == "asr"]
-    assert below and piece.hit and piece.tries == ()
+    (task,) = [p for p in workflow_steps(changed) if p.label == "asr"]
+    assert below and task.hit and task.tries == ()
 
 
-def test_a_piece_that_waits_for_a_lock_says_so():
+def test_a_task_that_waits_for_a_lock_says_so():
     changed = json.loads(json.dumps(FINISHED))
     (asr,) = [n for n in changed["status"]["nodes"].values() if n.get("templateName") == "asr" and n["type"] == "DAG"]
     asr["synchronizationStatus"] = {"waiting": "argo/Mutex/moe-asr-0123"}
-    (piece,) = [p for p in pieces(changed) if p.label == "asr"]
-    assert "waits for moe-asr-0123" in piece.message
+    (task,) = [p for p in workflow_steps(changed) if p.label == "asr"]
+    assert "waits for moe-asr-0123" in task.message
 
 
 def test_a_gpu_that_no_node_has_is_explained_with_those_that_there_are():

@@ -51,7 +51,7 @@ def test_only_stages_with_gpus_ask_for_one_and_for_its_nodes(contract):
 
 
 @pytest.mark.parametrize("contract", STAGES, ids=lambda c: c.name)
-def test_pieces_of_a_fan_out_are_told_their_number(contract):
+def test_tasks_of_a_fan_out_are_told_their_number(contract):
     args = TEMPLATES[f"{contract.name}-pod"]["container"].get("args")
     assert args == (["--shard", "{{inputs.parameters.shard}}"] if contract.fan_out else None)
 

@@ -226,16 +226,16 @@ def wait(name: str, until: Callable[[dict[str, Any]], Any] | None = None, second
 
 
 def told(flow: Mapping[str, Any]) -> str:
-    """All pieces and their messages, for the reader of a failed test."""
-    lines = [f"{p.label}: {p.phase}, {len(p.tries)} pods, {p.message}" for p in progress.pieces(flow)]
+    """All tasks and their messages, for the reader of a failed test."""
+    lines = [f"{p.label}: {p.phase}, {len(p.tries)} pods, {p.message}" for p in progress.workflow_steps(flow)]
     return "\n".join([str(flow.get("status", {}).get("message", "")), *lines])
 
 
 def succeeded(name: str, seconds: float = 600) -> dict[str, progress.WorkflowStep]:
-    """Waits for success; label → piece."""
+    """Waits for success; label → task."""
     flow = wait(name, seconds=seconds)
     assert progress.phase(flow) == "Succeeded", told(flow)
-    return {piece.label: piece for piece in progress.pieces(flow)}
+    return {task.label: task for task in progress.workflow_steps(flow)}
 
 
 def install_template(place: Installation, suffix: str = "") -> str:

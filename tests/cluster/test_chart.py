@@ -107,7 +107,7 @@ def everything() -> set[str]:
 
 
 def run_from_template(template: str = TEMPLATE, **parameters: str) -> list[progress.WorkflowStep]:
-    """Submits with the chart's own defaults; the pieces of the workflow once it has succeeded."""
+    """Submits with the chart's own defaults; the tasks of the workflow once it has succeeded."""
     arguments = {"parameters": [{"name": name, "value": value} for name, value in parameters.items()]}
     workflow = {
         "apiVersion": "argoproj.io/v1alpha1",
@@ -123,15 +123,15 @@ def run_from_template(template: str = TEMPLATE, **parameters: str) -> list[progr
         return progress.phase(flow) in ("Succeeded", "Failed", "Error")
 
     until(is_finished, 900)
-    pieces = progress.pieces(flow)
-    told = "\n".join(f"{piece.label}: {piece.phase} {piece.message}" for piece in pieces)
+    tasks = progress.workflow_steps(flow)
+    told = "\n".join(f"{task.label}: {task.phase} {task.message}" for task in tasks)
     assert progress.phase(flow) == "Succeeded", f"{flow['status'].get('message')}\n{told}"
-    return pieces
+    return tasks
 
 
-def pieces_with_pods(pieces: list[progress.WorkflowStep]) -> set[str]:
-    """Labels of the pieces of stages that did not come from the cache."""
-    return {piece.label for piece in pieces if piece.tries and piece.template in progress.WRAPPED}
+def with_pods(tasks: list[progress.WorkflowStep]) -> set[str]:
+    """Labels of the tasks of stages that did not come from the cache."""
+    return {task.label for task in tasks if task.tries and task.template in progress.WRAPPED}
 
 
 def live_template() -> dict[str, str]:
@@ -172,7 +172,7 @@ def test_helm_test_finds_what_a_run_needs(release):
 
 
 def test_a_run_from_the_template_succeeds_where_pods_are_restricted(release):
-    trained = pieces_with_pods(run_from_template())
+    trained = with_pods(run_from_template())
     assert "asr" in trained
     pods = json.loads(kubectl("get", "pods", "-n", SPACE, "-l", f"app.kubernetes.io/instance={RELEASE}", "-o", "json"))
     assert pods["items"]
@@ -186,9 +186,9 @@ def test_a_run_from_the_template_succeeds_where_pods_are_restricted(release):
 def test_the_second_template_adds_an_expert_for_each_speaker_once(release, lab, tmp_path):
     new = {"parent": "micro", "corpus": f"s3://{BUCKET}/corpus", "method": "gates"}
     added = run_from_template(EXTENSION, **new, run="voices", speakers='["s00"]')
-    assert pieces_with_pods(added) == {"extend[s00]"}
+    assert with_pods(added) == {"extend[s00]"}
     again = run_from_template(EXTENSION, **new, run="more", speakers='["s00", "s01"]')
-    assert pieces_with_pods(again) == {"extend[s01]"}
+    assert with_pods(again) == {"extend[s01]"}
     store = lab.store("chart")
     names = [[info.name for info, _ in added_of(store, run_record(store, run), tmp_path)] for run in ("voices", "more")]
     assert names == [["s00"], ["s00", "s01"]]
@@ -203,7 +203,7 @@ def test_upgrade_and_rollback_change_the_template_and_keep_the_cache(release):
     assert live_template()["retries"] == "5"
     assert kubectl("get", "cronworkflows", "-n", SPACE, "-o", "name") == ""
     assert cache_entries() == remembered > 0
-    assert not pieces_with_pods(run_from_template())
+    assert not with_pods(run_from_template())
 
 
 def test_uninstall_leaves_nothing_behind(release):

@@ -68,8 +68,8 @@ def task_key(lab: Lab, store: str, label: str) -> tuple[str, str]:
 
 
 def trained(steps: dict[str, progress.WorkflowStep]) -> set[str]:
-    """Labels of the pieces of stages for which pods ran."""
-    return {label for label, piece in steps.items() if piece.tries and piece.template in progress.WRAPPED}
+    """Labels of the tasks of stages for which pods ran."""
+    return {label for label, task in steps.items() if task.tries and task.template in progress.WRAPPED}
 
 
 MISTAKES = {
@@ -150,13 +150,13 @@ def test_killed_pods_are_tried_again_and_go_on_with_the_same_result(lab, early, 
 
 
 def strike(lab: Lab, name: str, blows: Mapping[str, Callable[[str], object]]) -> None:
-    """Hits the pod of each piece of workflow `killed` as soon as the piece itself has written a checkpoint: one that
+    """Hits the pod of each task of workflow `killed` as soon as the task itself has written a checkpoint: one that
     waited for the others might be over by then.
     """
     left, store = dict(blows), lab.store("killed")
 
     def hit(flow: dict[str, Any]) -> bool:
-        nodes = {p.label: p.tries[-1].pod for p in progress.pieces(flow) if p.tries and p.label in left}
+        nodes = {p.label: p.tries[-1].pod for p in progress.workflow_steps(flow) if p.tries and p.label in left}
         running = running_pods(name) if nodes else {}
         pods = {label: running[node] for label, node in nodes.items() if node in running}
         planned = Run(lab.config("killed", **LONG)).plan().planned if pods else ()
@@ -200,7 +200,7 @@ def test_a_users_error_ends_in_plan_with_its_reason_and_no_retry(early, mistake)
     reason = MISTAKES[mistake][2]
     flow = wait(early[mistake])
     assert progress.phase(flow) == "Failed"
-    steps = {piece.label: piece for piece in progress.pieces(flow)}
+    steps = {task.label: task for task in progress.workflow_steps(flow)}
     assert reason in steps["plan"].message, told(flow)
     assert len(steps["plan"].tries) == 1 and not trained(steps)
     assert reason in command("argo", "get", "-n", NAMESPACE, early[mistake])
@@ -250,14 +250,14 @@ def test_experts_are_pods_of_their_own_with_a_gpu_and_clustering_has_none(first)
 def test_submitted_again_everything_comes_from_the_cache(later):
     steps = succeeded(later["again"])
     assert trained(steps) == set()
-    assert {label for label, piece in steps.items() if piece.hit} == LABELS
+    assert {label for label, task in steps.items() if task.hit} == LABELS
 
 
 def test_a_run_begun_on_this_machine_goes_on_in_the_cluster_and_back(lab, later):
     steps = succeeded(later["from local"])
-    assert [t.phase for piece in steps.values() for t in piece.tries if t.phase != "Succeeded"] == []
+    assert [t.phase for task in steps.values() for t in task.tries if t.phase != "Succeeded"] == []
     assert digests(lab, "local") == digests(lab, "first")
-    started = min(t.started or 0 for piece in steps.values() for t in piece.tries)
+    started = min(t.started or 0 for task in steps.values() for t in task.tries)
     assert all(manifest.started < started for manifest in manifests(lab, "local"))
     assert Run(lab.config("first")).plan(deep=True).finished
 
@@ -288,7 +288,7 @@ def test_neither_a_lost_cache_nor_a_replaced_controller_loses_work(lab, later, t
         wait(name)
     kubectl("delete", "configmap", "-n", NAMESPACE, "moe-asr-cache")
     with unfinished(lab, "replaced", tmp_path) as name:
-        wait(name, until=lambda flow: any(p.template == "cluster" for p in progress.pieces(flow)))
+        wait(name, until=lambda flow: any(p.template == "cluster" for p in progress.workflow_steps(flow)))
         kubectl("rollout", "restart", "deployment/workflow-controller", "-n", "argo")
 
 
@@ -326,8 +326,8 @@ def unfinished(lab: Lab, store: str, folder: Path) -> Iterator[str]:
 
 
 def trains(flow: dict[str, Any], label: str) -> bool:
-    """Whether the pod of a piece runs."""
-    tries = [t for piece in progress.pieces(flow) if piece.label == label for t in piece.tries]
+    """Whether the pod of a task runs."""
+    tries = [t for task in progress.workflow_steps(flow) if task.label == label for t in task.tries]
     return any(t.phase == "Running" for t in tries)
 
 

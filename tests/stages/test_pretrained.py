@@ -48,7 +48,7 @@ def again(made, tmp_path, micro_model, tones):
 
 
 def folders(store, stage):
-    """The output folders of a stage's pieces in the run."""
+    """The output folders of a stage's tasks in the run."""
     record = json.loads((store / "micro" / "run.json").read_text())
     paths = []
     for task in record["tasks"].values():
