@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bench.results_file import (
@@ -44,8 +45,9 @@ from common.data.subsets import TEST_SEED
 from common.decoding.decode import Decoding
 from common.errors import DataError
 from common.evaluation.breakdown import score_of
+from common.evaluation.compare import mean_of_results
 from common.evaluation.evaluate import decode_corpus
-from common.evaluation.wer import Score, paired_bootstrap, wer
+from common.evaluation.wer import Score, interval_of_difference, resampled_rates, wer
 from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row
 from common.model.added_experts import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
@@ -315,36 +317,51 @@ def add_row(path: Path, results: Row, key: str, row: Row) -> None:
 
 
 def summarise(results: Row) -> list[Row]:
-    """Means over seeds and persons, with the difference from tuning all adapter weights."""
+    """Means over seeds and persons, with the difference from tuning all adapter weights.
+
+    Its interval is over speakers and over seeds: a seed is a model and an enrolment of its own, the same for all ways.
+    """
     groups: dict[tuple[str, str, int], dict[str, list[Row]]] = {}
     for row in results["sides"]:
         count = 0 if "speaker" in row else row["utterances"]
         groups.setdefault((row["model"], row["new"], count), {}).setdefault(row["way"], []).append(row)
     summary = []
     for (model, new, count), ways in sorted(groups.items()):
-        tuned, speakers = pooled(ways.get("tuned", ()), results["tested"])
+        tuned, speakers = scores_by_seed(ways.get("tuned", ()), results["tested"])
         for way, rows in ways.items():
-            scores, own = pooled(rows, results["tested"])
+            scores, own = scores_by_seed(rows, results["tested"])
             row = {"model": model, "new": new, "utterances": count or None, "way": way, "rows": len(rows)}
-            row["new_wer"] = wer(scores)
+            row["new_wer"] = wer([score for seed in scores.values() for score in seed])
             for key in ("others_before", "others_after", "bytes", "seconds"):
                 row[key] = statistics.mean(row[key] for row in rows)
-            paired = way not in ("tuned", "as it is") and own == speakers
-            row["minus_tuned"] = paired_bootstrap(tuned, scores, speakers, resamples=RESAMPLES) if paired else None
+            paired = way not in ("tuned", "as it is") and own == speakers and scores.keys() == tuned.keys()
+            row["minus_tuned"] = difference(tuned, scores, speakers) if paired else None
             summary.append(row)
     return summary
 
 
-def pooled(rows: Sequence[Row], tested: Mapping[str, Row]) -> tuple[list[Score], dict[str, str]]:
-    """Scores of a way over all seeds and persons, and the speaker of each."""
-    scores: list[Score] = []
+def scores_by_seed(rows: Sequence[Row], tested: Mapping[str, Row]) -> tuple[dict[int, list[Score]], dict[str, str]]:
+    """Scores of a way over all persons, by seed, and the speaker of each utterance."""
+    scores: dict[int, list[Score]] = {}
     speakers: dict[str, str] = {}
     for row in rows:
         utterances = tested[tested_name(row)]
-        own = to_scores(utterances, row["errors"], prefix=f"{row['seed']}/{row['utterances']}/")
-        scores += own
+        own = to_scores(utterances, row["errors"])
+        scores.setdefault(row["seed"], []).extend(own)
         speakers |= zip((score.id for score in own), utterances["speakers"], strict=True)
     return scores, speakers
+
+
+def difference(
+    tuned: Mapping[int, list[Score]], scores: Mapping[int, list[Score]], speakers: Mapping[str, str]
+) -> dict[str, float]:
+    """`delta` of word error rates, with `low`, `high` and `p`, over draws of speakers and of seeds."""
+    rates_MR = resampled_rates(
+        [by_seed[seed] for by_seed in (scores, tuned) for seed in tuned], speakers, resamples=RESAMPLES
+    )
+    deltas_SR = rates_MR[: len(tuned)] - rates_MR[len(tuned) :]
+    delta = statistics.mean(wer(scores[seed]) - wer(tuned[seed]) for seed in tuned)
+    return {"delta": delta} | interval_of_difference(mean_of_results(deltas_SR, np.random.default_rng(0)))
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -148,26 +148,31 @@ def _rates(systems: Systems, speakers: Mapping[str, str], reference: str, resamp
 def _draws(
     systems: Systems, speakers: Mapping[str, str], metric: Metric, resamples: int, seed: int
 ) -> dict[str, Floats]:
-    """Each system's rate on R draws of speakers; with S > 1 results, each draw also resamples the results.
-
-    Resampled results vary less than S new results would, by (S - 1) / S in variance: the draws are stretched
-    accordingly.
-    """
+    """Each system's rate on R draws of speakers; with S > 1 results, each draw also resamples the results."""
     flat = [list(result.scores.values()) for results in systems.values() for result in results]
     rates_MR = resampled_rates(flat, speakers, metric=metric, resamples=resamples, seed=seed)
     generator = np.random.default_rng([seed, 1])  # apart from the speakers', so that single results pair as in `wer`
     rates: dict[str, Floats] = {}
     start = 0
     for name, results in systems.items():
-        rates_SR = rates_MR[start : start + len(results)]
+        rates[name] = mean_of_results(rates_MR[start : start + len(results)], generator)
         start += len(results)
-        mean_R: Floats = rates_SR.mean(axis=0)
-        if len(results) > 1:
-            drawn_SR = generator.integers(0, len(results), size=rates_SR.shape)
-            drawn_R = np.take_along_axis(rates_SR, drawn_SR, axis=0).mean(axis=0)
-            mean_R = mean_R + (drawn_R - mean_R) * math.sqrt(len(results) / (len(results) - 1))
-        rates[name] = mean_R
     return rates
+
+
+def mean_of_results(values_SR: Floats, generator: np.random.Generator) -> Floats:
+    """Mean over S results (seeds) for each of R draws of speakers; with S > 1, each draw also resamples the results.
+
+    Resampled results vary less than S new results would, by (S - 1) / S in variance: the draws are stretched
+    accordingly.
+    """
+    results = len(values_SR)
+    mean_R: Floats = values_SR.mean(axis=0)
+    if results > 1:
+        drawn_SR = generator.integers(0, results, size=values_SR.shape)
+        drawn_R = np.take_along_axis(values_SR, drawn_SR, axis=0).mean(axis=0)
+        mean_R = mean_R + (drawn_R - mean_R) * math.sqrt(results / (results - 1))
+    return mean_R
 
 
 def _against(deltas_R: Floats) -> Row:

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.clustering.embeddings import speaker_sums
 from common.data.corpus import Utterance
 from common.data.groups import group_values
-from common.inference.load_model import OpenedModel
+from common.inference.load_model import OpenedModel, blank_choice
 from common.model.bundle import BundleInfo
 from common.model.gate import Gate
 from common.model.routing import Choice, route_by_table
@@ -89,7 +89,9 @@ def given_choice(opened: OpenedModel, rows: int) -> Choice:
 def warn_without_group(opened: OpenedModel) -> None:
     """Logs a warning if audio whose group is unknown uses the shared expert alone, for lack of a gate."""
     info = opened.info
-    if info and info.route_by == "table" and not info.gate and opened.voice < 0 and opened.group < 0:
+    if info is None or info.route_by != "table" or info.gate or opened.voice >= 0 or opened.group >= 0:
+        return
+    if not blank_choice(info, 1, torch.device("cpu"))[1].any():
         log.warning(
             "model %s is routed by %s, which is not known here: all audio uses the shared expert alone, unless "
             "--expert names one of %s",

@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from transformers import WhisperForConditionalGeneration
 
 from common.data.batches import Batch
+from common.data.corpus import Utterance
 from common.data.features import describe_context
+from common.data.groups import group_values
 from common.data.sources import folder_digest, is_hub_name, locate_model
 from common.data.tokens import TextCodec, load_codec
 from common.decoding.decode import Decoded, Decoding, decode_hidden
@@ -32,7 +34,7 @@ from common.model.added_experts import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
 from common.model.mixture import untie
 from common.model.recogniser import Recogniser
-from common.model.routing import Choice
+from common.model.routing import Choice, route_by_table
 from common.model.whisper import load_whisper
 from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import AudioConfig, text_language
@@ -308,6 +310,13 @@ def stacked(choices: Sequence[Choice]) -> Choice:
     return torch.cat([logits_1E for logits_1E, _ in choices]), torch.cat([known_1 for _, known_1 in choices])
 
 
+def blank_choice(info: BundleInfo, rows: int, device: torch.device) -> Choice:
+    """The choice by a table for audio of which nothing is known: the shared expert alone, unless all are one group."""
+    blank = [Utterance(id="", audio_filepath="", duration=0.0, text="")] * rows
+    logits_NE, known_N = route_by_table(group_values(blank, info.column, info.groups), info.groups)
+    return logits_NE.to(device), known_N.to(device)
+
+
 @torch.inference_mode()
 def route_batch(
     opened: OpenedModel, batch: Batch, choice: Choice | None = None, added: Sequence[int] | None = None
@@ -328,6 +337,8 @@ def route_batch(
         evidence_BF = gate_evidence(opened, batch)
         assert evidence_BF is not None
         choice = recogniser.gate.decide(evidence_BF)
+    elif choice is None and opened.info is not None and opened.info.route_by == "table":
+        choice = blank_choice(opened.info, len(batch), batch.row_B.device)
     numbers = [opened.voice] * len(batch) if added is None else list(added)
     added_B = torch.tensor(numbers, device=batch.row_B.device) if max(numbers) >= 0 else None
     if choice is None:

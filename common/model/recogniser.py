@@ -228,19 +228,22 @@ class Recogniser(nn.Module):
         """Puts the routing of a batch into the slot: by logits, or to the single routed expert, if there is one.
 
         A mixture trained with `loss` uses one expert at a time, so it decodes with the most probable expert. Rows with
-        an added expert use only the shared expert and the added expert.
+        an added expert use only the shared expert and the added expert, and a single routed expert, which has learnt
+        what all utterances have in common.
         """
-        device = self.whisper.device
-        if added_B is not None:
+        device, single = self.whisper.device, self.num_experts == 1
+        if added_B is not None and single:
+            known_B = None if known_B is None else known_B | (added_B >= 0)
+        elif added_B is not None:
             known_B = added_B < 0 if known_B is None else known_B & (added_B < 0)
         if logits_BE is None:
-            routing = route_to(0 if self.num_experts else None, rows, device)
+            routing = route_to(0 if single else None, rows, device)
         else:
             top_k = self.options.top_k if self.options.mixture == "blend" else 1
             routing = route(logits_BE, top_k, known_B)
         if added_B is not None:
             routing = replace(routing, added=rows_by_added(added_B))
-            routing = replace(routing, unrouted=routing.all_added and logits_BE is not None)
+            routing = replace(routing, unrouted=routing.all_added and not single)
         if self.slot is not None:
             self.slot.routing = routing
         return routing

@@ -137,7 +137,7 @@ def test_an_utterance_in_windows_gets_its_groups_expert(by_table, tones, monkeyp
     assert [row["hypothesis"].split() for row in rows] == expected
 
 
-def test_a_table_without_the_group_leaves_it_to_the_gate_or_warns(by_table, tones, caplog):
+def test_a_table_without_the_group_leaves_it_to_the_gate_or_warns(by_table, tones, caplog, monkeypatch):
     corpus = read_corpus(tones)
     utterances = [replace(u, etiology="") for u in corpus.split("dev")]
     audios = [read_audio(corpus.path(u)) for u in utterances]
@@ -150,8 +150,15 @@ def test_a_table_without_the_group_leaves_it_to_the_gate_or_warns(by_table, tone
     alone = replace(by_table, info=replace(by_table.info, gate=False))
     warn_without_group(with_added(alone, expert="high"))
     assert not caplog.records
-    decode_corpus(alone, corpus, utterances[:2], DECODING)
+    monkeypatch.setitem(alone.recogniser._modules, "gate", None)
+    rows = decode_corpus(alone, corpus, utterances, DECODING)
     assert "uses the shared expert alone, unless --expert names one of high, low, rough" in caplog.text
+    transcripts = transcribe_audio(alone, audios, DECODING)
+    assert [row["hypothesis"] for row in rows] == [window.decoded.text for (window,) in transcripts]
+    assert {sum(window.weights) for (window,) in transcripts} == {0.0}
+    caplog.clear()
+    warn_without_group(replace(alone, info=replace(alone.info, column="none", groups=("everybody",))))
+    assert not caplog.records, "a single group is always known"
 
 
 def test_a_group_that_the_model_does_not_have_is_an_error(by_table, opened):
