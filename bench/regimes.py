@@ -167,7 +167,7 @@ def summarise(value: Row) -> list[Row]:
     for (corpus, steps), regimes in sorted(budgets.items()):
         base = [run for run in value["runs"] if (run["corpus"], run["regime"]) == (corpus, BASE)]
         whole = {name: runs for name, runs in regimes.items() if all("errors" in run for run in runs)}
-        computed = compared((corpus, steps), {BASE: base} | whole, value) if whole else {}
+        computed = compared((corpus, steps), ({BASE: base} if base else {}) | whole, value) if whole else {}
         for name in (BASE, *sorted(regimes, key=regime_order)):
             if name in computed:
                 summary.append(computed[name])
@@ -188,10 +188,10 @@ def compared(budget: tuple[str, int], regimes: Mapping[str, Sequence[Row]], valu
     corpus, steps = budget
     systems = {name: [as_result(run, value["corpora"][corpus]) for run in runs] for name, runs in regimes.items()}
     seen, unseen = (only(systems, value["unseen_etiology"], wanted=wanted) for wanted in (False, True))
-    there = [name for name in REFERENCES if name in systems]
-    tables = {name: compare(seen, reference=name, resamples=RESAMPLES) for name in there or [BASE]}
+    there = [name for name in REFERENCES if name in systems] or [next(iter(systems))]
+    tables = {name: compare(seen, reference=name, resamples=RESAMPLES) for name in there}
     held_out = {name: results for name, results in unseen.items() if results[0].rows}
-    apart = compare(held_out, reference=(there or [BASE])[0], resamples=RESAMPLES) if held_out else {"systems": ()}
+    apart = compare(held_out, reference=there[0], resamples=RESAMPLES) if held_out else {"systems": ()}
     others = {other["name"]: other["wer"] for other in apart["systems"]}
     rows = {}
     for system in next(iter(tables.values()))["systems"]:

@@ -99,6 +99,9 @@ def export(
         names = [*(opened.info.groups if opened.info else ()), *(added.name for added in opened.added)]
         number = int(expert) if expert is not None and expert.isdigit() and expert not in names else None
         opened = with_added(opened, speaker=speaker, expert=expert if number is None else None)
+        if opened.voice >= 0 and (number is not None or shares or mean):
+            name = opened.added[opened.voice].name
+            raise UsageError(f"{name} is used without routed experts: omit --weights, --routing and an expert's number")
         if merging and opened.voice < 0:
             number = opened.group if opened.group >= 0 else number
             fixed = fixed_routing(opened.info, opened.folder, expert=number, weights=shares, mean=mean)

@@ -45,7 +45,7 @@ METHODS = ("auto", "choose", "gates", "expert", "neighbour")
 @click.option("--run", "run_name", default="", help="Name of the extended model. [default: MODEL-NAME]")
 @click.option("--replace", is_flag=True, help="Replace the existing expert for this speaker or group.")
 @click.option("--curve", is_flag=True, help="Measure a learning curve over 5, 10, 20 … utterances as well.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. [default: extensions/RUN]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. [default: extensions/RUN/NAME]")
 @click.option("--dry-run", is_flag=True, help="Print how much speech would be used and whether the expert exists.")
 @with_store
 @with_options(opening_options)
@@ -65,8 +65,8 @@ def extend(
     store_url: str,
     endpoint_url: str | None,
     base: str | None,
-    language: str,
-    task: str,
+    language: str | None,
+    task: str | None,
     settings: Sequence[str],
     device: str,
     quiet: bool,
@@ -83,6 +83,8 @@ def extend(
         moe-asr extend mine --corpus data/new --speaker F07
         moe-asr extend mine --corpus data/new --where etiology=ataxia --name ataxia
     """
+    from common.files import is_taken
+    from common.report.extension import MARK
     from common.signals import handle_signals
     from stages.extend import extension
     from stages.inputs import load_corpus
@@ -100,6 +102,8 @@ def extend(
     data = load_corpus(config, cache_folder())
     wish = extension.Wish(name or value, column, value, cast("Method", method), run_name, replace, curve)
     plan = extension.make_plan(opened, data, config, store, wish)
+    out = out or Path("extensions") / plan.run / wish.name
+    is_taken(out, overwrite=True, mark=MARK)
     if dry_run:
         echo(_planned(plan))
         return
@@ -107,7 +111,7 @@ def extend(
         made = extension.make(plan, opened, data, config, store, cache_folder(), stopping=stopping)
     if extension.join([plan], store, cache_folder()):
         made = dataclasses.replace(made, run=plan.run)
-    page = _write_page(made, out or Path("extensions") / (made.run or plan.run), model)
+    page = _write_page(made, out, model)
     echo(json.dumps(_facts(made), indent=1, ensure_ascii=False) if as_json else _told(made, page))
 
 
@@ -145,9 +149,9 @@ def _planned(plan: Plan) -> str:
 
 
 def _write_page(made: Extension, out: Path, model: str) -> Path:
-    from common.report.extension import PAGE, write_extension
+    from common.report.extension import PAGE, is_page_of, write_extension
 
-    if made.page or not (out / PAGE).is_file():  # one that was made with the texts at hand says more
+    if made.page or not is_page_of(out, made.info, made.run):  # one that was made with the texts at hand says more
         write_extension(made.info, made.details, made.page, out, model=model, run=made.run)
     return out / PAGE
 

@@ -38,7 +38,7 @@ def segment(
     model_name: str,
     store_url: str,
     base: str | None,
-    language: str,
+    language: str | None,
     device: str,
     overwrite: bool,
     endpoint_url: str | None,

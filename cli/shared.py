@@ -26,7 +26,7 @@ store_options = (
 )
 base_option = click.option("--base", help="Location of the base weights, if it is not the one in the model.")
 language_option = click.option(
-    "--language", default="en", show_default=True, help="Language of a multilingual model that does not record its own."
+    "--language", show_default="en", help="Language of a multilingual model that does not record its own."
 )
 device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 opening_options = (
@@ -35,9 +35,8 @@ opening_options = (
     click.option(
         "--task",
         type=click.Choice(("transcribe", "translate")),
-        default="transcribe",
-        show_default=True,
-        help="Transcribe, or translate into English.",
+        show_default="transcribe",
+        help="Transcribe, or translate into English, with a model that does not record its task.",
     ),
     click.option(
         "--set",
@@ -96,8 +95,8 @@ def open_as_told(
     settings: Sequence[str],
     *,
     base: str | None,
-    language: str,
-    task: str,
+    language: str | None,
+    task: str | None,
     device: str,
     endpoint_url: str | None,
 ) -> OpenedModel:

@@ -76,7 +76,8 @@ def decode_corpus(
     batches = epoch_batches(examples, batch_size=size, shuffle=False)
     choices = fixed_choices(opened, short, lambda: evidence_of(opened, short, loader(batches)))
 
-    added = {u.id: opened.voice if opened.voice >= 0 else added_number(opened.added, u) for u in utterances}
+    asked_for = opened.voice >= 0 or opened.group >= 0
+    added = {u.id: opened.voice if asked_for else added_number(opened.added, u) for u in utterances}
 
     def transcribe(batch: Batch) -> Iterable[tuple[str, Routing]]:
         choice = stacked([choices[name] for name in batch.ids]) if choices else None

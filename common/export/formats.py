@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def fixed_routing(
         folder: folder of the trained model, whose report.json contains the mean routing.
         expert: number of a single expert.
         weights: weight of each expert, summing to 1.
-        mean: use the mean routing weights over the test set.
+        mean: use the mean routing weights over the test set, which sum to the share of utterances with routed experts.
 
     Raises:
         UsageError: the model is a mixture and none or several of the three are given, or they do not fit it.
@@ -98,12 +98,14 @@ def fixed_routing(
 
 
 def _mean_routing(folder: Path, count: int) -> list[float]:
+    """Mean weight of each routed expert; utterances that used the shared expert alone count as 0."""
     try:
-        load = read_object(folder / "report.json")["load"]
+        report = read_object(folder / "report.json")
+        load, routed = report["load"], 1 - report["abstained"]
     except (DataError, KeyError):
         raise DataError(f"--routing mean: {folder} has no report.json with the experts' load; give --weights") from None
     assert len(load) == count
-    return [float(share) for share in load]
+    return [routed * share for share in load]
 
 
 def export_model(
@@ -299,8 +301,8 @@ def _plain_info(opened: OpenedModel) -> BundleInfo:
     return BundleInfo(
         base=str(opened.base),
         base_digest="",
-        language=opened.language,
-        task="transcribe",
+        language=opened.spoken,
+        task=cast(Literal["transcribe", "translate"], opened.task),
         context=opened.context,
         margin=opened.margin,
         layer=-1,

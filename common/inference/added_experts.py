@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.data.corpus import Utterance
+from common.data.identities import identity_key
 from common.errors import UsageError
 from common.files import file_hash
 from common.model.added_experts import ADDED, AddedExpert
@@ -46,9 +47,14 @@ def model_content(folder: Path) -> str:
 
 
 def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:
-    """Number of an utterance's added expert by the table: its speaker's expert, otherwise its group's; -1 for none."""
+    """Number of an utterance's added expert by the table: its speaker's expert, otherwise its group's; -1 for none.
+
+    Names are compared in whatever spelling, since another corpus may write them in another.
+    """
     numbers = [
-        n for n, expert in enumerate(added) if expert.value and getattr(utterance, expert.column, "") == expert.value
+        n
+        for n, expert in enumerate(added)
+        if expert.value and identity_key(getattr(utterance, expert.column, "")) == identity_key(expert.value)
     ]
     return min(numbers, key=lambda n: (added[n].column != "speaker", n), default=-1)
 

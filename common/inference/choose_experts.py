@@ -15,7 +15,7 @@ from common.data.groups import group_values
 from common.inference.load_model import OpenedModel, blank_choice
 from common.model.bundle import BundleInfo
 from common.model.gate import Gate
-from common.model.routing import Choice, route_by_table
+from common.model.routing import Choice, group_index, route_by_table
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def group_number(info: BundleInfo | None, utterance: Utterance) -> int:
     if info is None or info.route_by != "table":
         return -1
     (value,) = group_values([utterance], info.column, info.groups)
-    return info.groups.index(value) if value in info.groups else -1
+    return group_index(value, info.groups)
 
 
 def given_choice(opened: OpenedModel, rows: int) -> Choice:

@@ -6,16 +6,14 @@ Shape letters: B utterances, K experts per utterance, D embedding width.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from transformers import WhisperForConditionalGeneration
 
 from common.data.batches import Batch
 from common.data.corpus import Utterance
@@ -27,12 +25,10 @@ from common.decoding.decode import Decoded, Decoding, decode_hidden
 from common.errors import DataError, UsageError
 from common.files import read_document
 from common.inference.added_experts import added_folders, model_content
-from common.json_files import read_object
+from common.inference.peft_adapter import adapter_settings, with_adapter
 from common.model.adapters import CONFIG as ADAPTER
-from common.model.adapters import check_patterns, read_adapter
 from common.model.added_experts import AddedExpert, attach
 from common.model.bundle import DESCRIPTION, BundleInfo, load_recogniser, read_info
-from common.model.mixture import untie
 from common.model.recogniser import Recogniser
 from common.model.routing import Choice, route_by_table
 from common.model.whisper import load_whisper
@@ -40,13 +36,9 @@ from common.pipeline.runs import find_run, run_names, stage_folders
 from common.sections import AudioConfig, text_language
 from common.storage.manifest import MANIFEST, Manifest
 from common.storage.store import Store
-from common.tensors import check_weights
 from common.training.train import make_accelerator
 
 log = logging.getLogger(__name__)
-PEFT_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3")  # matrices that become part of the base's weights
-MAX_SETTING = 16_384  # of a number in adapter_config.json: a rank above Whisper's widest layer only takes memory
-TIED = ("proj_out", "embed_tokens")  # layers that share one weight
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,8 @@ class OpenedModel:
         base: folder of the base weights, tokenizer included.
         name: the name by which the model was opened.
         context, margin: audio context and margin, as in training.
-        language: language of its texts, for the normaliser of scores; English if it translates.
+        spoken: language of the speech, in the prompt.
+        task: transcribe or translate.
         accelerator: its device and precision.
         added: experts that were added after training, in the order of their numbers.
         voice: number of the added expert that is used for all audio; -1 for none.
@@ -76,11 +69,26 @@ class OpenedModel:
     name: str
     context: str
     margin: int
-    language: str
+    spoken: str
+    task: str
     accelerator: Accelerator
     added: tuple[AddedExpert, ...] = ()
     voice: int = -1
     group: int = -1
+
+    @property
+    def language(self) -> str:
+        """Language of its texts, for the normaliser of scores: English if it translates."""
+        return text_language(self.spoken, self.task)
+
+
+class Usage(NamedTuple):
+    """How a model is used: language of the speech, task, audio context and margin."""
+
+    language: str
+    task: str
+    context: str
+    margin: int
 
 
 def open_model(
@@ -91,8 +99,8 @@ def open_model(
     base: str | None = None,
     device: str = "auto",
     precision: str = "auto",
-    language: str = "en",
-    task: str = "transcribe",
+    language: str | None = None,
+    task: str | None = None,
     context: str | None = None,
     margin: int | None = None,
     endpoint_url: str | None = None,
@@ -107,7 +115,8 @@ def open_model(
         cache: folder for downloads.
         base: location of the base weights, instead of the location recorded in the model.
         device, precision: as in the configuration.
-        language, task: language and task of a model that does not record them.
+        language, task: language of the speech and task of a model that does not record them; English and transcription
+            if None.
         context, margin: audio context to use instead of the one that the model was trained with. A model that does not
             record a context (a plain Whisper, an adapter from elsewhere) gets 30 s, since it was not trained on a
             shorter one.
@@ -115,7 +124,7 @@ def open_model(
 
     Raises:
         DataError: there is no such model, or it does not fit its base.
-        UsageError: a margin is given for a context of 30 s.
+        UsageError: a margin is given for a context of 30 s; the model was trained for another language or task.
         RetryableError: hub or store does not answer.
     """
     folder, added_from = find_model(name, store, cache, endpoint_url)
@@ -123,22 +132,50 @@ def open_model(
     find_base = partial(_locate_base, cache=cache, endpoint_url=endpoint_url, model=name)
     recogniser, origin, info = _load(folder, base, find_base, accelerator.device)
     added = attach(recogniser, added_from)
-    if info is not None:
-        language, task = info.language, info.task
-    context, margin = _audio_context(name, info, context, margin)
+    recorded = _recorded_usage(info, name, store)
+    spoken, task = _prompt(name, recorded, language, task)
+    context, margin = _audio_context(name, recorded, context, margin)
     return OpenedModel(
         recogniser=recogniser.to(accelerator.device).eval(),
-        codec=load_codec(origin, language=language, task=task),
+        codec=load_codec(origin, language=spoken, task=task),
         info=info,
         folder=folder,
         base=origin,
         name=name,
         context=context,
         margin=margin,
-        language=text_language(language, task),
+        spoken=spoken,
+        task=task,
         accelerator=accelerator,
         added=added,
     )
+
+
+def _recorded_usage(info: BundleInfo | None, name: str, store: Store | None) -> Usage | None:
+    """How a model was trained, or an untrained one was used when experts were added to it; None if not recorded.
+
+    Raises:
+        DataError: the run's record is not complete.
+    """
+    if info is not None:
+        return Usage(info.language, info.task, info.context, info.margin)
+    run = find_run(name, store)
+    if run is None or not run[1].get("root"):
+        return None
+    try:
+        return Usage(**run[1]["root"]["usage"])
+    except (KeyError, TypeError):
+        raise DataError(f"run {name}: its record does not say how its model is used: extend the model again") from None
+
+
+def _prompt(name: str, recorded: Usage | None, language: str | None, task: str | None) -> tuple[str, str]:
+    """Language of the speech and task, as recorded, otherwise as given."""
+    if recorded is None:
+        return language or "en", task or "transcribe"
+    for given, own in ((language, recorded.language), (task, recorded.task)):
+        if given not in (None, own):
+            raise UsageError(f"{given}: model {name} was trained for {own}, which cannot be changed: omit the option")
+    return recorded.language, recorded.task
 
 
 def _load(
@@ -153,10 +190,10 @@ def _load(
         _warn_of_other_base(origin, info, folder)
         return load_recogniser(folder, origin, device)[0], origin, info
     if (folder / ADAPTER).is_file():
-        settings = _adapter_settings(folder)
+        settings = adapter_settings(folder)
         recorded = settings.get("base_model_name_or_path")
         origin = find_base(base or recorded, settings.get("revision") if base in (None, recorded) else None)
-        return Recogniser(_with_adapter(load_whisper(origin), folder)), origin, None
+        return Recogniser(with_adapter(load_whisper(origin), folder)), origin, None
     without_words = not (folder / "tokenizer.json").is_file()
     return Recogniser(load_whisper(folder)), find_base(base, None) if base and without_words else folder, None
 
@@ -233,9 +270,9 @@ def _warn_of_other_base(base: Path, info: BundleInfo, model: Path) -> None:
         log.warning("model %s was trained on another base than the weights in %s: its experts may not fit", model, base)
 
 
-def _audio_context(name: str, info: BundleInfo | None, context: str | None, margin: int | None) -> tuple[str, int]:
+def _audio_context(name: str, recorded: Usage | None, context: str | None, margin: int | None) -> tuple[str, int]:
     """Audio context and margin with which a model is used; a context other than its own is logged as a warning."""
-    own = (info.context, info.margin) if info is not None else ("30s", AudioConfig().margin)
+    own = recorded[2:] if recorded is not None else ("30s", AudioConfig().margin)
     wished = context or own[0], own[1] if margin is None else margin
     if wished[0] == "30s" and margin is not None:
         raise UsageError(f"audio.margin={margin}: model {name} is used with 30 s, which has no margin: "
@@ -243,55 +280,10 @@ def _audio_context(name: str, info: BundleInfo | None, context: str | None, marg
     if wished[0] != own[0] or (wished[0] == "dynamic" and wished[1] != own[1]):
         log.warning(
             "model %s %s audio context of %s, and is used with %s, as requested: this may cost accuracy",
-            *(name, "was trained with an" if info is not None else "is meant for Whisper's", describe_context(*own)),
+            *(name, "was trained with an" if recorded else "is meant for Whisper's", describe_context(*own)),
             describe_context(*wished),
         )
     return wished
-
-
-def _adapter_settings(folder: Path) -> Mapping[str, Any]:
-    """The settings in adapter_config.json.
-
-    Raises:
-        DataError: the file cannot be read, describes an unsupported kind of adapter, or would make PEFT import a
-            module.
-    """
-    settings = read_object(folder / ADAPTER, "save the adapter with PEFT again")
-    if (kind := settings.get("peft_type")) not in PEFT_TYPES:
-        raise DataError(f"{folder / ADAPTER}: peft_type {kind!r} is not one of {', '.join(PEFT_TYPES)}")
-    if settings.get("megatron_config"):
-        raise DataError(f"{folder / ADAPTER}: megatron_config is not supported")
-    patterns = [settings.get(name) for name in ("rank_pattern", "alpha_pattern")]
-    for values in (settings, *(pattern for pattern in patterns if isinstance(pattern, dict))):
-        for name, value in values.items():
-            if isinstance(value, int | float) and not -MAX_SETTING <= value <= MAX_SETTING:
-                raise DataError(f"{folder / ADAPTER}: {name} {value} is not valid")
-    check_patterns(settings, folder / ADAPTER)
-    return settings
-
-
-def _with_adapter(whisper: WhisperForConditionalGeneration, folder: Path) -> WhisperForConditionalGeneration:
-    """The dense model of a base and a PEFT adapter, merged by PEFT."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    wanted = set(read_adapter(folder))  # also refuses what PEFT would take a pickle for
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*missing adapter keys.*")  # an error below, with a name
-            # What it says of tied and of embedding layers is done right below.
-            warnings.filterwarnings("ignore", message=".*(save_embedding_layers|tie_word_embeddings).*")
-            model = PeftModel.from_pretrained(whisper, str(folder))
-            known = set(get_peft_model_state_dict(model))
-    except Exception as error:  # PEFT raises errors of many types for an adapter_config.json that makes no sense
-        raise DataError(f"adapter {folder} does not fit its base: {' '.join(str(error).split())[:300]}") from None
-    if odd := sorted(wanted ^ known):
-        raise DataError(f"adapter {folder} does not fit its base: {odd[0]} is in one of them only")
-    if any(part in name.split(".") for name in wanted for part in TIED):
-        untie(whisper, list(whisper.modules()))
-    merged = model.merge_and_unload()
-    assert isinstance(merged, WhisperForConditionalGeneration)
-    check_weights(merged.state_dict(), f"base with adapter {folder}")
-    return merged
 
 
 @torch.inference_mode()

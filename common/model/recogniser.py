@@ -171,12 +171,17 @@ class Recogniser(nn.Module):
         return token_losses(self.whisper, hidden_BTD, inputs_BU, labels_BU)
 
     def _loss_mixture(self, mel_BMF: Tensor, batch: Batch, logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each of the top-k experts alone, as one batch of B·K rows; losses weighted by routing probability."""
+        """Each of the top-k experts alone, as one batch of B·K rows; losses weighted by routing probability.
+
+        Rows of utterances that belong to no group use the shared expert alone.
+        """
         routing = route(logits_BE, self.options.top_k)
         topk = routing.topk_ids_BK.shape[1]
         ids_N1 = routing.topk_ids_BK.reshape(-1, 1)
         assert self.slot is not None
-        self.slot.routing = Routing(ids_N1, torch.ones_like(ids_N1, dtype=torch.float32))
+        known_B = self.known(batch.row_B)
+        used_N1 = torch.ones_like(ids_N1) if known_B is None else known_B.repeat_interleave(topk)[:, None]
+        self.slot.routing = Routing(ids_N1, used_N1.float())
         inputs_NU, labels_NU = (t.repeat_interleave(topk, 0) for t in (batch.inputs_BU, batch.labels_BU))
         loss_N, count_N = self._losses(mel_BMF, inputs_NU, labels_NU, copies=topk)
         loss_BK = loss_N.reshape(-1, topk) * routing.topk_weights_BK

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.data.identities import identity_key
+
 NEVER = -1e4  # logit of an expert that a table does not choose
 
 
@@ -93,13 +95,19 @@ def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor
     Returns:
         (logits_NE, known_N); an utterance of another group is not known, and uses the shared expert alone.
     """
-    number_of = {group: number for number, group in enumerate(groups)}
+    number_of = {value: group_index(value, groups) for value in set(values)}
+    number_N = torch.tensor([number_of[value] for value in values], dtype=torch.int64)
+    known_N = number_N >= 0
     logits_NE = torch.full((len(values), len(groups)), NEVER)
-    known_N = torch.tensor([value in number_of for value in values])
-    for row, value in enumerate(values):
-        if value in number_of:
-            logits_NE[row, number_of[value]] = 0.0
+    logits_NE[known_N, number_N[known_N]] = 0.0
     return logits_NE, known_N
+
+
+def group_index(value: str, groups: Sequence[str]) -> int:
+    """Number of a group in whatever spelling, since another corpus may write `ataxia` for `Ataxia`; -1 if unknown."""
+    keys = [identity_key(group) for group in groups]
+    key = identity_key(value)
+    return keys.index(key) if key in keys else -1
 
 
 def draw_rows(row_B: Tensor, draw: Tensor, share: float) -> Tensor:

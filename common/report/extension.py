@@ -4,13 +4,14 @@ speakers.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.files import new_folder
-from common.json_files import Row
+from common.json_files import Row, read_object
 from common.model.added_experts import AddedExpert
 from common.report.error_rates import align_words
 from common.report.page import render_page
@@ -59,10 +60,20 @@ def confusions(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
     """How often a word was written instead of another; an empty word stands for a missing word."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        for kind, said, written in align_words(row["reference"], row["hypothesis"]):
+        reference = row["reference_alt"] if row.get("reference_used") else row["reference"]  # the one that was scored
+        for kind, said, written in align_words(reference, row["hypothesis"]):
             if kind != "ok":
                 counts[said.casefold(), written.casefold()] += 1
     return counts
+
+
+def is_page_of(folder: Path, info: AddedExpert, run: str) -> bool:
+    """Whether a folder has the page of this expert in this run."""
+    return (folder / PAGE).is_file() and read_object(folder / MARK) == _subject(info, run)
+
+
+def _subject(info: AddedExpert, run: str) -> Row:
+    return {"run": run, "expert": info.name, "parent": info.parent}
 
 
 def write_extension(
@@ -70,5 +81,5 @@ def write_extension(
 ) -> None:
     """Writes report.html into a folder, in place of an earlier one."""
     with new_folder(folder, overwrite=True, mark=MARK) as new:
-        (new / MARK).write_text("{}\n", encoding="utf-8")
+        (new / MARK).write_text(json.dumps(_subject(info, run), indent=1) + "\n", encoding="utf-8")
         (new / PAGE).write_text(render_extension(info, details, page, model=model, run=run), encoding="utf-8")

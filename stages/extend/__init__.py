@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=4,  # the gate's log-probabilities count in choose
+    format=5,  # the key has language, task, precision and decoding options
     gpus=1,
 )

@@ -45,7 +45,11 @@ def _utterance(path: Path) -> Utterance:
     text = path.with_suffix(".txt")
     if not text.is_file():
         raise DataError(f"{path} has no {text.name} beside it with what was said: write it, or remove the recording")
-    return Utterance(path.stem, path.name, audio_info(path).duration, text.read_text(encoding="utf-8").strip())
+    try:
+        said = text.read_text(encoding="utf-8-sig").strip()  # Windows' editors put a mark before it
+    except UnicodeDecodeError as error:
+        raise DataError(f"{text} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    return Utterance(path.name, path.name, audio_info(path).duration, said)
 
 
 def enrolment_evidence(

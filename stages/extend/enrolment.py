@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -14,6 +15,7 @@ from common.inference.added_experts import nearest
 
 log = logging.getLogger(__name__)
 FEW = 10  # utterances below which a gain is hardly measured
+MOST = 0.75  # share of the utterances in one part, above which cross-validation measures little
 SHOWN = 3  # utterances in a message
 
 
@@ -85,13 +87,14 @@ def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
 def groups_of(utterances: Sequence[Utterance]) -> list[str]:
     """Groups that cross-validation must not divide: speakers if there are several, otherwise sessions.
 
-    A session is a folder of recordings if there are several folders, otherwise a recording.
+    A session is a folder of recordings, unless one folder holds most of them; then, a recording.
     """
     speakers = [u.speaker for u in utterances]
     if len(set(speakers)) > 1:
         return speakers
     folders = [str(PurePosixPath(u.audio_filepath).parent) for u in utterances]
-    return folders if len(set(folders)) > 1 else [u.audio_filepath for u in utterances]
+    largest = max(Counter(folders).values())
+    return folders if largest <= MOST * len(folders) else [u.audio_filepath for u in utterances]
 
 
 def warn_of_strange_texts(utterances: Sequence[Utterance], gains: Sequence[float]) -> None:

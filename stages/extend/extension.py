@@ -24,7 +24,7 @@ from common.data.corpus import Corpus, index_digest
 from common.errors import DataError, UsageError
 from common.files import NotFound
 from common.inference.added_experts import STAGE, model_content, nearest
-from common.inference.load_model import OpenedModel
+from common.inference.load_model import OpenedModel, Usage
 from common.json_files import Row, read_object
 from common.model.added_experts import NAME, AddedExpert, Method, read_added, remove_last
 from common.pipeline.plan import Task
@@ -94,7 +94,8 @@ def make_plan(
     """Finds the enrolment and the key of an extension; runs nothing.
 
     Args:
-        check_run: refuse an existing run of this name that is not this extension.
+        check_run: refuse an existing run of this name that is not this extension; otherwise only one that is no
+            extension of the same model.
 
     Raises:
         UsageError: a name is invalid or already exists.
@@ -106,25 +107,33 @@ def make_plan(
         )
     record = parent_record(opened, config, store)
     clash = [info for info in opened.added if _same(info, wish)]
-    if clash and not wish.replace:
+    own = opened.added[: len(opened.added) - len(_added_tasks(record))]  # in the model's folder, not in its run
+    if clash and (not wish.replace or any(info in own for info in clash)):
         info = clash[0]
+        remedy = (
+            "it is part of that folder: extend the runs that were merged" if wish.replace else "--replace replaces it"
+        )
         raise UsageError(
             f"{wish.name}: model {opened.name} already has an expert {info.name!r} for {info.column} {info.value!r} "
-            f"({info.method}, {info.utterances} utterances): --replace replaces it"
+            f"({info.method}, {info.utterances} utterances): {remedy}"
         )
     utterances = enrolled(corpus, wish.column, wish.value)
     parent = parent_digest(opened)
     values: dict[str, Any] = {"name": wish.name, "column": wish.column, "value": wish.value, "method": wish.method}
     values |= {"curve": wish.curve, "seed": config.seed, "context": opened.context, "margin": opened.margin}
+    values |= {"language": opened.spoken, "task": opened.task, "precision": config.precision}
+    values |= {"decode": config.decode.model_dump(mode="json")}
     key = make_key(STAGE, CONTRACT.format, values, {"parent": parent, "corpus": index_digest(utterances)})
     asr = [Key(task["stage"], task["key"]) for task in record["tasks"].values() if task["stage"] == "asr"]
     task = Task(CONTRACT, None, key, {"parent": tuple(asr)} if asr else {})
     request = Request(wish.name, wish.column, wish.value, wish.method, wish.curve, utterances, parent)
-    name = wish.run or f"{_slug(opened.name)}-{wish.name}"
+    name = wish.run or f"{slug(opened.name)}-{wish.name}"
     if not RUN_NAME.fullmatch(name):
         raise UsageError(f"--run {name}: use letters, digits, dots, dashes and underscores")
     if check_run or name == record["name"]:
         _check_target(store, name, record, key, in_place=name == record["name"])
+    else:
+        _check_joined(store, name, record)
     return Plan(task, request, name, inspect(store, key).status, record)
 
 
@@ -198,7 +207,7 @@ def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str
         raise UsageError(f"model {opened.name} is a run of another store: --store {located[0].url}")
     local = Path(opened.name).exists()
     settings = config.model_dump(mode="json")
-    settings["model"] |= {"name": opened.name, "language": opened.language}
+    settings["model"] |= {"name": opened.name, "language": opened.spoken, "task": opened.task}
     return {
         "name": "",
         "config": settings,
@@ -209,11 +218,13 @@ def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str
         "root": {
             "name": str(Path(opened.name).resolve()) if local else opened.name,
             "digest": model_content(opened.folder),
+            "usage": Usage(opened.spoken, opened.task, opened.context, opened.margin)._asdict(),
         },
     }
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name of letters, digits, dots, dashes and underscores that is made from another."""
     return re.sub(r"[^\w.-]+", "_", text.rstrip("/").rpartition("/")[2], flags=re.ASCII).strip("._-") or "model"
 
 
@@ -227,6 +238,14 @@ def _check_target(store: Store, name: str, record: Mapping[str, Any], key: Key, 
     ours = {task["key"] for task in _added_tasks(record).values()} | {key.digest}
     if {task["key"] for task in _added_tasks(there).values()} - ours or not _added_tasks(there):
         raise UsageError(f"run {name!r} already exists in {store.url}: name another by --run, or extend {name} itself")
+
+
+def _check_joined(store: Store, name: str, record: Mapping[str, Any]) -> None:
+    """Refuses an existing run that is no extension of the same model."""
+    there = read_record(store, name)
+    parent = record.get("extends") or record["name"]
+    if there is not None and (not _added_tasks(there) or there.get("extends") != parent):
+        raise UsageError(f"run {name!r} already exists in {store.url} and is no extension of {parent}: name another")
 
 
 def _added_tasks(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

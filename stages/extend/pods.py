@@ -27,7 +27,7 @@ from common.storage.artifacts import inspect
 from common.storage.store import Store
 from stages import pod
 from stages.extend.enrolment import parse_where
-from stages.extend.extension import Plan, Wish, join, make, make_plan
+from stages.extend.extension import Plan, Wish, join, make, make_plan, slug
 from stages.inputs import load_corpus
 from stages.local_runner import cache_folder
 
@@ -49,7 +49,7 @@ class _Work:
         column, value = parse_where(who) if "=" in who else ("speaker", who)
         method = cast(Method, pod.variable("METHOD", "auto"))
         parent = pod.variable("PARENT")
-        wish = Wish(value, column, value, method, pod.variable("RUN", f"{parent}-extended"), replace=True)
+        wish = Wish(slug(value), column, value, method, pod.variable("RUN", f"{parent}-extended"), replace=True)
         return make_plan(self.opened, self.corpus, self.config, self.store, wish, check_run=False)
 
 
@@ -97,9 +97,13 @@ def speakers() -> list[str]:
 def plan_all() -> None:
     """Writes one small item for each speaker or group; errors are reported before any expert is made."""
     work, items = _work(), []
+    plans = {who: work.plan(who) for who in speakers()}
+    names = [plan.request.name for plan in plans.values()]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"parameter speakers: two of them would get an expert named {twice[0]!r}; rename one of them")
     lanes = max(1, int(pod.variable("PARALLELISM", "1")))
-    for number, who in enumerate(speakers()):
-        task = work.plan(who).task
+    for number, (who, plan) in enumerate(plans.items()):
+        task = plan.task
         state = inspect(work.store, task.key)
         planned = Planned(task, "done" if state.status == "done" else "todo", state.reason, state.manifest)
         log.info("%s: %s", who, planned.status)

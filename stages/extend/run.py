@@ -46,7 +46,7 @@ from common.training.added_experts import (
 )
 from common.whisper_limits import is_too_long
 from stages.extend.choose import enrolment_evidence, gate_log_probs
-from stages.extend.enrolment import audible, groups_of, rotation, warn_of_strange_texts
+from stages.extend.enrolment import MOST, audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,11 @@ def _decide(
     if len(folds) < 2:
         log.warning("with one utterance or session nothing can be held out: the gain cannot be estimated")
         return (wanted if wanted != "auto" else "none"), details
+    if len(max(folds, key=len)) > MOST * len(work.utterances):
+        log.warning(
+            "one speaker or session has %d of %d utterances, and is never divided: the expected gain is a guess",
+            *(len(max(folds, key=len)), len(work.utterances)),
+        )
     before_N = summed_N / tokens_N
     tried = allowed if wanted == "auto" else [wanted]
     trials = try_ways(enrolment, tried, folds, candidates, work.groups)

@@ -15,6 +15,7 @@ from cli.main import cli
 from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus, write_index
 from common.data.importers.tables import import_table
+from common.data.tokens import load_codec
 from common.decoding.decode import Decoding
 from common.errors import DataError, StoreError, UsageError
 from common.evaluation.evaluate import decode_corpus
@@ -30,6 +31,7 @@ from common.model.mixture import add_mixture
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
+from common.report.extension import confusions
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
 from common.training.added_experts import (
@@ -218,6 +220,18 @@ def test_a_plain_whisper_is_extended_too(store, speech, micro_model, tmp_path):
         extend(store, speech, "--run", "other", model=micro_model, method="gates")
 
 
+def test_an_extended_whisper_keeps_its_language_task_and_context(store, speech, micro_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(  # micro is for English only
+        "common.inference.load_model.load_codec", lambda folder, **_: load_codec(folder, language="en")
+    )
+    usage = ["--language", "de", "--task", "translate", "--set", "audio.context=dynamic"]
+    assert extend(store, speech, "--run", "german", *usage, model=micro_model)["run"] == "german"
+    german = opened("german", store, tmp_path)
+    assert (german.spoken, german.task, german.language, german.context) == ("de", "translate", "en", "dynamic")
+    with pytest.raises(UsageError, match="en: model german was trained for de"):
+        extend(store, speech, "--language", "en", model="german", speaker="s01")
+
+
 def test_a_group_gets_an_expert_by_its_column(store, speech, tmp_path):
     made = extend(store, speech, "--where", "etiology=low", "--name", "deep", speaker=None, method="gates")
     assert made["run"] == "micro-deep" and made["column"] == "etiology"
@@ -264,6 +278,13 @@ def test_a_dry_run_says_what_it_would_do(store, speech):
                    "--device", "cpu")  # fmt: skip
     assert "6 utterances" in said and "to do" in said
     assert read_record(open_store(store), "micro-s00") is None
+    extend(store, speech, method="gates")
+    options = ["--method", "gates", "--set", "decode.max_new_tokens=4", "--device", "cpu", "--store", store]
+    planned = ["extend", "micro", "--corpus", speech, "--speaker", "s00", *options, "--dry-run", "--quiet"]
+    assert moe_asr(*planned).rstrip().endswith(": done")
+    assert moe_asr(*planned, "--set", "decode.num_beams=2", "--run", "beams").rstrip().endswith(": to do"), (
+        "its rates would be others"
+    )
 
 
 def changed(speech, folder, change):
@@ -344,6 +365,8 @@ def test_cross_validation_keeps_speakers_or_sessions_together(speech):
     assert groups_of(corpus.utterances) == [u.speaker for u in corpus.utterances]
     own = [replace(u, audio_filepath=f"day{n % 2}/{n}.wav") for n, u in enumerate(enrolled(corpus, "speaker", "s00"))]
     assert groups_of(own) == ["day0", "day1"] * 3
+    uneven = [replace(u, audio_filepath=f"day{n // 5}/{n}.wav") for n, u in enumerate(own)]
+    assert groups_of(uneven) == [u.audio_filepath for u in uneven], "one utterance would be held out from five"
     other = rotation(own)
     assert all(own[a].text != own[b].text for a, b in enumerate(other))
 
@@ -377,6 +400,8 @@ def test_disjoint_extensions_are_merged_exactly(store, speech, tmp_path):
         assert torch.equal(logits(both.recogniser, [number, -1] * 2), logits(alone.recogniser, [0, -1] * 2))
     with pytest.raises(UsageError, match="two have an expert"):
         moe_asr("merge", "both", "micro-s00", "--out", "again", "--store", store)
+    with pytest.raises(UsageError, match="part of that folder"):
+        extend(store, speech, "--replace", "--run", "third", model="both")
 
 
 def test_the_card_tells_added_experts_by_count_alone_and_compare_wants_an_evaluation(store, speech):
@@ -393,6 +418,21 @@ def test_the_report_holds_the_gain_the_ways_and_confusions(store, speech):
     page = Path("page/report.html").read_text()
     for text in ("Gain, points", "gates", "Confusions", "unchanged to the last bit"):
         assert text in page
+    extend(store, speech, "--curve", "--out", "page", method="gates")
+    assert Path("page/report.html").read_text() == page, "made when the texts were at hand"
+    extend(store, speech, "--out", "page", speaker="s01", method="gates")
+    extend(store, speech, "--curve", "--out", "page", method="gates")
+    assert "s00" in Path("page/report.html").read_text() and "Confusions" not in Path("page/report.html").read_text()
+    Path("notes").mkdir()
+    Path("notes/mine.txt").write_text("keep")
+    with pytest.raises(UsageError, match="was not made by this command"):
+        extend(store, speech, "--out", "notes", "--run", "late")
+    assert read_record(open_store(store), "late") is None
+
+
+def test_confusions_are_those_with_the_reference_that_was_scored():
+    row = {"reference": "twenty one", "reference_alt": "21", "reference_used": 1, "hypothesis": "22"}
+    assert confusions([row]) == {("21", "22"): 1}
 
 
 def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, tmp_path, monkeypatch):
@@ -421,10 +461,19 @@ def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, 
     pods.join_all()
     assert [expert.name for expert in opened("voices", store, tmp_path).added] == ["s00", "s01"]
     assert read_record(open_store(store), "micro-s00") is None
-    for text in ("s00", "[]", '["s00", "s00"]'):
+    for text in ("s00", "[]", '["s00", "s00"]', '["s00", "speaker=s00"]'):
         monkeypatch.setenv("MOE_ASR_SPEAKERS", text)
         with pytest.raises(UsageError, match="speakers"):
             pods.plan_all()
+    monkeypatch.setenv("MOE_ASR_SPEAKERS", '["etiology=low"]')
+    monkeypatch.setenv("MOE_ASR_RUN", "micro")
+    with pytest.raises(UsageError, match="is the model itself"):
+        pods.plan_all()
+    store_of = open_store(store)
+    store_of.write("other/run.json", store_of.read("micro/run.json").replace(b'"micro"', b'"other"'))
+    monkeypatch.setenv("MOE_ASR_RUN", "other")
+    with pytest.raises(UsageError, match="is no extension of micro"):
+        pods.plan_all()
 
 
 def test_transcripts_are_corrected_in_a_table_and_read_back(store, speech, tmp_path):
@@ -437,7 +486,7 @@ def test_transcripts_are_corrected_in_a_table_and_read_back(store, speech, tmp_p
 
 
 def test_existing_experts_are_chosen_by_enrolment_and_nothing_is_written(store, speech, tmp_path):
-    from stages.extend.choose import chosen_by
+    from stages.extend.choose import chosen_by, read_enrolment
 
     before = set(store.rglob("*"))
     folder = tmp_path / "enrol"
@@ -457,7 +506,13 @@ def test_existing_experts_are_chosen_by_enrolment_and_nothing_is_written(store, 
     with pytest.raises(UsageError, match="--enrol chooses experts"):
         moe_asr("transcribe", corpus.path(corpus.utterances[3]), *options, "--expert", "0")
     assert set(store.rglob("*")) == before
-    (folder / f"{u.id}.txt").unlink()
+    text = folder / f"{u.id}.txt"
+    text.write_bytes(b"\xef\xbb\xbf" + u.text.encode())
+    assert [read.text for read in read_enrolment(folder).utterances][-1] == u.text
+    text.write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_enrolment(folder)
+    text.unlink()
     with pytest.raises(DataError, match="beside it"):
         chosen_by(opened("micro", store, tmp_path), folder)
 

@@ -67,6 +67,14 @@ def test_without_speakers_the_gate_decides_for_each_utterance(speech):
     assert torch.equal(chosen(speech, utterances, "utterance")[0], expected[0])
 
 
+def test_groups_are_found_in_whatever_spelling(speech):
+    utterances = speech[0]
+    shouted = [replace(u, etiology=u.etiology.upper()) for u in utterances]
+    assert shouted != utterances
+    for mine, theirs in zip(chosen(speech, utterances, "table"), chosen(speech, shouted, "table"), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_without_a_gate_unknown_groups_use_the_shared_expert(speech):
     utterances = [replace(u, etiology="") if u.speaker == "b" else u for u in speech[0]]
     known = chosen(speech, utterances, "table", gate=False)[1]

@@ -94,7 +94,7 @@ def test_the_recorded_revision_is_that_of_the_recorded_base(
         return micro_model
 
     monkeypatch.setattr("common.inference.load_model.locate_model", locate)
-    monkeypatch.setattr("common.inference.load_model._with_adapter", lambda whisper, folder: whisper)
+    monkeypatch.setattr("common.inference.load_model.with_adapter", lambda whisper, folder: whisper)
     bundle = shutil.copytree(trained[1], tmp_path / "bundle")
     description = read_object(bundle / "recogniser.json")
     (bundle / "recogniser.json").write_text(

@@ -22,9 +22,10 @@ from common.inference.choose_experts import warn_without_group
 from common.inference.load_model import open_model
 from common.inference.subtitles import FORMATS, clock
 from common.inference.transcribe import Segment, make_batch, segments_of, snap, transcribe_audio, usual_window
+from common.model.added_experts import AddedExpert, append_terms, remove_last
 from common.model.bundle import save_recogniser
 from common.model.gate import Gate
-from common.model.mixture import add_mixture
+from common.model.mixture import AddedTerm, add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from tests.factories import bundle_info
@@ -126,6 +127,26 @@ def test_a_group_that_is_named_gets_its_own_expert_as_in_evaluation(by_table, to
         assert window.experts[0] == 1 and window.weights[0] == pytest.approx(1)
     blank = [replace(u, etiology="") for u in utterances]
     assert decode_corpus(with_added(by_table, expert="low"), corpus, blank, DECODING)[0]["experts"][0] == 1
+
+
+def test_an_expert_that_is_named_is_used_for_added_speakers_too(by_table, tones):
+    corpus = read_corpus(tones)
+    utterances = [u for u in corpus.split("dev") if u.etiology == "low"]
+    expected = decode_corpus(with_added(by_table, expert="low"), corpus, utterances, DECODING)
+    whisper = by_table.recogniser.whisper
+    append_terms(by_table.recogniser, {name: AddedTerm(weights={2: 1.0}) for name, _ in mixture_layers(whisper)})
+    speaker = utterances[0].speaker
+    info = AddedExpert(
+        "own", "speaker", speaker.upper(), "choose", 0, ((2, 1.0),), None, 1, 1.0, None, None, None, "", ""
+    )
+    extended = replace(by_table, added=(info,))
+    try:
+        own = decode_corpus(extended, corpus, utterances, DECODING)
+        named = decode_corpus(with_added(extended, expert="low"), corpus, utterances, DECODING)
+    finally:
+        remove_last(by_table.recogniser)
+    assert named == expected
+    assert own != expected, "the speaker's own expert, in whatever spelling"
 
 
 def test_an_utterance_in_windows_gets_its_groups_expert(by_table, tones, monkeypatch):

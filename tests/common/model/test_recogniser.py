@@ -52,6 +52,26 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(micro_model, batch):
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_a_mixture_of_losses_leaves_unknown_utterances_to_the_shared_expert(micro_model, batch):
+    torch.manual_seed(3)
+    whisper = load_whisper(micro_model)
+    slot = add_mixture(whisper, targets=("q_proj", "fc1"), num_experts=3, rank=2, alpha=4, shared_rank=2)
+    for parameter in whisper.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    recogniser = Recogniser(whisper, slot=slot, options=RouterOptions(mixture="loss")).eval()
+
+    def loss(known_N):
+        recogniser.choose_by(logits_NE=torch.randn(4, 3), known_N=known_N)
+        return recogniser(batch)[1]["ce"].detach()
+
+    nobody = torch.zeros(4, dtype=torch.bool)
+    recogniser.choose_by(logits_NE=torch.zeros(4, 3), known_N=nobody)
+    alone = recogniser.utterance_losses(batch)[0].sum().detach()
+    torch.testing.assert_close(loss(nobody), alone, rtol=1e-5, atol=0)
+    assert abs(loss(None) - alone) > 1e-3
+
+
 def test_a_share_of_training_utterances_is_left_to_the_shared_expert(micro_model):
     """And none in evaluation, nor an utterance that is unlike all groups in training."""
     whisper = load_whisper(micro_model)
