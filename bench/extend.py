@@ -50,9 +50,18 @@ from common.evaluation.evaluate import decode_corpus
 from common.evaluation.wer import Score, interval_of_difference, resampled_rates, wer
 from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row
-from common.model.added_experts import AddedExpert, Terms, append_terms, prepare, remove_last, save_added
+from common.model.added_experts import (
+    TARGETS,
+    AddedExpert,
+    Terms,
+    append_terms,
+    prepare,
+    remove_last,
+    save_added,
+)
 from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
+from common.model.routing import Choice
 from common.model.whisper import load_whisper
 from common.storage import open_store
 from common.training.added_experts import (
@@ -63,9 +72,8 @@ from common.training.added_experts import (
     steps_for,
     ways_for,
 )
-from common.training.parameter_groups import adapter_groups
 from common.training.train import TrainOptions, train
-from stages.extend.choose import enrolment_evidence, gate_log_probs
+from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import parse_where
 
 DECODING = Decoding(batch_size=8, max_new_tokens=60)
@@ -89,13 +97,14 @@ def scores_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utteranc
 
 def enrolment_of(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], seed: int) -> Enrolment:
     """Utterances ready for `fit`, routed to the shared expert alone."""
-    examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
-    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     prepare(opened.recogniser)
+    return make_enrolment(opened, corpus, utterances, lambda _: shared_alone(opened, len(utterances)), seed=seed)
+
+
+def shared_alone(opened: OpenedModel, rows: int) -> Choice | None:
+    """What a gate of old groups would say of new speech is no matter of this comparison."""
     experts = opened.recogniser.num_experts
-    own = (torch.zeros(len(examples), experts), torch.zeros(len(examples), dtype=torch.bool)) if experts > 1 else None
-    log_prob_NE = gate_log_probs(opened, enrolment_evidence(opened, utterances, examples, loader))
-    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, log_prob_NE, seed=seed)
+    return (torch.zeros(rows, experts), torch.zeros(rows, dtype=torch.bool)) if experts > 1 else None
 
 
 def stored_bytes(terms: Terms) -> int:
@@ -116,40 +125,32 @@ def tune(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], o
     examples = [replace(example, row=row, id=f"{row}") for row, example in enumerate(examples)]
     loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     recogniser, steps = opened.recogniser, steps_for(len(examples))
-    experts = recogniser.num_experts
-    if experts > 1:  # what a gate of old groups would say of new speech is no matter of this comparison
-        recogniser.choose_by(
-            logits_NE=torch.zeros(len(examples), experts), known_N=torch.zeros(len(examples), dtype=torch.bool)
-        )
+    if choice := shared_alone(opened, len(examples)):
+        recogniser.choose_by(logits_NE=choice[0], known_N=choice[1])
     recogniser.requires_grad_(False)
-    for _, layer in mixture_layers(recogniser.whisper):
-        for stack in (layer.shared, layer.routed):
-            if stack is not None:
-                stack.lora_A.requires_grad_(True)
-                stack.lora_B.requires_grad_(True)
-    groups = adapter_groups(recogniser, routed_rate=1.0, magnitude_rate=0.0, weight_decay=0.01)
-    groups = [{**group, "rate": 1.0} for group in groups]
+    stacks = [
+        s for _, layer in mixture_layers(recogniser.whisper) for s in (layer.shared, layer.routed) if s is not None
+    ]
+    weights = [weight.requires_grad_(True) for stack in stacks for weight in (stack.lora_A, stack.lora_B)]
     per_epoch = len(epoch_batches(examples, batch_size=BATCH, seed=seed, epoch=0))
     epochs = math.ceil(steps / per_epoch)
     train(
         recogniser,
         accelerator=opened.accelerator,
-        groups=groups,
+        groups=[{"params": weights, "rate": 1.0, "weight_decay": 0.01}],
         plan_epoch=lambda epoch: epoch_batches(examples, batch_size=BATCH, seed=seed, epoch=epoch),
         load=loader,
         evaluate=lambda model, full: {"loss": 0.0},
         options=TrainOptions(epochs, rate, max_steps=steps, patience=epochs + 1, select_from=1.0, quiet=True),
     )
     opened.accelerator.free_memory()
-    size: int = 4 * sum(p.numel() for group in groups for p in group["params"])
-    return size
+    return 4 * sum(weight.numel() for weight in weights)
 
 
-def fresh_lora(opened: OpenedModel, arguments: argparse.Namespace) -> OpenedModel:
+def fresh_lora(opened: OpenedModel) -> OpenedModel:
     """Whisper with a new adapter in place of the model's."""
     whisper = load_whisper(opened.base)
-    targets = opened.info.targets if opened.info else ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-    slot = add_mixture(whisper, targets=targets, num_experts=0, rank=FRESH_RANK, alpha=2 * FRESH_RANK,
+    slot = add_mixture(whisper, targets=TARGETS, num_experts=0, rank=FRESH_RANK, alpha=2 * FRESH_RANK,
                        shared_rank=FRESH_RANK)  # fmt: skip
     return replace(opened, recogniser=Recogniser(whisper, slot=slot).eval(), info=None)
 
@@ -215,7 +216,7 @@ class Sides:
         """The sides that change weights."""
         for way in self.missing(self.arguments.tuned):
             opened = open_fresh(self.arguments)
-            model = fresh_lora(opened, self.arguments) if way == "fresh" else opened
+            model = fresh_lora(opened) if way == "fresh" else opened
             old = self.replayed() if way == "replay" else []
             rate = FRESH_RATE if way == "fresh" else TUNE_RATE
             started = time.monotonic()
@@ -274,17 +275,17 @@ def measure_persons(arguments: argparse.Namespace) -> None:
         sides.measure_tuned()
 
 
-def group_found(arguments: argparse.Namespace, count: int, column: str = "etiology") -> Row:
+def group_found(arguments: argparse.Namespace, count: int) -> Row:
     """How often `choose` finds the group of a heard test speaker; the model has one expert for each group."""
     opened, corpus = open_fresh(arguments), read_corpus(arguments.others)
     assert opened.info is not None
-    groups = opened.info.groups or tuple(sorted({getattr(u, column) for u in corpus.split("train")}))
+    groups = opened.info.groups or tuple(sorted({u.etiology for u in corpus.split("train")}))
     assert len(groups) == opened.info.num_experts
-    by_speaker = {s: own for s, own in test_speakers(corpus).items() if getattr(own[0], column) in groups}
+    by_speaker = {s: own for s, own in test_speakers(corpus).items() if own[0].etiology in groups}
     confused = []
     for own in by_speaker.values():
         data = enrolment_of(opened, corpus, own[:count], arguments.seed)
-        weights, group = Candidates(data).weights(data.all()), getattr(own[0], column)
+        weights, group = Candidates(data).weights(data.all()), own[0].etiology
         heaviest = groups[max(weights, key=lambda expert: weights[expert])] if weights else "no group"
         if heaviest != group:
             confused.append(f"{group} as {heaviest}")

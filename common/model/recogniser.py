@@ -43,6 +43,11 @@ class RouterOptions:
     entropy_weight: float = 0.0
     routed_dropout: float = 0.0
 
+    @property
+    def active(self) -> int:
+        """K at inference: one routed expert, unless the outputs of several are blended."""
+        return self.top_k if self.mixture == "blend" else 1
+
 
 class Recogniser(nn.Module):
     """Whisper with an optional mixture of experts.
@@ -244,8 +249,7 @@ class Recogniser(nn.Module):
         if logits_BE is None:
             routing = route_to(0 if single else None, rows, device)
         else:
-            top_k = self.options.top_k if self.options.mixture == "blend" else 1
-            routing = route(logits_BE, top_k, known_B)
+            routing = route(logits_BE, self.options.active, known_B)
         if added_B is not None:
             routing = replace(routing, added=rows_by_added(added_B))
             routing = replace(routing, unrouted=routing.all_added and not single)

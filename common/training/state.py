@@ -15,6 +15,8 @@ from common.errors import DataError
 from common.tensors import check_names
 from common.training.throughput import TOTALS
 
+NUMBERS = ("best_step", "best_value", "evals_without_improvement", "epochs_evaluated", "split")  # of LoopState
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -77,8 +79,7 @@ class LoopState:
 
     def record(self) -> dict[str, Any]:
         """The numbers of the state, as JSON."""
-        numbers = ("best_step", "best_value", "evals_without_improvement", "epochs_evaluated", "split")
-        return {name: getattr(self, name) for name in numbers} | {
+        return {name: getattr(self, name) for name in NUMBERS} | {
             "kept": [(kept.step, kept.value) for kept in self.kept],
             "pending": self.pending.step if self.pending else None,
         }
@@ -95,11 +96,7 @@ class LoopState:
         return LoopState(
             best=copies(trained) if record["best_step"] == step else weights("best"),
             step=step,
-            best_step=record["best_step"],
-            best_value=record["best_value"],
-            evals_without_improvement=record["evals_without_improvement"],
-            epochs_evaluated=record["epochs_evaluated"],
-            split=record["split"],
+            **{name: record[name] for name in NUMBERS},
             kept=[Kept(at, value, weights(f"kept{number}")) for number, (at, value) in enumerate(record["kept"])],
         )
 
@@ -169,8 +166,7 @@ def check_checkpoint(
         weights = ["model."] + ["best."] * (record["best_step"] != step)
         weights += [f"kept{number}." for number in range(len(record["kept"]))]
         weights += ["pending."] * (record["pending"] not in (None, step))
-        names = ("best_value", "best_step", "evals_without_improvement", "epochs_evaluated", "running", "split")
-        numbers = [record[name] for name in names] + [record["throughput"][name] for name in TOTALS]
+        numbers = [record[name] for name in (*NUMBERS, "running")] + [record["throughput"][name] for name in TOTALS]
         numbers += [number for kept in record["kept"] for number in kept]
         usable = all(isinstance(number, int | float) for number in numbers) and 0 <= record["split"] < 32
         usable = usable and isinstance(record["rows"], list) and "scaler" in record

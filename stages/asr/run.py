@@ -256,15 +256,11 @@ def _make_evaluate(joint: Joint) -> Callable[[nn.Module, bool], dict[str, float]
     return evaluate
 
 
-def _top_k(config: Config) -> int:
-    return config.asr.top_k if config.asr.mixture == "blend" else 1
-
-
 def _show_routing(joint: Joint) -> None:
     """Sets the experts' load on the currently routed split in the live metrics."""
     logits_NE, known_N = joint.recogniser.all_choices()
     if logits_NE is not None:
-        report = routing_report(logits_NE, _top_k(joint.config), known_N)
+        report = routing_report(logits_NE, joint.recogniser.options.active, known_N)
         joint.context.metrics.live.routing(report.load, report.entropy)
 
 
@@ -359,7 +355,7 @@ def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], di
     logits_NE, known_N = joint.recogniser.all_choices()
     if logits_NE is None:
         return {}, {"experts": 1 if joint.recogniser.slot else 0, "top_k": 1}
-    top_k, examples = _top_k(joint.config), joint.sets["test"].examples
+    top_k, examples = joint.recogniser.options.active, joint.sets["test"].examples
     chosen = joint.recogniser.set_routing(logits_NE, len(examples), known_N)
     ids, weights = chosen.topk_ids_BK.tolist(), chosen.topk_weights_BK.tolist()
     report = routing_report(logits_NE, top_k, known_N)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from common import __version__
 from common.data.audio import audio_info
-from common.data.batches import BatchLoader, Example, epoch_batches, make_examples
+from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import INDEX_NAME, Corpus, Utterance, index_digest, read_corpus
 from common.errors import DataError, UsageError
 from common.evaluation.evaluate import evidence_of
@@ -20,6 +21,7 @@ from common.inference.load_model import OpenedModel
 from common.inference.recordings import SUFFIXES
 from common.model.added_experts import AddedExpert, append_terms
 from common.model.mixture import AddedTerm, mixture_layers
+from common.model.routing import Choice
 from common.training.added_experts import BATCH, Candidates, Enrolment
 from stages.extend.enrolment import audible
 
@@ -52,13 +54,27 @@ def _utterance(path: Path) -> Utterance:
     return Utterance(path.name, path.name, audio_info(path).duration, said)
 
 
-def enrolment_evidence(
-    opened: OpenedModel, utterances: Sequence[Utterance], examples: Sequence[Example], loader: BatchLoader
-) -> Tensor | None:
-    """evidence_NF of the utterances about their groups (`Gate.evidence`); None without a gate."""
-    if opened.recogniser.gate is None:
-        return None
-    return evidence_of(opened, utterances, loader(epoch_batches(examples, batch_size=BATCH, shuffle=False)))
+def make_enrolment(
+    opened: OpenedModel,
+    corpus: Corpus,
+    utterances: Sequence[Utterance],
+    choose: Callable[[Tensor | None], Choice | None] = lambda evidence_NF: None,
+    **options: Any,
+) -> Enrolment:
+    """Utterances ready for choosing, fitting and measuring.
+
+    Args:
+        choose: their routing by the unchanged model, from evidence_NF about their groups (`Gate.evidence`; None without
+            a gate).
+        options: further attributes of the enrolment.
+    """
+    examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
+    loader, evidence_NF = BatchLoader(examples, num_workers=0, device=opened.accelerator.device), None
+    if opened.recogniser.gate is not None:
+        batches = epoch_batches(examples, batch_size=BATCH, shuffle=False)
+        evidence_NF = evidence_of(opened, utterances, loader(batches))
+    own, log_prob_NE = choose(evidence_NF), gate_log_probs(opened, evidence_NF)
+    return Enrolment(opened.recogniser, examples, loader, opened.accelerator, own, log_prob_NE, **options)
 
 
 def gate_log_probs(opened: OpenedModel, evidence_NF: Tensor | None) -> np.ndarray | None:
@@ -67,7 +83,7 @@ def gate_log_probs(opened: OpenedModel, evidence_NF: Tensor | None) -> np.ndarra
     They are 0 for utterances that are unlike all groups. None without a gate.
 
     Args:
-        evidence_NF: of the utterances (`enrolment_evidence`).
+        evidence_NF: of the utterances about their groups.
     """
     gate = opened.recogniser.gate
     if gate is None or evidence_NF is None:
@@ -88,10 +104,7 @@ def chosen_by(opened: OpenedModel, folder: Path) -> OpenedModel:
         raise UsageError(f"--enrol: model {opened.name} has no experts to choose from; `moe-asr extend` adds one")
     corpus = read_enrolment(folder)
     utterances = audible(corpus, corpus.utterances)
-    examples = make_examples(corpus, utterances, opened.codec, context=opened.context, margin=opened.margin)
-    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
-    log_prob_NE = gate_log_probs(opened, enrolment_evidence(opened, utterances, examples, loader))
-    enrolment = Enrolment(opened.recogniser, examples, loader, opened.accelerator, None, log_prob_NE)
+    enrolment = make_enrolment(opened, corpus, utterances)
     weights = Candidates(enrolment).weights(enrolment.all())
     terms = {name: AddedTerm(weights=weights) for name, _ in mixture_layers(opened.recogniser.whisper)}
     number = append_terms(opened.recogniser, terms)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from common.training.added_experts import (
     ways_for,
 )
 from common.whisper_limits import is_too_long
-from stages.extend.choose import enrolment_evidence, gate_log_probs
+from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import MOST, audible, groups_of, rotation, warn_of_strange_texts
 from stages.settings import decoding_options
 
@@ -119,18 +119,13 @@ class _Work:
 
 def _enrolment(work: _Work) -> Enrolment:
     opened, context = work.opened, work.context
-    examples = make_examples(work.corpus, work.utterances, opened.codec, context=opened.context, margin=opened.margin)
-    loader = BatchLoader(examples, num_workers=0, device=opened.accelerator.device)
     prepare(opened.recogniser)
     opened.recogniser.to(opened.accelerator.device)
-    evidence_NF = enrolment_evidence(opened, work.utterances, examples, loader)
-    enrolment = Enrolment(
-        opened.recogniser,
-        examples,
-        loader,
-        opened.accelerator,
-        _own_choice(work, evidence_NF),
-        gate_log_probs(opened, evidence_NF),
+    enrolment = make_enrolment(
+        opened,
+        work.corpus,
+        work.utterances,
+        partial(_own_choice, opened, work.utterances),
         seed=work.config.seed,
         checkpointer=lambda name: context.checkpointer(re.sub(r"\W+", "-", name)),
         stopping=context.stopping,
@@ -140,22 +135,16 @@ def _enrolment(work: _Work) -> Enrolment:
     return enrolment
 
 
-def _own_choice(work: _Work, evidence_NF: Tensor | None) -> Choice | None:
+def _own_choice(opened: OpenedModel, utterances: Sequence[Utterance], evidence_NF: Tensor | None) -> Choice | None:
     """Routing of the utterances by the unchanged model: by table, speaker or gate; None if the model has no routing.
 
     Args:
         evidence_NF: of the utterances about their groups; None without a gate.
     """
-    opened, utterances = work.opened, work.utterances
     info, gate = opened.info, opened.recogniser.gate
     if info is None or (gate is None and info.route_by != "table"):
         return None
-
-    def evidence() -> Tensor:
-        assert evidence_NF is not None
-        return evidence_NF
-
-    return model_choice(opened, utterances, evidence)
+    return model_choice(opened, utterances, lambda: cast("Tensor", evidence_NF))
 
 
 @torch.inference_mode()

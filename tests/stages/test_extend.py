@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 from cli.main import cli
-from common.data.batches import BatchLoader, make_examples
 from common.data.corpus import read_corpus, write_index
 from common.data.importers.tables import import_table
 from common.data.tokens import load_codec
@@ -38,7 +37,6 @@ from common.training.added_experts import (
     CHOOSING,
     GATE_WEIGHT,
     Candidates,
-    Enrolment,
     Trial,
     candidate_losses,
     choose_weights,
@@ -47,7 +45,7 @@ from common.training.added_experts import (
     steps_for,
     without_worse,
 )
-from stages.extend.choose import enrolment_evidence, gate_log_probs
+from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
 from tests.common.model.test_added_experts import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
@@ -525,19 +523,16 @@ def test_the_gates_log_probabilities_count_in_a_choice_unless_the_speech_is_unli
     model = opened("micro", store, tmp_path)
     with torch.no_grad():
         model.recogniser.gate.net[-1].bias[expert] += 1000.0
-    examples = make_examples(corpus, corpus.utterances[:3], model.codec, context=model.context, margin=model.margin)
-    loader = BatchLoader(examples, num_workers=0, device=model.accelerator.device)
-    evidence_NF = enrolment_evidence(model, corpus.utterances[:3], examples, loader)
-    log_prob_NE = gate_log_probs(model, evidence_NF)
+    enrolment = make_enrolment(model, corpus, corpus.utterances[:3])
+    log_prob_NE = enrolment.log_prob_NE
     assert log_prob_NE[:, expert] == pytest.approx(math.log(3)) and log_prob_NE.shape == (3, 3)
-    enrolment = Enrolment(model.recogniser, examples, loader, model.accelerator, None, log_prob_NE)
     assert Candidates(enrolment).best([0, 1, 2]) == expert
     deaf = candidate_losses(replace(enrolment, log_prob_NE=None), [1, 2])
     losses_NC = candidate_losses(enrolment, [1, 2])
     assert np.allclose(deaf[:, :-1] - losses_NC[:, :-1], GATE_WEIGHT * log_prob_NE[[1, 2]])
     assert np.array_equal(deaf[:, -1], losses_NC[:, -1])  # the shared expert alone
     model.recogniser.gate.limit.fill_(-1e30)
-    assert not gate_log_probs(model, evidence_NF).any()
+    assert not make_enrolment(model, corpus, corpus.utterances[:3]).log_prob_NE.any()
 
 
 def test_weights_are_those_of_the_likeliest_expert():
