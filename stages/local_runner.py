@@ -114,15 +114,21 @@ class Run:
             "sources": self.sources,
             "keys": keys,
             "tasks": {p.task.label: {"key": p.task.key.digest, "stage": p.task.contract.name} for p in plan.planned},
-            "timeline": self.record.get("timeline", []),
+            "timeline": self.timeline(plan),
             "workflow": self.record.get("workflow"),
         }
         self.store.write(f"{self.config.run}/run.json", _json(self.record))
+
+    def timeline(self, plan: Plan) -> list[dict[str, Any]]:
+        """The rows of the plan's finished tasks, without those of another configuration or of damaged results."""
+        done = {p.task.key.digest for p in plan.planned if p.status == "done"}
+        return [row for row in self.record.get("timeline", []) if row.get("key") in done]
 
     def note(self, task: Task, manifest: Manifest, ran: bool) -> None:
         """Adds a finished task to the timeline."""
         row = {
             "stage": task.contract.name,
+            "key": task.key.digest,
             "shard": None if task.shard is None else str(task.shard),
             "started": manifest.started,
             "seconds": manifest.seconds,
@@ -272,8 +278,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         assert planned.manifest is not None
         name = planned.task.contract.name
         seconds[name] = round(seconds.get(name, 0.0) + planned.manifest.seconds, 2)
-        shard = None if planned.task.shard is None else str(planned.task.shard)
-        if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
+        if not any(row.get("key") == planned.task.key.digest for row in run.record["timeline"]):
             run.note(planned.task, planned.manifest, ran=False)
         folder = fetch(run.store, planned.task.key, planned.manifest, download_folder(run.cache, planned.task.key))
         folders.setdefault(planned.task.contract.output, []).append(folder)
@@ -293,7 +298,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         gate=_first(folders, "gate"),
         experts=[*folders.get("shared", []), *folders.get("experts", [])],
         asr=folders["model"][0],
-        timeline=run.record["timeline"],
+        timeline=run.timeline(plan),
         audio_root=run.corpus.url,
         etiologies={u.id: u.etiology for u in run.corpus.utterances},
     )

@@ -49,6 +49,7 @@ class _Row(_Loose):
 
     stage: Stage
     shard: Annotated[str, Field(pattern=r"^[0-9]{1,9}$")] | None
+    key: str | None = Field(None, pattern=f"^{KEY_DIGEST.pattern}$")
     started: FiniteFloat
     seconds: FiniteFloat
     host: Line

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.runs import status
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
@@ -161,6 +162,24 @@ def test_a_run_with_another_configuration_is_refused_without_resume(again, micro
     store, _ = again
     with pytest.raises(ConfigError, match=r"asr\.epochs 2 → 3.*--resume"):
         run_pipeline(micro_config(store, micro_model, tones, asr__epochs=3))
+
+
+def test_the_timeline_and_status_tell_of_results_with_this_configuration_only(again, micro_model, tones, capsys):
+    store, config = again
+
+    def timeline():
+        return json.loads((store / "micro" / "run.json").read_text())["timeline"]
+
+    first = {row["key"]: row["seconds"] for row in timeline()}
+    run_pipeline(micro_config(store, micro_model, tones, asr__epochs=1, asr__pretrain="gate"), resume=True)
+    assert sorted(row["stage"] for row in timeline()) == ["asr", "cluster", "extract", "gating"]
+    longer = Run(micro_config(store, micro_model, tones, asr__epochs=3))
+    longer.save("running", longer.plan())
+    status.main(["micro", "--store", str(store)], standalone_mode=False)
+    results = {line.split()[0]: line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert results["asr"] == "not done" and " on " in results["gating"]
+    run_pipeline(config, resume=True)
+    assert {row["key"]: row["seconds"] for row in timeline()} == first
 
 
 def test_moving_the_corpus_and_the_model_changes_no_key(again, tmp_path, micro_model, tones):
