@@ -143,7 +143,8 @@ class Run:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`path old → new` for every value that can change a result."""
     a, b = dict(flatten(old)), dict(flatten(new))
-    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in PLACES]
+    free = {*PLACES, "cluster.plot"}
+    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in free]
     return [f"{n} {a.get(n, 'unset')} → {b.get(n, 'unset')}" for n in names if a.get(n) != b.get(n)]
 
 
