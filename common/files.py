@@ -112,14 +112,7 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
         UsageError: `path` exists and may not be replaced.
     """
     path = path.absolute()  # `.` has no name from which a neighbouring folder's name could be made
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not overwrite:
-        remedy = "give --overwrite" if mark else "remove it first"
-        raise UsageError(f"{path} already exists: name another folder, or {remedy}")
-    if taken and not (path / mark).is_file():
-        raise UsageError(
-            f"{path} contains no {mark}, so it was not made by this command and is kept: name another folder"
-        )
+    taken = is_taken(path, overwrite=overwrite, mark=mark)
     with explained(path):
         make_folders(path.parent, lasting=False)
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
@@ -136,6 +129,24 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_taken(path: Path, *, overwrite: bool, mark: str) -> bool:
+    """Whether `new_folder` would replace a folder; what it would refuse is refused, so before long work too.
+
+    Raises:
+        UsageError: as `new_folder`.
+    """
+    path = path.absolute()
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not overwrite:
+        remedy = "give --overwrite" if mark else "remove it first"
+        raise UsageError(f"{path} already exists: name another folder, or {remedy}")
+    if taken and not (path / mark).is_file():
+        raise UsageError(
+            f"{path} contains no {mark}, so it was not made by this command and is kept: name another folder"
+        )
+    return taken
 
 
 def let_others_read(folder: Path) -> None:
