@@ -139,6 +139,13 @@ def test_dev_becomes_the_test_split_and_speakers_of_train_become_dev(tmp_path):
     assert held_out == {"ALS", "Stroke"}
 
 
+def test_contributors_in_no_split_are_counted_as_such_and_do_not_keep_dev_from_becoming_test(tmp_path):
+    contributor(release(tmp_path / "sap", train=12) / "ab", "ab", [recording("ab", 1)])
+    made = import_sap(tmp_path / "sap", tmp_path / "out")
+    assert made.skipped == {"of contributors in no split": 1}
+    assert {u.split for u in made.corpus.utterances} == {"train", "dev", "test"}
+
+
 def test_official_splits_can_be_kept(tmp_path):
     made = import_sap(release(tmp_path / "sap"), tmp_path / "out", official_splits=True)
     assert all(u.speaker.startswith(u.split) for u in made.corpus.utterances)
