@@ -64,6 +64,7 @@ def model_card(
         contexts=f" (audio context: {used['before']} before, {used['after']} after)"
         if (used := summary.get("audio_context"))
         else "",
+        unified=config.decode.normaliser == "unified",
         rows=_rows(summary),
         facts=_facts(config, summary, report, manifest),
         corpus=PurePosixPath(config.corpus.path).name,
