@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.evaluation.routing_hint import corpus_hint
-from common.files import explained, make_folders
+from common.files import MAX_FILE, explained, make_folders
 from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
@@ -344,10 +345,13 @@ def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
 
 @contextmanager
 def log_to_run(run: Run) -> Iterator[None]:
-    """Writes the log lines of this run next to its record (into the store when the block ends)."""
+    """Writes the log lines of this run next to its record (into a remote store when the block ends, after those of
+    other machines; lines of a killed process wait in the cache).
+    """
     name = f"{run.config.run}/logs/run.log"
     inside = run.store.local_path(name, to_write=True)
-    path = inside or run.cache / run.config.run / "run.log"
+    place = hashlib.sha256(run.store.url.encode()).hexdigest()[:16]
+    path = inside or run.cache / "logs" / place / f"{run.config.run}.log"
     with explained(path.parent):
         make_folders(path.parent)
         handler = logging.FileHandler(path, encoding="utf-8")
@@ -359,7 +363,9 @@ def log_to_run(run: Run) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         handler.close()
         if inside is None:
-            run.store.put(name, path)
+            earlier = run.store.read(name, MAX_FILE) if run.store.size(name) is not None else b""
+            run.store.write(name, earlier + path.read_bytes())
+            path.unlink()
 
 
 def _json(value: Any) -> bytes:
