@@ -149,7 +149,7 @@ def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): unpack it again") from None
 
 

@@ -184,8 +184,9 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     contributor(tmp_path / "mute", "ab", [recording("ab", 1)], silent={"ab_1_7.wav"})
     contributor(tmp_path / "void", "ab", [recording("ab", 1, "")])
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "x.json").write_text("{")
+    for name, content in (("bad", "{"), ("deep", "[" * 100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(content)
     contributor(tmp_path / "odd", "ab", [recording("ab", 1)])
     (tmp_path / "odd" / "X_Split_by_Contributors.json").write_text('{"shared": ["ab"]}')
     for name, message in (
@@ -193,6 +194,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
         ("mute", "contains no .wav"),
         ("void", "1 without a transcript"),
         ("bad", "x.json cannot be read as JSON"),
+        ("deep", "x.json cannot be read as JSON"),
         ("odd", "split 'shared' is not one of train"),
     ):
         with pytest.raises(DataError, match=message) as caught:
