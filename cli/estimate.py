@@ -13,6 +13,7 @@ from common.console import echo
 from common.cost import Pace, measured_pace
 from common.errors import UsageError
 from common.options import config_from, config_options
+from common.pipeline.plan import active_stages
 from common.pipeline.runs import recorded_states, run_record
 from common.progress import clock
 from common.storage import open_store
@@ -38,10 +39,12 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
         moe-asr estimate --hours 683 --from mine --gpus 4 --price 3.5
     """
     from common import cost
+    from stages import STAGES
 
     config = config_from(options)
     pace = run_pace(config, source)
-    rows = cost.costs(config, hours=hours, pace=pace)
+    active = [contract.name for contract in active_stages(STAGES, config)]
+    rows = cost.costs(config, stages=active, hours=hours, pace=pace)
     total = sum(row.hours for row in rows)
     device = {"cpu": "CPU", "cuda": "GPU"}.get(pace.device, "device")
     basis = f"measured by run {source}"

@@ -101,7 +101,8 @@ def status(
     for label, task in record["tasks"].items():
         shard = label.partition("[")[2].rstrip("]") or None
         row = finished.get((task["stage"], shard))
-        rows.append((label, task["key"][:8], _result(row) if row else _activity(store, task)))
+        done = row and row.get("key", task["key"]) == task["key"]  # records of older versions name no key
+        rows.append((label, task["key"][:8], _result(row) if row and done else _activity(store, task)))
     echo(text_table(("task", "key", "result"), rows))
 
 

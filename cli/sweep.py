@@ -11,6 +11,7 @@ import click
 from cli.table import text_table
 from common.console import echo, set_up_logging
 from common.errors import UsageError
+from common.files import is_taken
 from common.options import config_from, config_options, parse_setting
 from common.storage import open_store
 
@@ -51,8 +52,11 @@ def sweep(
     \b
         moe-asr sweep --mode demo --regimes mixture,dense --seeds 0,1,2 --max-steps 300
     """
+    from common.report.compare import RESULT
     from stages.sweep import plan_sweep, run_sweep
 
+    if out:
+        is_taken(out, overwrite=True, mark=RESULT)
     config = config_from(options)
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
     settings: dict[str, dict[str, Any]] = {}
@@ -66,6 +70,7 @@ def sweep(
         steps=max_steps,
         pretrain_share=pretrain_share,
         settings=settings,
+        dry=dry_run,
     )
     if dry_run:
         echo(plan_table(runs))

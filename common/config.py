@@ -263,14 +263,17 @@ def _shown(value: Any) -> str:
 
 
 def scale_subsets(config: Config, data_percent: float) -> Config:
-    """Applies `--data-percent`: scales each subset, or only the ASR subset if nothing is pre-trained."""
+    """Applies `--data-percent`: scales each training subset, given in percent or as a number of utterances, or only the
+    ASR subset if nothing is pre-trained.
+    """
     if not 0 < data_percent <= 100:
         raise UsageError(f"--data-percent {data_percent}: must be above 0 and at most 100")
-    names = ["embeddings_percent", "experts_percent", "asr_percent"]
-    if config.asr.pretrain == "none":
-        names = ["asr_percent"]
-    scaled = {name: getattr(config.subsets, name) * data_percent / 100 for name in names}
-    return config.model_copy(update={"subsets": config.subsets.model_copy(update=scaled)})
+    subsets, scaled = config.subsets, {}
+    for name in ("asr",) if config.asr.pretrain == "none" else ("embeddings", "experts", "asr"):
+        percent, samples = (getattr(subsets, f"{name}_{unit}") for unit in ("percent", "samples"))
+        scaled[f"{name}_percent"] = percent * data_percent / 100
+        scaled[f"{name}_samples"] = samples and max(1, round(samples * data_percent / 100))
+    return config.model_copy(update={"subsets": subsets.model_copy(update=scaled)})
 
 
 def to_yaml(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,34 +49,36 @@ def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace
     for stage, seconds, metrics in tasks:
         device = device or str(metrics.get("device", ""))
         throughput = metrics.get("throughput", {})
-        rate = throughput.get("audio_seconds_per_second", 0) / throughput.get("processes", 1)
+        processes = throughput.get("processes", 1)
+        rate = throughput.get("audio_seconds_per_second", 0) / processes
         if "audio_seconds" in metrics:
             rate = rate or metrics["audio_seconds"] / max(seconds, 1e-9)
         if rate:
             rates_by_stage.setdefault(stage, []).append(rate)
         if scoring := metrics.get("scoring"):
-            rates_by_stage[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9)]
+            rates_by_stage[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9) / processes]
         utterances += throughput.get("samples", 0)
         audio += throughput.get("audio_seconds", 0)
     rates = {stage: sum(rates) / len(rates) for stage, rates in rates_by_stage.items()}
     return Pace(rates, audio / utterances if utterances else 0.0, device)
 
 
-def costs(config: Config, *, hours: float, pace: Pace) -> list[StageCost]:
+def costs(config: Config, *, stages: Collection[str], hours: float, pace: Pace) -> list[StageCost]:
     """The cost of each stage whose pace is known.
 
     Args:
+        stages: names of the stages that this configuration runs.
         hours: of training speech.
     """
     return [
         StageCost(stage, audio, audio / pace.rates[stage])
         for stage, audio in audio_passes(config, hours, pace.mean_seconds).items()
-        if pace.rates.get(stage)
+        if pace.rates.get(stage) and (stage in stages or stage == SCORING)
     ]
 
 
 def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str, float]:
-    """Hours of speech that pass through each stage over all epochs, without early stopping.
+    """Hours of speech that would pass through each stage over all epochs, without early stopping.
 
     Limits of steps and of utterances are applied if the duration of an utterance is known (above 0).
     """
@@ -91,15 +93,14 @@ def audio_passes(config: Config, hours: float, mean_seconds: float) -> dict[str,
     alone = part(hours, parts.experts_samples, parts.experts_percent)
     joint = part(hours, parts.asr_samples, parts.asr_percent)
     dev, test = part(held_out, parts.dev_samples), part(held_out, parts.test_samples)
-    passes = {"extract": max(embedded, alone, joint) + dev + test}
-    if config.asr.pretrain == "experts":
-        limited = config.experts.model_copy(update={"max_steps": config.experts.shared_max_steps})
-        passes["shared"] = _trained(limited, alone, mean_seconds)
-    if config.asr.pretrain in ("alone", "experts"):
-        passes["experts"] = _trained(config.experts, alone, mean_seconds, trainings=config.num_experts or 1)
-    passes["asr"] = _trained(config.asr, joint, mean_seconds)
-    passes[SCORING] = 2 * test
-    return passes
+    shared = config.experts.model_copy(update={"max_steps": config.experts.shared_max_steps})
+    return {
+        "extract": max(embedded, alone, joint) + dev + test,
+        "shared": _trained(shared, alone, mean_seconds),
+        "experts": _trained(config.experts, alone, mean_seconds, trainings=config.num_experts or 1),
+        "asr": _trained(config.asr, joint, mean_seconds),
+        SCORING: 2 * test,
+    }
 
 
 def _trained(section: SpeechTrainConfig, hours: float, mean_seconds: float, *, trainings: int = 1) -> float:

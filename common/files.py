@@ -132,10 +132,12 @@ def new_folder(path: Path, *, overwrite: bool = False, mark: str = "") -> Iterat
 
 
 def is_taken(path: Path, *, overwrite: bool, mark: str) -> bool:
-    """Whether something is at the path of a new folder, to be replaced: see `new_folder`.
+    """Whether `new_folder` would replace a folder; what it would refuse is refused, so before long work too.
 
-    A long command asks this before its work.
+    Raises:
+        UsageError: as `new_folder`.
     """
+    path = path.absolute()
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not overwrite:
         remedy = "give --overwrite" if mark else "remove it first"

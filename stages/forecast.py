@@ -95,7 +95,7 @@ def forecasts(run: Run, plan: Plan) -> dict[str, Forecast]:
 
 
 def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
-    """Stage, label, key and number of tasks of unfinished work."""
+    """Stage, label, key and number of tasks (0 while it is unknown) of unfinished work."""
     stages = [planned.task.contract.name for planned in plan.planned]
     for planned in plan.planned:
         if planned.status != "done":
@@ -103,7 +103,7 @@ def _unfinished(plan: Plan) -> Iterator[tuple[str, str, Key | None, int]]:
             yield name, planned.task.label, planned.task.key, stages.count(name)
     for contract in plan.open_ended:
         key = plan.groups.get(contract.output) if contract.fan_out is None else None
-        yield contract.name, contract.name, key, 1
+        yield contract.name, contract.name, key, 0
 
 
 def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
@@ -127,9 +127,8 @@ def stage_work(run: Run, stage: str, label: str, shards: int) -> Work:
         steps, passed = _training(config, limited, pool)
         return Work(len(pool), passed, steps, exact=config.experts.batch_seconds is None)
     if stage == "experts":
-        pool, experts = training_subset(config, corpus, "experts"), config.num_experts or 1
-        share = experts if shards > 1 else 1
-        steps, passed = _training(config, config.experts, pool, trainings=experts)
+        pool, share = training_subset(config, corpus, "experts"), shards or 1
+        steps, passed = _training(config, config.experts, pool, trainings=shards or config.num_experts or 1)
         return Work(len(pool) // share, passed / share, steps // share, exact=False)
     chosen, test = training_subset(config, corpus, "asr"), evaluation_subset(config, corpus, "test")
     steps, passed = _training(config, config.asr, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from common.console import LineFormatter
 from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.evaluation.routing_hint import corpus_hint
-from common.files import explained, make_folders
+from common.files import MAX_FILE, explained, make_folders
 from common.json_files import read_object
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
@@ -114,15 +115,21 @@ class Run:
             "sources": self.sources,
             "keys": keys,
             "tasks": {p.task.label: {"key": p.task.key.digest, "stage": p.task.contract.name} for p in plan.planned},
-            "timeline": self.record.get("timeline", []),
+            "timeline": self.timeline(plan),
             "workflow": self.record.get("workflow"),
         }
         self.store.write(f"{self.config.run}/run.json", _json(self.record))
+
+    def timeline(self, plan: Plan) -> list[dict[str, Any]]:
+        """The rows of the plan's finished tasks, without those of another configuration or of damaged results."""
+        done = {p.task.key.digest for p in plan.planned if p.status == "done"}
+        return [row for row in self.record.get("timeline", []) if row.get("key") in done]
 
     def note(self, task: Task, manifest: Manifest, ran: bool) -> None:
         """Adds a finished task to the timeline."""
         row = {
             "stage": task.contract.name,
+            "key": task.key.digest,
             "shard": None if task.shard is None else str(task.shard),
             "started": manifest.started,
             "seconds": manifest.seconds,
@@ -137,7 +144,8 @@ class Run:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`path old → new` for every value that can change a result."""
     a, b = dict(flatten(old)), dict(flatten(new))
-    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in PLACES]
+    free = {*PLACES, "cluster.plot"}
+    names = [n for n in sorted(a.keys() | b.keys()) if not n.startswith("runtime.") and n not in free]
     return [f"{n} {a.get(n, 'unset')} → {b.get(n, 'unset')}" for n in names if a.get(n) != b.get(n)]
 
 
@@ -272,8 +280,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         assert planned.manifest is not None
         name = planned.task.contract.name
         seconds[name] = round(seconds.get(name, 0.0) + planned.manifest.seconds, 2)
-        shard = None if planned.task.shard is None else str(planned.task.shard)
-        if not any((r["stage"], r["shard"]) == (name, shard) for r in run.record["timeline"]):
+        if not any(row.get("key") == planned.task.key.digest for row in run.record["timeline"]):
             run.note(planned.task, planned.manifest, ran=False)
         folder = fetch(run.store, planned.task.key, planned.manifest, download_folder(run.cache, planned.task.key))
         folders.setdefault(planned.task.contract.output, []).append(folder)
@@ -293,7 +300,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         gate=_first(folders, "gate"),
         experts=[*folders.get("shared", []), *folders.get("experts", [])],
         asr=folders["model"][0],
-        timeline=run.record["timeline"],
+        timeline=run.timeline(plan),
         audio_root=run.corpus.url,
         etiologies={u.id: u.etiology for u in run.corpus.utterances},
     )
@@ -338,10 +345,13 @@ def _first(folders: Mapping[str, list[Path]], name: str) -> Path | None:
 
 @contextmanager
 def log_to_run(run: Run) -> Iterator[None]:
-    """Writes the log lines of this run next to its record (into the store when the block ends)."""
+    """Writes the log lines of this run next to its record (into a remote store when the block ends, after those of
+    other machines; lines of a killed process wait in the cache).
+    """
     name = f"{run.config.run}/logs/run.log"
     inside = run.store.local_path(name, to_write=True)
-    path = inside or run.cache / run.config.run / "run.log"
+    place = hashlib.sha256(run.store.url.encode()).hexdigest()[:16]
+    path = inside or run.cache / "logs" / place / f"{run.config.run}.log"
     with explained(path.parent):
         make_folders(path.parent)
         handler = logging.FileHandler(path, encoding="utf-8")
@@ -353,7 +363,9 @@ def log_to_run(run: Run) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         handler.close()
         if inside is None:
-            run.store.put(name, path)
+            earlier = run.store.read(name, MAX_FILE) if run.store.size(name) is not None else b""
+            run.store.write(name, earlier + path.read_bytes())
+            path.unlink()
 
 
 def _json(value: Any) -> bytes:

@@ -232,7 +232,7 @@ def failed_nodes(text: str) -> list[dict[str, str]]:
     """
     try:
         nodes: Sequence[Mapping[str, Any]] = json.loads(json.loads(text) if text.startswith('"') else text or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return [{"task": "?", "message": text[:500]}]
     messages = [n for n in nodes or [] if n.get("message") and not str(n["message"]).startswith("child '")]
     return [{"task": str(n.get("displayName", "")), "message": str(n["message"])} for n in messages]

@@ -88,6 +88,8 @@ def cluster(
         DataError: too few utterances or clusters, equal or non-finite embeddings.
     """
     if algorithm == "etiology":
+        if (groups := len(set(etiologies))) < num_clusters and not allow_reduce:
+            raise DataError(_too_few(groups, num_clusters, (), len(points_ND)))
         return known_groups(points_ND, etiologies, reduce=reduce, reduce_dim=reduce_dim, seed=seed)
     _check(points_ND, num_clusters)
     N = len(points_ND)

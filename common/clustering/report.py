@@ -68,14 +68,14 @@ def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str
     """Description of poor clusters, with the requested values and advice; empty if the clusters are not poor.
 
     Clusters are poor when there are fewer than asked for, when more than half of the utterances were noise, or when
-    they agree with none of the corpus's groups more than chance would.
+    they agree with none of the corpus's groups more than chance would. The corpus's own groups are never poor.
 
     Args:
         report: from `cluster_report`.
         groups: groups of the report; a group with a single value is not compared.
         wanted: number of clusters requested.
     """
-    if wanted < 2:
+    if wanted < 2 or report["algorithm"] == "etiology":
         return ""
     rand = {name: report["adjusted_rand"][name] for name, values in groups.items() if len(set(values)) > 1}
     by_chance = bool(rand) and max(rand.values()) < CHANCE_RAND

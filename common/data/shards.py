@@ -93,9 +93,11 @@ def pack_corpus(
                 stored += 1
             path.unlink()
             progress(len(members))
+    index = "".join(index_lines(corpus.utterances, places)).encode()
+    if before not in (None, index):
+        raise other
     if corpus.remote is None and (corpus.root / PROVENANCE).is_file():
         store.put(PROVENANCE, corpus.root / PROVENANCE)
-    index = "".join(index_lines(corpus.utterances, places)).encode()
     if not store.put_if_absent(INDEX_NAME, index) and store.read(INDEX_NAME, MAX_FILE) != index:
         raise other
     return Packed(len(places), shards, stored, size)

@@ -11,6 +11,7 @@ from common.evaluation.breakdown import score_of
 from common.evaluation.wer import Score
 from common.json_files import Row, read_object, read_rows
 from common.pipeline.runs import find_run, recorded_states, run_names, stage_folders
+from common.sections import text_language
 from common.storage.store import Store
 
 BASE = "base"  # what the model before training is called
@@ -24,7 +25,7 @@ class Result:
         rows: of the utterances, as in predictions.jsonl.
         scores: by utterance id.
         facts: facts about the training, as far as known: seconds, samples_per_second, trained_parameters, experts,
-            load, …; steps are those of joint training and, before it, of experts alone.
+            load, …; language is that of the texts; steps are those of joint training and, before it, of experts alone.
     """
 
     name: str
@@ -61,7 +62,8 @@ def read_result(name: str, *, store: Store | None, cache: Path) -> Result:
         )
     model = stage_folders(where, record, "asr", cache)[0]
     rows = read_rows(model / "predictions.jsonl")
-    return _result(record["name"], rows, record["config"]["model"]["language"], _facts_of_run(where, record, model))
+    facts = _facts_of_run(where, record, model)
+    return _result(record["name"], rows, facts["language"], facts)
 
 
 def before_training(result: Result) -> Result:
@@ -98,14 +100,14 @@ def _facts_of_run(store: Store, record: Row, model: Path) -> Row:
         read_object(model / name) if (model / name).is_file() else {}
         for name in ("report.json", "throughput.json", "summary.json")
     )
-    contexts = summary.get("audio_context") or {}
+    contexts, texts = summary.get("audio_context") or {}, record["config"]["model"]
     names = ("trained_parameters", "experts", "top_k", "load", "router_entropy", "collapsed", "mixture")
     return {
         "seconds": sum(entry["seconds"] for entry in stages),
         "asr_seconds": sum(entry["seconds"] for entry in stages if entry["stage"] == "asr"),
         "seed": record["config"]["seed"],
         "decoding": record["config"]["decode"],
-        "language": record["config"]["model"]["language"],
+        "language": text_language(texts["language"], texts.get("task", "transcribe")),
         "speakers_in_train": summary.get("speakers_in_train"),
         "audio_context": contexts.get("after"),
         "audio_context_before": contexts.get("before"),

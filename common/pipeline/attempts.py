@@ -132,7 +132,7 @@ def attempts_at(store: Store, key: Key) -> list[dict[str, Any]]:
             if not all(0 <= value < FAR for value in times.values()):
                 raise ValueError(f"{times} are not valid times")
             records.append(record | times)
-        except (MoeAsrError, OSError, ValueError, KeyError, TypeError) as error:
+        except (MoeAsrError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s is omitted: %s", entry.key, error)
     return sorted(records, key=lambda record: record["started"])
 

@@ -16,8 +16,17 @@ from common.storage.manifest import Manifest
 FanOut = Callable[[Config, Corpus, Mapping[str, Manifest]], int | None]
 
 # Files whose bytes may differ between equal runs: they are not part of an artifact's content digest. The two
-# descriptions name where the base model was found, on this machine or in a bucket; its content is in the key.
-VOLATILE = ("*.png", "*.svg", "*.log", "throughput.json", "*adapter_config.json", "*recogniser.json")
+# descriptions name where the base model was found, on this machine or in a bucket; its content is in the key. The
+# projection is drawn only, by a method that is in no key.
+VOLATILE = (
+    "*.png",
+    "*.svg",
+    "*.log",
+    "projection.jsonl",
+    "throughput.json",
+    "*adapter_config.json",
+    "*recogniser.json",
+)
 
 
 @dataclass(frozen=True, slots=True)

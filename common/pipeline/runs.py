@@ -49,6 +49,7 @@ class _Row(_Loose):
 
     stage: Stage
     shard: Annotated[str, Field(pattern=r"^[0-9]{1,9}$")] | None
+    key: str | None = Field(None, pattern=f"^{KEY_DIGEST.pattern}$")
     started: FiniteFloat
     seconds: FiniteFloat
     host: Line
@@ -208,7 +209,10 @@ def stage_folders(store: Store, record: dict[str, Any], stage: str, cache: Path)
             )
         folders.append(fetch(store, key, state.manifest, download_folder(cache, key)))
     if not folders:
+        stages = ", ".join(dict.fromkeys(task["stage"] for task in record["tasks"].values()))
         raise DataError(
-            f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration continues it"
+            f"run {record['name']} has no stage {stage}: its configuration needs {stages} only"
+            if record["status"] == "done"
+            else f"run {record['name']} has no stage {stage} yet: `moe-asr run` with its configuration continues it"
         )
     return folders

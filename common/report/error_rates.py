@@ -85,16 +85,16 @@ def etiology_section(summary: Row, rows: Sequence[Row]) -> Row | str:
 
 
 def worst_section(rows: Sequence[Row], audio_root: str | None) -> Row:
-    """The utterances with most errors, each aligned with its reference."""
+    """The utterances with most errors, each aligned with the reference that its errors were counted against."""
     wrong = [row for row in rows if row["errors"]]
     ranked = sorted(wrong, key=lambda r: (-r["errors"], -r["errors"] / max(1, r["words"]), str(r["id"])))[:WORST]
     lines = []
     for row in ranked:
         mixture = sorted(zip(row.get("weights") or (), row.get("experts") or (), strict=True), reverse=True)
         before = _cut(row.get("hypothesis_before") or "", 8 * INSERTED_WORDS)
-        lines.append(
-            row | {"steps": align_words(row["reference"], row["hypothesis"]), "mixture": mixture, "before": before}
-        )
+        reference = row["reference_alt"] if row.get("reference_used") else row["reference"]
+        steps = align_words(reference, row["hypothesis"])
+        lines.append(row | {"steps": steps, "mixture": mixture, "before": before})
     share = sum(row["errors"] for row in ranked) / max(1, sum(row["errors"] for row in rows))
     return {"lines": lines, "share": share, "wrong": len(wrong), "total": len(rows), "audio_root": audio_root}
 

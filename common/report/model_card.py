@@ -64,6 +64,7 @@ def model_card(
         contexts=f" (audio context: {used['before']} before, {used['after']} after)"
         if (used := summary.get("audio_context"))
         else "",
+        unified=config.decode.normaliser == "unified",
         rows=_rows(summary),
         facts=_facts(config, summary, report, manifest),
         corpus=PurePosixPath(config.corpus.path).name,
@@ -97,11 +98,12 @@ def _head(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any],
     tags += ["mixture-of-experts"] if report.get("experts", 1) > 1 else []
     hub = model_digest.startswith(HUB)  # the name of a local folder would be taken for one of the hub's
     relation: dict[str, Any] = {"base_model_relation": "finetune" if full else "adapter"} if hub else {}
+    languages = list(dict.fromkeys((config.model.language, config.model.text_language)))
     data = ModelCardData(
         base_model=config.model.name if hub else None,
         **relation,
         model_name=config.run,
-        language=config.model.language,
+        language=languages if len(languages) > 1 else languages[0],
         library_name="moe-asr",
         pipeline_tag="automatic-speech-recognition",
         metrics=["wer", "cer"],
@@ -180,7 +182,8 @@ def _splits(utterances: Sequence[Utterance]) -> list[dict[str, Any]]:
 
 def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
     """Limits of the reported figures."""
-    groups, language = summary["by_etiology"], config.model.language
+    groups, texts = summary["by_etiology"], config.model.text_language
+    told = code(texts) + (f", on speech in {code(config.model.language)}," if texts != config.model.language else "")
     limits = []
     if summary["speakers"] < SMALL_SAMPLE:
         limits.append(
@@ -193,7 +196,7 @@ def _limits(config: Config, summary: Mapping[str, Any], report: Mapping[str, Any
     if report.get("collapsed"):
         limits.append("The experts collapsed: almost all routing goes to few of them.")
     limits += [
-        Markdown(f"Trained and scored in language {code(language)} on this one corpus; nothing is known of others."),
+        Markdown(f"Trained and scored in language {told} on this one corpus; nothing is known of others."),
         f"Audio has to be encoded as in training (context {config.audio.context}); tools that pad otherwise differ.",
         "Groups are as the corpus labels them. Neither clusters nor experts say anything about a person's health.",
         "The licences of the base model and of the corpus apply; this card does not know them.",

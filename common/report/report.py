@@ -126,7 +126,7 @@ def _clusters(folder: Path | None, etiologies: Mapping[str, str]) -> Row | str:
     rows = read_rows(folder / "assignments.jsonl")
     section["composition"] = _composition([row | {"etiology": etiologies[row["id"]]} for row in rows])
     if not (folder / "projection.jsonl").is_file():
-        return section | {"no_map": "No map: the run was made without a projection (--no-plot)."}
+        return section | {"no_map": "No map: the clusters were made without a projection (--no-plot)."}
     points = read_rows(folder / "projection.jsonl")
     cut = f", a random sample of {number(len(points))} of {number(len(rows))}" if len(points) < len(rows) else ""
     for field in ("cluster", "etiology"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.config import Config
 from common.pipeline.contract import Contract
+from common.sections import ClusterConfig
 from stages.extract import has_gate
 
 
@@ -24,8 +25,8 @@ CONTRACT = Contract(
         "subsets.embeddings_percent",
         "subsets.embeddings_samples",
         "audio.long_audio",
-        "cluster",
+        *(f"cluster.{name}" for name in ClusterConfig.model_fields if name != "plot"),
     ),
-    format=2,  # hdbscan's labels, memberships of noise, and a warning in the report
+    format=3,  # no warning that the corpus's own groups are fewer than num_experts
     active=is_pretrained,
 )

@@ -30,13 +30,12 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     utterances = training_subset(config, corpus, "embeddings")
     points_ND = read_tables(embeddings).rows([u.id for u in utterances])
     context.metrics.progress(0, len(utterances), name="clustering", unit="utterances")
-    wanted = config.num_experts or 1
-    if len(utterances) < wanted:
+    wanted, options = config.num_experts or 1, config.cluster
+    if len(utterances) < wanted and options.algorithm != "etiology":
         raise DataError(
             f"{len(utterances)} utterances cannot make {wanted} clusters: lower --num-experts or raise "
             "subsets.embeddings_percent"
         )
-    options = config.cluster
     groups = {"etiology": [u.etiology for u in utterances], "speaker": [u.speaker for u in utterances]}
     clusters = cluster(
         points_ND,

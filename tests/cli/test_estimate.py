@@ -21,6 +21,13 @@ def test_twice_the_hours_cost_twice_the_training_at_the_pace_of_a_run(micro_run,
     assert hours_of_asr(20) == pytest.approx(2 * hours_of_asr(10)) and hours_of_asr(10) > 0
 
 
+@pytest.mark.parametrize("regime", ["num_experts=1", "asr.adapt=full"])
+def test_stages_that_will_not_run_cost_nothing(micro_run, micro_model, tones, capsys, regime):
+    place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
+    call("estimate", "--hours", 9, "--from", "micro", *place, "--set", "asr.pretrain=alone", "--set", regime, "--json")
+    assert set(json.loads(capsys.readouterr().out)["stages"]) == {"asr", "scoring"}
+
+
 def test_the_price_is_of_all_gpu_hours(micro_run, micro_model, tones, capsys):
     place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
     words = ("estimate", "--hours", 1000, "--from", "micro", *place)

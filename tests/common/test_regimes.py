@@ -17,6 +17,12 @@ def test_without_pre_training_data_percent_scales_the_asr_data_alone():
     assert (alone.embeddings_percent, alone.experts_percent) == (whole.embeddings_percent, whole.experts_percent)
 
 
+def test_data_percent_scales_numbers_of_utterances_too():
+    quick = resolve("quick", data_percent=20).subsets  # of 10, 5 and 5
+    assert (quick.embeddings_samples, quick.experts_samples, quick.asr_samples) == (2, 1, 1)
+    assert resolve("full", data_percent=20).subsets.asr_samples is None
+
+
 def test_skipping_pre_training_needs_the_number_of_experts():
     with pytest.raises(UsageError, match="num_experts must be specified"):
         config_from({"skip_pretraining": True})

@@ -24,10 +24,11 @@ def test_names_of_splits_count_in_any_case_and_other_folders_are_named(tmp_path)
     """A folder "custom" beside train, test and validation disappears (huggingface/datasets#7529)."""
     for name in ("train", "Test", "VALIDATION", "extra"):
         part(tmp_path / "data" / name)
+    (tmp_path / "data" / "extra" / "metadata.csv").write_text("no,table of audio\n1,2\n", "utf-8")
     made = import_audiofolder(tmp_path / "data", tmp_path / "out")
     assert {u.split for u in made.corpus.utterances} == {"train", "test", "dev"}
     assert len(made.corpus.utterances) == 6
-    assert any(note.startswith("omitted: folder extra/ with 2 rows") for note in made.notes)
+    assert any(note.startswith("omitted: folder extra/, which is no split") for note in made.notes)
 
 
 def test_metadata_at_the_top_takes_the_splits_of_its_paths(tmp_path):

@@ -100,6 +100,7 @@ def test_backslashes_are_slashes_where_no_file_has_them(tmp_path):
         (b"RIFF....WAVE", "audio: name the table"),
         (b'{"id": "c", "start": 0, "supervisions": [], "recording": {}}', "a manifest of Lhotse"),
         (b'{"a": 1', "not JSON"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
         (b"[1, 2]", "no table"),
         (b"path,text\nhttps://example.org/a.wav,x\n", "is an address, no file"),
     ],

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_info
 from common.clustering.embeddings import write_table
 from common.config import validate
 from common.data.corpus import read_corpus
+from common.errors import DataError
 from common.json_files import read_rows
 from common.pipeline.metrics import MetricsLog
 from common.pipeline.stage import Context
@@ -25,10 +26,10 @@ def cluster_stage(tones, tmp_path):
     """Runs the stage on 108 tones with these embeddings: (its report, the manifest's summary)."""
     corpus = read_corpus(tones)
 
-    def stage(points_ND: np.ndarray, **options) -> tuple[dict, dict]:
-        config = validate({"num_experts": 3, "subsets": {"embeddings_percent": 100}, "cluster": options})
+    def stage(points_ND: np.ndarray, num_experts: int = 3, **options) -> tuple[dict, dict]:
+        config = validate({"num_experts": num_experts, "subsets": {"embeddings_percent": 100}, "cluster": options})
         write_table(tmp_path / "embeddings", [u.id for u in corpus.utterances], points_ND)
-        (tmp_path / "output").mkdir()
+        (tmp_path / "output").mkdir(exist_ok=True)
         context = Context(None, None, None, None, MetricsLog(None), None, lambda: False, tmp_path)
         run(config, context, corpus=corpus, embeddings=[tmp_path / "embeddings"], output=tmp_path / "output")
         return json.loads((tmp_path / "output" / "report.json").read_text(encoding="utf-8")), context.summary
@@ -91,6 +92,16 @@ def test_poor_clusters_are_a_warning_with_what_was_asked_for(cluster_stage, capl
     assert f"Poor clustering: {report['clusters']} of 3 groups asked for were found" in report["warning"]
     assert "the adjusted Rand index is" in report["warning"]
     assert summary["warning"] == report["warning"] and summary["clusters_wanted"] == 3
+
+
+def test_the_corpus_has_as_many_groups_as_it_has(cluster_stage, caplog):
+    """Three etiologies are no poor clustering where 8 experts are the most, and too few where all 8 are needed."""
+    noise_ND = np.random.default_rng(0).normal(size=(108, 20))
+    options = {"num_experts": 8, "algorithm": "etiology", "plot": "none"}
+    with pytest.raises(DataError, match="found 3 clusters in 72 utterances where --num-experts wants 8"):
+        cluster_stage(noise_ND, **options, reduce_experts=False)
+    report, _ = cluster_stage(noise_ND, **options)
+    assert (report["clusters"], report["clusters_wanted"], report["warning"]) == (3, 8, "") and not caplog.records
 
 
 def test_clear_groups_are_no_warning(cluster_stage, caplog):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from cli.runs import show_plan
-from stages.forecast import forecasts
+from stages.forecast import forecasts, stage_work
 from stages.local_runner import Run
 from tests.stages.test_local_runner import micro_config
 
@@ -68,3 +68,9 @@ def test_limits_of_steps_are_kept(tmp_path, micro_model, tones):
     limited = ahead(config)["asr"].work
     whole = ahead(micro_config(tmp_path, micro_model, tones))["asr"].work
     assert limited.steps == 5 and limited.amount == pytest.approx(whole.amount * 5 / whole.steps)
+
+
+def test_experts_share_the_work_by_the_number_of_their_shards(tmp_path, micro_model, tones):
+    run = Run(micro_config(tmp_path, micro_model, tones, num_experts=4, experts__max_steps=2))
+    whole, half = (stage_work(run, "experts", label, shards) for label, shards in (("experts", 0), ("experts[0]", 2)))
+    assert (half.utterances, half.steps) == (whole.utterances // 2, 2)

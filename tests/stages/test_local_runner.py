@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.runs import status
 from common.config import validate
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.pipeline.plan import Planned, Task
@@ -25,7 +26,7 @@ from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from common.storage.manifest import FileRecord, Manifest, content_digest
 from stages import STAGES, run_function
-from stages.local_runner import Run, run_pipeline
+from stages.local_runner import Run, run_one, run_pipeline
 from stages.processes import parallel_slots, run_in_processes
 from tests.servers import free_port
 
@@ -161,6 +162,40 @@ def test_a_run_with_another_configuration_is_refused_without_resume(again, micro
     store, _ = again
     with pytest.raises(ConfigError, match=r"asr\.epochs 2 → 3.*--resume"):
         run_pipeline(micro_config(store, micro_model, tones, asr__epochs=3))
+
+
+def test_another_plot_of_the_clusters_makes_nothing_again(again, finished, micro_model, tones):
+    store, _ = again
+    plotted = micro_config(store, micro_model, tones, cluster__plot="pca")
+    assert {s for s, _ in statuses(plotted).values()} == {"done"}
+    run_pipeline(plotted)
+    assert "No map: the clusters were made without a projection" in (store / "micro" / "report.html").read_text()
+    next((store / "artifacts" / "cluster").glob("*/*/centroids.npy")).unlink()
+    states = statuses(plotted)
+    run = Run(plotted)
+    (cluster,) = [p for p in run.plan().planned if p.task.contract.name == "cluster"]
+    run_one(run, cluster, lambda: False)
+    assert states["cluster"][0] == "stale" and {s for s, _ in statuses(plotted).values()} == {"done"}
+    assert next((store / "artifacts" / "cluster").glob("*/*/projection.jsonl")).is_file()
+    assert digests(store) == digests(finished[0])
+
+
+def test_the_timeline_and_status_tell_of_results_with_this_configuration_only(again, micro_model, tones, capsys):
+    store, config = again
+
+    def timeline():
+        return json.loads((store / "micro" / "run.json").read_text())["timeline"]
+
+    first = {row["key"]: row["seconds"] for row in timeline()}
+    run_pipeline(micro_config(store, micro_model, tones, asr__epochs=1, asr__pretrain="gate"), resume=True)
+    assert sorted(row["stage"] for row in timeline()) == ["asr", "cluster", "extract", "gating"]
+    longer = Run(micro_config(store, micro_model, tones, asr__epochs=3))
+    longer.save("running", longer.plan())
+    status.main(["micro", "--store", str(store)], standalone_mode=False)
+    results = {line.split()[0]: line.split(maxsplit=2)[2] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert results["asr"] == "not done" and " on " in results["gating"]
+    run_pipeline(config, resume=True)
+    assert {row["key"]: row["seconds"] for row in timeline()} == first
 
 
 def test_moving_the_corpus_and_the_model_changes_no_key(again, tmp_path, micro_model, tones):

@@ -144,6 +144,10 @@ def test_failures_are_the_nodes_that_say_why(text):
     assert node == {"task": "plan(0)", "message": "main: Error (exit code 78): asr.epoch: no such setting"}
 
 
+def test_failures_that_cannot_be_read_are_quoted():
+    assert failed_nodes("[" * 100_000) == [{"task": "?", "message": "[" * 500}]
+
+
 @pytest.mark.parametrize("text", ["", "null", "[]", '"null"'])
 def test_no_failures_are_none(text):
     assert failed_nodes(text) == []

@@ -1,10 +1,12 @@
 """The same run on an S3 server: the same keys, weights and scores as on a folder, corpus and model in buckets too."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
-from stages.local_runner import Run, run_pipeline
+from stages.local_runner import Run, log_to_run, run_pipeline
 from tests.stages.test_local_runner import digests, micro_config
 
 
@@ -37,3 +39,17 @@ def test_a_run_in_a_bucket_equals_one_in_a_folder_and_a_second_one_does_nothing(
     assert Run(config).plan(deep=True).finished
     run_pipeline(config)
     assert [(entry.key, entry.modified) for entry in store.list("artifacts/")] == before
+
+
+def test_the_log_in_a_bucket_has_the_lines_of_all_machines_and_of_no_other_run(tmp_path, s3_server, bucket):
+    def log_line(place, machine, line):
+        store = open_store(f"s3://{bucket}/{place}", endpoint_url=s3_server.endpoint)
+        run = SimpleNamespace(config=SimpleNamespace(run="micro"), store=store, cache=tmp_path / machine)
+        with log_to_run(run):
+            logging.getLogger().error(line)
+        return [line.rpartition(" ")[2] for line in store.read("micro/logs/run.log").decode().splitlines()]
+
+    assert log_line("a", "first", "one") == ["one"]
+    assert log_line("b", "first", "two") == ["two"]
+    assert log_line("a", "second", "three") == ["one", "three"]
+    assert log_line("a", "first", "four") == ["one", "three", "four"]

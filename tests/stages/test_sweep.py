@@ -106,6 +106,18 @@ def test_the_command_ends_in_a_comparison_of_the_regimes(swept, tmp_path):
     assert (tmp_path / "page" / "compare.html").is_file()
 
 
+@pytest.mark.parametrize("out", ["", "foreign"])
+def test_a_dry_run_and_one_whose_folder_is_taken_run_nothing(tmp_path, micro_model, tones, out):
+    config = micro_config(tmp_path / "store", micro_model, tones, run="s")
+    (tmp_path / "base.yaml").write_text(to_yaml(config), encoding="utf-8")
+    options = ["sweep", "--config", str(tmp_path / "base.yaml"), "--max-steps", str(STEPS), "--regimes", "alone"]
+    options += ["--out", str(tmp_path)] if out else ["--dry-run"]
+    result = CliRunner().invoke(cli, options)
+    assert ("s-alone-s42" in result.output) == (not out)
+    assert not out or "contains no comparison.json" in str(result.exception)
+    assert not (tmp_path / "store").exists()
+
+
 def test_steps_are_divided_to_the_last_one(swept):
     _, config, _, _ = swept
     for clusters in (2, 3, 5):

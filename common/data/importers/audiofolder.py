@@ -82,9 +82,7 @@ def _passed_over(source: Path, rows: Sequence[TableRow]) -> list[str]:
     notes = []
     other = [path for path in _folders(source) if path.name.lower() not in SPLIT_NAMES and _metadata_in(path)]
     for folder in other:
-        count = len(read_rows(_metadata_in(folder)[0], folder, {}).rows)
-        splits = ", ".join(SPLIT_NAMES)
-        notes.append(f"omitted: folder {folder.name}/ with {count} rows, which is no split ({splits}): rename it")
+        notes.append(f"omitted: folder {folder.name}/, which is no split ({', '.join(SPLIT_NAMES)}): rename it")
     named = {row.audio for row in rows}
     unnamed = [
         path

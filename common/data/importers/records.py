@@ -164,7 +164,7 @@ def _is_json_lines(lines: Sequence[tuple[int, str]]) -> bool:
     for _, line in lines[:3]:
         try:
             first = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not lines[0][1].startswith("[") and isinstance(first, dict):
             return len(lines) > 1 or not all(isinstance(value, dict | list) for value in first.values())

@@ -56,7 +56,8 @@ def import_sap(
 
     JSON files and audio may be anywhere below `folder`; they are matched by file name. The split is given by a
     `…Split_by_Contributors.json`, otherwise by the folder Train, Dev or Test that contains a file; without either,
-    speakers are assigned to splits (`split_by_speaker`). The project does not publish test data: without test data, Dev
+    speakers are assigned to splits (`split_by_speaker`). If some contributors have a split, those without one are left
+    out. The project does not publish test data: without test data, Dev
     becomes `test`, and some speakers of Train become `dev`.
 
     A transcript with disfluencies in parentheses gives two references, without them and with them. Severity is the
@@ -82,6 +83,9 @@ def import_sap(
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "no files are listed"
         raise DataError(f"{source}: no recording of {len(contributors)} contributors can be used: {reasons}")
+    if named := [row for row in rows if row.values["split"]]:
+        skipped["of contributors in no split"] += len(rows) - len(named)
+        rows = named
     if not official_splits:
         rows = hold_out_dev(rows, seed=options.get("seed", SEED))
     return build_corpus(
@@ -145,7 +149,7 @@ def _read_contributors(source: Path) -> tuple[list[Contributor], dict[str, str]]
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}): unpack it again") from None
 
 

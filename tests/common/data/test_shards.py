@@ -163,6 +163,17 @@ def test_another_corpus_is_not_overwritten(packed, tones, tmp_path):
     assert {entry.key: store.read(entry.key) for entry in store.list("")} == {"index.jsonl": b"{}"}
 
 
+def test_the_provenance_of_another_index_of_the_same_audio_is_kept(broken, tones, tmp_path):
+    source = shutil.copytree(tones, tmp_path / "source")
+    (source / "provenance.json").write_text("new")
+    (broken / "provenance.json").write_text("old")
+    rows = [row | {"text": "another"} for row in lines(source)]
+    (source / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="already holds another index"):
+        pack_corpus(read_corpus(source), open_store(broken), shard_bytes=SHARD, scratch=tmp_path)
+    assert (broken / "provenance.json").read_text() == "old"
+
+
 def test_packing_the_same_again_does_nothing(tones, broken, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in broken.rglob("*") if p.is_file()}
     made = pack_corpus(read_corpus(tones), open_store(broken), shard_bytes=SHARD, scratch=tmp_path)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,6 +236,20 @@ def test_a_breakdown_covers_each_utterance_once_in_every_way_of_grouping():
 def test_loops_are_listed_with_most_insertions_first():
     rows = result("a", ["river", "lamp " * 8, "green " * 20]).rows
     assert [(row["id"], row["insertions"]) for row in loops(rows)] == [("u02", 16), ("u01", 4)]
+
+
+def test_the_base_of_a_translating_run_is_scored_in_english(micro_run, tmp_path):
+    """Whisper's normaliser for English alone spells out `it's`."""
+    shutil.copytree(micro_run[0] / "micro", tmp_path / "store" / "micro")
+    (tmp_path / "store" / "artifacts").symlink_to(micro_run[0] / "artifacts")
+    record = tmp_path / "store" / "micro" / "run.json"
+    tree = json.loads(record.read_text())
+    tree["config"]["model"] |= {"language": "de", "task": "translate"}
+    record.write_text(json.dumps(tree))
+    read = read_result(str(record.parent), store=None, cache=tmp_path)
+    assert read.facts["language"] == "en"
+    told = [row | {"reference": "it's", "hypothesis_before": "it is"} for row in read.rows]
+    assert {counted.word_errors for counted in before_training(replace(read, rows=told)).scores.values()} == {0}
 
 
 def test_what_is_no_result_is_named(tmp_path):

@@ -40,6 +40,7 @@ def test_a_store_that_fails_is_not_asked_again_and_damaged_records_are_left_out(
         raise RetryableError("no answer")
     store.write(f"{KEY.prefix}checkpoints/attempt-1.json", b"{")
     store.write(f"{KEY.prefix}checkpoints/attempt-2.json", b'{"started": 1, "updated": 2}')
+    store.write(f"{KEY.prefix}checkpoints/attempt-3.json", b"[" * 100_000)
     assert attempts_at(store, KEY) == []
 
 

@@ -55,6 +55,17 @@ def test_hugging_face_reads_the_head_with_the_runs_own_rates():
     assert {r.dataset_name for r in data.eval_results} == {"mine"}
 
 
+def test_the_normaliser_is_the_one_of_the_run():
+    assert "Texts are brought to one written form and then normalised\nas in Whisper" in card()[1]
+    assert "Texts are normalised\nas in Whisper" in card({"decode": {"normaliser": "published"}})[1]
+
+
+def test_a_translating_model_is_scored_in_english():
+    made, text = card({"model": {"language": "de", "task": "translate"}})
+    assert made.data.language == ["de", "en"]
+    assert "Trained and scored in language `en`, on speech in `de`, on this one corpus" in text
+
+
 def test_the_base_model_is_named_where_the_hub_knows_it_and_only_there():
     hub = card({"model": {"name": "openai/whisper-small", "revision": "abc"}}, digest="hub:openai/whisper-small@abc")
     assert hub[0].data.base_model == "openai/whisper-small"

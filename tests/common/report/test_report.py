@@ -15,7 +15,14 @@ from rapidfuzz.distance import Levenshtein
 
 from common.errors import DataError
 from common.json_files import read_rows
-from common.report.error_rates import align_words, axis_end, difference_interval, etiology_section, scored_rows
+from common.report.error_rates import (
+    align_words,
+    axis_end,
+    difference_interval,
+    etiology_section,
+    scored_rows,
+    worst_section,
+)
 from common.report.page import axis_of_time, clock, interval, lanes, number, percent, points
 from common.report.report import render_report
 from tests.common.fake_run import rate, write_fake_run, write_object, write_rows
@@ -236,6 +243,16 @@ def test_worst_utterances_are_at_most_25_most_errors_first(view, page):
     shown = [int(n.replace("\u202f", "")) for n in re.findall(r"<b>([\d\u202f]+)</b> error", section)]
     errors = sorted((row["errors"] for row in read_rows(view.asr / "predictions.jsonl")), reverse=True)
     assert shown == errors[:25]
+
+
+def test_worst_utterances_are_aligned_with_the_reference_that_counts(view):
+    row = read_rows(view.asr / "predictions.jsonl")[0] | {
+        "reference": "uh a lamp",
+        "hypothesis": "a river",
+        "errors": 1,
+    }
+    (line,) = worst_section([row | {"reference_alt": "a lamp", "reference_used": 1}], None)["lines"]
+    assert line["steps"] == [("ok", "a", "a"), ("sub", "lamp", "river")]
 
 
 def test_rows_of_other_splits_are_not_scored(view, tmp_path):

@@ -139,6 +139,13 @@ def test_dev_becomes_the_test_split_and_speakers_of_train_become_dev(tmp_path):
     assert held_out == {"ALS", "Stroke"}
 
 
+def test_contributors_in_no_split_are_counted_as_such_and_do_not_keep_dev_from_becoming_test(tmp_path):
+    contributor(release(tmp_path / "sap", train=12) / "ab", "ab", [recording("ab", 1)])
+    made = import_sap(tmp_path / "sap", tmp_path / "out")
+    assert made.skipped == {"of contributors in no split": 1}
+    assert {u.split for u in made.corpus.utterances} == {"train", "dev", "test"}
+
+
 def test_official_splits_can_be_kept(tmp_path):
     made = import_sap(release(tmp_path / "sap"), tmp_path / "out", official_splits=True)
     assert all(u.speaker.startswith(u.split) for u in made.corpus.utterances)
@@ -177,8 +184,9 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     contributor(tmp_path / "mute", "ab", [recording("ab", 1)], silent={"ab_1_7.wav"})
     contributor(tmp_path / "void", "ab", [recording("ab", 1, "")])
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "x.json").write_text("{")
+    for name, content in (("bad", "{"), ("deep", "[" * 100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(content)
     contributor(tmp_path / "odd", "ab", [recording("ab", 1)])
     (tmp_path / "odd" / "X_Split_by_Contributors.json").write_text('{"shared": ["ab"]}')
     for name, message in (
@@ -186,6 +194,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
         ("mute", "contains no .wav"),
         ("void", "1 without a transcript"),
         ("bad", "x.json cannot be read as JSON"),
+        ("deep", "x.json cannot be read as JSON"),
         ("odd", "split 'shared' is not one of train"),
     ):
         with pytest.raises(DataError, match=message) as caught:
