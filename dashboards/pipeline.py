@@ -67,7 +67,7 @@ STAGES = PanelRow(
             "Progress",
             "Share of the stage's units (optimiser steps; utterances of extract) that is done.",
             "percentunit",
-            (Query(by_workflow(selected("moe_asr:progress:ratio")), "{{workflow}} {{stage}} {{shard}}"),),
+            (Query(gauge("moe_asr:progress:ratio"), "{{workflow}} {{stage}} {{shard}}"),),
             width=8,
             extra={"min": 0, "max": 1},
         ),

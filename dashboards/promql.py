@@ -25,9 +25,9 @@ def gauge(metric: Metric | str, labels: str = "") -> str:
     return by_workflow(selected(metric, labels))
 
 
-def rate(metric: Metric | str, labels: str = "") -> str:
+def rate(metric: Metric) -> str:
     """A counter of ours per second, by workflow."""
-    return by_workflow(f"rate({selected(metric, labels)}[{RATE}])")
+    return by_workflow(f"rate({selected(metric)}[{RATE}])")
 
 
 def controller(metric: str, labels: str = "", *, window: str = "") -> str:

@@ -143,7 +143,7 @@ def _unclipped_rose(summary: Row) -> bool:
     return is_number(before) and is_number(after) and after > before
 
 
-def caution(speakers: int | None, named: bool, chosen: str = "held out") -> str:
+def caution(speakers: int | None, named: bool, chosen: str) -> str:
     """Limitations of the intervals; empty if there are none.
 
     Args:
