@@ -71,7 +71,7 @@ def _clusterings(
 ) -> list[Row]:
     """Clusterings of the same utterances with different settings."""
     pool = training_subset(config, corpus, "embeddings")
-    some = stratified_subset(pool, count=min(samples, len(pool)), seed=config.seed)
+    some = stratified_subset(pool, count=samples, seed=config.seed)
     own: Source = (config.extract.layer, config.extract.pooling)
     points = {own: table.rows([u.id for u in some])}
     if layers or poolings:
