@@ -10,7 +10,8 @@ import click
 
 from common.console import coloured, echo
 from common.errors import UsageError
-from common.pipeline.machine_checks import Check, check_machine
+from common.pipeline.machine_checks import check_machine
+from common.storage.doctor import Check, check_store
 from stages.local_runner import cache_folder
 
 COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
@@ -51,10 +52,8 @@ def doctor(
 
 def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool) -> Iterator[Check]:
     from common.storage import open_store
-    from common.storage.doctor import check_store
 
     if machine:
         yield from check_machine(cache_folder())
     if store_url is not None:
-        for name, state, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
-            yield Check(f"store: {name}", state, detail)
+        yield from check_store(open_store(store_url, endpoint_url=endpoint_url))
