@@ -185,12 +185,7 @@ def paired_bootstrap(
 
 
 def resampled_rates(
-    systems: Sequence[Sequence[Score]],
-    speakers: Mapping[str, str],
-    *,
-    metric: Metric = "wer",
-    resamples: int = 1000,
-    seed: int = 0,
+    systems: Sequence[Sequence[Score]], speakers: Mapping[str, str], *, metric: Metric, resamples: int, seed: int
 ) -> Floats:
     """Rates of M systems on the same draws of speakers, of shape (M, R).
 
