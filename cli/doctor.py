@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import click
 
+from cli.shared import endpoint_option
 from common.console import coloured, echo
 from common.errors import UsageError
 from common.pipeline.machine_checks import check_machine
@@ -19,7 +20,7 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @click.command()
 @click.option("--store", "store_url", help="Store to check as well: a folder or s3://bucket/prefix.")
-@click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
+@endpoint_option
 @click.option("--only-store", is_flag=True, help="Check the store alone, not this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
