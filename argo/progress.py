@@ -123,12 +123,6 @@ def phase(workflow: Object) -> str:
     return str(workflow.get("status", {}).get("phase") or "Pending")
 
 
-def parameters(workflow: Object) -> dict[str, str]:
-    """The values that the workflow was submitted with."""
-    given = (workflow["spec"].get("arguments") or {}).get("parameters", [])
-    return {parameter["name"]: str(parameter.get("value", "")) for parameter in given}
-
-
 def explain(pod: Object, nodes: Sequence[Object]) -> str:
     """The reason why a pod does not run yet, for the user who submitted it; empty if it is unknown.
 

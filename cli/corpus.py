@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 from click.core import ParameterSource
 
+from cli.shared import endpoint_option
 from cli.table import text_table
 from common.console import echo
 from common.errors import DataError, UsageError
@@ -107,9 +108,6 @@ def opened(path: str, endpoint_url: str | None) -> Corpus:
     from stages.local_runner import cache_folder
 
     return open_corpus(path, cache_folder(), endpoint_url=endpoint_url, cache_bytes=RuntimeConfig().audio_cache_bytes)
-
-
-endpoint_option = click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
 
 
 @corpus.command()

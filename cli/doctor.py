@@ -8,9 +8,11 @@ from dataclasses import asdict
 
 import click
 
+from cli.shared import endpoint_option
 from common.console import coloured, echo
 from common.errors import UsageError
-from common.pipeline.machine_checks import Check, check_machine
+from common.pipeline.machine_checks import check_machine
+from common.storage.doctor import Check, check_store
 from stages.local_runner import cache_folder
 
 COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
@@ -18,7 +20,7 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @click.command()
 @click.option("--store", "store_url", help="Store to check as well: a folder or s3://bucket/prefix.")
-@click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
+@endpoint_option
 @click.option("--only-store", is_flag=True, help="Check the store alone, not this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
@@ -51,10 +53,8 @@ def doctor(
 
 def _findings(store_url: str | None, endpoint_url: str | None, *, machine: bool) -> Iterator[Check]:
     from common.storage import open_store
-    from common.storage.doctor import check_store
 
     if machine:
         yield from check_machine(cache_folder())
     if store_url is not None:
-        for name, state, detail in check_store(open_store(store_url, endpoint_url=endpoint_url)):
-            yield Check(f"store: {name}", state, detail)
+        yield from check_store(open_store(store_url, endpoint_url=endpoint_url))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.corpus import endpoint_option, opened
-from cli.shared import base_option, device_option, language_option
+from cli.corpus import opened
+from cli.shared import base_option, device_option, endpoint_option, language_option
 from common.console import echo
 from common.data.corpus import INDEX_NAME, index_lines
 from common.errors import UsageError

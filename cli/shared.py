@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+endpoint_option = click.option("--endpoint-url", help="Endpoint of an S3-compatible store.")
 store_options = (
     click.option(
         "--store", "store_url", default="runs", show_default=True, help="Folder or s3://bucket/prefix of the runs."
     ),
-    click.option("--endpoint-url", help="Endpoint of an S3-compatible store."),
+    endpoint_option,
 )
 base_option = click.option("--base", help="Location of the base weights, if it is not the one in the model.")
 language_option = click.option(

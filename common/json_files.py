@@ -61,7 +61,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def read_jsonl(path: Path, *, remedy: str = "check the path and its rights") -> Iterator[tuple[int, Row]]:
+def read_jsonl(path: Path, *, remedy: str) -> Iterator[tuple[int, Row]]:
     """The objects of a JSON Lines file with their line numbers, blank lines skipped.
 
     Only a line feed ends a line: JSON may contain U+2028 and U+0085, at which `str.splitlines` would split.

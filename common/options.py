@@ -32,6 +32,11 @@ class Option:
     value: Any = None
     help: str = ""
 
+    @property
+    def name(self) -> str:
+        """The parameter of a command that receives it."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
 
 RUN_OPTIONS = (
     Option("--seed", "seed"),
@@ -126,12 +131,11 @@ BASE_OPTIONS = (
 
 def click_option(option: Option) -> Callable[[F], F]:
     """A click option that sets a value of the configuration."""
-    name = option.flag.removeprefix("--").replace("-", "_")
     if option.value is not None:
-        return click.option(option.flag, name, is_flag=True, default=False, help=option.help)
+        return click.option(option.flag, option.name, is_flag=True, default=False, help=option.help)
     field = field_of(option.path)
     text = f"{field.description} [{option.path}]"
-    return click.option(option.flag, name, type=_click_type(field), default=None, help=text)
+    return click.option(option.flag, option.name, type=_click_type(field), default=None, help=text)
 
 
 def field_of(path: str) -> FieldInfo:
@@ -168,11 +172,11 @@ def config_from(
         raise UsageError("num_experts must be specified: --skip-pretraining needs --num-experts")
     chosen: dict[str, Any] = {}
     for option in RUN_OPTIONS:
-        given = options.get(option.flag.removeprefix("--").replace("-", "_"))
+        given = options.get(option.name)
         if given is not None and given is not False:
             chosen[option.path] = given if option.value is None else option.value
     for flag, paths in SHARED_OPTIONS.items():
-        given = options.get(flag.removeprefix("--").replace("-", "_"))
+        given = options.get(Option(flag, paths[0]).name)
         chosen |= dict.fromkeys(paths, given) if given is not None else {}
     if options.get("no_plot"):
         chosen |= {"cluster.plot": "none", "runtime.plots": False}

@@ -105,7 +105,6 @@ class ExtractConfig(Section):
         description="Encoder layer: -1 for the last one after its norm, 0 for the convolutions, n for the n-th block.",
     )
     pooling: Literal["mean", "max", "meanstd"] = Field("mean", description="Pooling over the utterance's own frames.")
-    keep_frames: bool = Field(False, description="Write fp16 embeddings of every valid frame as well.")
     shard_size: int = Field(20_000, gt=0, description="Utterances per shard.")
     checkpoint_every: int = Field(100, gt=0, description="Utterances between two checkpoints of the extraction.")
     clear_cache: bool = Field(False, description="Empty the device's memory cache after each checkpoint.")

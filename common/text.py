@@ -14,6 +14,7 @@ UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
 LOOP_WORDS, LOOP_REPEATS = 12, 4
 # Or, within one word, at most this many characters, this often in a row.
 LOOP_CHARS, LOOP_CHAR_REPEATS = 8, 8
+MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 
 # What people and programs type for an apostrophe: curly quotes, accents, primes, modifier letters, full-width.
 APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u2032\u00b4\u0060\u02bb\u02bc\uff07\u055a\ua78c"), "'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
-from dashboards.promql import CHOSEN, by_workflow, rate, selected
+from dashboards.promql import CHOSEN, by_workflow, gauge, rate
 
 SERIES = "{{workflow}} {{stage}} {{shard}} GPU {{gpu}}"
 IDLE_MINUTES = f"sum_over_time(moe_asr:gpu_idle:bool{{{CHOSEN}}}[$__range:15s]) / 4"
@@ -104,7 +104,7 @@ ACTIVITY = PanelRow(
             "high the other is low, the loader is the bottleneck.",
             "percentunit",
             (
-                Query(by_workflow(selected("moe_asr:data_wait:ratio5m")), "{{stage}} {{shard}} waits for data"),
+                Query(gauge("moe_asr:data_wait:ratio5m"), "{{stage}} {{shard}} waits for data"),
                 Query(f"avg by (workflow, stage, shard) ({chosen('busy:ratio')})", "{{stage}} {{shard}} GPU busy"),
             ),
             extra={"min": 0, "max": 1},

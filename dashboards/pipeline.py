@@ -30,12 +30,7 @@ RUNS = PanelRow(
             "Workflows that ended",
             "Workflows that succeeded or failed in the chosen time, by Argo's counter.",
             "short",
-            (
-                Query(
-                    f"sum by (phase) ({controller('argo_workflows_total_count', ENDED, window='$__range')})",
-                    "{{phase}}",
-                ),
-            ),
+            (Query(f"sum by (phase) ({controller('argo_workflows_total_count', ENDED)})", "{{phase}}"),),
             kind="stat",
             width=6,
             height=5,
@@ -67,7 +62,7 @@ STAGES = PanelRow(
             "Progress",
             "Share of the stage's units (optimiser steps; utterances of extract) that is done.",
             "percentunit",
-            (Query(by_workflow(selected("moe_asr:progress:ratio")), "{{workflow}} {{stage}} {{shard}}"),),
+            (Query(gauge("moe_asr:progress:ratio"), "{{workflow}} {{stage}} {{shard}}"),),
             width=8,
             extra={"min": 0, "max": 1},
         ),
@@ -140,8 +135,7 @@ PODS = PanelRow(
             (
                 Query(f"sum by (workflow) ({RESTARTS})", "{{workflow}} restarts"),
                 Query(
-                    f"sum by (reason) ({controller('argo_workflows_pod_restarts_total', window='$__range')})",
-                    "started again: {{reason}}",
+                    f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "started again: {{reason}}"
                 ),
             ),
             width=8,
@@ -151,12 +145,7 @@ PODS = PanelRow(
             "Pods waiting, by reason",
             "Pods that began to wait for a node, an image or a volume, in the chosen time.",
             "short",
-            (
-                Query(
-                    f"sum by (reason) ({controller('argo_workflows_pod_pending_count', window='$__range')})",
-                    "{{reason}}",
-                ),
-            ),
+            (Query(f"sum by (reason) ({controller('argo_workflows_pod_pending_count')})", "{{reason}}"),),
             width=8,
         ),
         Panel(

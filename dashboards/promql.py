@@ -25,16 +25,16 @@ def gauge(metric: Metric | str, labels: str = "") -> str:
     return by_workflow(selected(metric, labels))
 
 
-def rate(metric: Metric | str, labels: str = "") -> str:
+def rate(metric: Metric) -> str:
     """A counter of ours per second, by workflow."""
-    return by_workflow(f"rate({selected(metric, labels)}[{RATE}])")
+    return by_workflow(f"rate({selected(metric)}[{RATE}])")
 
 
-def controller(metric: str, labels: str = "", *, window: str = "") -> str:
-    """A metric of Argo's controller in the chosen namespaces.
+def controller(metric: str, labels: str = "") -> str:
+    """The increase of a counter of Argo's controller in the chosen namespaces over the dashboard's time.
 
     The workflow's namespace is in `namespace`, or in `exported_namespace` where the scrape has a label of that name.
     """
     more = f",{labels}" if labels else ""
     parts = (f'{metric}{{{name}=~"$namespace"{more}}}' for name in ("exported_namespace", "namespace"))
-    return " or ".join(f"increase({part}[{window}])" if window else part for part in parts)
+    return " or ".join(f"increase({part}[$__range])" for part in parts)

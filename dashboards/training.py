@@ -158,7 +158,7 @@ PACE = PanelRow(
             "Waiting for data",
             "Share of the step time in which the loop waited for the loader.",
             "percentunit",
-            (Query(by_workflow(selected("moe_asr:data_wait:ratio5m")), SERIES),),
+            (Query(gauge("moe_asr:data_wait:ratio5m"), SERIES),),
             width=8,
             extra={"min": 0, "max": 1},
         ),

@@ -6,8 +6,6 @@ CTranslate2 fuses the attention projections by rows (q, k, v, or k, v) and keeps
 
 import importlib.util
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from common.data.audio import SAMPLE_RATE
-from common.errors import DataError, StoreError, UsageError
-from common.files import let_others_read
+from common.errors import DataError, UsageError
+from common.files import explained, new_folder
 from demo.ct2_file import Array, Ct2Model, read_model
 
 HOP_LENGTH = 160  # samples between mel frames
@@ -63,8 +61,11 @@ def import_ct2(source: Path, out: Path) -> None:
         DataError: a file of `source` is missing, damaged, or not of a Whisper model.
         StoreError: `out` cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} already exists: name another folder for the imported model, or remove it first")
+    with explained(out), new_folder(out) as folder:
+        _convert(source, folder)
+
+
+def _convert(source: Path, folder: Path) -> None:
     model = read_model(source / "model.bin")
     tensors = dict(_hf_tensors(model))
     model.refuse_unused()
@@ -81,10 +82,11 @@ def import_ct2(source: Path, out: Path) -> None:
         "tokenizer_config.json": _tokenizer_config(tokenizer),
         "vocab.json": tokenizer["model"]["vocab"],
     }
-    try:
-        _write_folder(out, tensors, files, _merges(tokenizer))
-    except OSError as error:
-        raise StoreError(f"cannot write the imported model to {out}: {error.strerror or error}") from error
+    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    (folder / "merges.txt").write_text(_merges(tokenizer), "utf-8")
 
 
 def _hf_tensors(model: Ct2Model) -> Iterator[tuple[str, Array]]:
@@ -302,19 +304,3 @@ def _read_json(path: Path) -> Json:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _write_folder(out: Path, tensors: dict[str, Array], files: dict[str, Json], merges: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        (folder / "merges.txt").write_text(merges, "utf-8")
-        let_others_read(folder)
-        folder.replace(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

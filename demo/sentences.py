@@ -16,6 +16,8 @@ from common.errors import DataError
 from common.text import normalise
 
 # Shares of the pair space. Only disjointness needs them; how many sentences each split gets is the caller's choice.
+BASE_WORDS = 9000  # the most frequent words, which may be base forms
+KNOWN_WORDS = 20_000  # count as existing when inflected forms are looked up
 _PAIR_SHARES = (("train", 0.7), ("dev", 0.85), ("test", 1.0))
 
 # Content slots: n noun, p plural noun, v verb in the past tense, a adjective, d adverb; at least three in a pattern.
@@ -110,15 +112,11 @@ class Lexicon:
 
 
 @cache
-def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
+def build_lexicon() -> Lexicon:
     """Sort frequent English words into parts of speech by which inflected forms are frequent as well.
 
     A word with a past tense and a present participle is a verb; one with an adverb in -ly is an adjective; one with a
     plural and neither of these is a noun. Words without such forms, such as names and abbreviations, are omitted.
-
-    Args:
-        base_words: number of most frequent words that may be base forms.
-        known_words: number of words that count as existing when inflected forms are looked up.
 
     Raises:
         DataError: the package `wordfreq` is not installed.
@@ -127,9 +125,9 @@ def build_lexicon(base_words: int = 9000, known_words: int = 20000) -> Lexicon:
         from wordfreq import top_n_list, zipf_frequency
     except ImportError as error:
         raise DataError("the vocabulary needs the package wordfreq: `pip install moe-asr[demo]`") from error
-    ranked = top_n_list("en", known_words)
+    ranked = top_n_list("en", KNOWN_WORDS)
     known = set(ranked)
-    base = [word for word in ranked[:base_words] if _is_plain(word)]
+    base = [word for word in ranked[:BASE_WORDS] if _is_plain(word)]
     verbs = [word for word in base if {past(word), participle(word)} <= known]
     taken = set(verbs)
     adjectives = [word for word in base if word not in taken and adverb(word) in known and not word.endswith("ly")]

@@ -50,26 +50,22 @@ def stage_command(contract: Contract) -> click.Command:
     @click.option("--shard", type=int, help="Shard of a stage that fans out. All shards by default.")
     @config_options
     def command(shard: int | None, **options: Any) -> None:
-        given = {path: options.pop(_name(flag)) for flag, path in own.items()}
+        given = {option.path: options.pop(option.name) for option in own}
         given = {path: value for path, value in given.items() if value is not None}
         run_stage(contract, shard, options, given)
 
-    for flag, path in own.items():
-        command = click_option(Option(flag, path))(command)
+    for option in own:
+        command = click_option(option)(command)
     return click.command(contract.name, help=f"{contract.name}: {contract.summary}.")(command)
 
 
-def own_options(contract: Contract) -> dict[str, str]:
-    """flag → configuration path of the stage's own section, without those that every command has."""
+def own_options(contract: Contract) -> list[Option]:
+    """The options of the stage's own section, without those that every command has."""
     section = Config.model_fields[contract.section].annotation
     taken = {"--reduce", "--reduce-dim", "--min-cluster-size", "--mixture", "--top-k", "--adapt"}
     taken |= {"--shared-expert", "--gradient-checkpointing", "--gradient-accumulation-steps", "--eval-every-n-epochs"}
     flags = {f"--{name.replace('_', '-')}": f"{contract.section}.{name}" for name in section.model_fields}  # type: ignore[union-attr]
-    return {flag: path for flag, path in (flags | BORROWED.get(contract.name, {})).items() if flag not in taken}
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+    return [Option(flag, path) for flag, path in (flags | BORROWED.get(contract.name, {})).items() if flag not in taken]
 
 
 def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], own: dict[str, Any]) -> None:

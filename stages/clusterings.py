@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.clustering.comparison import Source, compare_clusterings, embed_layers
-from common.clustering.embeddings import EmbeddingTable, read_tables
-from common.config import Config, merge, validate
+from common.clustering.embeddings import read_tables
+from common.config import merge, validate
 from common.data.batches import BatchLoader, make_examples
-from common.data.corpus import Corpus
 from common.data.subsets import stratified_subset
 from common.errors import DataError
-from common.inference.load_model import OpenedModel, open_model
+from common.inference.load_model import open_model
 from common.json_files import Row
 from common.pipeline.runs import run_record, settings_alone, stage_folders
 from common.storage.store import Store
@@ -25,11 +24,11 @@ def run_clusterings(
     cache: Path,
     *,
     corpus: str,
-    endpoint_url: str | None = None,
-    layers: Sequence[int] = (),
-    poolings: Sequence[str] = (),
-    samples: int = 2000,
-    device: str = "auto",
+    endpoint_url: str | None,
+    layers: Sequence[int],
+    poolings: Sequence[str],
+    samples: int,
+    device: str,
 ) -> list[Row]:
     """A run's utterances, embedded and clustered in several ways.
 
@@ -57,25 +56,12 @@ def run_clusterings(
     if opened.recogniser.gate is None:
         raise DataError(f"run {record['name']} has at most one expert, and so no gate: name a run with several")
     data, table = load_corpus(config, cache), read_tables(stage_folders(store, record, "extract", cache))
-    return _clusterings(config, data, opened, table, layers, poolings, samples)
-
-
-def _clusterings(
-    config: Config,
-    corpus: Corpus,
-    opened: OpenedModel,
-    table: EmbeddingTable,
-    layers: Sequence[int],
-    poolings: Sequence[str],
-    samples: int,
-) -> list[Row]:
-    """Clusterings of the same utterances with different settings."""
-    pool = training_subset(config, corpus, "embeddings")
-    some = stratified_subset(pool, count=min(samples, len(pool)), seed=config.seed)
+    pool = training_subset(config, data, "embeddings")
+    some = stratified_subset(pool, count=samples, seed=config.seed)
     own: Source = (config.extract.layer, config.extract.pooling)
     points = {own: table.rows([u.id for u in some])}
     if layers or poolings:
-        examples = make_examples(corpus, some, opened.codec, context=opened.context, margin=opened.margin)
+        examples = make_examples(data, some, opened.codec, context=opened.context, margin=opened.margin)
         points = (
             embed_layers(
                 opened.recogniser,

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from common.config import Config
-from common.data import sources, subsets
+from common.data import sources
 from common.data.corpus import Corpus, Utterance
+from common.data.subsets import TEST_SEED, stratified_subset
+from common.errors import DataError
 from common.inference.long_audio import LongAudio, within_limits
 
 Purpose = Literal["embeddings", "experts", "asr"]
@@ -57,24 +59,36 @@ def base_digest(config: Config, cache: Path) -> str:
 
 
 def training_subset(config: Config, corpus: Corpus, purpose: Purpose) -> list[Utterance]:
-    """The part of `train` for clustering, expert pre-training or joint training, sorted by id.
+    """The stratified part of `train` for clustering, expert pre-training or joint training, sorted by id.
 
     Raises:
         DataError: the corpus has no such utterances.
     """
-    samples = getattr(config.subsets, f"{purpose}_samples")
-    percent = getattr(config.subsets, f"{purpose}_percent")
-    return subsets.training_subset(corpus, samples=samples, percent=percent, seed=config.seed)
+    samples: int | None = getattr(config.subsets, f"{purpose}_samples")
+    percent: float = getattr(config.subsets, f"{purpose}_percent")
+    return stratified_subset(_split(corpus, "train"), count=samples, percent=percent, seed=config.seed)
 
 
 def evaluation_subset(config: Config, corpus: Corpus, split: Literal["dev", "test"]) -> list[Utterance]:
-    """The evaluated part of dev or test, sorted by id.
+    """The evaluated part of dev or test, sorted by id; that of test does not depend on the seed, so that runs can be
+    compared.
 
     Raises:
         DataError: the corpus has no such utterances.
     """
     samples = config.subsets.dev_samples if split == "dev" else config.subsets.test_samples
-    return subsets.evaluation_subset(corpus, split, samples=samples, seed=config.seed)
+    seed = config.seed if split == "dev" else TEST_SEED
+    return stratified_subset(_split(corpus, split), count=samples, percent=100, seed=seed)
+
+
+def _split(corpus: Corpus, split: str) -> list[Utterance]:
+    utterances = corpus.split(split)
+    if not utterances:
+        raise DataError(
+            f"corpus {corpus.url} has no utterances in split {split!r}: give it speakers in index.jsonl "
+            "(`moe-asr corpus stats` lists the splits)"
+        )
+    return utterances
 
 
 def embedded_utterances(config: Config, corpus: Corpus) -> list[Utterance]:

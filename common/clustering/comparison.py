@@ -66,24 +66,23 @@ def compare_clusterings(
     options: Mapping[str, Any],
     *,
     reductions: Sequence[Reduction] = REDUCTIONS,
-    algorithms: Sequence[Algorithm] = ALGORITHMS,
 ) -> list[dict[str, Any]]:
     """Clusters every combination of the settings; one row per combination.
+
+    The algorithm `etiology` evaluates the corpus's own etiologies as if they were clusters; it is omitted if there is
+    only one.
 
     Args:
         points: vectors_ND by layer and pooling, all of the same utterances.
         groups: "etiology" and "speaker" of each utterance.
         options: further arguments of `cluster`, for all combinations.
-        algorithms: `etiology` evaluates the corpus's own etiologies as if they were clusters; it is omitted if there
-            is only one.
 
     Returns:
         Rows of layer, pooling, reduce, algorithm; clusters, noise_share, silhouette (None for one cluster), largest
         (share of the largest cluster), etiology and speaker (adjusted Rand index against them). A combination that
         fails has `problem` instead.
     """
-    if len(set(groups["etiology"])) < 2:
-        algorithms = [name for name in algorithms if name != "etiology"]
+    algorithms = [name for name in ALGORITHMS if name != "etiology" or len(set(groups["etiology"])) > 1]
     rows = []
     for (layer, pooling), points_ND in points.items():
         for reduce in reductions:

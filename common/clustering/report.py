@@ -35,11 +35,10 @@ def cluster_report(
         Rand index is 1 for equal partitions and 0 for unrelated ones; the silhouette is in [-1, 1], None for a single
         cluster.
     """
-    from sklearn.metrics import adjusted_rand_score
-
     labels_N = clustering.labels_N
     if wrong := [name for name, values in groups.items() if len(values) != len(labels_N)]:
         raise ValueError(f"group {wrong[0]!r} has {len(groups[wrong[0]])} values for {len(labels_N)} utterances")
+    shared = {name: shared_information(values, labels_N) for name, values in groups.items()}
     return {
         "algorithm": clustering.algorithm,
         "clusters": len(clustering.centroids_KD),
@@ -47,8 +46,8 @@ def cluster_report(
         "utterances_clustered": clustering.sampled,
         "noise_share": float(clustering.noise_N.sum() / clustering.sampled),
         "silhouette": _silhouette(points_reduced, labels_N, seed),
-        "purity": {name: _purity(labels_N, values) for name, values in groups.items()},
-        "adjusted_rand": {name: float(adjusted_rand_score(values, labels_N)) for name, values in groups.items()},
+        "purity": {name: agreement["purity"] for name, agreement in shared.items()},
+        "adjusted_rand": {name: agreement["adjusted_rand"] for name, agreement in shared.items()},
         "min_cluster_size": clustering.min_cluster_size,
         "attempts": [dict(attempt) for attempt in clustering.attempts],
         "merged_from": clustering.merged_from,
@@ -58,10 +57,15 @@ def cluster_report(
 def shared_information(values: Sequence[str], labels_N: Ints) -> dict[str, float]:
     """Adjusted Rand index and purity of clusters (`labels_N`) against a group of each utterance; 0 for no utterance."""
     from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import contingency_matrix
 
     if not len(values):
         return {"adjusted_rand": 0.0, "purity": 0.0}
-    return {"adjusted_rand": float(adjusted_rand_score(values, labels_N)), "purity": _purity(labels_N, values)}
+    count_VK = contingency_matrix(values, labels_N)
+    return {
+        "adjusted_rand": float(adjusted_rand_score(values, labels_N)),
+        "purity": float(count_VK.max(axis=0).sum() / len(labels_N)),
+    }
 
 
 def poor_clustering(report: Mapping[str, Any], groups: Mapping[str, Sequence[str]], wanted: int) -> str:
@@ -103,10 +107,3 @@ def _silhouette(points_NP: Floats, labels_N: Ints, seed: int) -> float | None:
     if not 2 <= len(np.unique(labels_N[chosen])) < len(chosen):
         return None
     return float(silhouette_score(points_NP[chosen], labels_N[chosen]))
-
-
-def _purity(labels_N: Ints, values: Sequence[str]) -> float:
-    _, value_N = np.unique(np.asarray(values, dtype=str), return_inverse=True)
-    table_KV = np.zeros((int(labels_N.max()) + 1, int(value_N.max()) + 1), np.int64)
-    np.add.at(table_KV, (labels_N, value_N), 1)
-    return float(table_KV.max(axis=1).sum() / len(labels_N))

@@ -17,12 +17,11 @@ from common.data.shards import check_shard
 from common.errors import DataError
 from common.files import MAX_FILE, file_hash
 from common.progress import counted
-from common.text import odd_forms
+from common.text import MAX_CHARACTERS_PER_SECOND, odd_forms
 from common.whisper_limits import MAX_SECONDS, MAX_TOKENS, is_too_long
 
 DURATION_TOLERANCE = 0.1  # s between the index's duration and the file's
 SILENCE_PEAK = 1e-4  # of full scale: about one step of 14 bits
-MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 PLACEHOLDERS = frozenset({"nan", "null", "none", "n/a", "<na>"})  # in small letters; some are words, too
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,12 @@ from pathlib import Path
 from common.data.clips import AudioCache, Remote
 from common.data.corpus import INDEX_NAME, Corpus, read_corpus
 from common.errors import DataError, RetryableError
+from common.files import file_hash
 from common.storage import open_store
-from common.storage.store import is_current
+from common.storage.local import LocalStore
+from common.storage.store import Entry, Store, check_key
 
+PARALLEL = 8  # files that are copied at once
 MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
 # As the hub's client requires: begins and ends with a letter, a digit or _, without -- and .., no .git at the end.
 HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?")
@@ -46,9 +50,7 @@ def open_corpus(path: str, cache: Path, *, endpoint_url: str | None = None, cach
     entry = next((entry for entry in store.list(name) if entry.key == name), None)
     if entry is None:
         raise DataError(f"{base}/{name} does not exist: give the address of a folder with {INDEX_NAME}")
-    if not is_current(entry, index):
-        store.get(name, index)
-        os.utime(index, (entry.modified, entry.modified))
+    _refresh(store, entry, index)
     try:
         corpus = read_corpus(index)
     except DataError as error:
@@ -72,13 +74,31 @@ def locate_model(name: str, cache: Path, *, revision: str | None = None, endpoin
     """
     if name.startswith("s3://"):
         folder = _kept(cache / "model", name, endpoint_url)
-        open_store(name, endpoint_url=endpoint_url).get_folder("", folder, exact=True)
+        download_folder(open_store(name, endpoint_url=endpoint_url), folder)
         return folder
     if Path(name).is_dir():
         return Path(name)
     if not is_hub_name(name):
         raise DataError(f"model.name {name!r} is neither a folder nor a hub name (organisation/model)")
     return _from_hub(name, revision)
+
+
+def download_folder(store: Store, folder: Path) -> None:
+    """Copies all files of a store into a folder, and deletes other files that are in it."""
+    entries = {check_key(entry.key): entry for entry in store.list("")}
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda name: _refresh(store, entries[name], folder / name), entries))
+    for entry in LocalStore(folder).list("", follow=False):
+        if entry.key not in entries:
+            (folder / entry.key).unlink(missing_ok=True)
+
+
+def _refresh(store: Store, entry: Entry, path: Path) -> None:
+    """Copies a file of a store, unless there is a local one of equal size and time."""
+    status = path.stat() if path.is_file() else None
+    if status is None or status.st_size != entry.size or abs(status.st_mtime - entry.modified) >= 1e-3:
+        store.get(entry.key, path)
+        os.utime(path, (entry.modified, entry.modified))
 
 
 def _kept(cache: Path, address: str, endpoint_url: str | None) -> Path:
@@ -132,6 +152,5 @@ def folder_digest(folder: Path) -> str:
     parts = {}
     for name in [*weights, *MODEL_FILES]:
         if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
-                parts[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            parts[name] = file_hash(folder / name)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,60 +1,16 @@
-"""Subsets of a corpus for training and evaluation: nested subsets of train, and dev and test of limited size."""
+"""Subsets of utterances with proportional etiologies, each contained in the larger ones."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from common.data.corpus import Corpus, Utterance
-from common.errors import DataError
+from common.data.corpus import Utterance
 
 TEST_SEED = 42  # of the evaluated part of test: the same for every run, so that runs can be compared
-
-
-def training_subset(corpus: Corpus, *, samples: int | None, percent: float, seed: int) -> list[Utterance]:
-    """A stratified part of `train`, sorted by id.
-
-    Args:
-        samples: maximum number of utterances; None for `percent` of them.
-
-    Raises:
-        DataError: the corpus has no such utterances.
-    """
-    pool = _usable(corpus, "train")
-    if samples is not None:
-        return stratified_subset(pool, count=min(samples, len(pool)), seed=seed)
-    return stratified_subset(pool, percent=percent, seed=seed)
-
-
-def evaluation_subset(
-    corpus: Corpus, split: Literal["dev", "test"], *, samples: int | None, seed: int
-) -> list[Utterance]:
-    """The evaluated part of dev or test, sorted by id; the part of test does not depend on the seed, so that runs can
-    be compared.
-
-    Args:
-        samples: maximum number of utterances; None for all.
-
-    Raises:
-        DataError: the corpus has no such utterances.
-    """
-    pool = _usable(corpus, split)
-    count = min(samples or len(pool), len(pool))
-    return stratified_subset(pool, count=count, seed=seed if split == "dev" else TEST_SEED)
-
-
-def _usable(corpus: Corpus, split: str) -> list[Utterance]:
-    utterances = corpus.split(split)
-    if not utterances:
-        raise DataError(
-            f"corpus {corpus.url} has no utterances in split {split!r}: give it speakers in index.jsonl "
-            "(`moe-asr corpus stats` lists the splits)"
-        )
-    return utterances
 
 
 def stratified_subset(
@@ -67,7 +23,7 @@ def stratified_subset(
     therefore nested for percents and counts, proportional, and independent of the order of `utterances`.
 
     Args:
-        percent: above 0, up to 100; or
+        percent: above 0, up to 100; it does not count beside `count`.
         count: number of utterances, at least 1; if there are fewer, all are returned.
         seed: another seed gives another subset.
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 
-from common.decoding.decoder_step import Found, decoder_step
 from common.decoding.token_rules import Rules
 from common.model.routing import RoutingSlot
+
+Found = tuple[list[int], float]  # tokens without the end token, mean log-probability with it
 
 
 @dataclass(slots=True)
@@ -113,6 +114,16 @@ def beam_search(
     if slot is not None:
         slot.routing = routing
     return [(tokens, mean) for _, tokens, mean in (search.ended[0] for search in searches)]
+
+
+def decoder_step(
+    model: WhisperForConditionalGeneration, step_RU: Tensor, hidden_RTD: Tensor, cache: EncoderDecoderCache | None
+) -> tuple[Tensor, EncoderDecoderCache]:
+    """(logits_RV, cache): logits of the token after `step_RU`, in fp32, and the cache of all tokens so far."""
+    out = model.model.decoder(
+        input_ids=step_RU, encoder_hidden_states=hidden_RTD, past_key_values=cache, use_cache=True
+    )
+    return model.proj_out(out.last_hidden_state[:, -1]).float(), out.past_key_values
 
 
 def _best(log_probabilities_RV: Tensor, searches: list[_Search], beams: int) -> list[list[tuple[float, int, int]]]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache, WhisperForConditionalGeneration
 
 from common.data.tokens import TextCodec
-from common.decoding.beam import beam_search
-from common.decoding.decoder_step import Found, decoder_step
+from common.decoding.beam import Found, beam_search, decoder_step
 from common.decoding.loops import COMPRESSION_RATIO_THRESHOLD, compression_ratio
 from common.decoding.token_rules import Rules, make_rules
 from common.model.routing import RoutingSlot

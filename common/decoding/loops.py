@@ -10,10 +10,9 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from common.text import LOOP_CHAR_REPEATS, LOOP_CHARS, LOOP_REPEATS, LOOP_WORDS
+from common.text import LOOP_CHAR_REPEATS, LOOP_CHARS, LOOP_REPEATS, LOOP_WORDS, MAX_CHARACTERS_PER_SECOND
 
 COMPRESSION_RATIO_THRESHOLD = 2.4  # bytes of a text over bytes of its zlib compression: above, it is repetitive
-MAX_CHARACTERS_PER_SECOND = 40  # twice the rate of a fast speaker
 LOOP_LETTERS = 40  # a loop's longest phrase where words are not spaced, in characters
 
 _LONG_WORD = re.compile(rf"(.{{1,{LOOP_CHARS}}}?)\1{{{LOOP_CHAR_REPEATS - 1},}}")

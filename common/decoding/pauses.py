@@ -89,7 +89,7 @@ def is_silent(level_N: Samples) -> bool:
     return bool(level_N.max() < SILENCE_DB)
 
 
-def find_pauses(level_N: Samples, shortest: float = SHORTEST) -> list[Stretch]:
+def find_pauses(level_N: Samples) -> list[Stretch]:
     """Stretches well below the voice's loudness, in order; those at the ends included.
 
     The threshold is relative to the loudest and the quietest frames of the recording (5th and 95th percentile of the
@@ -103,7 +103,7 @@ def find_pauses(level_N: Samples, shortest: float = SHORTEST) -> list[Stretch]:
         return []
     quiet_N = np.concatenate([[False], level_N < room + QUIET_SHARE * (voice - room), [False]])
     edges = np.flatnonzero(quiet_N[1:] != quiet_N[:-1]).reshape(-1, 2)
-    return [Stretch(first / 100, last / 100) for first, last in edges.tolist() if (last - first) / 100 >= shortest]
+    return [Stretch(first / 100, last / 100) for first, last in edges.tolist() if (last - first) / 100 >= SHORTEST]
 
 
 def plan_windows(

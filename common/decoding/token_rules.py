@@ -72,12 +72,7 @@ def _minus_infinity(tokens: Sequence[int], vocabulary: int, device: torch.device
 
 
 def timestamp_scores(
-    scores_RV: Tensor,
-    histories: Sequence[Sequence[int]],
-    *,
-    timestamp_begin: int,
-    end: int,
-    initial: int = INITIAL_STEPS,
+    scores_RV: Tensor, histories: Sequence[Sequence[int]], *, timestamp_begin: int, end: int
 ) -> Tensor:
     """Scores after Whisper's rules: timestamps come in pairs, never decrease, and the first is early.
 
@@ -89,13 +84,12 @@ def timestamp_scores(
         timestamp_begin: the token <|0.00|>; the token before it is <|notimestamps|>, the tokens after it are later
             times.
         end: end-of-text token; tokens of text come before it.
-        initial: the highest timestamp that a text may begin with, in steps of 20 ms.
 
     Returns:
         The scores, with forbidden tokens at minus infinity.
     """
     vocabulary = scores_RV.shape[1]
-    bounds = [_allowed(history, timestamp_begin, end, initial, vocabulary) for history in histories]
+    bounds = [_allowed(history, timestamp_begin, end, vocabulary) for history in histories]
     lowest_R1, earliest_R1, latest_R1 = torch.tensor(bounds, device=scores_RV.device).T[:, :, None]
     token_V = torch.arange(vocabulary, device=scores_RV.device)
     text_V, time_V = token_V < timestamp_begin, token_V >= timestamp_begin
@@ -107,12 +101,10 @@ def timestamp_scores(
     return scores_RV.masked_fill(time_wins_R[:, None] & text_V, -torch.inf)
 
 
-def _allowed(
-    history: Sequence[int], timestamp_begin: int, end: int, initial: int, vocabulary: int
-) -> tuple[int, int, int]:
+def _allowed(history: Sequence[int], timestamp_begin: int, end: int, vocabulary: int) -> tuple[int, int, int]:
     """(lowest token of text, first timestamp, last timestamp) that may follow."""
     if not history:
-        return timestamp_begin, timestamp_begin, timestamp_begin + initial
+        return timestamp_begin, timestamp_begin, timestamp_begin + INITIAL_STEPS
     times = [token for token in history if token >= timestamp_begin]
     after_time = history[-1] >= timestamp_begin
     closed = len(history) < 2 or history[-2] >= timestamp_begin  # two in a row, or the first of all: text follows

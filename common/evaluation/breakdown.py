@@ -82,29 +82,27 @@ def speakers_of(rows: Iterable[Row]) -> dict[str, str]:
     return {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
 
 
-def breakdown(rows: Sequence[Row], scores: Sequence[Score], *, resamples: int = 1000, seed: int = 0) -> Row:
+def breakdown(rows: Sequence[Row], scores: Sequence[Score]) -> Row:
     """Error rates overall, by etiology, severity, duration and speaker, and by the first three together.
 
     Args:
         rows, scores: rows and scores of the same utterances, in the same order.
-        resamples, seed: settings of the intervals, as in `wer.bootstrap_interval`.
 
     Returns:
         `overall`, `by_etiology`, `by_severity`, `by_duration`, `by_speaker`, `cells`: each in the form of
         `wer.summarise`.
     """
     speakers = speakers_of(rows)
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
 
     def grouped(key: Callable[[Row], str]) -> dict[str, dict[str, Any]]:
         members: dict[str, list[Score]] = {}
         for row, counted in zip(rows, scores, strict=True):
             members.setdefault(key(row), []).append(counted)
-        return {name: summarise(members[name], speakers, **options) for name in sorted(members)}
+        return {name: summarise(members[name], speakers) for name in sorted(members)}
 
     cells = grouped(lambda row: "\0".join(GROUPS[name](row) for name in CELL))
     return {
-        "overall": summarise(scores, speakers, **options),
+        "overall": summarise(scores, speakers),
         **{f"by_{name}": grouped(key) for name, key in GROUPS.items()},
         "cells": [dict(zip(CELL, name.split("\0"), strict=True)) | rates for name, rates in cells.items()],
     }

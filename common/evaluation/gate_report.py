@@ -20,12 +20,12 @@ SHRINKAGE = 0.1  # of the covariance, as the gate's own
 
 
 def gate_report(
-    probability_NK: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64], names: Sequence[str] = ()
+    probability_NK: npt.NDArray[np.float32], label_N: npt.NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, Any]:
     """Accuracy, macro F1, confusion and calibration of predicted group probabilities.
 
     Args:
-        names: names of the groups; clusters by default.
+        names: names of the groups.
 
     Returns:
         accuracy, macro_f1, expected_calibration_error (fractions), labels, confusion (true × predicted counts),
@@ -39,7 +39,7 @@ def gate_report(
         "accuracy": float(accuracy_score(label_N, predicted_N)),
         "macro_f1": float(f1_score(label_N, predicted_N, labels=labels, average="macro", zero_division=0.0)),
         "expected_calibration_error": float(sum(gaps) / len(label_N)),
-        "labels": list(names) or [f"cluster {k}" for k in labels],
+        "labels": list(names),
         "confusion": confusion_matrix(label_N, predicted_N, labels=labels).tolist(),
         "reliability": reliability,
         "utterances": len(label_N),

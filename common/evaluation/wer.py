@@ -185,12 +185,7 @@ def paired_bootstrap(
 
 
 def resampled_rates(
-    systems: Sequence[Sequence[Score]],
-    speakers: Mapping[str, str],
-    *,
-    metric: Metric = "wer",
-    resamples: int = 1000,
-    seed: int = 0,
+    systems: Sequence[Sequence[Score]], speakers: Mapping[str, str], *, metric: Metric, resamples: int, seed: int
 ) -> Floats:
     """Rates of M systems on the same draws of speakers, of shape (M, R).
 
@@ -211,27 +206,24 @@ def interval_of_difference(deltas_R: Floats) -> dict[str, float]:
     return {"low": low, "high": high, "p": min(1.0, float(2 * (beyond + 1) / (len(deltas_R) + 1)))}
 
 
-def summarise(
-    scores: Sequence[Score], speakers: Mapping[str, str], *, resamples: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+def summarise(scores: Sequence[Score], speakers: Mapping[str, str]) -> dict[str, Any]:
     """Rates, intervals and counts of a set of utterances, for reports.
 
     Args:
         scores: of N utterances.
-        speakers, resamples, seed: as for `bootstrap_interval`.
+        speakers: as for `bootstrap_interval`.
 
     Returns:
         `wer`, `wer_unclipped`, `cer`, `cer_unclipped`; `ci` and `cer_ci`, the intervals of `wer` and `cer` as
         [low, high]; `utterances`, `words`, `speakers`, `insertions` and `loops`, numbers.
     """
-    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     return {
         "wer": wer(scores),
         "wer_unclipped": wer(scores, clipped=False),
         "cer": cer(scores),
         "cer_unclipped": cer(scores, clipped=False),
-        "ci": list(bootstrap_interval(scores, speakers, **options)),
-        "cer_ci": list(bootstrap_interval(scores, speakers, metric="cer", **options)),
+        "ci": list(bootstrap_interval(scores, speakers)),
+        "cer_ci": list(bootstrap_interval(scores, speakers, metric="cer")),
         "utterances": len(scores),
         "words": sum(score.words for score in scores),
         "speakers": len({speakers.get(score.id, score.id) for score in scores}),

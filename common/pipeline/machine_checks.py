@@ -9,27 +9,17 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
 
 from common.errors import MoeAsrError
+from common.storage.doctor import Check
 
 GIB = 2**30
 LOW_DISK, LITTLE_DISK = 1 * GIB, 10 * GIB  # a run of tiny.en; one of a large model with its checkpoints
 LOW_MEMORY = 4 * GIB  # torch, tiny.en and loader processes
 SMALL_SHM = 1 * GIB  # what loader processes pass batches through; containers have 64 MiB by default
-SHOWN = ("torch", "transformers", "peft", "accelerate", "soundfile", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Result of one check: passed (`ok`), passed with a remark (`note`), or preventing runs (`fail`)."""
-
-    name: str
-    state: Literal["ok", "note", "fail"]
-    detail: str
+SHOWN = ("torch", "transformers", "peft", "accelerate", "soundfile", "av", "numpy")
 
 
 def check_machine(folder: Path) -> Iterator[Check]:
@@ -46,7 +36,6 @@ def check_machine(folder: Path) -> Iterator[Check]:
     yield _disk(folder)
     for format_, subtype in (("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("MP3", None)):
         yield _decoding(format_, subtype)
-    yield _more_formats()
     yield _compiler()
 
 
@@ -174,10 +163,6 @@ def _decoding(format_: str, subtype: str | None) -> Check:
     loudest = float(np.argmax(np.abs(np.fft.rfft(samples)))) * 16_000 / len(samples)
     held = abs(loudest - pitch) < 5 and abs(len(samples) - 16_000) < 2_000
     return Check(f"decoding {format_}", "ok" if held else "fail", f"a tone of 440 Hz comes back at {loudest:.0f} Hz")
-
-
-def _more_formats() -> Check:
-    return Check("other formats", "ok", f"M4A, WMA and video by PyAV {version('av')}")
 
 
 def _compiler() -> Check:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from common.config import Config, read_values
 from common.data.corpus import Corpus
 from common.pipeline.contract import Contract
-from common.storage.artifacts import Key, State, inspect, make_key, shard_key
+from common.storage.artifacts import Key, inspect, make_key, shard_key
 from common.storage.manifest import Manifest
 from common.storage.store import Store
 
@@ -137,20 +137,19 @@ def _look(
     if state.status == "missing":
         old = (before or {}).get(task.contract.name)
         if old is None or old == group.ingredients:
-            return Planned(task, "todo", state.reason or "not made yet", None)
+            return Planned(task, "todo", state.reason, None)
         return Planned(task, "stale", _difference(old, group.ingredients), None)
     assert state.manifest is not None
-    changed = _changed_input(state, task, earlier)
+    changed = _changed_input(state.manifest, earlier)
     if changed:
         return Planned(task, "stale", changed, state.manifest)
     return Planned(task, "done", f"made in {state.manifest.seconds:.0f} s on {state.manifest.host}", state.manifest)
 
 
-def _changed_input(state: State, task: Task, earlier: Sequence[Planned]) -> str:
+def _changed_input(manifest: Manifest, earlier: Sequence[Planned]) -> str:
     """The input whose content differs from the content when this artifact was made, which the key does not show."""
-    assert state.manifest is not None
     now = {p.task.key.digest: p for p in earlier if p.manifest and p.status == "done"}
-    for name, used in state.manifest.inputs.items():
+    for name, used in manifest.inputs.items():
         for artifact in used:
             current = now.get(artifact["key"])
             if current and current.manifest and current.manifest.digest != artifact["digest"]:

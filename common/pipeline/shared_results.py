@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import __version__
 from common.errors import RetryableError
 from common.storage.artifacts import Key, commit, download_folder, fetch, inspect, new_attempt, quarantine
 from common.storage.store import Store
@@ -57,16 +55,4 @@ class SharedResults:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        commit(
-            self.store,
-            key,
-            folder,
-            shard=None,
-            volatile=(),
-            inputs={},
-            version=__version__,
-            host=platform.node(),
-            started=started,
-            seconds=time.time() - started,
-            metrics={},
-        )
+        commit(self.store, key, folder, started=started, seconds=time.time() - started)

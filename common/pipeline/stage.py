@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import platform
 import shutil
 import tempfile
 import time
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import __version__
 from common.config import Config
 from common.data.corpus import Corpus
 from common.data.sources import locate_model
@@ -147,7 +145,8 @@ def execute(
                 log.warning("%s: %s; it will be recreated", task.label, state.reason)
                 quarantine(measured, task.key, state)
             manifest = _make(task, run, config, measured, corpus, scratch, stopping, notes or {}, live)
-        _clear_unfinished(task.key, store)
+        for folder in ("checkpoints/", "parts/"):
+            remove_all(store, task.key.prefix + folder)
     return manifest
 
 
@@ -180,8 +179,6 @@ def _make(
             shard=task.shard,
             volatile=VOLATILE,
             inputs=used,
-            version=__version__,
-            host=platform.node(),
             started=attempt.first,
             seconds=attempt.seconds,
             metrics={**context.summary, "attempts": attempt.number, "live": last_values(live), **notes},
@@ -284,8 +281,3 @@ def _require(store: Store, key: Key) -> Manifest:
         f"input {key.stage}/{key.digest[:8]} is not in {store.url} yet: run `moe-asr run`, or "
         f"`python -m stages {key.stage}` with the same configuration, first"
     )
-
-
-def _clear_unfinished(key: Key, store: Store) -> None:
-    for folder in ("checkpoints/", "parts/"):
-        remove_all(store, key.prefix + folder)

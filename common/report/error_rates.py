@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from common.evaluation.breakdown import CELL, GROUPS
+from common.evaluation.breakdown import CELL, GROUPS, speakers_of
 from common.evaluation.wer import Score, paired_bootstrap, wer
 from common.json_files import Row, read_rows
 from common.report.page import is_number, points
@@ -56,7 +56,7 @@ def result_section(summary: Row, rows: Sequence[Row]) -> Row | str:
 
 def difference_interval(rows: Sequence[Row]) -> tuple[float, float] | None:
     """95% interval of WER after minus WER before, on the same draws of speakers; None without two speakers."""
-    speakers = {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}
+    speakers = speakers_of(rows)
     if len(set(speakers.values())) < 2:
         return None
     difference = paired_bootstrap(_scores(rows, "errors_before"), _scores(rows, "errors"), speakers)
@@ -68,18 +68,13 @@ def etiology_section(summary: Row, rows: Sequence[Row]) -> Row | str:
     table: dict[str, Row] = summary.get("by_etiology") or {}
     if set(table) <= {"unknown"}:
         return "WER by etiology: the corpus names no etiology."
-    named: dict[str, set[str]] = {name: set() for name in table}
-    for row in rows:
-        named.get(row.get("etiology") or "unknown", set()).add(str(row.get("speaker") or row["id"]))
-    lines: list[Row] = [
-        {"name": name, "speakers": len(named[name]) or None} | table[name]
-        for name in sorted(table, key=lambda name: (-table[name]["wer_after"], name))
-    ]
+    worst_first = sorted(table, key=lambda name: (-table[name]["wer_after"], name))
+    lines: list[Row] = [{"name": name} | table[name] for name in worst_first]
     ends = [x for r in lines for x in (r.get("wer_before"), r["wer_after"], *(r.get("wer_interval_after") or ()))]
     return {
         "lines": lines,
         "top": axis_end([x for x in ends if is_number(x)]),
-        "single": [line["name"] for line in lines if line["speakers"] == 1],
+        "single": [line["name"] for line in lines if line.get("speakers") == 1],
         "slices": _slices(rows),
     }
 
@@ -143,7 +138,7 @@ def _unclipped_rose(summary: Row) -> bool:
     return is_number(before) and is_number(after) and after > before
 
 
-def caution(speakers: int | None, named: bool, chosen: str = "held out") -> str:
+def caution(speakers: int | None, named: bool, chosen: str) -> str:
     """Limitations of the intervals; empty if there are none.
 
     Args:

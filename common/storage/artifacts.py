@@ -11,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import platform
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
+from common import __version__
 from common.errors import DataError, RetryableError
 from common.files import NotFound, explained, file_hash, make_folders
 from common.storage.local import folder_files
@@ -30,6 +33,7 @@ ROOT = "artifacts/"
 HASH_BYTES = 16 * 2**20  # read at once from a remote store
 PARALLEL = 8
 TRIES = 5  # of a commit that meets damaged manifests
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +171,12 @@ def commit(
     key: Key,
     folder: Path,
     *,
-    shard: int | None,
-    volatile: Sequence[str],
-    inputs: Mapping[str, Sequence[Mapping[str, str]]],
-    version: str,
-    host: str,
+    shard: int | None = None,
+    volatile: Sequence[str] = (),
+    inputs: Mapping[str, Sequence[Mapping[str, str]]] = EMPTY,
     started: float,
     seconds: float,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Any] = EMPTY,
 ) -> Manifest:
     """Commits an attempt as the artifact: hashes and stores its files, then its manifest, unless another was faster.
 
@@ -199,8 +201,8 @@ def commit(
         volatile=list(volatile),
         ingredients=dict(key.ingredients),
         inputs={name: [dict(artifact) for artifact in used] for name, used in inputs.items()},
-        version=version,
-        host=host,
+        version=__version__,
+        host=platform.node(),
         started=started,
         seconds=seconds,
         metrics=dict(metrics),

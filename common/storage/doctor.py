@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,33 +22,41 @@ LARGE = 40 * 2**20  # bytes; more than goes in one part
 RACES = 16
 CLOCK_SECONDS = 300.0
 
-State = Literal["ok", "note", "fail"]
-Check = Callable[[Store, str], str]  # (store, prefix) → what it promises
+Test = Callable[[Store, str], str]  # (store, prefix) → what it promises
 
 
-def check_store(store: Store) -> Iterator[tuple[str, State, str]]:
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Result of one check: passed (`ok`), passed with a remark (`note`), or preventing runs (`fail`)."""
+
+    name: str
+    state: Literal["ok", "note", "fail"]
+    detail: str
+
+
+def check_store(store: Store) -> Iterator[Check]:
     """Runs all checks under a separate prefix, which is removed afterwards if the store allows it.
 
     Yields:
-        Name of the check, `ok`, `fail`, or `note` for features that runs do not require, and the result.
+        One result per check; a `note` for features that runs do not require.
     """
     prefix = f"doctor-{secrets.token_hex(6)}/"
     cleaned = True
     try:
-        for name, check in CHECKS.items():
-            if not cleaned and check in BULKY:
-                yield name, "note", "not tried: what it writes could not be removed again"
+        for name, test in TESTS.items():
+            if not cleaned and test in BULKY:
+                yield Check(name, "note", "not tried: what it writes could not be removed again")
                 continue
             try:
-                yield name, "ok", check(store, prefix)
+                yield Check(name, "ok", test(store, prefix))
             except StoreError as error:
-                if check not in WITHOUT:
-                    yield name, "fail", str(error)
+                if test not in WITHOUT:
+                    yield Check(name, "fail", str(error))
                     return  # without rights or space, the others would say the same
-                cleaned = cleaned and check is not _delete
-                yield name, "note", f"{WITHOUT[check]} ({error})"
+                cleaned = cleaned and test is not _delete
+                yield Check(name, "note", f"{WITHOUT[test]} ({error})")
             except MoeAsrError as error:
-                yield name, "fail", str(error)
+                yield Check(name, "fail", str(error))
     finally:
         remove_all(store, prefix)
 
@@ -152,20 +161,20 @@ def _expect(held: bool, otherwise: str) -> None:
         raise DataError(otherwise)
 
 
-CHECKS: dict[str, Check] = {
-    "write and read": _write_and_read,
-    "missing keys": _absent,
-    "delete": _delete,
-    "clock": _clock,
-    "many keys": _many_keys,
-    "large file": _large_file,
-    "ranges": _ranges,
-    "create-only writes": _race,
-    "moving aside": _move_aside,
-    "unfinished writes": _leftovers,
+TESTS: dict[str, Test] = {
+    "store: write and read": _write_and_read,
+    "store: missing keys": _absent,
+    "store: delete": _delete,
+    "store: clock": _clock,
+    "store: many keys": _many_keys,
+    "store: large file": _large_file,
+    "store: ranges": _ranges,
+    "store: create-only writes": _race,
+    "store: moving aside": _move_aside,
+    "store: unfinished writes": _leftovers,
 }
 # What a run can do without, and what that costs.
-WITHOUT: dict[Check, str] = {
+WITHOUT: dict[Test, str] = {
     _delete: "refused: checkpoints of finished stages stay and take space",
     _move_aside: "refused: a damaged result cannot be made again",
     _leftovers: "not listed: uploads of killed processes stay, unless the bucket has a rule that ends them",

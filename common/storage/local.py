@@ -29,7 +29,7 @@ from common.files import (
     sync_tree,
     write_lasting,
 )
-from common.storage.store import Entry, check_key, is_current
+from common.storage.store import Entry, check_key
 
 PARALLEL = 8  # files that are copied at once
 MOST_LINKS = 10_000  # to folders, that one listing follows
@@ -140,20 +140,6 @@ class LocalStore:
             self._refuse_links(path)
         return path
 
-    def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        entries = list(self.list(prefix))
-        stale = [entry for entry in entries if not is_current(entry, into / entry.key[len(prefix) :])]
-
-        def copy(entry: Entry) -> None:
-            path = into / entry.key[len(prefix) :]
-            self.get(entry.key, path)
-            os.utime(path, (entry.modified, entry.modified))
-
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(copy, stale))
-        if exact:
-            remove_others(into, {entry.key[len(prefix) :] for entry in entries})
-
     def put_folder(self, folder: Path, prefix: str) -> None:
         prefix = prefix.rstrip("/") + "/" if prefix else ""
         if self.local_path(prefix).resolve() == folder.resolve():
@@ -197,13 +183,6 @@ class LocalStore:
 def folder_files(folder: Path) -> list[str]:
     """Relative paths of all files below a folder, sorted, without unfinished ones."""
     return [entry.key for entry in LocalStore(folder).list("")]
-
-
-def remove_others(folder: Path, names: set[str]) -> None:
-    """Deletes the files of a folder that are not among `names`; links are deleted, not their targets."""
-    for entry in LocalStore(folder).list("", follow=False):
-        if entry.key not in names:
-            (folder / entry.key).unlink(missing_ok=True)
 
 
 def _below(path: Path, root: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ BYTES: dict[str, Callable[..., int]] = {
     "put_if_absent": lambda written, key, data: len(data) if written else 0,
     "put_folder": lambda _, folder, prefix: sum((folder / name).stat().st_size for name in folder_files(folder)),
 }
-OPERATIONS = (*BYTES, "get_folder", "move_aside", "list", "leftovers", "delete", "size")
+OPERATIONS = (*BYTES, "move_aside", "list", "leftovers", "delete", "size")
 
 
 def measured_store(inner: Store, live: StageTelemetry) -> Store:

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 from common.errors import DataError, RetryableError, StoreError
 from common.files import MAX_DOCUMENT, MAX_FILE, NotFound, check_size, explained, moment, new_file
-from common.storage.local import folder_files, remove_others
+from common.storage.local import folder_files
 from common.storage.s3_errors import broke_off, error_code, explain, is_connection, malformed
-from common.storage.s3_parts import all_or_none, download, upload
+from common.storage.s3_parts import download, upload
 from common.storage.s3_replies import refuse_cut_replies, whole
-from common.storage.store import Entry, check_key, is_current
+from common.storage.store import Entry, check_key
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -210,22 +210,10 @@ class S3Store:
     def local_path(self, key: str, *, to_write: bool = False) -> None:
         return
 
-    def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        entries = list(self.list(prefix))
-        paths = {entry: into / check_key(entry.key[len(prefix) :]) for entry in entries}
-        stale = [entry for entry in entries if not is_current(entry, paths[entry])]
-        with ThreadPoolExecutor(CONNECTIONS) as files:
-            all_or_none(files, lambda i: self.get(stale[i].key, paths[stale[i]]), range(len(stale)))
-        for entry in stale:
-            os.utime(paths[entry], (entry.modified, entry.modified))
-        if exact:
-            remove_others(into, {entry.key[len(prefix) :] for entry in entries})
-
     def put_folder(self, folder: Path, prefix: str) -> None:
         prefix = prefix.rstrip("/") + "/" if prefix else ""
-        names = folder_files(folder)
         with ThreadPoolExecutor(CONNECTIONS) as files:
-            all_or_none(files, lambda i: self.put(prefix + names[i], folder / names[i]), range(len(names)))
+            list(files.map(lambda name: self.put(prefix + name, folder / name), folder_files(folder)))
 
     def _full(self, key: str) -> str:
         return self.prefix + check_key(key)

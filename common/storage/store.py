@@ -88,13 +88,6 @@ class Store(Protocol):
             to_write: raise StoreError if the path contains a link below the store's folder.
         """
 
-    def get_folder(self, prefix: str, into: Path, *, exact: bool = False) -> None:
-        """Copies all files below a prefix, except files that exist in `into` with equal size and time.
-
-        Args:
-            exact: also delete files in `into` that the store does not have.
-        """
-
     def put_folder(self, folder: Path, prefix: str) -> None:
         """Stores all files of a folder; a folder that is already in the store is only synced."""
 
@@ -130,12 +123,3 @@ def check_key(key: str) -> str:
     if key.startswith("/") or "\0" in key or "\\" in key or any(part in ("..", ".") for part in key.split("/")):
         raise DataError(f"{key!r} cannot be a key of a store: it must be a plain relative path")
     return key
-
-
-def is_current(entry: Entry, path: Path) -> bool:
-    """Whether a local file has the size and time of a store's entry."""
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    return status.st_size == entry.size and abs(status.st_mtime - entry.modified) < 1e-3

@@ -21,6 +21,7 @@ from common.files import let_others_read
 from common.tensors import check_names, check_weights
 from recipes.text_to_sql.data import IGNORED, Batch
 
+VOCABULARY = 2000  # tokens of a tokenizer made for a new model
 SPECIALS = ("<pad>", "</s>", "<unk>")  # in T5's order
 
 
@@ -99,7 +100,7 @@ def from_scratch(texts: Sequence[str], *, width: int, layers: int, seed: int) ->
     return TextToSql(T5ForConditionalGeneration(config)), tokenizer
 
 
-def make_tokenizer(texts: Sequence[str], *, size: int = 2000) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose frequent words, `flight_1.flight_id` for one, are a token each."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r" ?[^ ]+| +"), "isolated")
@@ -107,7 +108,7 @@ def make_tokenizer(texts: Sequence[str], *, size: int = 2000) -> PreTrainedToken
     tokenizer.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(SPECIALS), initial_alphabet=letters, show_progress=False
+        vocab_size=VOCABULARY, special_tokens=list(SPECIALS), initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

@@ -56,7 +56,9 @@ def run(
     recogniser = new_adapter(config, model, routed=1, shared_rank=rank, seed=config.seed + expert)
     if shared:
         load_expert(recogniser.whisper, None, shared[0])
-        freeze_shared(recogniser)
+        for _, layer in mixture_layers(recogniser):
+            assert layer.shared is not None
+            layer.shared.requires_grad_(False)
     train_adapter(
         config,
         context,
@@ -174,13 +176,6 @@ def new_adapter(config: Config, model: Path, *, routed: int, shared_rank: int, s
         within=lora_scope(config.lora.modules),
     )
     return Recogniser(whisper, slot=slot, augmentation=augmentation(config))
-
-
-def freeze_shared(recogniser: Recogniser) -> None:
-    """Freezes the shared expert; routed experts are trained in addition to it."""
-    for _, layer in mixture_layers(recogniser):
-        assert layer.shared is not None
-        layer.shared.requires_grad_(False)
 
 
 def assigned(utterances: Sequence[Utterance], table: EmbeddingTable, gate: Gate, expert: int) -> list[Utterance]:

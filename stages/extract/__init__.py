@@ -45,7 +45,6 @@ CONTRACT = Contract(
         "subsets",
         "extract.layer",
         "extract.pooling",
-        "extract.keep_frames",
         "extract.shard_size",
     ),
     fan_out=count_shards,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from stages.inputs import embedded_utterances
 
 
 def run(config: Config, context: Context, *, corpus: Corpus, model: Path, output: Path) -> None:
-    """Writes embeddings.npy and ids.json for one shard; with `extract.keep_frames` also every valid frame in fp16."""
+    """Writes embeddings.npy and ids.json for one shard."""
     accelerator = make_accelerator(config.precision, config.runtime.device)
     size, first = config.extract.shard_size, (context.shard or 0) * config.extract.shard_size
     utterances = embedded_utterances(config, corpus)[first : first + size]
@@ -75,17 +74,11 @@ def _encode_part(
 ) -> dict[str, torch.Tensor]:
     batches = epoch_batches(part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False)
     vectors: dict[int, torch.Tensor] = {}
-    frames: dict[str, torch.Tensor] = {}
     for numbers, batch in zip(batches, loader([[first + n for n in indices] for indices in batches]), strict=True):
-        pooled_BD, frames_BTD = recogniser.frozen_embedding(
-            batch, layer=config.extract.layer, pooling=config.extract.pooling
-        )
+        pooled_BD, _ = recogniser.frozen_embedding(batch, layer=config.extract.layer, pooling=config.extract.pooling)
         for row, number in enumerate(numbers):
             vectors[number] = pooled_BD[row].float().cpu()
-            if config.extract.keep_frames:
-                valid = int(batch.valid_B[row])
-                frames[f"frames.{part[number].id}"] = frames_BTD[row, :valid].half().cpu()
-    return {"vectors": torch.stack([vectors[number] for number in range(len(part))]), **frames}
+    return {"vectors": torch.stack([vectors[number] for number in range(len(part))])}
 
 
 def _write(output: Path, parts: Sequence[Sequence[Example]], tensors: Sequence[dict[str, torch.Tensor]]) -> None:
@@ -93,18 +86,3 @@ def _write(output: Path, parts: Sequence[Sequence[Example]], tensors: Sequence[d
     vectors_ND = torch.cat([part_tensors["vectors"] for part_tensors in tensors]).numpy()
     order = np.argsort(ids)
     write_table(output, [ids[i] for i in order], vectors_ND[order])
-    rows = []
-    for number, part_tensors in enumerate(tensors):
-        frames = {
-            name.removeprefix("frames."): value for name, value in part_tensors.items() if name.startswith("frames.")
-        }
-        if frames:
-            file = f"frames-{number:06d}.npy"
-            np.save(output / file, torch.cat(list(frames.values())).numpy(), allow_pickle=False)
-            starts = np.cumsum([0, *(len(value) for value in frames.values())])
-            rows += [
-                {"id": name, "file": file, "start": int(start), "frames": len(value)}
-                for (name, value), start in zip(frames.items(), starts, strict=False)
-            ]
-    if rows:
-        (output / "frames.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

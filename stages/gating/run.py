@@ -162,7 +162,10 @@ def run(
         stopping=context.stopping,
         label="gating",
     )
-    report = _report(gate.cpu().eval(), embedding_ND[held_N], label_N[held_N], groups.names)
+    gate.cpu().eval()
+    with torch.no_grad():
+        probability_NK = gate(embedding_ND[held_N]).softmax(1).numpy()
+    report = gate_report(probability_NK, label_N[held_N].numpy(), groups.names)
     report |= {"steps": result.steps, "target": target}
     report["against_clusters"] = None if target == "cluster" else _against_clusters(groups, rows)
     report["held_out_speakers"] = _held_out_speakers(groups, embedding_ND.numpy(), target, config.seed)
@@ -192,12 +195,6 @@ def class_weights(label_N: Tensor, classes: int) -> Tensor:
     """Inverse frequency, with mean 1 over utterances: small groups count as much as large ones."""
     count_K = torch.bincount(label_N, minlength=classes).clamp_min(1).float()
     return len(label_N) / (classes * count_K)
-
-
-def _report(gate: Gate, embedding_ND: Tensor, label_N: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    with torch.no_grad():
-        probability_NK = gate(embedding_ND).softmax(1).numpy()
-    return gate_report(probability_NK, label_N.numpy(), names)
 
 
 def _against_clusters(groups: Groups, assignments: Sequence[Row]) -> dict[str, float]:

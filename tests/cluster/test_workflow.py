@@ -18,6 +18,7 @@ import pytest
 from argo import progress
 from cli.submit import show_workflow
 from common.config import Config
+from common.data.sources import download_folder
 from common.storage.artifacts import Key, inspect
 from common.storage.manifest import Manifest
 from stages.local_runner import Run, run_pipeline
@@ -50,7 +51,7 @@ def manifests(lab: Lab, store: str) -> list[Manifest]:
 
 def copy_store(lab: Lab, source: str, target: str, folder: Path) -> None:
     """The same artifacts in another store."""
-    lab.store(source).get_folder("", folder / "copy")
+    download_folder(lab.store(source), folder / "copy")
     lab.store(target).put_folder(folder / "copy", "")
 
 

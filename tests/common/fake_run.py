@@ -104,6 +104,7 @@ def _summary(rows):
         by_etiology[name or "unknown"] = {
             "wer_before": before, "wer_after": after, "cer_before": before / 2, "cer_after": after / 2,
             "wer_interval_after": [0.85 * after, 1.15 * after], "utterances": len(part),
+            "speakers": len({row["speaker"] for row in part}),
         }  # fmt: skip
     before, after = rate(rows, "errors_before"), rate(rows, "errors")
     return {

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from common.data.sources import download_folder
 from common.errors import StoreError
 from common.files import NotFound
 from common.storage import open_store
@@ -65,8 +66,8 @@ def put(store, path):
 
 def brought(store, folder):
     shutil.rmtree(folder / "folder", ignore_errors=True)
-    store.get_folder("f/", folder / "folder")
-    return (folder / "folder" / "a").read_bytes()
+    download_folder(store, folder / "folder")
+    return (folder / "folder" / "f" / "a").read_bytes()
 
 
 def stored(store, folder):

@@ -50,7 +50,7 @@ def test_where_deletes_are_denied_a_stage_is_committed_and_this_is_said_once(no_
     for _ in range(3):
         remove_all(no_deletes, f"{KEY.prefix}checkpoints/")
         remove_all(no_deletes, f"{KEY.prefix}parts/")
-    assert make(no_deletes, tmp_path, host="second").host == "here"  # the loser cannot clean up, and is no failure
+    assert make(no_deletes, tmp_path, started=2.0).started == 1.0  # the loser cannot clean up, and is no failure
     (told,) = warnings(caplog)
     assert RIGHTS_TO_CLEAN in told and "\n" not in told
     assert inspect(no_deletes, KEY, deep=True).status == "done"
@@ -70,12 +70,12 @@ def test_where_deletes_are_denied_checkpoints_are_saved_and_found(no_deletes, tm
 
 
 def test_the_doctor_says_what_a_store_without_deletes_costs(no_deletes):
-    checks = {name: (state, detail) for name, state, detail in check_store(no_deletes)}
-    assert {name for name, (state, _) in checks.items() if state == "fail"} == set()
-    assert {name for name, (state, _) in checks.items() if state == "note"} == {
+    checks = {check.name.removeprefix("store: "): check for check in check_store(no_deletes)}
+    assert {name for name, check in checks.items() if check.state == "fail"} == set()
+    assert {name for name, check in checks.items() if check.state == "note"} == {
         *("delete", "moving aside", "many keys", "large file")
     }
-    assert "s3:DeleteObject" in checks["delete"][1]
+    assert "s3:DeleteObject" in checks["delete"].detail
     assert len(keys(no_deletes)) < 30  # it does not leave a thousand files that nobody can remove
 
 
@@ -89,7 +89,9 @@ def test_a_server_that_lists_no_uploads_can_be_cleaned_of_the_rest(bucket, proxy
     proxy.break_next("status", status, times=10**6, method="GET", path="uploads", code=code)
     assert [entry.key for entry in garbage(store, older_than_hours=-1)] == [f"{KEY.prefix}dead/half"]
     assert len(warnings(caplog)) == 1
-    assert {name: state for name, state, _ in check_store(store) if state != "ok"} == {"unfinished writes": "note"}
+    assert [(check.name, check.state) for check in check_store(store) if check.state != "ok"] == [
+        ("store: unfinished writes", "note")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_the_rights_in_the_error_are_those_that_the_doctor_misses(bucket, proxy,
     store = open_store(f"s3://{bucket}", endpoint_url=proxy.endpoint)
     store.write("a", b"1")
     proxy.break_next("status", 403, times=10**6, method=method, path=path, code="AccessDenied")
-    missed = [(state, detail) for _, state, detail in check_store(store) if "AccessDenied" in detail]
+    missed = [(check.state, check.detail) for check in check_store(store) if "AccessDenied" in check.detail]
     if right == "s3:GetObject":  # /a is read by nobody but us
         with pytest.raises(StoreError) as told:
             store.read("a")
@@ -162,8 +164,7 @@ def test_a_disk_without_inodes_is_told_and_keeps_what_was_there(tmp_path):
             try:
                 attempt = new_attempt(store, other, tmp_path)
                 (attempt / "f").write_bytes(b"small")
-                known = {"volatile": (), "inputs": {}, "version": "", "host": "", "started": 1.0, "seconds": 1.0}
-                commit(store, other, attempt, shard=None, metrics={}, **known)
+                commit(store, other, attempt, started=1.0, seconds=1.0)
             except (StoreError, OSError) as error:
                 told.append(error)
         assert told and all("No space left" in str(error) for error in told)

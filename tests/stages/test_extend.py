@@ -92,8 +92,7 @@ def finished(micro_model, tmp_path_factory):
     recogniser.gate.fit_scale(torch.randn(20, 32))
     attempt = new_attempt(store, key, folder)
     save_recogniser(recogniser, bundle_info(micro_model, rank=2, targets=TARGETS, shared_rank=4), attempt)
-    told = {"shard": None, "volatile": (), "inputs": {}, "version": "1", "host": "here", "started": 1.0}
-    commit(store, key, attempt, **told, seconds=1.0, metrics={})
+    commit(store, key, attempt, started=1.0, seconds=1.0)
     settings = {"seed": 1, "model": {"name": str(micro_model), "language": "en"}, "decode": {"max_new_tokens": 4}}
     record = run_record(name="micro", status="done", config=settings, timeline=[])
     record |= {"tasks": {"asr": {"key": key.digest, "stage": "asr"}}, "keys": {}}

@@ -439,21 +439,6 @@ def test_results_that_stay_damaged_end_a_run_as_failed(again, monkeypatch):
     assert json.loads((store / "micro" / "run.json").read_text())["status"] == "failed"
 
 
-def test_frames_are_kept_by_option_for_valid_positions_only(tmp_path, micro_model, tones):
-    run = Run(micro_config(tmp_path, micro_model, tones, extract__keep_frames=True))
-    task = run.plan().planned[0].task
-    made = run_task(run, task, tmp_path / "scratch")
-    folder = tmp_path / task.key.prefix / made.attempt
-    rows = [json.loads(line) for line in (folder / "frames.jsonl").read_text().splitlines()]
-    ids = json.loads((folder / "ids.json").read_text())
-    pooled = dict(zip(ids, np.load(folder / "embeddings.npy"), strict=True))
-    assert {row["id"] for row in rows} == set(ids)
-    for row in rows:
-        frames = np.load(folder / row["file"], mmap_mode="r")[row["start"] : row["start"] + row["frames"]]
-        assert frames.dtype == np.float16
-        np.testing.assert_allclose(frames.astype(np.float32).mean(0), pooled[row["id"]], atol=5e-3)
-
-
 def run_task(run, task, scratch, stopping=lambda: False):
     """Runs a task of a plan as the pipeline does, in this process."""
     function = run_function(task.contract.name)

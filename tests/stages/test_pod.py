@@ -30,19 +30,7 @@ def make(store, tmp_path, number=0, **metrics):
     key = shard_key(GROUP, number)
     folder = new_attempt(store, key, tmp_path)
     (folder / "weights").write_bytes(b"w")
-    return commit(
-        store,
-        key,
-        folder,
-        shard=number,
-        volatile=(),
-        inputs={},
-        version="1",
-        host="here",
-        started=0.0,
-        seconds=1.0,
-        metrics=metrics,
-    )
+    return commit(store, key, folder, shard=number, started=0.0, seconds=1.0, metrics=metrics)
 
 
 @pytest.fixture

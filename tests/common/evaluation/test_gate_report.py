@@ -24,7 +24,7 @@ def voices(shift, *, per_speaker=12, speakers=8, groups=2, seed=0):
 
 def test_calibration_error_is_the_hand_computed_one():
     probability_NK = np.array([[0.95, 0.05], [0.15, 0.85], [0.85, 0.15], [0.45, 0.55]], np.float32)
-    report = gate_report(probability_NK, np.array([0, 0, 0, 1]))
+    report = gate_report(probability_NK, np.array([0, 0, 0, 1]), "ab")
     # Bins of a tenth: 0.95 is right; of the two at 0.85 one is; 0.55 is right.
     assert report["expected_calibration_error"] == pytest.approx((0.05 + 2 * 0.35 + 0.45) / 4, abs=1e-6)
     assert [(row["count"], row["accuracy"]) for row in report["reliability"]] == [(1, 1.0), (2, 0.5), (1, 1.0)]
@@ -33,8 +33,8 @@ def test_calibration_error_is_the_hand_computed_one():
 
 def test_a_gate_that_is_sure_is_calibrated_where_it_is_right():
     probability_NK = np.eye(2, dtype=np.float32)[[0, 1, 0]]
-    assert gate_report(probability_NK, np.array([0, 1, 0]))["expected_calibration_error"] < 1e-6
-    assert gate_report(probability_NK, np.array([1, 0, 1]))["expected_calibration_error"] > 0.99
+    assert gate_report(probability_NK, np.array([0, 1, 0]), "ab")["expected_calibration_error"] < 1e-6
+    assert gate_report(probability_NK, np.array([1, 0, 1]), "ab")["expected_calibration_error"] > 0.99
 
 
 def test_audible_groups_are_told_from_one_utterance():

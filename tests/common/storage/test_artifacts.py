@@ -30,14 +30,14 @@ KEY = make_key("asr", 1, {"asr.epochs": 5, "seed": 42}, {"corpus": "sha256:abc"}
 FILES = {"weights.safetensors": b"\x01" * 5000, "deep/er/metrics.jsonl": b"{}\n", "plot.png": b"\x89PNG"}
 
 
-def make(store, scratch, *, key=KEY, files=FILES, host="here", **options):
+def make(store, scratch, *, key=KEY, files=FILES, **options):
     """Writes and commits an attempt."""
     folder = new_attempt(store, key, scratch)
     for name, body in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
-    known = {"shard": None, "volatile": ("*.png",), "inputs": {}, "version": "0.1.0", "started": 1.0, "seconds": 2.0}
-    return commit(store, key, folder, **known | {"host": host, "metrics": {"wer": 12.5}} | options)
+    known = {"volatile": ("*.png",), "started": 1.0, "seconds": 2.0, "metrics": {"wer": 12.5}}
+    return commit(store, key, folder, **known | options)
 
 
 def content(folder, manifest):
@@ -108,8 +108,8 @@ def test_the_digest_is_of_names_and_contents_without_what_may_vary(tmp_path):
 
 
 def test_the_second_of_two_writers_finds_its_work_done(any_store, tmp_path):
-    first = make(any_store, tmp_path / "1", host="first")
-    second = make(any_store, tmp_path / "2", host="second", files={"other": b""})
+    first = make(any_store, tmp_path / "1")
+    second = make(any_store, tmp_path / "2", started=2.0, files={"other": b""})
     assert second == first
     assert {key.split("/")[3] for key in keys(any_store)} == {"manifest.json", first.attempt}
 
@@ -128,13 +128,13 @@ def test_of_many_racing_writers_all_get_the_same_whole_artifact(any_store, tmp_p
 
     def race(i):
         start.wait()
-        return make(any_store, tmp_path / str(i), host=str(i), files={"f": bytes([i]) * 1000})
+        return make(any_store, tmp_path / str(i), started=float(i), files={"f": bytes([i]) * 1000})
 
     with ThreadPoolExecutor(6) as pool:
         manifests = list(pool.map(race, range(6)))
-    assert len({manifest.host for manifest in manifests}) == 1
+    assert len({manifest.started for manifest in manifests}) == 1
     assert inspect(any_store, KEY, deep=True).status == "done"
-    assert any_store.read(place(KEY, manifests[0], "f")) == bytes([int(manifests[0].host)]) * 1000
+    assert any_store.read(place(KEY, manifests[0], "f")) == bytes([int(manifests[0].started)]) * 1000
     assert len(keys(any_store)) == 2
 
 
@@ -347,8 +347,7 @@ def test_a_full_disk_loses_nothing_and_is_told(small_disk, tmp_path):
     (attempt / "f").write_bytes(b"small")
     store.write("filler", bytes(folder_space(folder)))
     with pytest.raises(StoreError, match="disk is full"):
-        known = {"volatile": (), "inputs": {}, "version": "", "host": "", "started": 1.0, "seconds": 1.0}
-        commit(store, other, attempt, shard=None, metrics={"long": "x" * 5000}, **known)
+        commit(store, other, attempt, started=1.0, seconds=1.0, metrics={"long": "x" * 5000})
     assert inspect(store, KEY, deep=True).manifest == manifest
     assert inspect(store, other).status == "missing"
 
