@@ -358,7 +358,11 @@ def difference(
 ) -> dict[str, float]:
     """`delta` of word error rates, with `low`, `high` and `p`, over draws of speakers and of seeds."""
     rates_MR = resampled_rates(
-        [by_seed[seed] for by_seed in (scores, tuned) for seed in tuned], speakers, resamples=RESAMPLES
+        [by_seed[seed] for by_seed in (scores, tuned) for seed in tuned],
+        speakers,
+        metric="wer",
+        resamples=RESAMPLES,
+        seed=0,
     )
     deltas_SR = rates_MR[: len(tuned)] - rates_MR[len(tuned) :]
     delta = statistics.mean(wer(scores[seed]) - wer(tuned[seed]) for seed in tuned)
