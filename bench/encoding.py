@@ -116,7 +116,7 @@ def embed(
             waited += time.perf_counter() - asked
             if batch is None:
                 break
-            vectors.append(recogniser.frozen_embedding(batch, layer=-1, pooling="mean")[0])
+            vectors.append(recogniser.frozen_embedding(batch, layer=-1, pooling="mean"))
             setting.synchronize()
     order = torch.tensor([n for numbers in batches for n in numbers]).argsort()
     return torch.cat(vectors)[order.to(setting.device)], waited / (time.perf_counter() - started)

@@ -56,7 +56,7 @@ def make_contest(setting: Setting) -> Contest:
     rank, experts = setting.rank, setting.experts
     slot = add_mixture(whisper, targets=TARGETS, num_experts=experts, rank=rank, alpha=2 * rank)
     with torch.no_grad(), setting.autocast():
-        embeddings_ND, _ = Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")
+        embeddings_ND = Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")
     torch.manual_seed(1)
     gate = Gate(embeddings_ND.shape[1], 64, experts).to(setting.device)
     gate.fit_scale(embeddings_ND)

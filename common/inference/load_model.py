@@ -293,7 +293,7 @@ def gate_evidence(opened: OpenedModel, batch: Batch) -> torch.Tensor | None:
     if gate is None or opened.info is None:
         return None
     with opened.accelerator.autocast():
-        pooled_BD, _ = opened.recogniser.frozen_embedding(batch, layer=opened.info.layer, pooling=opened.info.pooling)
+        pooled_BD = opened.recogniser.frozen_embedding(batch, layer=opened.info.layer, pooling=opened.info.pooling)
     return gate.evidence(pooled_BD.float())
 
 

@@ -270,9 +270,9 @@ class Recogniser(nn.Module):
             self.slot.routing = None
         return encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands))
 
-    def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> tuple[Tensor, Tensor]:
-        """Embeddings of a batch by the base encoder without experts: (pooled_BD, frames_BTD)."""
+    def frozen_embedding(self, batch: Batch, *, layer: int, pooling: str) -> Tensor:
+        """pooled_BD: embeddings of a batch by the base encoder without experts."""
         if self.slot is not None:
             self.slot.routing = None
         hidden_BTD = encode(self.whisper, log_mel(batch.audio_BS, self.mel_bands), layer=layer)
-        return pool(hidden_BTD, batch.valid_B.to(hidden_BTD.device), pooling), hidden_BTD
+        return pool(hidden_BTD, batch.valid_B.to(hidden_BTD.device), pooling)

@@ -75,7 +75,7 @@ def _encode_part(
     batches = epoch_batches(part, batch_size=1, batch_seconds=config.runtime.extract_batch_seconds, shuffle=False)
     vectors: dict[int, torch.Tensor] = {}
     for numbers, batch in zip(batches, loader([[first + n for n in indices] for indices in batches]), strict=True):
-        pooled_BD, _ = recogniser.frozen_embedding(batch, layer=config.extract.layer, pooling=config.extract.pooling)
+        pooled_BD = recogniser.frozen_embedding(batch, layer=config.extract.layer, pooling=config.extract.pooling)
         for row, number in enumerate(numbers):
             vectors[number] = pooled_BD[row].float().cpu()
     return {"vectors": torch.stack([vectors[number] for number in range(len(part))])}

@@ -52,7 +52,7 @@ def trained(micro_model, tones, tmp_path_factory):
     loader = BatchLoader(examples, num_workers=0, device=torch.device("cpu"))
     with torch.no_grad():
         batch = next(loader([list(range(len(examples)))]))
-        gate.fit_scale(Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean")[0])
+        gate.fit_scale(Recogniser(whisper, slot=slot).frozen_embedding(batch, layer=-1, pooling="mean"))
     info = bundle_info(micro_model, rank=2, targets=targets)
     save_recogniser(Recogniser(whisper, slot=slot, gate=gate), info, folder)
     return folder
