@@ -64,14 +64,7 @@ from common.model.recogniser import Recogniser
 from common.model.routing import Choice
 from common.model.whisper import load_whisper
 from common.storage import open_store
-from common.training.added_experts import (
-    BATCH,
-    Candidates,
-    Enrolment,
-    fit,
-    steps_for,
-    ways_for,
-)
+from common.training.added_experts import BATCH, Candidates, Enrolment, fit, steps_for, ways_for
 from common.training.train import TrainOptions, train
 from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import parse_where

@@ -299,7 +299,7 @@ def _read_json(path: Path) -> Json:
     except OSError as error:
         hint = "convert again with `--copy_files tokenizer.json`, or copy it from the original checkpoint"
         raise DataError(f"{path}: {error.strerror}: a CTranslate2 Whisper folder needs it ({hint})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -271,5 +271,5 @@ def _append(path: Path, rows: Sequence[LongUtterance]) -> None:
 def _rows(text: str) -> Iterator[LongUtterance]:
     """The rows of a table, without a last line that a killed process left half written."""
     for line in text.split("\n"):  # `splitlines` would also cut at separators inside of a text
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             yield LongUtterance.from_record(json.loads(line))

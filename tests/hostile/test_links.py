@@ -7,12 +7,12 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import cli
+from common.data.sources import download_folder
 from common.errors import StoreError
 from common.files import NotFound
 from common.storage import open_store
 from common.storage.artifacts import inspect, new_attempt
 from common.storage.garbage import garbage
-from common.storage.local import remove_others
 from common.storage.store import remove_all
 from tests.common.storage.test_artifacts import KEY, make
 
@@ -92,7 +92,8 @@ def test_bringing_a_folder_exactly_deletes_no_file_behind_a_link(tmp_path, home)
     (tmp_path / "into").mkdir()
     (tmp_path / "into" / "link").symlink_to(home)
     (tmp_path / "into" / "stray").touch()
-    remove_others(tmp_path / "into", {"kept"})
+    (tmp_path / "store").mkdir()
+    download_folder(open_store(tmp_path / "store"), tmp_path / "into")
     assert list((tmp_path / "into").iterdir()) == []
 
 
