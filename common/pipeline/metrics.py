@@ -37,8 +37,8 @@ class MetricsLog:
         self.live = live or Telemetry().stage("")
         self.rows: list[dict[str, Any]] = []
 
-    def log(self, row: dict[str, Any], rates: dict[str, float]) -> None:
-        """Adds one row; `rates` (throughput) go to the live metrics only, since they differ between equal runs."""
+    def log(self, row: dict[str, Any]) -> None:
+        """Adds one row."""
         self.rows.append(row)
         self._show(row)
         if self.path is not None:

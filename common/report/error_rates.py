@@ -79,7 +79,7 @@ def etiology_section(summary: Row, rows: Sequence[Row]) -> Row | str:
     }
 
 
-def worst_section(rows: Sequence[Row], audio_root: str | None) -> Row:
+def worst_section(rows: Sequence[Row]) -> Row:
     """The utterances with most errors, each aligned with the reference that its errors were counted against."""
     wrong = [row for row in rows if row["errors"]]
     ranked = sorted(wrong, key=lambda r: (-r["errors"], -r["errors"] / max(1, r["words"]), str(r["id"])))[:WORST]
@@ -91,7 +91,7 @@ def worst_section(rows: Sequence[Row], audio_root: str | None) -> Row:
         steps = align_words(reference, row["hypothesis"])
         lines.append(row | {"steps": steps, "mixture": mixture, "before": before})
     share = sum(row["errors"] for row in ranked) / max(1, sum(row["errors"] for row in rows))
-    return {"lines": lines, "share": share, "wrong": len(wrong), "total": len(rows), "audio_root": audio_root}
+    return {"lines": lines, "share": share, "wrong": len(wrong), "total": len(rows)}
 
 
 def align_words(reference: str, hypothesis: str) -> list[Step]:

@@ -26,7 +26,7 @@ from common.whisper_limits import is_too_long
 
 EMBED_BYTES = 8_000_000  # of audio in one page, where the corpus has no files to point at
 TYPES = {".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".m4a": "audio/mp4"}
-TITLES = {"etiology": "Etiology", "severity": "Severity", "duration": "Duration", "speaker": "Speaker"}
+GROUPINGS = ("etiology", "severity", "duration", "speaker")
 
 
 def render_evaluation(result: Row, rows: Sequence[Row], corpus: Corpus, out: Path) -> str:
@@ -39,8 +39,8 @@ def render_evaluation(result: Row, rows: Sequence[Row], corpus: Corpus, out: Pat
         out: the folder of the page; audio files are linked by paths relative to it, other audio is embedded up to a
             limit.
     """
-    worst, looping = worst_section(rows, None), [dict(row) for row in loops(rows)]
-    listed = [*(worst["lines"] if isinstance(worst, dict) else ()), *looping]
+    worst, looping = worst_section(rows), [dict(row) for row in loops(rows)]
+    listed = [*worst["lines"], *looping]
     sources = audio_sources([str(row["id"]) for row in listed], corpus, out)
     for row in listed:
         row["source"] = sources.get(str(row["id"]))
@@ -100,7 +100,7 @@ def _about(result: Row) -> list[str]:
 def _tables(result: Row) -> list[Row]:
     """One table for each informative grouping: worst group first, durations in order."""
     tables = []
-    for name, title in TITLES.items():
+    for name in GROUPINGS:
         groups: Mapping[str, Row] = result[f"by_{name}"]
         if not named(groups):
             continue
@@ -111,7 +111,13 @@ def _tables(result: Row) -> list[Row]:
         ends = [end for line in shown for end in (line["wer"], *(line["ci"] if line["speakers"] > 1 else ()))]
         caption = f"Error rates by {name}{'' if name == 'duration' else ', worst first'}."
         tables.append(
-            {"title": title, "lines": shown, "top": axis_end(ends), "caption": caption, "cut": len(lines) - len(shown)}
+            {
+                "title": name.capitalize(),
+                "lines": shown,
+                "top": axis_end(ends),
+                "caption": caption,
+                "cut": len(lines) - len(shown),
+            }
         )
     return tables
 

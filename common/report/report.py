@@ -87,7 +87,7 @@ def render_report(view: RunView) -> str:
         "gate": _gate(view.gate),
         "experts": _experts(view.experts, view.timeline),
         "joint": _joint(view.asr, predictions),
-        "worst": worst_section(predictions, view.audio_root),
+        "worst": worst_section(predictions),
         "timeline": _timeline(view.timeline),
     }
     return page.render_page(

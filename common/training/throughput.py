@@ -55,7 +55,7 @@ class Throughput:
         self.started = self._since = self._stepped = time.monotonic()
         self._is_paused = False
         self._waited = 0.0  # within this step: shown when it ends, so that waiting is never more than the steps
-        self._tokens = torch.zeros((), device=device)  # read with the rates, since that waits for the device
+        self._tokens = torch.zeros((), device=device)  # read by `publish`, since that waits for the device
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -115,6 +115,12 @@ class Throughput:
         self.slots, self.waited = totals["padded_audio_seconds"], totals["data_wait_seconds"]
         self.earlier, self.peak_memory = totals["training_seconds"], totals["peak_memory_bytes"]
 
+    def publish(self) -> None:
+        """Adds the tokens since the last call to the live metrics; they are counted on the device until then."""
+        if self.live is not None:
+            self.live.add(telemetry.TOKENS, float(self._tokens))
+            self._tokens.zero_()
+
     def rates(self) -> dict[str, float]:
         """The figures so far.
 
@@ -123,9 +129,7 @@ class Throughput:
             audio_seconds_per_second, of training; padding_percent, of the encoder's work; data_wait_percent, of the
             training time; peak_memory_bytes; processes.
         """
-        if self.live is not None:
-            self.live.add(telemetry.TOKENS, float(self._tokens))
-            self._tokens.zero_()
+        self.publish()
         totals = self.totals()
         seconds = totals["training_seconds"]
         return {

@@ -316,7 +316,8 @@ def train(
                 running.zero_()
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
                 if metrics:
-                    metrics.log(row, meter.rates())
+                    metrics.log(row)
+                    meter.publish()
             if stopping() if wishes is None else wishes > 0:
                 save(wait=True)
                 bar.close()
@@ -356,7 +357,7 @@ def train(
         scores = dict(found_scores() if callable(found_scores) else found_scores)
         meter.resume()
         if metrics:
-            metrics.log({"step": state.step, "split": "average", "of": len(state.kept), **scores}, {})
+            metrics.log({"step": state.step, "split": "average", "of": len(state.kept), **scores})
         if (value := scores[options.select_by]) <= state.best_value:
             state.best, state.best_value, mean_of = copies(trained), value, len(state.kept)
     if not math.isfinite(state.best_value):
@@ -373,7 +374,7 @@ def finish_evaluation(state: LoopState, options: TrainOptions, metrics: MetricsL
     seen, state.pending = state.pending, None
     scores = dict(seen.scores() if callable(seen.scores) else seen.scores)
     if metrics:
-        metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores}, {})
+        metrics.log({"step": seen.step, "epoch": seen.epoch, "split": "dev", **scores})
     value = scores[options.select_by] if seen.full else math.inf
     if seen.full and options.average > 1:
         state.kept = keep(state.kept, Kept(seen.step, value, seen.weights), options.average, options.average_of)

@@ -58,8 +58,8 @@ def test_a_stage_sees_its_own_values_only():
 
 def test_rows_of_the_log_become_gauges(live, tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", live)
-    log.log({"step": 1, "epoch": 0, "split": "train", "lr": 0.1, "loss": 3.0, "grad_norm": 2.0, "entropy": 0.5}, {})
-    log.log({"step": 1, "epoch": 0, "split": "dev", "loss": 4.0, "wer": 0.25}, {})
+    log.log({"step": 1, "epoch": 0, "split": "train", "lr": 0.1, "loss": 3.0, "grad_norm": 2.0, "entropy": 0.5})
+    log.log({"step": 1, "epoch": 0, "split": "dev", "loss": 4.0, "wer": 0.25})
     log.progress(1, 8)
     values = live.values()
     assert values['moe_asr_loss{split="train"}'] == 3.0 and values['moe_asr_loss{split="dev"}'] == 4.0

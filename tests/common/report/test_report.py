@@ -251,7 +251,7 @@ def test_worst_utterances_are_aligned_with_the_reference_that_counts(view):
         "hypothesis": "a river",
         "errors": 1,
     }
-    (line,) = worst_section([row | {"reference_alt": "a lamp", "reference_used": 1}], None)["lines"]
+    (line,) = worst_section([row | {"reference_alt": "a lamp", "reference_used": 1}])["lines"]
     assert line["steps"] == [("ok", "a", "a"), ("sub", "lamp", "river")]
 
 
