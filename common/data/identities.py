@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from common.text import mend
 
@@ -28,6 +29,7 @@ def identity(text: str) -> str:
     return "" if name.lower() in MISSING else name
 
 
+@lru_cache(maxsize=100_000)  # every utterance of a corpus asks, and speakers are few
 def identity_key(name: str) -> str:
     """A key that is equal for all spellings of one name: it ignores case, width, kinds of apostrophe, and 7.0 for 7."""
     plain = unicodedata.normalize("NFKC", mend(name)).casefold()

@@ -77,6 +77,11 @@ def score_of(row: Row, language: str = "en", hypothesis: str = "hypothesis", *, 
     return score(str(row["id"]), row[hypothesis], texts, language, published=published)
 
 
+def scored_reference(row: Row) -> str:
+    """The reference that a row's errors were counted against."""
+    return str(row["reference_alt"] if row.get("reference_used") else row["reference"])
+
+
 def speakers_of(rows: Iterable[Row]) -> dict[str, str]:
     """Utterance id → speaker; an utterance of an unknown speaker counts as a separate speaker."""
     return {str(row["id"]): str(row.get("speaker") or row["id"]) for row in rows}

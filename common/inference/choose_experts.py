@@ -53,7 +53,7 @@ def choose_experts(
     if by != "table":
         assert gate is not None
         return by_gate(gate, together=by == "speaker")
-    logits_NE, known_N = (t.to(device) for t in route_by_table(group_values(utterances, column, groups), groups))
+    logits_NE, known_N = route_by_table(group_values(utterances, column, groups), groups, device)
     if gate is None or known_N.all():
         return logits_NE, known_N
     gate_NE, near_N = by_gate(gate, together=any(u.speaker for u in utterances))
@@ -82,8 +82,7 @@ def given_choice(opened: OpenedModel, rows: int) -> Choice:
     """The choice of the group that is given for all audio (`OpenedModel.group`)."""
     assert opened.info is not None
     groups = opened.info.groups
-    logits_NE, known_N = route_by_table([groups[opened.group]] * rows, groups)
-    return logits_NE.to(opened.accelerator.device), known_N.to(opened.accelerator.device)
+    return route_by_table([groups[opened.group]] * rows, groups, opened.accelerator.device)
 
 
 def warn_without_group(opened: OpenedModel) -> None:

@@ -305,8 +305,7 @@ def stacked(choices: Sequence[Choice]) -> Choice:
 def blank_choice(info: BundleInfo, rows: int, device: torch.device) -> Choice:
     """The choice by a table for audio of which nothing is known: the shared expert alone, unless all are one group."""
     blank = [Utterance(id="", audio_filepath="", duration=0.0, text="")] * rows
-    logits_NE, known_N = route_by_table(group_values(blank, info.column, info.groups), info.groups)
-    return logits_NE.to(device), known_N.to(device)
+    return route_by_table(group_values(blank, info.column, info.groups), info.groups, device)
 
 
 @torch.inference_mode()

@@ -85,7 +85,7 @@ def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routi
     return Routing(ids_BK, weights_BK if known_B is None else weights_BK * known_B[:, None])
 
 
-def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor, Tensor]:
+def route_by_table(values: Sequence[str], groups: Sequence[str], device: torch.device | str = "cpu") -> Choice:
     """Fixed logits that route each utterance to the expert of its group.
 
     Args:
@@ -100,7 +100,7 @@ def route_by_table(values: Sequence[str], groups: Sequence[str]) -> tuple[Tensor
     known_N = number_N >= 0
     logits_NE = torch.full((len(values), len(groups)), NEVER)
     logits_NE[known_N, number_N[known_N]] = 0.0
-    return logits_NE, known_N
+    return logits_NE.to(device), known_N.to(device)
 
 
 def group_index(value: str, groups: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rapidfuzz.distance import Levenshtein
 
-from common.evaluation.breakdown import CELL, GROUPS, speakers_of
+from common.evaluation.breakdown import CELL, GROUPS, scored_reference, speakers_of
 from common.evaluation.wer import Score, paired_bootstrap, wer
 from common.json_files import Row, read_rows
 from common.report.page import is_number, points
@@ -87,8 +87,7 @@ def worst_section(rows: Sequence[Row]) -> Row:
     for row in ranked:
         mixture = sorted(zip(row.get("weights") or (), row.get("experts") or (), strict=True), reverse=True)
         before = _cut(row.get("hypothesis_before") or "", 8 * INSERTED_WORDS)
-        reference = row["reference_alt"] if row.get("reference_used") else row["reference"]
-        steps = align_words(reference, row["hypothesis"])
+        steps = align_words(scored_reference(row), row["hypothesis"])
         lines.append(row | {"steps": steps, "mixture": mixture, "before": before})
     share = sum(row["errors"] for row in ranked) / max(1, sum(row["errors"] for row in rows))
     return {"lines": lines, "share": share, "wrong": len(wrong), "total": len(rows)}

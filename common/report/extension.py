@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.evaluation.breakdown import scored_reference
 from common.files import new_folder
 from common.json_files import Row, read_object
 from common.model.added_experts import AddedExpert
@@ -60,8 +61,7 @@ def confusions(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
     """How often a word was written instead of another; an empty word stands for a missing word."""
     counts: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        reference = row["reference_alt"] if row.get("reference_used") else row["reference"]  # the one that was scored
-        for kind, said, written in align_words(reference, row["hypothesis"]):
+        for kind, said, written in align_words(scored_reference(row), row["hypothesis"]):
             if kind != "ok":
                 counts[said.casefold(), written.casefold()] += 1
     return counts
