@@ -31,6 +31,7 @@ from common.data.tokens import load_codec
 from common.evaluation.evaluate import decode_corpus
 from common.evaluation.score import rates_of
 from common.inference.load_model import OpenedModel, open_model
+from common.json_files import write_object
 from common.model.whisper import load_whisper
 from common.options import parse_setting
 from common.report.evaluation import evaluate_to_folder
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     facts = asked | {"corpus": config.corpus.path} | train(config, asked, out / ADAPTER)
     facts |= score(config, out)
-    (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_object(out / FACTS, facts)
     echo(f"{out}: dev {facts['dev_wer']:.1%}, test {facts['test_wer']:.1%}")
 
 

@@ -8,7 +8,6 @@ python -m bench.run --quick               micro sizes: does everything run?
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import sys
@@ -23,6 +22,7 @@ from bench import between_epochs, decoding, dense, encoding, joint, options
 from bench.measure import Measurement, device_name, versions
 from bench.setting import THREADS, Setting, cpu_setting, gpu_setting, quick_setting
 from bench.table import RESULTS, rows_table
+from common.json_files import read_object, write_object
 
 # Names for --only, in the table's order.
 GROUPS: Mapping[str, Callable[[Setting], list[Measurement]]] = {
@@ -72,7 +72,7 @@ def earlier(path: Path, setting: Setting) -> dict[str, list[Measurement]] | None
     """
     if not path.is_file():
         return {}
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_object(path)
     if (report["device"], report["versions"]) != (device_name(setting), versions()):
         return None
     return {name: [row for row in report["rows"] if row["group"] == name] for name in GROUPS}
@@ -87,7 +87,7 @@ def write(rows: Sequence[Measurement], setting: Setting, path: Path) -> None:
     """The JSON file."""
     report = {"device": device_name(setting), "versions": versions(), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_object(path, report)
 
 
 def quieten() -> None:

@@ -69,7 +69,7 @@ def run_pace(config: Config, name: str) -> Pace:
     """What a finished run measured.
 
     Raises:
-        UsageError: nothing.
+        UsageError: no stage of the run has recorded its work.
     """
     store = open_store(config.store, endpoint_url=config.endpoint_url)
     states = recorded_states(store, run_record(store, name))

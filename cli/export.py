@@ -11,6 +11,7 @@ from cli.shared import base_option, with_options, with_store
 from common.console import echo
 from common.errors import UsageError
 from common.files import new_folder
+from common.json_files import write_object
 from common.storage import open_store
 
 FORMATS = ("peft", "merged", "ctranslate2", "vllm")
@@ -155,5 +156,5 @@ def merge(
             return
         rank = merge_models(folders, shares, folder)
         said = {"models": list(models), "weights": shares, "rank": rank}
-        (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        write_object(folder / MARK, said)
     echo(f"{out}: rank {rank}")

@@ -15,7 +15,7 @@ from cli.evaluate import compare, evaluate
 from cli.export import export, merge
 from cli.extend import experts, extend
 from cli.model import model
-from cli.runs import gc, logs, plan, plot, runs, status, verify
+from cli.runs import gc, logs, plot, runs, show_plan, status, verify
 from cli.segment import segment
 from cli.submit import submit
 from cli.sweep import sweep
@@ -57,8 +57,6 @@ def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
 
     config = config_from(options)
     if dry_run:
-        from cli.runs import show_plan
-
         show_plan(config, as_json=as_json)
         return
     set_up_logging(config.runtime.log_file, quiet=config.runtime.quiet)
@@ -88,7 +86,6 @@ for command in (
     model,
     estimate,
     fit_batch,
-    plan,
     evaluate,
     compare,
     transcribe,

@@ -19,7 +19,6 @@ from common.console import coloured, echo
 from common.errors import DataError
 from common.files import MAX_FILE, NotFound, make_folders
 from common.json_files import parse_object
-from common.options import config_from, config_options
 from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
 from common.progress import clock
@@ -31,12 +30,12 @@ from stages.local_runner import Run, cache_folder
 log = logging.getLogger(__name__)
 
 
-def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
+def show_plan(config: Config, *, as_json: bool) -> None:
     """Prints state and reason of every task and, where it is not done, what it amounts to."""
     from stages.forecast import forecasts
 
     run = Run(config)
-    made = run.plan(deep=deep)
+    made = run.plan(deep=run.rehashes)
     expected = forecasts(run, made)
     rows = [(p.task.label, p.status, p.reason, p.task.key.digest) for p in made.planned]
     rows += [(c.name, "todo", "its tasks are known once the stage before it is done", "") for c in made.open_ended]
@@ -52,20 +51,6 @@ def show_plan(config: Config, *, as_json: bool, deep: bool = False) -> None:
         word, colour = words[state]
         reason += f": {expected[task].describe()}" if task in expected else ""
         echo(f"{task:<{width}}  ", coloured(f"{word:<11}", colour), f"  {key[:8]:<8}  {reason}")
-
-
-@click.command()
-@config_options
-@click.option("--verify", "deep", is_flag=True, help="Re-hash every file.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(deep: bool, as_json: bool, **options: Any) -> None:
-    """Shows for each stage and shard whether it is done, to do or to do again, and why.
-
-    \b
-        moe-asr plan --mode demo
-        moe-asr plan --config my.yaml --verify --json
-    """
-    show_plan(config_from(options), as_json=as_json, deep=deep)
 
 
 cluster_option = click.option("--cluster", is_flag=True, help="Query the cluster. RUN names a run or a workflow.")

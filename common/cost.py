@@ -37,8 +37,30 @@ class StageCost:
     hours: float
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredWork:
+    """The work of a finished task, all attempts together.
+
+    Attributes:
+        speech, seconds: seconds of speech that passed through (over all epochs), and the time without scoring.
+        scored, scoring_seconds: seconds of speech that were decoded at the end, and the time.
+    """
+
+    speech: float
+    seconds: float
+    scored: float
+    scoring_seconds: float
+
+
+def measured_work(seconds: float, metrics: Mapping[str, Any]) -> MeasuredWork:
+    """The work recorded in a manifest: `seconds` in all, and the task's metrics."""
+    scoring = metrics.get("scoring", {"audio_seconds": 0.0, "seconds": 0.0})
+    speech = metrics.get("throughput", {}).get("audio_seconds") or metrics.get("audio_seconds", 0.0)
+    return MeasuredWork(speech, seconds - scoring["seconds"], scoring["audio_seconds"], scoring["seconds"])
+
+
 def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace:
-    """The pace of a run; for a stage in several pieces their mean. Without rates if nothing was measured.
+    """The pace of a run; for a stage in several tasks, their mean. Without rates if nothing was measured.
 
     Args:
         tasks: stage, seconds and metrics of each finished task, from its manifest.
@@ -50,13 +72,11 @@ def measured_pace(tasks: Iterable[tuple[str, float, Mapping[str, Any]]]) -> Pace
         device = device or str(metrics.get("device", ""))
         throughput = metrics.get("throughput", {})
         processes = throughput.get("processes", 1)
-        rate = throughput.get("audio_seconds_per_second", 0) / processes
-        if "audio_seconds" in metrics:
-            rate = rate or metrics["audio_seconds"] / max(seconds, 1e-9)
-        if rate:
-            rates_by_stage.setdefault(stage, []).append(rate)
-        if scoring := metrics.get("scoring"):
-            rates_by_stage[SCORING] = [scoring["audio_seconds"] / max(scoring["seconds"], 1e-9) / processes]
+        work = measured_work(seconds, metrics)
+        if work.speech:
+            rates_by_stage.setdefault(stage, []).append(work.speech / max(work.seconds, 1e-9) / processes)
+        if work.scored:
+            rates_by_stage[SCORING] = [work.scored / max(work.scoring_seconds, 1e-9) / processes]
         utterances += throughput.get("samples", 0)
         audio += throughput.get("audio_seconds", 0)
     rates = {stage: sum(rates) / len(rates) for stage, rates in rates_by_stage.items()}

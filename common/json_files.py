@@ -1,4 +1,4 @@
-"""Reading JSON files; reading and writing JSON Lines (one object per line)."""
+"""Reading and writing JSON files and JSON Lines (one object per line)."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +45,16 @@ def parse_object(data: bytes, where: str, remedy: str = REMEDY) -> Row:
     except (ValueError, RecursionError) as caught:
         error = caught
     raise DataError(f"{where} cannot be read ({error}): {remedy}")
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file."""
+    path.write_bytes(to_json(value))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -77,7 +77,7 @@ def run_stage(contract: Contract, shard: int | None, options: dict[str, Any], ow
     of_stage = [p for p in plan.planned if p.task.contract.name == contract.name]
     if any(stage.name == contract.name for stage in plan.open_ended) or not of_stage:
         reason = "this configuration does not need it" if not contract.active(config) else "an earlier stage is missing"
-        raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr plan` shows what is done")
+        raise DataError(f"{contract.name} cannot run: {reason}; `moe-asr run --dry-run` shows what is done")
     if shard is not None:
         if not 0 <= shard < len(of_stage):
             raise UsageError(f"--shard {shard}: {contract.name} has tasks 0 to {len(of_stage) - 1}")

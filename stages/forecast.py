@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Config
+from common.cost import measured_work
 from common.data.corpus import Utterance
 from common.errors import MoeAsrError
 from common.pipeline.plan import Plan
@@ -200,14 +201,11 @@ def _measured(store: Store, stage: str, model: str) -> Measured | None:
 
 def _pace(manifest: Manifest) -> Measured | None:
     """The pace recorded in a manifest; None if it does not record the amount of work."""
-    metrics = manifest.metrics
-    trained = metrics.get("throughput", {}).get("audio_seconds")
-    amount = float(trained or metrics.get("audio_seconds") or metrics.get("utterances") or 0)
-    scoring = metrics.get("scoring", {"seconds": 0.0, "audio_seconds": 1.0})
+    work = measured_work(manifest.seconds, manifest.metrics)
+    amount = float(work.speech or manifest.metrics.get("utterances") or 0)
     if amount <= 0:
         return None
-    per_scored = scoring["seconds"] / (scoring["audio_seconds"] or 1.0)
-    return Measured((manifest.seconds - scoring["seconds"]) / amount, per_scored, manifest.host)
+    return Measured(work.seconds / amount, work.scoring_seconds / (work.scored or 1.0), manifest.host)
 
 
 def _seconds(work: Work, saved: int, pace: Measured) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ from common.data.corpus import Corpus
 from common.errors import ConfigError, DataError, Preempted, RetryableError
 from common.evaluation.routing_hint import corpus_hint
 from common.files import MAX_FILE, explained, make_folders
-from common.json_files import read_object
+from common.json_files import read_object, to_json
 from common.pipeline.plan import Plan, Planned, Task, make_plan
 from common.pipeline.runs import read_record as read_record
 from common.pipeline.stage import execute, follow
@@ -77,6 +76,11 @@ class Run:
         runtime = self.config.runtime
         return serving(self.telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds)
 
+    @property
+    def rehashes(self) -> bool:
+        """Whether a run first re-hashes all files, as it does in a folder; `moe-asr verify` does it for a bucket."""
+        return self.store.local_path("") is not None
+
     def plan(self, *, deep: bool = False) -> Plan:
         """The plan of the run: finished and unfinished tasks, with reasons."""
         before = self.record.get("keys")
@@ -118,7 +122,7 @@ class Run:
             "timeline": self.timeline(plan),
             "workflow": self.record.get("workflow"),
         }
-        self.store.write(f"{self.config.run}/run.json", _json(self.record))
+        self.store.write(f"{self.config.run}/run.json", to_json(self.record))
 
     def timeline(self, plan: Plan) -> list[dict[str, Any]]:
         """The rows of the plan's finished tasks, without those of another configuration or of damaged results."""
@@ -187,7 +191,7 @@ def warn_of_shared_speakers(corpus: Corpus) -> None:
 
 def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
     for _ in range(ROUNDS):
-        plan = run.plan(deep=run.store.local_path("") is not None)
+        plan = run.plan(deep=run.rehashes)
         run.save("running", plan)
         for planned in plan.planned:
             if planned.status == "stale":
@@ -304,7 +308,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         audio_root=run.corpus.url,
         etiologies={u.id: u.etiology for u in run.corpus.utterances},
     )
-    run.store.write(f"{name}/summary.json", _json(summary))
+    run.store.write(f"{name}/summary.json", to_json(summary))
     run.store.write(f"{name}/report.html", render_report(view).encode())
     run.store.write(f"{name}/README.md", _card(run, plan, summary, folders["model"][0]).encode())
     run.save("done", plan)
@@ -366,7 +370,3 @@ def log_to_run(run: Run) -> Iterator[None]:
             earlier = run.store.read(name, MAX_FILE) if run.store.size(name) is not None else b""
             run.store.write(name, earlier + path.read_bytes())
             path.unlink()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from common.config import Config, parse_yaml, resolve
 from common.console import echo
 from common.errors import ConfigError, MoeAsrError, UsageError
+from common.json_files import to_json
 from common.options import parse_setting
 from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
@@ -219,11 +220,11 @@ def write_outcome(status: str, failures: str) -> dict[str, Any]:
 
 def _store_outcome(config: Config, outcome: Mapping[str, Any]) -> None:
     store = open_store(config.store, endpoint_url=config.endpoint_url)
-    store.write(f"{config.run}/outcome.json", json.dumps(outcome, indent=1, ensure_ascii=False).encode())
+    store.write(f"{config.run}/outcome.json", to_json(outcome))
     record = read_record(store, config.run)
     if record and outcome["status"] != "Succeeded" and record.get("workflow") == outcome["workflow"]:
         record |= {"status": "failed", "updated": time.time()}
-        store.write(f"{config.run}/run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+        store.write(f"{config.run}/run.json", to_json(record))
 
 
 def failed_nodes(text: str) -> list[dict[str, str]]:

@@ -8,7 +8,6 @@ Shape letters: E experts, R rank, M mel bands, F mel frames, U tokens, V vocabul
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from common.data.tokens import TextCodec
 from common.errors import DataError, UsageError
 from common.export.readmes import peft_page, vllm_page
 from common.inference.load_model import OpenedModel
-from common.json_files import read_object
+from common.json_files import read_object, write_object
 from common.model.adapters import Matrices, expert_matrices, merge_experts, save_adapter
 from common.model.added_experts import SCALING, TARGETS, added_matrices, merge_added
 from common.model.bundle import BundleInfo, save_gate
@@ -146,7 +145,7 @@ def export_model(
             for path in (folder / "converted").iterdir():
                 path.replace(folder / path.name)
             (folder / "converted").rmdir()
-    (folder / MARK).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    write_object(folder / MARK, said)
     return said
 
 
@@ -292,7 +291,7 @@ def export_adapters(opened: OpenedModel, folder: Path, base_name: str) -> dict[s
         "multilingual": len(opened.codec.prompt) > 2,
         "encoder_adapted": any(".encoder." in name for name in adapters[names[0]]),
     }
-    (folder / "routing.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_object(folder / "routing.json", table)
     return table
 
 

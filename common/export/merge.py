@@ -6,7 +6,6 @@ one adapter of n times the rank that adds exactly the weighted sum.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DataError, UsageError
+from common.json_files import write_object
 from common.model.adapters import Matrices, adapter_matrices, save_adapter
 from common.model.bundle import DESCRIPTION, BundleInfo, read_info
 
@@ -53,7 +53,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], out: Path) -
         save_adapter(summed, out / part, base_model=infos[0].base, alpha=rank)
     routed, shared = final["experts"], final["shared"]
     info = replace(infos[0], adapt="lora", rank=routed, alpha=float(routed), shared_rank=shared)
-    (out / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    write_object(out / DESCRIPTION, asdict(info))
     if info.gate:
         for name in GATE:
             shutil.copyfile(folders[0] / name, out / name)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import DataError
+from common.json_files import write_object
 from common.model.adapters import WEIGHTS, Matrices, adapter_matrices, save_adapter
 from common.model.mixture import AddedTerm, LoraStack, MixtureLinear, add_mixture, mixture_layers, replace_layer, untie
 from common.model.recogniser import Recogniser
@@ -94,7 +95,7 @@ def save_added(info: AddedExpert, terms: Terms, folder: Path, *, base_model: str
     magnitudes = {name: term.magnitude.detach().cpu() for name, term in terms.items() if term.magnitude is not None}
     if magnitudes:
         save_file(magnitudes, folder / MAGNITUDES)
-    (folder / ADDED).write_text(json.dumps(asdict(info), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_object(folder / ADDED, asdict(info))
 
 
 def _on_cpu(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import DataError
 from common.files import read_document
-from common.json_files import read_object
+from common.json_files import read_object, write_object
 from common.model.adapters import adapter_rank, load_expert, save_expert
 from common.model.gate import Gate
 from common.model.mixture import add_mixture
@@ -111,7 +111,7 @@ def load_gate(folder: Path, dropout: float = 0.0) -> Gate:
 def save_recogniser(recogniser: Recogniser, info: BundleInfo, folder: Path) -> None:
     """Writes a trained model."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / DESCRIPTION).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    write_object(folder / DESCRIPTION, asdict(info))
     if recogniser.gate is not None:
         save_gate(recogniser.gate, folder)
     if info.adapt == "full":

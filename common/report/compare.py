@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from common import __version__
 from common.evaluation.breakdown import UNKNOWN
 from common.files import new_folder
-from common.json_files import Row
+from common.json_files import Row, write_object
 from common.report.error_rates import axis_end, caution
 from common.report.page import clock, interval, number, percent, points, render_page
 
@@ -108,5 +107,5 @@ def write_comparison(comparison: Row, folder: Path, *, overwrite: bool = False) 
         UsageError: the folder exists and may not be replaced.
     """
     with new_folder(folder, overwrite=overwrite, mark=RESULT) as new:
-        (new / RESULT).write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_object(new / RESULT, comparison)
         (new / PAGE).write_text(render_comparison(comparison), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from common.evaluation.breakdown import UNKNOWN, loops, named, write_table
 from common.evaluation.evaluate import PAGE, RESULT, ROWS, TABLE, choose_utterances, decode_corpus, describe_evaluation
 from common.files import new_folder
 from common.inference.load_model import OpenedModel
-from common.json_files import Row, write_rows
+from common.json_files import Row, write_object, write_rows
 from common.report.error_rates import TABLE_ROWS, axis_end, caution, worst_section
 from common.report.page import clock, percent, render_page
 from common.whisper_limits import is_too_long
@@ -200,7 +199,7 @@ def evaluate_to_folder(
         result = describe_evaluation(
             opened, corpus, rows, decoding, split=split, left_out=left_out, seconds=round(seconds, 2)
         )
-        (folder / RESULT).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_object(folder / RESULT, result)
         write_rows(folder / ROWS, rows)
         write_table(folder / TABLE, rows)
         (folder / PAGE).write_text(render_evaluation(result, rows, corpus, out), encoding="utf-8")

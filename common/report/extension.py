@@ -4,7 +4,6 @@ speakers.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from common.evaluation.breakdown import scored_reference
 from common.files import new_folder
-from common.json_files import Row, read_object
+from common.json_files import Row, read_object, write_object
 from common.model.added_experts import AddedExpert
 from common.report.error_rates import align_words
 from common.report.page import render_page
@@ -81,5 +80,5 @@ def write_extension(
 ) -> None:
     """Writes report.html into a folder, in place of an earlier one."""
     with new_folder(folder, overwrite=True, mark=MARK) as new:
-        (new / MARK).write_text(json.dumps(_subject(info, run), indent=1) + "\n", encoding="utf-8")
+        write_object(new / MARK, _subject(info, run))
         (new / PAGE).write_text(render_extension(info, details, page, model=model, run=run), encoding="utf-8")

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.errors import DataError, MoeAsrError
 from common.files import NotFound, explained, file_hash, make_folders
+from common.json_files import to_json
 from common.storage.manifest import MANIFEST
 from common.storage.store import Entry, Store, remove_all, warn_once
 from common.telemetry import StageTelemetry, Telemetry
@@ -143,7 +144,7 @@ class Checkpointer:
             files = {file: _describe(folder / file) for file in (TENSORS, STATE)}
             self.store.put_folder(folder, self.prefix + name)
             manifest = {"schema": SCHEMA, "step": snapshot.step, "files": files}
-            self.store.write(f"{self.prefix}{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+            self.store.write(f"{self.prefix}{name}/{MANIFEST}", to_json(manifest))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # on a full disk, half a checkpoint is in the way
             raise

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from common.errors import DataError
+from common.json_files import to_json
 from common.storage.store import check_key
 
 SCHEMA = 1
@@ -69,7 +70,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as it is stored."""
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+        return to_json(asdict(self))
 
     @staticmethod
     def from_json(data: bytes, where: str) -> Manifest:

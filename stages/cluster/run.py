@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from common.clustering.report import cluster_report, poor_clustering
 from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
-from common.json_files import write_rows
+from common.json_files import write_object, write_rows
 from common.pipeline.stage import Context
 from stages.inputs import training_subset
 
@@ -57,7 +56,7 @@ def run(config: Config, context: Context, *, corpus: Corpus, embeddings: list[Pa
     ]
     write_rows(output / "assignments.jsonl", rows)
     np.save(output / "centroids.npy", clusters.centroids_KD, allow_pickle=False)
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_object(output / "report.json", report)
     if options.plot != "none":
         _draw(options.plot, clusters.reduced_NP, utterances, rows, config.seed, output)
     context.metrics.progress(len(utterances), len(utterances), name="clustering", unit="utterances")

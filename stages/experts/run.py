@@ -5,7 +5,6 @@ It is trained alone, or on top of a frozen shared expert.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from common.config import Config
 from common.data.batches import BatchLoader
 from common.data.corpus import Corpus, Utterance
 from common.data.tokens import load_codec
-from common.json_files import read_object, read_rows
+from common.json_files import read_object, read_rows, write_object
 from common.model.adapters import load_expert, save_expert
 from common.model.bundle import load_gate
 from common.model.gate import Gate
@@ -138,7 +137,7 @@ def train_adapter(
         "best_step": result.best_step,
         "best_value": result.value,
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_object(output / "report.json", report)
     context.summary |= {
         "device": accelerator.device.type,
         "utterances": len(train_set),

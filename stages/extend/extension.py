@@ -7,7 +7,6 @@ with one more such artifact: the model's files are shared, not copied.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import time
@@ -25,7 +24,7 @@ from common.errors import DataError, UsageError
 from common.files import NotFound
 from common.inference.added_experts import STAGE, model_content, nearest
 from common.inference.load_model import OpenedModel, Usage
-from common.json_files import Row, read_object
+from common.json_files import Row, read_object, to_json
 from common.model.added_experts import NAME, AddedExpert, Method, read_added, remove_last
 from common.pipeline.plan import Task
 from common.pipeline.runs import RUN_NAME, find_run, read_record, run_names
@@ -279,7 +278,7 @@ def write_record(store: Store, name: str, parent: Mapping[str, Any], keys: Seque
     now = time.time()
     record = {**parent, "schema": 1, "name": name, "status": "done", "version": __version__, "tasks": tasks}
     record |= {"started": now, "updated": now, "workflow": None, "extends": parent.get("extends") or parent["name"]}
-    store.write(f"{name}/run.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    store.write(f"{name}/run.json", to_json(record))
     _write_card(store, name, record["extends"], len(keys))
 
 

@@ -4,7 +4,6 @@ selected method on the whole enrolment.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from common.evaluation.score import decode_set, scored_rows
 from common.evaluation.wer import paired_bootstrap, wer
 from common.inference.choose_experts import model_choice
 from common.inference.load_model import OpenedModel
-from common.json_files import Row
+from common.json_files import Row, write_object
 from common.model.added_experts import AddedExpert, Method, Terms, append_terms, prepare, remove_last, save_added
 from common.model.routing import Choice
 from common.pipeline.attempts import counting
@@ -101,7 +100,7 @@ def run(
     if request.curve and method != "none" and len(details["folds"]) > 1:
         details["curve"] = _curve(work, candidates, method)
     details |= {"method": method, "utterances": len(utterances), "seconds": info.seconds}
-    (output / DETAILS).write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    write_object(output / DETAILS, details)
     context.summary |= {"method": method, "utterances": len(utterances)}
 
 

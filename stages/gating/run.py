@@ -19,7 +19,7 @@ from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.evaluation.gate_report import gate_report, new_speakers_report
-from common.json_files import Row, read_rows
+from common.json_files import Row, read_rows, write_object
 from common.model.bundle import save_gate
 from common.model.gate import Gate
 from common.pipeline.stage import Context
@@ -221,7 +221,7 @@ def _write(gate: Gate, groups: Groups, report: dict[str, Any], output: Path, *, 
     save_gate(gate, output)
     rows = ({"id": u.id, "group": n} for u, n in zip(groups.utterances, groups.numbers, strict=True))
     (output / ASSIGNMENTS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_object(output / "report.json", report)
     if plots:
         from common.report.plots import plot_gating
 

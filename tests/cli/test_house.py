@@ -133,7 +133,7 @@ def test_doctor_tells_a_sound_machine_and_a_store_from_others(tmp_path, monkeypa
 
 def test_machines_get_json_where_people_get_a_table(tmp_path):
     takes_json = {words for words, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
-    wanted = "run, plan, status, runs list, verify, doctor, estimate, fit-batch, corpus stats"
+    wanted = "run, status, runs list, verify, doctor, estimate, fit-batch, corpus stats"
     assert {("moe-asr", *name.split()) for name in wanted.split(", ")} <= takes_json
     (tmp_path / "runs").mkdir()
     assert json.loads(moe_asr("runs", "list", "--json", cwd=tmp_path).stdout) == []

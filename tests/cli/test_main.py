@@ -161,7 +161,7 @@ def test_a_run_its_plan_its_status_and_one_stage_alone(tmp_path, micro_model, to
 
     early = moe_asr("asr", *places, "--seed", "9", cwd=tmp_path, module="stages")
     assert early.returncode == 65
-    assert "moe-asr plan" in early.stderr
+    assert "moe-asr run --dry-run" in early.stderr
 
 
 def test_no_write_permission_is_one_line(tmp_path, micro_model, tones):
