@@ -297,6 +297,7 @@ def finish(run: Run, plan: Plan) -> dict[str, Any]:
         log.info("hint: %s", hint)
     view = RunView(
         name=name,
+        subject={"model": run.config.model.name, "corpus": run.config.corpus.path, "seed": str(run.config.seed)},
         config_yaml=to_yaml(run.config),
         version=__version__,
         summary=summary,

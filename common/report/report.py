@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
 from markupsafe import Markup
 
 from common.json_files import Row, read_object, read_rows
@@ -50,6 +49,7 @@ class RunView:
 
     Args:
         name: the run's name.
+        subject: names of model and corpus, and the seed, by label.
         config_yaml: the resolved configuration.
         version: of moe-asr.
         summary: `summary.json`'s object; rates are fractions.
@@ -61,6 +61,7 @@ class RunView:
     """
 
     name: str
+    subject: Mapping[str, str]
     config_yaml: str
     version: str
     summary: Row
@@ -102,17 +103,10 @@ def render_report(view: RunView) -> str:
 
 
 def _about(view: RunView) -> list[str]:
-    """When the run began, and the values of its configuration that name it."""
+    """When the run began, and on what."""
     started = min((event["started"] for event in view.timeline), default=None)
     about = [f"{datetime.fromtimestamp(started, UTC):%d %B %Y, %H:%M} UTC"] if started is not None else []
-    config = yaml.safe_load(view.config_yaml)
-    for label, *path in (("model", "model", "name"), ("corpus", "corpus", "path"), ("seed", "seed")):
-        value = config
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is not None:
-            about.append(f"{label} {value}")
-    return about
+    return about + [f"{label} {value}" for label, value in view.subject.items()]
 
 
 def _clusters(folder: Path | None, etiologies: Mapping[str, str]) -> Row | str:

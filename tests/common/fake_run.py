@@ -29,7 +29,8 @@ def write_fake_run(
     _write_asr(asr, rng, experts, predictions, summary)
     timeline = _timeline(rng, experts)
     stages = {"cluster": cluster, "gate": gate, "experts": folders, "asr": asr}
-    return RunView("demo", CONFIG, "0.1.0", summary, **stages, timeline=timeline, audio_root="data/demo",
+    subject = {"model": "models/tiny.en", "corpus": "data/demo", "seed": "42"}
+    return RunView("demo", subject, CONFIG, "0.1.0", summary, **stages, timeline=timeline, audio_root="data/demo",
                    etiologies=of_points)  # fmt: skip
 
 

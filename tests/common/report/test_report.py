@@ -122,7 +122,8 @@ def test_hostile_text_stays_text(tmp_path):
     for row in rows:
         row |= {"hypothesis": evil, "speaker": evil + row["speaker"], "id": evil + row["id"], "severity": evil}
     write_rows(view.asr / "predictions.jsonl", rows)
-    page = Page(render_report(replace(view, name=evil, config_yaml=f"a: '{evil}'", version=evil, audio_root=evil)))
+    texts = dict.fromkeys(("name", "config_yaml", "version", "audio_root"), evil)
+    page = Page(render_report(replace(view, subject={"model": evil}, **texts)))
     assert not {"script", "img"} & {tag for tag, _ in page.elements}
     assert not any("onerror" in attrs for _, attrs in page.elements)
     assert "alert(1)" in page.words and "49" not in page.all("svg")[0].get("aria-label", "")
