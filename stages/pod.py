@@ -27,7 +27,7 @@ from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
 from common.storage.manifest import KEY_DIGEST
 from stages import STAGES
-from stages.local_runner import Run, finish, read_record
+from stages.local_runner import Run, finish, quarantine_stale, read_record
 
 log = logging.getLogger(__name__)
 PREFIX = "MOE_ASR_"
@@ -138,6 +138,7 @@ def plan_stage(stage: str) -> None:
     plan = run.plan(deep=first and variable("VERIFY") == "true")
     _say(plan, stage)
     if first:
+        quarantine_stale(run.store, plan.planned)
         run.record["workflow"] = variable("WORKFLOW")
         run.save("running", plan)
     lanes = max(1, int(variable("PARALLELISM", "1")))

@@ -278,9 +278,10 @@ def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stage
 
 def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finished, micro_model, tones):
     store, _ = again
-    for manifest in (store / "artifacts" / "experts").glob("*/manifest.json"):
-        manifest.unlink()
     record = json.loads((store / "micro" / "run.json").read_text())
+    folders = [store / "artifacts" / "experts" / record["tasks"][f"experts[{number}]"]["key"] for number in (0, 1)]
+    (folders[0] / "manifest.json").unlink()
+    damage(next(folders[1].glob("*/adapter_model.safetensors")), "flipped")
     old = [row | {"host": "elsewhere"} for row in record["timeline"]]
     (store / "micro" / "run.json").write_text(json.dumps(record | {"timeline": old}))
     port = free_port()
