@@ -391,18 +391,21 @@ def test_a_second_wish_to_stop_reaches_the_processes_as_an_alarm(tmp_path, micro
     assert said.read_text() == "told\n"
 
 
+@pytest.mark.parametrize(
+    ("end", "message"), [("exit 75", "exit code 75"), ("kill -9 $$", "experts.0. was killed by SIGKILL")]
+)
 def test_a_process_gets_the_configuration_it_is_given_and_tells_what_may_pass(
-    tmp_path, micro_model, tones, monkeypatch
+    tmp_path, micro_model, tones, monkeypatch, end, message
 ):
     program = tmp_path / "stage"
-    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/seen\nexit 75\n")
+    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/seen\n{end}\n")
     program.chmod(0o755)
     monkeypatch.setattr("stages.processes.sys.executable", str(program))
     monkeypatch.setenv("MOE_ASR_STORE", "elsewhere")
     monkeypatch.setenv("MOE_ASR_CACHE", "kept")
     config = micro_config(tmp_path / "store", micro_model, tones)
     contract = next(stage for stage in STAGES if stage.name == "experts")
-    with pytest.raises(RetryableError, match="exit code 75"):
+    with pytest.raises(RetryableError, match=message):
         run_in_processes(
             config, [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)], ["3"], scratch=tmp_path
         )
