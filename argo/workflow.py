@@ -27,7 +27,7 @@ from hera.workflows import (
 from hera.workflows import models as m
 
 from argo.parameters import PARAMETERS, Installation, parameter
-from argo.pods import OUTPUTS, container, memoized, output, template
+from argo.pods import OUTPUTS, container, memoized, outcome, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
@@ -61,7 +61,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
             _stage(contract)
         _report(place)
         _publish(place)
-        _outcome(place)
+        outcome(place)
         _main()
     return made
 
@@ -181,17 +181,6 @@ def _publish(place: Installation) -> None:
             Artifact(name=name.partition(".")[0], path=p, archive=NoneArchiveStrategy()) for name, p in files.items()
         ],
         env={"MODEL": MODEL, "STARTED": "{{workflow.creationTimestamp.s}}"},
-    )
-
-
-def _outcome(place: Installation) -> None:
-    container(
-        place,
-        "outcome",
-        "cluster",
-        ["python", "-m", "stages", "outcome"],
-        ["{{workflow.status}}", "{{workflow.failures}}"],
-        secrets={"WEBHOOK": (place.webhook_secret, "url")},
     )
 
 

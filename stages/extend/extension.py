@@ -32,6 +32,7 @@ from common.pipeline.stage import execute
 from common.storage.artifacts import Key, download_folder, fetch, inspect, make_key
 from common.storage.manifest import MANIFEST
 from common.storage.store import Store, remove_all
+from common.telemetry import Telemetry, serving
 from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled
 from stages.extend.run import DETAILS, Request, run
@@ -147,7 +148,8 @@ def make(
     stopping: Callable[[], bool],
     notes: Mapping[str, Any] | None = None,
 ) -> Extension:
-    """Makes an added expert unless it exists; it is not yet part of a run (see `join`).
+    """Makes an added expert unless it exists, and serves live metrics meanwhile if configured. The expert is not yet
+    part of a run (see `join`).
 
     Args:
         notes: further values for the manifest's metrics.
@@ -159,7 +161,19 @@ def make(
         remove_last(opened.recogniser)  # the expert is fitted on the parts shared by all utterances
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
-    manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
+    telemetry, runtime = Telemetry(), config.runtime
+    with serving(telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds):
+        manifest = execute(
+            plan.task,
+            function,
+            config,
+            store,
+            corpus=corpus,
+            scratch=cache,
+            stopping=stopping,
+            notes=notes,
+            telemetry=telemetry,
+        )
     folder = fetch(store, plan.task.key, manifest, download_folder(cache, plan.task.key))
     info = read_added(folder)
     return Extension("", info, read_object(folder / DETAILS), plan.request.page)

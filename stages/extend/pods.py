@@ -48,8 +48,7 @@ class _Work:
         """The plan for a speaker, or for a group as COLUMN=VALUE."""
         column, value = parse_where(who) if "=" in who else ("speaker", who)
         method = cast(Method, pod.variable("METHOD", "auto"))
-        parent = pod.variable("PARENT")
-        wish = Wish(slug(value), column, value, method, pod.variable("RUN", f"{parent}-extended"), replace=True)
+        wish = Wish(slug(value), column, value, method, self.config.run, replace=True)
         return make_plan(self.opened, self.corpus, self.config, self.store, wish, check_run=False)
 
 
@@ -60,7 +59,7 @@ def _work() -> _Work:
     if not parent or not pod.variable("CORPUS"):
         raise UsageError("parameters parent (a run of the store) and corpus (address of the new speech) are required")
     tree: dict[str, Any] = settings_alone(run_record(store, parent))
-    for name in ("store", "endpoint_url", "runtime", "precision"):
+    for name in ("run", "store", "endpoint_url", "runtime", "precision"):
         tree[name] = given.model_dump(mode="json")[name]
     merge(tree, nest("corpus.path", pod.variable("CORPUS")))
     opened = open_model(

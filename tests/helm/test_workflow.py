@@ -179,7 +179,7 @@ def test_stages_with_a_gpu_ask_for_the_resource_of_the_values(rich):
 def test_every_container_gets_what_the_values_add(rich):
     pods = pods_of(rich)
     stages = {name: pod for name, pod in pods.items() if not name.startswith("atypical-test")}
-    assert len(stages) == 13
+    assert len(stages) == 14
     for name, pod in stages.items():
         (main,) = [c for c in pod["spec"]["containers"] if c["name"] == "main"]
         seen = variables(main)
