@@ -198,6 +198,16 @@ def test_the_timeline_and_status_tell_of_results_with_this_configuration_only(ag
     assert {row["key"]: row["seconds"] for row in timeline()} == first
 
 
+def test_status_finds_results_that_the_record_of_a_workflow_does_not_tell_yet(again, capsys):
+    store, _ = again
+    path = store / "micro" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"timeline": []}))
+    status.main(["micro", "--store", str(store)], standalone_mode=False)
+    results = capsys.readouterr().out.splitlines()[3:]
+    assert len(results) == len(record["tasks"]) and all(" on " in line for line in results)
+
+
 def test_moving_the_corpus_and_the_model_changes_no_key(again, tmp_path, micro_model, tones):
     store, _ = again
     shutil.copytree(tones, tmp_path / "corpus")
