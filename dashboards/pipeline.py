@@ -10,7 +10,6 @@ UNITS = selected(telemetry.DONE)
 LEFT = f"({selected(telemetry.EXPECTED)} - {UNITS})"
 PHASES = by_workflow('kube_pod_status_phase{namespace=~"$namespace"}')
 FAILED = by_workflow('kube_pod_status_phase{namespace=~"$namespace",phase="Failed"}')
-RESTARTS = by_workflow('increase(kube_pod_container_status_restarts_total{namespace=~"$namespace"}[$__range])')
 ENDED = 'phase=~"Succeeded|Failed|Error"'
 TASKS = f"sum by (stage, result) (max_over_time({selected(telemetry.TASKS)}[$__range]))"
 FIRING = 'sum by (alertname, severity) (ALERTS{alertname=~"MoeAsr.+",alertstate="firing"})'
@@ -129,15 +128,10 @@ PODS = PanelRow(
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
-            "Restarts and retries",
-            "Container restarts, and pods that Argo started again after their node went away.",
+            "Pods started again",
+            "Pods that Argo started again after their node was lost, before their container ran.",
             "short",
-            (
-                Query(f"sum by (workflow) ({RESTARTS})", "{{workflow}} restarts"),
-                Query(
-                    f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "started again: {{reason}}"
-                ),
-            ),
+            (Query(f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "{{reason}}"),),
             width=8,
             extra={"min": 0},
         ),
