@@ -67,7 +67,7 @@ STAGES = PanelRow(
         ),
         Panel(
             "Time left",
-            "What is left of the stage at the pace of the last ten minutes.",
+            "Estimated time remaining of each stage, at the pace of the last ten minutes.",
             "s",
             (
                 Query(
@@ -80,7 +80,7 @@ STAGES = PanelRow(
         ),
         Panel(
             "Time so far",
-            "How long each running stage has been at it.",
+            "Elapsed time of each running stage.",
             "s",
             (
                 Query(
