@@ -188,7 +188,9 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
 
     Raises:
         DataError: an expert is not made yet.
+        UsageError: the run exists and would lose an expert.
     """
+    check_experts_stay(plans, store, cache)
     made = []
     for plan in plans:
         info = _read(store, plan.task.key, plan.request.name, cache)
@@ -201,7 +203,28 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     return [info for info, _ in made]
 
 
-def _same(info: AddedExpert, other: AddedExpert | Wish) -> bool:
+def check_experts_stay(plans: Sequence[Plan], store: Store, cache: Path) -> None:
+    """Refuses to write an existing run if it has added experts that neither the extended model nor the plans have.
+
+    Raises:
+        UsageError: there are such experts; the message names them.
+    """
+    name, record = plans[0].run, plans[0].record
+    there = read_record(store, name)
+    if there is None:
+        return
+    kept = {task["key"] for task in _added_tasks(record).values()}
+    requests = [plan.request for plan in plans]
+    added = [info for info, key in added_of(store, there, cache) if key.digest not in kept]
+    lost = [info.name for info in added if not any(_same(info, request) for request in requests)]
+    if lost:
+        raise UsageError(
+            f"run {name!r} in {store.url} already has added experts ({', '.join(lost)}), which it would lose: "
+            f"extend that run itself (parent={name} run={name}), or name another by run="
+        )
+
+
+def _same(info: AddedExpert, other: AddedExpert | Request | Wish) -> bool:
     return info.name == other.name or (info.column, info.value) == (other.column, other.value)
 
 

@@ -27,7 +27,7 @@ from common.storage.artifacts import inspect
 from common.storage.store import Store
 from stages import pod
 from stages.extend.enrolment import parse_where
-from stages.extend.extension import Plan, Wish, join, make, make_plan, slug
+from stages.extend.extension import Plan, Wish, check_experts_stay, join, make, make_plan, slug
 from stages.inputs import load_corpus
 from stages.local_runner import cache_folder
 
@@ -100,6 +100,7 @@ def plan_all() -> None:
     names = [plan.request.name for plan in plans.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"parameter speakers: two of them would get an expert named {twice[0]!r}; rename one of them")
+    check_experts_stay(list(plans.values()), work.store, work.cache)
     lanes = max(1, int(pod.variable("PARALLELISM", "1")))
     for number, (who, plan) in enumerate(plans.items()):
         task = plan.task

@@ -468,6 +468,13 @@ def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, 
     pods.join_all()
     assert [expert.name for expert in opened("voices", store, tmp_path).added] == ["s00", "s01"]
     assert read_record(open_store(store), "micro-s00") is None
+    monkeypatch.setenv("MOE_ASR_SPEAKERS", '["s01"]')
+    for step in (pods.plan_all, pods.join_all):
+        with pytest.raises(UsageError, match=r"already has added experts \(s00\).*parent=voices run=voices"):
+            step()
+    monkeypatch.setenv("MOE_ASR_PARENT", "voices")
+    pods.plan_all()
+    monkeypatch.setenv("MOE_ASR_PARENT", "micro")
     for text in ("s00", "[]", '["s00", "s00"]', '["s00", "speaker=s00"]'):
         monkeypatch.setenv("MOE_ASR_SPEAKERS", text)
         with pytest.raises(UsageError, match="speakers"):
