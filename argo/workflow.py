@@ -185,13 +185,14 @@ def _publish(place: Installation) -> None:
 
 
 def _stage_metrics(stage: str) -> list[m.Prometheus]:
-    """Durations and results of tries. No label contains a workflow's name, since each workflow would then add
+    """Durations and results of tasks. No label contains a workflow's name, since each workflow would then add
     series.
     """
     labels = [m.MetricLabel(key="stage", value=stage), m.MetricLabel(key="status", value="{{status}}")]
     seconds = m.Gauge(realtime=False, value="{{duration}}")
+    about = "Seconds of the last task, with retries and their delays."
     return [
-        m.Prometheus(name="moe_asr_try_seconds", help="Seconds of the last try.", labels=labels, gauge=seconds),
+        m.Prometheus(name="moe_asr_try_seconds", help=about, labels=labels, gauge=seconds),
         m.Prometheus(name="moe_asr_tries_total", help="Finished tries.", labels=labels, counter=m.Counter(value="1")),
     ]
 

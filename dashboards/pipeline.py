@@ -1,4 +1,4 @@
-"""The dashboard "Pipeline": progress of runs, failures, and cache hits."""
+"""The dashboard "Pipeline": progress of runs, failures, and the store."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ STAGES = PanelRow(
         ),
         Panel(
             "Tasks by result",
-            "How tasks ended in the chosen time. `skipped` found their artifact in the store: the cache's hits.",
+            "How tasks ended in the chosen time. `skipped` found their artifact in the store; on a cluster, they start "
+            "no pod and are not counted.",
             "short",
             (Query(TASKS, "{{stage}} {{result}}"),),
             kind="bargauge",
@@ -216,6 +217,6 @@ STORE = PanelRow(
 PIPELINE = Dashboard(
     "moe-asr-pipeline",
     "moe-asr / Pipeline",
-    "Runs, stages, progress, time left, failures, retries and cache hits.",
+    "Runs, stages, progress, time left, failures, retries and the store.",
     (RUNS, STAGES, PODS, STORE),
 )
