@@ -23,13 +23,23 @@ def installation(words: Sequence[str]) -> Installation:
     """
     defaults = Installation()
     parser = argparse.ArgumentParser("python -m argo", description="Print the workflow template for one cluster.")
-    parser.add_argument("--registry", default=defaults.registry, help="images are REGISTRY/<stage>:TAG")
-    parser.add_argument("--tag", default=defaults.tag, help="tag of the images")
-    parser.add_argument("--digest", action="append", default=[], metavar="STAGE=sha256:…", help="instead of the tag")
-    parser.add_argument("--service-account", default=defaults.service_account, help="account of all pods")
-    parser.add_argument("--store-secret", default=defaults.store_secret, help="Secret with the store's credentials")
-    parser.add_argument("--webhook-secret", default=defaults.webhook_secret, help="Secret with the outcome's address")
-    parser.add_argument("--priority-class", default=defaults.priority_class, help="priority class of all pods")
+    parser.add_argument("--registry", default=defaults.registry, help="Registry of the images REGISTRY/<stage>:TAG.")
+    parser.add_argument("--tag", default=defaults.tag, help="Tag of the images.")
+    parser.add_argument(
+        "--digest",
+        action="append",
+        default=[],
+        metavar="STAGE=sha256:…",
+        help="Image digest of a stage, used instead of the tag.",
+    )
+    parser.add_argument("--service-account", default=defaults.service_account, help="Service account of all pods.")
+    parser.add_argument("--store-secret", default=defaults.store_secret, help="Secret with the store's credentials.")
+    parser.add_argument(
+        "--webhook-secret",
+        default=defaults.webhook_secret,
+        help="Secret with the webhook URL to which the outcome is posted.",
+    )
+    parser.add_argument("--priority-class", default=defaults.priority_class, help="Priority class of all pods.")
     options = vars(parser.parse_args(words))
     digests = [DIGEST.fullmatch(text) for text in options.pop("digest")]
     if not all(match and match["stage"] in {contract.name for contract in STAGES} for match in digests):

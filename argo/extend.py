@@ -16,7 +16,7 @@ from typing import Any
 from hera.workflows import DAG, Parameter, Task, WorkflowTemplate
 
 from argo.parameters import EXTEND_PARAMETERS, Installation, parameter
-from argo.pods import container, memoized, output, template
+from argo.pods import container, memoized, outcome, output, template
 
 ITEM = ("who", "key", "memo", "lock", "lane")  # the plan's item for one speaker or group
 IMAGE = "asr"
@@ -31,6 +31,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
         "adds experts to a finished model, each in a pod of its own (moe-asr extend)",
         place,
         entrypoint="main",
+        on_exit="outcome",
         arguments=[Parameter(name=n, value=v, description=d) for n, (v, d) in EXTEND_PARAMETERS.items()],
     ) as made:
         _pod(place, "plan", "extend-plan", outputs=[output("extend", default="[]")])
@@ -43,6 +44,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
             locks=["moe-asr-{{inputs.parameters.lock}}", "{{workflow.uid}}-extend-{{inputs.parameters.lane}}"],
         )
         _pod(place, "join", "extend-join", outputs=[output("added")])
+        outcome(place, {"PARENT": parameter("parent")})
         with DAG(name="main", fail_fast=False):
             Task(name="plan", template="plan")
             Task(

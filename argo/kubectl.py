@@ -74,4 +74,6 @@ def find_workflow(name: str, namespace: str | None) -> dict[str, Any]:
     try:
         return dict(get("workflows.argoproj.io", namespace, name))
     except DataError:
-        raise DataError(f"no workflow {name!r}, and none of a run of that name, in this namespace") from None
+        raise DataError(
+            f"no workflow named {name!r} and no workflow of a run named {name!r} in this namespace"
+        ) from None

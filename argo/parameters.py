@@ -20,6 +20,7 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("none",),
 }
 
+GROWS = "doubled, then quadrupled after running out of memory"
 # name → (default, description): what `argo submit -p name=value` sets.
 PARAMETERS: Mapping[str, tuple[str, str]] = {
     "mode": ("", "shipped configuration to start from: full, quick or demo; full where no config is given"),
@@ -30,23 +31,23 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "store": ("", "s3://bucket/prefix of all results, or a mounted folder"),
     "endpoint-url": ("", "endpoint of an S3-compatible store"),
     "resume": ("false", "true: continue a run that has another configuration"),
-    "verify": ("false", "true: the plan re-hashes every file that it relies on"),
+    "verify": ("false", "true: the plan re-hashes all finished results, and damaged ones are made again"),
     "parallelism": ("4", "tasks of one stage that run at once"),
     "gpus": ("1", "GPUs of joint training"),
     "gpu-products": ("", f"comma-separated values of node label {GPU_LABEL} instead of the preset's"),
     "gpu-table": (json.dumps(PRODUCTS), "values of this node label for every preset, as JSON"),
     "gpu-stage-cpu": ("4", "CPUs of a stage with a GPU"),
-    "gpu-stage-memory": ("32", "GiB of memory of a GPU stage; twice, then four times that after running out of it"),
+    "gpu-stage-memory": ("32", f"memory of a stage with a GPU, in GiB; {GROWS}"),
     "cpu-stage-cpu": ("2", "CPUs of a stage without a GPU"),
-    "cpu-stage-memory": ("8", "GiB of memory of a stage without a GPU; grows likewise"),
+    "cpu-stage-memory": ("8", f"memory of a stage without a GPU, in GiB; {GROWS}"),
     "step-cpu": ("250m", "CPUs of plan, report and outcome"),
-    "step-memory": ("2", "GiB of memory of plan, report and outcome"),
+    "step-memory": ("2", "memory of plan, report and outcome, in GiB"),
     "shm-size": ("8Gi", "size of /dev/shm, which loader processes share"),
     "scratch-size": ("200Gi", "limit of a pod's scratch folder: inputs, model and checkpoints"),
-    "retries": ("5", "tries after the first, if a task loses its node or meets a temporary fault"),
-    "stage-deadline": ("259200", "seconds that one try of a stage may take"),
+    "retries": ("5", "maximum number of retries of a task that loses its node or meets a temporary fault"),
+    "stage-deadline": ("259200", "seconds that one attempt at a stage may take"),
     "queue": ("", "Kueue's local queue"),
-    "artifacts": ("false", "true: also hand report and summary to Argo's artifact repository"),
+    "artifacts": ("false", "true: also save report and summary to Argo's artifact repository"),
 }
 
 # The same for the template that adds experts to a finished model.

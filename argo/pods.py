@@ -196,6 +196,19 @@ def memoized(name: str, title: str, *, inputs: Sequence[str], pod_inputs: Sequen
         Task(name="pod", template=f"{name}-pod", arguments=arguments)
 
 
+def outcome(place: Installation, env: Mapping[str, str] | None = None) -> None:
+    """The step after the end of a workflow, which stores its result and posts it."""
+    container(
+        place,
+        "outcome",
+        "cluster",
+        ["python", "-m", "stages", "outcome"],
+        ["{{workflow.status}}", "{{workflow.failures}}"],
+        env=env,
+        secrets={"WEBHOOK": (place.webhook_secret, "url")},
+    )
+
+
 def display(text: str) -> dict[str, str]:
     """The annotation with the name that Argo's page shows for a step."""
     return {"workflows.argoproj.io/display-name": text}

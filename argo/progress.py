@@ -5,11 +5,16 @@ Used by `moe-asr status` and by the tests; works on plain JSON, as printed by ku
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from common.errors import DataError
 from stages import STAGES
 
 Object = Mapping[str, Any]
@@ -54,10 +59,30 @@ class WorkflowStep:
 
 
 def workflow_steps(workflow: Object) -> list[WorkflowStep]:
-    """All steps and tasks that the workflow has begun or waits to begin, in the order of their start."""
-    nodes: Sequence[Object] = list(workflow.get("status", {}).get("nodes", {}).values())
+    """All steps and tasks that the workflow has begun or waits to begin, in the order of their start.
+
+    Raises:
+        DataError: Argo keeps the steps in a database, or they cannot be read.
+    """
+    nodes = _nodes(workflow.get("status", {}))
     steps = [_step(node, nodes) for node in nodes if _is_step(node)]
     return sorted(steps, key=lambda step: (step.started is None, step.started or 0.0, step.label))
+
+
+def _nodes(status: Object) -> list[Object]:
+    """The nodes of a workflow, which Argo compresses where they would make the object larger than 1 MB."""
+    if status.get("offloadNodeStatusVersion"):
+        raise DataError(
+            "Argo keeps the steps of this workflow in a database (nodeStatusOffLoad): `argo get` shows them if "
+            "$ARGO_SERVER is set"
+        )
+    nodes = status.get("nodes") or {}
+    if compressed := status.get("compressedNodes"):
+        try:
+            nodes = json.loads(gzip.decompress(base64.b64decode(compressed)))
+        except (ValueError, OSError, EOFError, zlib.error, RecursionError) as error:
+            raise DataError(f"the compressed steps of this workflow cannot be read ({error})") from None
+    return list(nodes.values())
 
 
 def _is_step(node: Object) -> bool:
@@ -77,8 +102,8 @@ def _step(node: Object, nodes: Sequence[Object]) -> WorkflowStep:
     unit = inputs.get("who" if node["templateName"] == EXTEND else "shard", "?")
     shard = f"[{unit}]" if node["templateName"] in FAN_OUTS else ""
     tries = [_try(n) for n in nodes if n["type"] == "Pod" and _below(n["name"], node["name"])]
-    message = next((t.message for t in reversed(tries) if t.message), "") or tidy(node.get("message", ""))
-    ordered = tuple(sorted(tries, key=lambda attempt: attempt.started or 0.0))
+    ordered = tuple(sorted(tries, key=lambda attempt: (attempt.started is None, attempt.started or 0.0)))
+    message = next((t.message for t in reversed(ordered) if t.message), "") or tidy(node.get("message", ""))
     waiting = node["phase"] == "Pending" and ordered  # a node that holds a lock stays so while its pod runs
     lock = (node.get("synchronizationStatus") or {}).get("waiting")
     return WorkflowStep(

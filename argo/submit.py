@@ -17,7 +17,8 @@ OWN = ("store", "endpoint_url", "run", "runtime.processes")
 
 
 def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str | None) -> dict[str, str]:
-    """The workflow parameters from which its pods compute the same configuration.
+    """The workflow parameters from which its pods compute the same configuration; all of them, even the empty ones,
+    since the template may have other defaults.
 
     Args:
         config: the configuration from mode, file, preset and all other options.
@@ -26,13 +27,13 @@ def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str 
     Raises:
         UsageError: a location is not accessible for the pods.
     """
-    if gpu not in PRODUCTS:
-        raise UsageError(f"--gpu {gpu or ''}: name the GPUs of the nodes: {', '.join(PRODUCTS)}")
+    if gpu is None or gpu not in PRODUCTS:
+        raise UsageError(f"--gpu {gpu or 'is missing'}: choose the preset of the cluster's GPUs: {', '.join(PRODUCTS)}")
     check_reachable(config)
     base = resolve(mode or (None if file else "full"), file=file, gpu=gpu)
     before = dict(flatten(base.model_dump(mode="json")))
     changed = {k: v for k, v in flatten(config.model_dump(mode="json")) if before[k] != v and k not in OWN}
-    values = {
+    return {
         "mode": mode or ("" if file else "full"),
         "config": file.read_text(encoding="utf-8") if file else "",
         "gpu": gpu,
@@ -40,9 +41,8 @@ def submission(config: Config, *, mode: str | None, file: Path | None, gpu: str 
         "run": config.run,
         "store": config.store,
         "endpoint-url": config.endpoint_url or "",
-        "gpus": str(config.runtime.processes) if config.runtime.processes > 1 else "",
+        "gpus": str(config.runtime.processes),
     }
-    return {name: value for name, value in values.items() if value}
 
 
 def check_reachable(config: Config) -> None:
@@ -80,7 +80,7 @@ def chosen_parameters(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_workflow(template: str, parameters: Mapping[str, str]) -> dict[str, Any]:
-    """The object to be created: a reference to the template and the parameters that differ from its defaults."""
+    """The object to be created: a reference to the template and its parameters."""
     from hera.workflows import Parameter, Workflow
     from hera.workflows import models as m
 

@@ -27,7 +27,7 @@ from hera.workflows import (
 from hera.workflows import models as m
 
 from argo.parameters import PARAMETERS, Installation, parameter
-from argo.pods import OUTPUTS, container, memoized, output, template
+from argo.pods import OUTPUTS, container, memoized, outcome, output, template
 from common.pipeline.contract import Contract
 from stages import STAGES
 
@@ -61,7 +61,7 @@ def build(place: Installation | None = None) -> WorkflowTemplate:
             _stage(contract)
         _report(place)
         _publish(place)
-        _outcome(place)
+        outcome(place)
         _main()
     return made
 
@@ -184,25 +184,15 @@ def _publish(place: Installation) -> None:
     )
 
 
-def _outcome(place: Installation) -> None:
-    container(
-        place,
-        "outcome",
-        "cluster",
-        ["python", "-m", "stages", "outcome"],
-        ["{{workflow.status}}", "{{workflow.failures}}"],
-        secrets={"WEBHOOK": (place.webhook_secret, "url")},
-    )
-
-
 def _stage_metrics(stage: str) -> list[m.Prometheus]:
-    """Durations and results of tries. No label contains a workflow's name, since each workflow would then add
+    """Durations and results of tasks. No label contains a workflow's name, since each workflow would then add
     series.
     """
     labels = [m.MetricLabel(key="stage", value=stage), m.MetricLabel(key="status", value="{{status}}")]
     seconds = m.Gauge(realtime=False, value="{{duration}}")
+    about = "Seconds of the last task, with retries and their delays."
     return [
-        m.Prometheus(name="moe_asr_try_seconds", help="Seconds of the last try.", labels=labels, gauge=seconds),
+        m.Prometheus(name="moe_asr_try_seconds", help=about, labels=labels, gauge=seconds),
         m.Prometheus(name="moe_asr_tries_total", help="Finished tries.", labels=labels, counter=m.Counter(value="1")),
     ]
 

@@ -38,20 +38,21 @@ def estimate(hours: float, gpus: int, source: str, price: float | None, as_json:
         moe-asr estimate --hours 683 --from mine
         moe-asr estimate --hours 683 --from mine --gpus 4 --price 3.5
     """
-    from common import cost
+    from common.cost import costs
     from stages import STAGES
 
     config = config_from(options)
     pace = run_pace(config, source)
     active = [contract.name for contract in active_stages(STAGES, config)]
-    rows = cost.costs(config, stages=active, hours=hours, pace=pace)
+    rows = costs(config, stages=active, hours=hours, pace=pace)
     total = sum(row.hours for row in rows)
     device = {"cpu": "CPU", "cuda": "GPU"}.get(pace.device, "device")
     basis = f"measured by run {source}"
     if as_json:
         stages = {row.stage: {"audio_hours": row.audio_hours, "hours": row.hours} for row in rows}
         figures = {"basis": basis, "device": pace.device, "hours": total, "days": total / 24 / gpus, "stages": stages}
-        echo(json.dumps(figures))
+        cost = {} if price is None else {"price": price, "cost": total * price}
+        echo(json.dumps(figures | cost))
         return
     table = [[row.stage, f"{row.audio_hours:,.2f}", f"{row.hours:,.2f}"] for row in rows]
     header = ("stage", "hours of speech", f"{device} hours")

@@ -23,7 +23,7 @@ from common.pipeline.attempts import attempts_at, describe_attempt
 from common.pipeline.runs import recorded_states, run_names, run_record, stage_folders
 from common.progress import clock
 from common.storage import open_store
-from common.storage.artifacts import Key
+from common.storage.artifacts import Key, inspect
 from common.storage.store import Store
 from stages.local_runner import Run, cache_folder
 
@@ -87,7 +87,7 @@ def status(
         shard = label.partition("[")[2].rstrip("]") or None
         row = finished.get((task["stage"], shard))
         done = row and row.get("key", task["key"]) == task["key"]  # records of older versions name no key
-        rows.append((label, task["key"][:8], _result(row) if row and done else _activity(store, task)))
+        rows.append((label, task["key"][:8], _result(row) if row and done else _unrecorded(store, task)))
     echo(text_table(("task", "key", "result"), rows))
 
 
@@ -97,9 +97,13 @@ def _result(row: Mapping[str, Any]) -> str:
     return f"{clock(row['seconds'])} on {row['host']}" + (f", in {attempts} attempts" if attempts > 1 else "")
 
 
-def _activity(store: Store, task: Mapping[str, Any]) -> str:
-    """What the last attempt at an unfinished task does or did."""
-    attempts = attempts_at(store, Key(task["stage"], task["key"]))
+def _unrecorded(store: Store, task: Mapping[str, Any]) -> str:
+    """The result of a task that a workflow's record does not tell yet, or what its last attempt does or did."""
+    key = Key(task["stage"], task["key"])
+    state = inspect(store, key)
+    if state.status == "done" and state.manifest:
+        return _result({"seconds": state.manifest.seconds, "host": state.manifest.host})
+    attempts = attempts_at(store, key)
     return describe_attempt(attempts[-1], now=time.time()) if attempts else "not done"
 
 

@@ -68,10 +68,10 @@ def show_workflow(name: str, namespace: str | None, *, as_json: bool) -> None:
     from argo.progress import phase, workflow_steps
 
     workflow = find_workflow(name, namespace)
-    steps = workflow_steps(workflow)
     if as_json:
         echo(json.dumps(workflow, indent=1))
         return
+    steps = workflow_steps(workflow)
     status = workflow.get("status", {})
     echo(f"workflow {workflow['metadata']['name']}: {phase(workflow)} {status.get('progress', '')}".rstrip())
     waiting = _waiting(workflow)

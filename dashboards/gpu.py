@@ -17,7 +17,7 @@ def chosen(name: str) -> str:
 
 
 MONEY = PanelRow(
-    "What it costs",
+    "Cost",
     (
         Panel(
             "GPU hours",

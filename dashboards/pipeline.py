@@ -1,4 +1,4 @@
-"""The dashboard "Pipeline": progress of runs, failures, and cache hits."""
+"""The dashboard "Pipeline": progress of runs, failures, and the store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ UNITS = selected(telemetry.DONE)
 LEFT = f"({selected(telemetry.EXPECTED)} - {UNITS})"
 PHASES = by_workflow('kube_pod_status_phase{namespace=~"$namespace"}')
 FAILED = by_workflow('kube_pod_status_phase{namespace=~"$namespace",phase="Failed"}')
-RESTARTS = by_workflow('increase(kube_pod_container_status_restarts_total{namespace=~"$namespace"}[$__range])')
 ENDED = 'phase=~"Succeeded|Failed|Error"'
 TASKS = f"sum by (stage, result) (max_over_time({selected(telemetry.TASKS)}[$__range]))"
 FIRING = 'sum by (alertname, severity) (ALERTS{alertname=~"MoeAsr.+",alertstate="firing"})'
@@ -68,7 +67,7 @@ STAGES = PanelRow(
         ),
         Panel(
             "Time left",
-            "What is left of the stage at the pace of the last ten minutes.",
+            "Estimated time remaining of each stage, at the pace of the last ten minutes.",
             "s",
             (
                 Query(
@@ -81,7 +80,7 @@ STAGES = PanelRow(
         ),
         Panel(
             "Time so far",
-            "How long each running stage has been at it.",
+            "Elapsed time of each running stage.",
             "s",
             (
                 Query(
@@ -101,7 +100,8 @@ STAGES = PanelRow(
         ),
         Panel(
             "Tasks by result",
-            "How tasks ended in the chosen time. `skipped` found their artifact in the store: the cache's hits.",
+            "How tasks ended in the chosen time. `skipped` found their artifact in the store; on a cluster, they start "
+            "no pod and are not counted.",
             "short",
             (Query(TASKS, "{{stage}} {{result}}"),),
             kind="bargauge",
@@ -129,15 +129,10 @@ PODS = PanelRow(
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
-            "Restarts and retries",
-            "Container restarts, and pods that Argo started again after their node went away.",
+            "Pods started again",
+            "Pods that Argo started again after their node was lost, before their container ran.",
             "short",
-            (
-                Query(f"sum by (workflow) ({RESTARTS})", "{{workflow}} restarts"),
-                Query(
-                    f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "started again: {{reason}}"
-                ),
-            ),
+            (Query(f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "{{reason}}"),),
             width=8,
             extra={"min": 0},
         ),
@@ -222,6 +217,6 @@ STORE = PanelRow(
 PIPELINE = Dashboard(
     "moe-asr-pipeline",
     "moe-asr / Pipeline",
-    "Runs, stages, progress, time left, failures, retries and cache hits.",
+    "Runs, stages, progress, time left, failures, retries and the store.",
     (RUNS, STAGES, PODS, STORE),
 )

@@ -181,8 +181,9 @@ def training_alerts() -> list[Rule]:
 
 def platform_alerts() -> list[Rule]:
     """Alerts for problems of the cluster or the store."""
-    failed = 'kube_pod_status_phase{phase="Failed"} == 1'
-    restarts = "increase(kube_pod_container_status_restarts_total[30m]) > 0"
+    failed = 'kube_pod_status_phase{phase="Failed"}'
+    # Argo keeps failed pods until their workflow is deleted, also those whose retry succeeded.
+    recent = f"({failed} == 1 unless on (namespace, pod) ({failed} offset 1h == 1))"
     ours = "on (namespace, pod) group_left (workflow) moe_asr:pod_workflow:info"
     return [
         alert(
@@ -202,20 +203,13 @@ def platform_alerts() -> list[Rule]:
             f"What is trained from here on would be lost: {STAGE}.",
         ),
         alert(
-            "MoeAsrPodRestarts",
-            f"({restarts}) * {ours}",
-            "0m",
-            "warning",
-            "A workflow's container was restarted",
-            f"{WHERE} of workflow {{{{ $labels.workflow }}}} was restarted in the last 30 minutes.",
-        ),
-        alert(
             "MoeAsrPodsFail",
-            f"sum by (namespace, workflow) (({failed}) * {ours}) >= 3",
+            f"sum by (namespace, workflow) ({recent} * {ours}) >= 3",
             "0m",
             "warning",
-            "Pods of a workflow fail again and again",
-            "{{ $value }} pods of workflow {{ $labels.workflow }} in {{ $labels.namespace }} have failed.",
+            "Pods of a workflow fail repeatedly",
+            "{{ $value }} pods of workflow {{ $labels.workflow }} in {{ $labels.namespace }} have failed "
+            "within an hour.",
         ),
     ]
 

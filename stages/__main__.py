@@ -147,14 +147,20 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
 @stages.command("plan")
 @click.option("--stage", default="", help="Stage whose shards are planned. Without it, the first plan of a workflow.")
 def plan_command(stage: str) -> None:
-    """A workflow's plan: which tasks its stages have and under which keys (configured by variables)."""
+    """A workflow's plan: which tasks its stages have and under which keys.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     set_up_logging()
     pod.plan_stage(stage)
 
 
 @stages.command("report")
 def report_command() -> None:
-    """A workflow's summary and report, once its stages are done (configured by variables)."""
+    """A workflow's summary and report, once its stages are done.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     set_up_logging()
     echo(json.dumps(pod.write_report(), indent=1))
 
@@ -163,14 +169,20 @@ def report_command() -> None:
 @click.argument("status")
 @click.argument("failures", default="[]")
 def outcome_command(status: str, failures: str) -> None:
-    """Notes in the store how a workflow ended and why (configured by variables)."""
+    """Notes in the store how a workflow ended and why.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     set_up_logging()
     echo(json.dumps(pod.write_outcome(status, failures), indent=1))
 
 
 @stages.command("extend-plan")
 def extend_plan_command() -> None:
-    """A workflow's plan of added experts, one item for each speaker or group (configured by variables)."""
+    """A workflow's plan of added experts, one item for each speaker or group.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     from stages.extend import pods
 
     set_up_logging()
@@ -180,7 +192,10 @@ def extend_plan_command() -> None:
 @stages.command("extend-one")
 @click.argument("who")
 def extend_one_command(who: str) -> None:
-    """An added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet (configured by variables)."""
+    """An added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     from stages.extend import pods
 
     set_up_logging()
@@ -189,7 +204,10 @@ def extend_one_command(who: str) -> None:
 
 @stages.command("extend-join")
 def extend_join_command() -> None:
-    """The run that names all added experts of a workflow (configured by variables)."""
+    """The run that names all added experts of a workflow.
+
+    Configured by MOE_ASR_* environment variables.
+    """
     from stages.extend import pods
 
     set_up_logging()

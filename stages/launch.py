@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from common.errors import MoeAsrError, Preempted, RetryableError, StageFailed
+from common.errors import MoeAsrError, Preempted, StageFailed
 from common.signals import GRACE_SECONDS
+from stages.processes import killed
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
@@ -59,12 +60,10 @@ def _explain(codes: Mapping[int, int]) -> MoeAsrError:
     If a process dies, its peers fail too, in random order: a signal is the most specific cause, followed by a user's
     error, which occurs in all processes.
     """
-    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-    if killed:
-        rank, number = min(killed.items())
-        return RetryableError(
-            f"process {rank} was killed by {signal.Signals(number).name}: run it again to continue from its checkpoint"
-        )
+    signals = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+    if signals:
+        rank, number = min(signals.items())
+        return killed(f"process {rank}", number)
     known = [code for code in codes.values() if code in (64, 65, 74, 78)]
     if not known and 143 in codes.values():
         return Preempted("stopped by a signal; the processes had time for a checkpoint")

@@ -192,6 +192,7 @@ def warn_of_shared_speakers(corpus: Corpus) -> None:
 def _run_stages(run: Run, stopping: Callable[[], bool]) -> Plan:
     for _ in range(ROUNDS):
         plan = run.plan(deep=run.rehashes)
+        quarantine_stale(run.store, plan.planned)
         run.save("running", plan)
         for planned in plan.planned:
             if planned.status == "stale":
@@ -249,10 +250,7 @@ def run_one(
     Args:
         notes: further values for the manifest's metrics.
     """
-    if planned.status == "stale" and planned.manifest is not None:
-        state = inspect(run.store, planned.task.key)
-        if state.status == "done" and state.manifest == planned.manifest:
-            quarantine(run.store, planned.task.key, state)
+    quarantine_stale(run.store, [planned])
     task, function = planned.task, run_function(planned.task.contract.name)
     return execute(
         task,
@@ -265,6 +263,17 @@ def run_one(
         notes=notes,
         telemetry=run.telemetry,
     )
+
+
+def quarantine_stale(store: Store, planned: Sequence[Planned]) -> None:
+    """Quarantines artifacts that a plan found stale although their names and sizes are right, so that a process which
+    plans without re-hashing makes them again too.
+    """
+    for one in planned:
+        if one.status == "stale" and one.manifest is not None:
+            state = inspect(store, one.task.key)
+            if state.status == "done" and state.manifest == one.manifest:
+                quarantine(store, one.task.key, state)
 
 
 def follow_one(run: Run, planned: Planned, stopping: Callable[[], bool]) -> None:

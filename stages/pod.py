@@ -27,7 +27,7 @@ from common.pipeline.plan import Plan, Planned
 from common.storage import open_store
 from common.storage.manifest import KEY_DIGEST
 from stages import STAGES
-from stages.local_runner import Run, finish, read_record
+from stages.local_runner import Run, finish, quarantine_stale, read_record
 
 log = logging.getLogger(__name__)
 PREFIX = "MOE_ASR_"
@@ -46,14 +46,17 @@ def in_pod() -> bool:
 def config_from_variables() -> Config:
     """The configuration that the workflow's parameters describe, merged as `moe-asr run` merges its options.
 
-    The variables are MODE, CONFIG (YAML text), GPU, SETTINGS (`section.key=value` lines), STORE, ENDPOINT_URL and RUN.
+    The variables are MODE, CONFIG (YAML text), GPU, SETTINGS (`section.key=value` lines), STORE, ENDPOINT_URL, RUN and,
+    for an extension, PARENT, from which the default of RUN is made.
 
     Raises:
         ConfigError: CONFIG is not a YAML mapping, or a value does not validate.
         UsageError: a store that only this pod could see.
     """
     chosen: dict[str, Any] = dict(parse_setting(line) for line in variable("SETTINGS").splitlines() if line.strip())
-    places = {"store": variable("STORE"), "endpoint_url": variable("ENDPOINT_URL"), "run": variable("RUN")}
+    parent = variable("PARENT")
+    run = variable("RUN", f"{parent}-extended" if parent else "")
+    places = {"store": variable("STORE"), "endpoint_url": variable("ENDPOINT_URL"), "run": run}
     places |= {"runtime.processes": variable("GPUS")}  # of joint training, each of which has a process
     chosen |= {path: value for path, value in places.items() if value}
     tree = config_text(variable("CONFIG"))
@@ -138,6 +141,7 @@ def plan_stage(stage: str) -> None:
     plan = run.plan(deep=first and variable("VERIFY") == "true")
     _say(plan, stage)
     if first:
+        quarantine_stale(run.store, plan.planned)
         run.record["workflow"] = variable("WORKFLOW")
         run.save("running", plan)
     lanes = max(1, int(variable("PARALLELISM", "1")))

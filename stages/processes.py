@@ -48,7 +48,7 @@ def run_in_processes(
         stopping: once true, running processes are stopped with a checkpoint, and no more are started.
 
     Raises:
-        RetryableError: a task failed with a temporary fault; the others are finished first.
+        RetryableError: a task failed with a temporary fault or was killed; the others are finished first.
         StageFailed: the first task that failed otherwise; the others are finished first.
         Preempted: `stopping` became true.
     """
@@ -93,10 +93,18 @@ def run_in_processes(
         file.unlink(missing_ok=True)
     for planned_one, code in zip(planned, codes, strict=True):
         if code and not (stopping() and code in (EXIT_PREEMPTED, -signal.SIGTERM)):
+            if code < 0:
+                raise killed(planned_one.task.label, -code)
             message = f"{planned_one.task.label} ended with exit code {code}; its own message is above"
             raise RetryableError(message) if code == RetryableError.exit_code else StageFailed(message, code)
     if any(codes):
         raise Preempted("stopped by a signal; what was under way had time for a checkpoint")
+
+
+def killed(who: str, number: int) -> RetryableError:
+    """The error for a process that a signal ended."""
+    name = signal.Signals(number).name
+    return RetryableError(f"{who} was killed by {name}: run it again to continue from its checkpoint")
 
 
 def _run_until(

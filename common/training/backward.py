@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.errors import RetryableError
+from common.errors import ConfigError
 from common.training.throughput import TrainBatch
 
 
@@ -30,8 +30,8 @@ def forward_backward(
             total += loss.detach().float() / weight
             logs = {name: logs[name] + value if name in logs else value for name, value in values.items()}
     except torch.OutOfMemoryError:
-        if accelerator.num_processes > 1:  # the others wait in an all-reduce: only a restart helps
-            raise RetryableError("out of memory on one of several processes; lower the batch size") from None
+        if accelerator.num_processes > 1:  # the others wait in an all-reduce and cannot split their batches
+            raise ConfigError("out of memory on one of several processes; lower the batch size") from None
         torch.cuda.empty_cache()
         return total, logs, False
     return total, logs, True

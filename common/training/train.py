@@ -11,6 +11,7 @@ with `balance_weight` above 0 the gradient depends a little on the split.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common.errors import DataError, Preempted, RetryableError, UsageError
+from common.errors import ConfigError, DataError, Preempted, UsageError
 from common.pipeline.metrics import MetricsLog
 from common.progress import progress
 from common.storage.checkpoint import Checkpointer
@@ -45,6 +45,7 @@ from common.training.state import (
 )
 from common.training.throughput import Throughput, TrainBatch
 
+log = logging.getLogger(__name__)
 LOGGED = 2000  # rows of a training's metrics; a longer one logs means over several steps
 MAX_SPLIT = 64  # a batch is halved at most six times on out-of-memory
 
@@ -185,7 +186,7 @@ def train(
     Raises:
         Preempted: `stopping` became true; a checkpoint is written.
         UsageError: a step's batches cannot be shared equally among the processes.
-        RetryableError: memory is not sufficient for one utterance.
+        ConfigError: memory is not sufficient for one utterance.
         DataError: no evaluation gave a finite value for selection, because the training diverged.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -281,9 +282,10 @@ def train(
                 optimizer.zero_grad()  # halve the batches and repeat the step: the same gradient, less memory
                 state.split += 1
                 if 2**state.split > MAX_SPLIT:
-                    raise RetryableError("out of memory even with single utterances; use a smaller model or GPU preset")
-                tqdm.write(
-                    f"{label}: out of memory at step {state.step}: batches are split in {2**state.split} from here on"
+                    raise ConfigError("out of memory even with single utterances; use a smaller model or GPU preset")
+                log.warning(
+                    "%s: out of memory at step %d: batches are split in %d from here on",
+                    *(label, state.step, 2**state.split),
                 )
             norm = accelerator.clip_grad_norm_(list(trained.values()), options.max_grad_norm)
             # A gradient that is not finite must not reach the weights; fp16's scaler skips such a step by itself.
@@ -291,7 +293,7 @@ def train(
             overflows = 0 if finite else overflows + 1
             if not finite:
                 if not scaled or overflows > 1:  # a scaler finds its scale by one overflow now and then
-                    tqdm.write(f"{label}: gradient is not finite at step {state.step}: the step is skipped")
+                    log.warning("%s: gradient is not finite at step %d: the step is skipped", label, state.step)
                 if metrics:
                     metrics.live.add(NONFINITE)
                 if not scaled:

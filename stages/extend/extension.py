@@ -32,6 +32,7 @@ from common.pipeline.stage import execute
 from common.storage.artifacts import Key, download_folder, fetch, inspect, make_key
 from common.storage.manifest import MANIFEST
 from common.storage.store import Store, remove_all
+from common.telemetry import Telemetry, serving
 from stages.extend import CONTRACT
 from stages.extend.enrolment import enrolled
 from stages.extend.run import DETAILS, Request, run
@@ -147,7 +148,8 @@ def make(
     stopping: Callable[[], bool],
     notes: Mapping[str, Any] | None = None,
 ) -> Extension:
-    """Makes an added expert unless it exists; it is not yet part of a run (see `join`).
+    """Makes an added expert unless it exists, and serves live metrics meanwhile if configured. The expert is not yet
+    part of a run (see `join`).
 
     Args:
         notes: further values for the manifest's metrics.
@@ -159,7 +161,19 @@ def make(
         remove_last(opened.recogniser)  # the expert is fitted on the parts shared by all utterances
     bare = replace(opened, added=(), voice=-1)
     function = partial(run, opened=bare, request=plan.request)
-    manifest = execute(plan.task, function, config, store, corpus=corpus, scratch=cache, stopping=stopping, notes=notes)
+    telemetry, runtime = Telemetry(), config.runtime
+    with serving(telemetry, runtime.metrics_port, runtime.metrics_host, runtime.metrics_linger_seconds):
+        manifest = execute(
+            plan.task,
+            function,
+            config,
+            store,
+            corpus=corpus,
+            scratch=cache,
+            stopping=stopping,
+            notes=notes,
+            telemetry=telemetry,
+        )
     folder = fetch(store, plan.task.key, manifest, download_folder(cache, plan.task.key))
     info = read_added(folder)
     return Extension("", info, read_object(folder / DETAILS), plan.request.page)
@@ -174,7 +188,9 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
 
     Raises:
         DataError: an expert is not made yet.
+        UsageError: the run exists and would lose an expert.
     """
+    check_experts_stay(plans, store, cache)
     made = []
     for plan in plans:
         info = _read(store, plan.task.key, plan.request.name, cache)
@@ -187,7 +203,28 @@ def join(plans: Sequence[Plan], store: Store, cache: Path) -> list[AddedExpert]:
     return [info for info, _ in made]
 
 
-def _same(info: AddedExpert, other: AddedExpert | Wish) -> bool:
+def check_experts_stay(plans: Sequence[Plan], store: Store, cache: Path) -> None:
+    """Refuses to write an existing run if it has added experts that neither the extended model nor the plans have.
+
+    Raises:
+        UsageError: there are such experts; the message names them.
+    """
+    name, record = plans[0].run, plans[0].record
+    there = read_record(store, name)
+    if there is None:
+        return
+    kept = {task["key"] for task in _added_tasks(record).values()}
+    requests = [plan.request for plan in plans]
+    added = [info for info, key in added_of(store, there, cache) if key.digest not in kept]
+    lost = [info.name for info in added if not any(_same(info, request) for request in requests)]
+    if lost:
+        raise UsageError(
+            f"run {name!r} in {store.url} already has added experts ({', '.join(lost)}), which it would lose: "
+            f"extend that run itself (parent={name} run={name}), or name another by run="
+        )
+
+
+def _same(info: AddedExpert, other: AddedExpert | Request | Wish) -> bool:
     return info.name == other.name or (info.column, info.value) == (other.column, other.value)
 
 

@@ -27,7 +27,7 @@ from common.storage.artifacts import inspect
 from common.storage.store import Store
 from stages import pod
 from stages.extend.enrolment import parse_where
-from stages.extend.extension import Plan, Wish, join, make, make_plan, slug
+from stages.extend.extension import Plan, Wish, check_experts_stay, join, make, make_plan, slug
 from stages.inputs import load_corpus
 from stages.local_runner import cache_folder
 
@@ -48,8 +48,7 @@ class _Work:
         """The plan for a speaker, or for a group as COLUMN=VALUE."""
         column, value = parse_where(who) if "=" in who else ("speaker", who)
         method = cast(Method, pod.variable("METHOD", "auto"))
-        parent = pod.variable("PARENT")
-        wish = Wish(slug(value), column, value, method, pod.variable("RUN", f"{parent}-extended"), replace=True)
+        wish = Wish(slug(value), column, value, method, self.config.run, replace=True)
         return make_plan(self.opened, self.corpus, self.config, self.store, wish, check_run=False)
 
 
@@ -60,7 +59,7 @@ def _work() -> _Work:
     if not parent or not pod.variable("CORPUS"):
         raise UsageError("parameters parent (a run of the store) and corpus (address of the new speech) are required")
     tree: dict[str, Any] = settings_alone(run_record(store, parent))
-    for name in ("store", "endpoint_url", "runtime", "precision"):
+    for name in ("run", "store", "endpoint_url", "runtime", "precision"):
         tree[name] = given.model_dump(mode="json")[name]
     merge(tree, nest("corpus.path", pod.variable("CORPUS")))
     opened = open_model(
@@ -101,6 +100,7 @@ def plan_all() -> None:
     names = [plan.request.name for plan in plans.values()]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"parameter speakers: two of them would get an expert named {twice[0]!r}; rename one of them")
+    check_experts_stay(list(plans.values()), work.store, work.cache)
     lanes = max(1, int(pod.variable("PARALLELISM", "1")))
     for number, (who, plan) in enumerate(plans.items()):
         task = plan.task

@@ -25,6 +25,14 @@ def test_the_table_of_speakers_is_the_fan_out_and_the_run_comes_after_all():
     assert {p["name"] for p in SPEC["arguments"]["parameters"]} == set(EXTEND_PARAMETERS)
 
 
+def test_its_outcome_is_stored_and_posted_as_that_of_the_pipeline():
+    container = TEMPLATES[SPEC["onExit"]]["container"]
+    assert container["command"][-1] == "outcome"
+    variables = {e["name"]: e.get("value") or e["valueFrom"] for e in container["env"]}
+    assert variables["MOE_ASR_PARENT"] == "{{workflow.parameters.parent}}"
+    assert variables["MOE_ASR_WEBHOOK"]["secretKeyRef"]["key"] == "url"
+
+
 def test_what_is_memoized_does_not_retry_and_what_retries_is_not_memoized():
     assert "memoize" in TEMPLATES["extend"] and "retryStrategy" not in TEMPLATES["extend"]
     for name in ("plan", "extend-pod", "join"):

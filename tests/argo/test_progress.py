@@ -1,11 +1,14 @@
 """What a Workflow object tells: read from one that a real cluster left (`finished.json`, without its templates)."""
 
+import base64
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
 from argo.progress import explain, gpu_products, phase, tidy, wanted_products, workflow_steps
+from common.errors import DataError
 
 FINISHED = json.loads(Path(__file__).with_name("finished.json").read_text())
 LABELS = ["extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"]
@@ -47,6 +50,33 @@ def test_added_experts_are_named_by_their_speakers():
     steps = [task for task in workflow_steps(changed) if task.template == "extend"]
     assert [task.label for task in steps] == ["experts[F00]", "experts[F01]"]
     assert [task.tries for task in steps] == [p.tries for p in workflow_steps(FINISHED) if p.template == "experts"]
+
+
+def test_steps_are_the_same_where_argo_compressed_them():
+    packed = base64.b64encode(gzip.compress(json.dumps(FINISHED["status"]["nodes"]).encode())).decode()
+    status = {name: value for name, value in FINISHED["status"].items() if name != "nodes"}
+    assert workflow_steps({"status": status | {"compressedNodes": packed}}) == workflow_steps(FINISHED)
+    for broken in (packed[:-200], "no base64", base64.b64encode(b"no gzip").decode()):
+        with pytest.raises(DataError, match="cannot be read"):
+            workflow_steps({"status": status | {"compressedNodes": broken}})
+
+
+def test_steps_that_argo_keeps_in_a_database_are_not_said_to_be_none():
+    with pytest.raises(DataError, match="in a database"):
+        workflow_steps({"status": {"offloadNodeStatusVersion": "fnv:1"}})
+
+
+def test_the_message_is_that_of_the_newest_pod_whatever_the_order_of_nodes():
+    changed = json.loads(json.dumps(FINISHED))
+    (step,) = [task for task in workflow_steps(changed) if task.label == "experts[0]"]
+    assert len(step.tries) > 1
+    nodes = {n["id"]: n for n in changed["status"]["nodes"].values()}
+    for number, attempt in enumerate(step.tries):
+        nodes[attempt.pod]["message"] = f"message {number}"
+    for order in (1, -1):
+        changed["status"]["nodes"] = dict(list(changed["status"]["nodes"].items())[::order])
+        (step,) = [task for task in workflow_steps(changed) if task.label == "experts[0]"]
+        assert step.message == f"message {len(step.tries) - 1}"
 
 
 def test_a_hit_has_no_pod():

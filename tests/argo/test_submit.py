@@ -22,15 +22,18 @@ def parameters(workflow):
     return {parameter["name"]: parameter["value"] for parameter in workflow["spec"]["arguments"]["parameters"]}
 
 
-def test_a_submission_names_the_template_and_only_what_was_chosen():
+def test_a_submission_names_the_template_and_leaves_none_of_its_defaults_to_the_configuration():
     made = dry_run("--mode", "full", *PLACES, "--seed", "7")
     assert made["spec"]["workflowTemplateRef"] == {"name": build().name}
     assert parameters(made) == {
         "mode": "full",
+        "config": "",
         "gpu": "h100-80",
         "settings": 'seed=7\ncorpus.path="s3://bucket/corpus"',
         "run": "full",
         "store": "s3://bucket/runs",
+        "endpoint-url": "",
+        "gpus": "1",
     }
 
 
@@ -38,7 +41,7 @@ def test_a_file_goes_along_as_it_is(tmp_path):
     file = tmp_path / "my.yaml"
     file.write_text("# mine\nrun: Mine_1.2\nmodel: {name: openai/whisper-tiny}\n")
     made = dry_run("--config", str(file), *PLACES)
-    assert parameters(made)["config"] == file.read_text()
+    assert (parameters(made)["config"], parameters(made)["mode"]) == (file.read_text(), "")
     assert made["metadata"]["generateName"] == "moe-asr-mine-1-2-"
 
 
@@ -56,7 +59,7 @@ def test_workflow_parameters_pass_through():
 @pytest.mark.parametrize(
     ("words", "error", "told"),
     [
-        (("--gpu", "auto"), UsageError, "name the GPUs of the nodes"),
+        (("--gpu", "auto"), UsageError, "--gpu auto: choose the preset of the cluster's GPUs"),
         (("-p", "paralelism=8"), UsageError, "no such parameter"),
         (("-p", "parallelism"), UsageError, "name=value"),
         (("-p", "registry=evil.example.org"), UsageError, "no such parameter"),

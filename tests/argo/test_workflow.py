@@ -13,6 +13,7 @@ from argo.submit import submission
 from argo.workflow import to_text
 from common.config import GPUS, flatten, resolve
 from common.errors import UsageError
+from common.storage.artifacts import commit, new_attempt
 from stages import STAGES
 
 TEXT = to_text()
@@ -139,6 +140,23 @@ def test_the_workflow_has_the_local_runners_keys(planned):
     local = {(p.task.contract.name, p.task.key.digest) for p in Run(config).plan().planned}
     assert {(name, item["key"]) for name, items in lists.items() for item in items} == local
     assert len(local) == 3  # extract, cluster, gating; the number of experts is not known yet
+
+
+def test_a_plan_that_verifies_leaves_no_altered_artifact_to_its_stages_and_later_plans(planned, tmp_path, monkeypatch):
+    from stages.local_runner import Run
+    from stages.pod import plan_stage
+
+    run = Run(planned[1])
+    key = run.plan().planned[0].task.key
+    folder = new_attempt(run.store, key, tmp_path)
+    (folder / "weights").write_bytes(b"made")
+    commit(run.store, key, folder, started=0.0, seconds=1.0)
+    (folder / "weights").write_bytes(b"meat")
+    plan_stage("")
+    assert run.plan().planned[0].status == "done"
+    monkeypatch.setenv("MOE_ASR_VERIFY", "true")
+    plan_stage("")
+    assert run.plan().planned[0].status == "todo"
 
 
 @pytest.mark.parametrize(

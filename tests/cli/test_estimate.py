@@ -31,8 +31,10 @@ def test_stages_that_will_not_run_cost_nothing(micro_run, micro_model, tones, ca
 def test_the_price_is_of_all_gpu_hours(micro_run, micro_model, tones, capsys):
     place = ("--store", micro_run[0], "--model", micro_model, "--corpus", tones)
     words = ("estimate", "--hours", 1000, "--from", "micro", *place)
-    call(*words, "--json")
-    hours = json.loads(capsys.readouterr().out)["hours"]
+    call(*words, "--json", "--price", 2)
+    figures = json.loads(capsys.readouterr().out)
+    hours = figures["hours"]
+    assert (figures["price"], figures["cost"]) == (2, 2 * hours)
     call(*words, "--price", 2, "--gpus", 4)
     printed = capsys.readouterr().out
     total = float(re.search(r"^total +([\d,.]+)", printed, re.MULTILINE)[1].replace(",", ""))

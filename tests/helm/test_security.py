@@ -190,7 +190,13 @@ def test_tests_look_where_a_run_would(plain, render):
     (store,) = pods["atypical-test-store"]["spec"]["containers"]
     assert store["command"][:3] == ["python", "-m", "cli.main"]
     assert store["command"][-3:] == ["s3://moe-asr/runs", "--endpoint-url", "http://store.storage.svc:9000"]
-    assert {"secretRef": {"name": "moe-asr-store", "optional": True}} in store["envFrom"]
+    stage, test = pods["cluster-pod"]["spec"], pods["atypical-test-store"]["spec"]
+    (main,) = [c for c in stage["containers"] if c["name"] == "main"]
+    assert store["envFrom"] == main["envFrom"]
+    for field in ("nodeSelector", "tolerations", "schedulerName", "priorityClassName"):
+        assert test[field] == stage[field], field
+    assert {"/ca"} == {mount["mountPath"] for mount in store["volumeMounts"]} - {"/scratch"}
+    assert {mount["name"] for mount in store["volumeMounts"]} == {volume["name"] for volume in test["volumes"]}
     (gpus,) = pods["atypical-test-gpus"]["spec"]["containers"]
     assert gpus["command"][-4:] == ["gpus", "nvidia.com/mig-3g.71gb", "NVIDIA-H200-MIG-3g.71gb", "NVIDIA-H200"]
     executor = pods_of(plain)["speech-moe-asr-test-executor"]["spec"]

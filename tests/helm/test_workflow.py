@@ -165,6 +165,14 @@ def test_a_stage_may_differ_and_still_doubles_its_memory(rich):
     assert templates(workflow)["asr-pod"]["priorityClassName"] == "high"
 
 
+def test_every_pod_of_a_stage_can_be_overridden(render):
+    names = [name for name in templates(workflow_of(render())) if name.endswith("-pod")] + ["extend-pod"]
+    asked = ",".join(f"stages.{name.removesuffix('-pod')}.memoryGi=77" for name in names)
+    objects = render("--set", asked)
+    patches = templates(workflow_of(objects)) | templates(extension_of(objects))
+    assert all("{{=77 * (" in patches[name]["podSpecPatch"] for name in names)
+
+
 def test_stages_with_a_gpu_ask_for_the_resource_of_the_values(rich):
     workflow = workflow_of(rich)
     for name in ("extract-pod", "experts-pod", "asr-pod"):
@@ -179,7 +187,7 @@ def test_stages_with_a_gpu_ask_for_the_resource_of_the_values(rich):
 def test_every_container_gets_what_the_values_add(rich):
     pods = pods_of(rich)
     stages = {name: pod for name, pod in pods.items() if not name.startswith("atypical-test")}
-    assert len(stages) == 13
+    assert len(stages) == 14
     for name, pod in stages.items():
         (main,) = [c for c in pod["spec"]["containers"] if c["name"] == "main"]
         seen = variables(main)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -435,10 +436,18 @@ def test_confusions_are_those_with_the_reference_that_was_scored():
 def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, tmp_path, monkeypatch):
     from stages.extend import pods
 
+    served = []
+
+    @contextmanager
+    def serving(telemetry, port, *_):
+        yield
+        served.append((port, 'moe_asr_tasks_total{result="run"}' in telemetry.stage("extend").values()))
+
+    monkeypatch.setattr("stages.extend.extension.serving", serving)
     variables = {
         "STORE": store, "PARENT": "micro", "CORPUS": speech, "METHOD": "gates", "RUN": "voices", "NONCE": "1",
         "SPEAKERS": '["s00", "s01"]', "OUTPUTS": tmp_path / "outputs", "MODE": "quick",
-        "SETTINGS": "runtime.device=cpu\nruntime.quiet=true",
+        "SETTINGS": "runtime.device=cpu\nruntime.quiet=true\nruntime.metrics_port=9470",
     }  # fmt: skip
     for name, value in variables.items():
         monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
@@ -454,10 +463,18 @@ def test_pods_add_a_table_of_speakers_and_one_run_names_them_all(store, speech, 
     for item in first:
         monkeypatch.setenv("MOE_ASR_MEMO", item["memo"])
         pods.make_one(item["who"])
+    assert served == [(9470, True)] * 2
     assert [item["memo"] for item in planned()] == [item["memo"] for item in first]
     pods.join_all()
     assert [expert.name for expert in opened("voices", store, tmp_path).added] == ["s00", "s01"]
     assert read_record(open_store(store), "micro-s00") is None
+    monkeypatch.setenv("MOE_ASR_SPEAKERS", '["s01"]')
+    for step in (pods.plan_all, pods.join_all):
+        with pytest.raises(UsageError, match=r"already has added experts \(s00\).*parent=voices run=voices"):
+            step()
+    monkeypatch.setenv("MOE_ASR_PARENT", "voices")
+    pods.plan_all()
+    monkeypatch.setenv("MOE_ASR_PARENT", "micro")
     for text in ("s00", "[]", '["s00", "s00"]', '["s00", "speaker=s00"]'):
         monkeypatch.setenv("MOE_ASR_SPEAKERS", text)
         with pytest.raises(UsageError, match="speakers"):

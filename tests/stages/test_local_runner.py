@@ -198,6 +198,16 @@ def test_the_timeline_and_status_tell_of_results_with_this_configuration_only(ag
     assert {row["key"]: row["seconds"] for row in timeline()} == first
 
 
+def test_status_finds_results_that_the_record_of_a_workflow_does_not_tell_yet(again, capsys):
+    store, _ = again
+    path = store / "micro" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"timeline": []}))
+    status.main(["micro", "--store", str(store)], standalone_mode=False)
+    results = capsys.readouterr().out.splitlines()[3:]
+    assert len(results) == len(record["tasks"]) and all(" on " in line for line in results)
+
+
 def test_moving_the_corpus_and_the_model_changes_no_key(again, tmp_path, micro_model, tones):
     store, _ = again
     shutil.copytree(tones, tmp_path / "corpus")
@@ -278,9 +288,10 @@ def test_every_regime_runs_to_a_report(again, micro_model, tones, changes, stage
 
 def test_experts_trained_side_by_side_equal_those_trained_in_turn(again, finished, micro_model, tones):
     store, _ = again
-    for manifest in (store / "artifacts" / "experts").glob("*/manifest.json"):
-        manifest.unlink()
     record = json.loads((store / "micro" / "run.json").read_text())
+    folders = [store / "artifacts" / "experts" / record["tasks"][f"experts[{number}]"]["key"] for number in (0, 1)]
+    (folders[0] / "manifest.json").unlink()
+    damage(next(folders[1].glob("*/adapter_model.safetensors")), "flipped")
     old = [row | {"host": "elsewhere"} for row in record["timeline"]]
     (store / "micro" / "run.json").write_text(json.dumps(record | {"timeline": old}))
     port = free_port()
@@ -390,18 +401,21 @@ def test_a_second_wish_to_stop_reaches_the_processes_as_an_alarm(tmp_path, micro
     assert said.read_text() == "told\n"
 
 
+@pytest.mark.parametrize(
+    ("end", "message"), [("exit 75", "exit code 75"), ("kill -9 $$", "experts.0. was killed by SIGKILL")]
+)
 def test_a_process_gets_the_configuration_it_is_given_and_tells_what_may_pass(
-    tmp_path, micro_model, tones, monkeypatch
+    tmp_path, micro_model, tones, monkeypatch, end, message
 ):
     program = tmp_path / "stage"
-    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/seen\nexit 75\n")
+    program.write_text(f"#!/bin/sh\n/usr/bin/env > {tmp_path}/seen\n{end}\n")
     program.chmod(0o755)
     monkeypatch.setattr("stages.processes.sys.executable", str(program))
     monkeypatch.setenv("MOE_ASR_STORE", "elsewhere")
     monkeypatch.setenv("MOE_ASR_CACHE", "kept")
     config = micro_config(tmp_path / "store", micro_model, tones)
     contract = next(stage for stage in STAGES if stage.name == "experts")
-    with pytest.raises(RetryableError, match="exit code 75"):
+    with pytest.raises(RetryableError, match=message):
         run_in_processes(
             config, [Planned(Task(contract, 0, Key("experts", "0"), {}), "todo", "", None)], ["3"], scratch=tmp_path
         )

@@ -174,6 +174,13 @@ def test_the_outcome_is_in_the_store_and_told_to_the_webhook(store, monkeypatch,
     assert json.loads(store.read("mine/run.json"))["status"] == "failed"
 
 
+def test_the_outcome_of_an_extension_is_that_of_its_run(store, monkeypatch, tmp_path):
+    for name, value in {"STORE": tmp_path / "store", "PARENT": "mine", "WORKFLOW": "ns/w1"}.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", str(value))
+    write_outcome("Failed", FAILURES)
+    assert json.loads(store.read("mine-extended/outcome.json"))["status"] == "Failed"
+
+
 def test_a_configuration_that_fails_is_still_told_to_the_webhook(store, monkeypatch, tmp_path, webhook):
     url, got = webhook
     for name, value in {"STORE": tmp_path / "store", "CONFIG": "asr: {epoch: 3}", "WEBHOOK": url}.items():

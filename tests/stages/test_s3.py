@@ -4,6 +4,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+from common.data import sources
 from common.storage import open_store
 from common.storage.artifacts import Key, inspect
 from stages.local_runner import Run, log_to_run, run_pipeline
@@ -20,8 +21,10 @@ def stored_digests(store):
 
 
 def test_a_run_in_a_bucket_equals_one_in_a_folder_and_a_second_one_does_nothing(
-    tmp_path, s3_server, bucket, micro_model, tones
+    tmp_path, s3_server, bucket, micro_model, tones, monkeypatch
 ):
+    copies, download = set(), sources.download_folder
+    monkeypatch.setattr(sources, "download_folder", lambda store, to: (copies.add(to), download(store, to)))
     place = {"endpoint_url": s3_server.endpoint}
     for name, folder in (("corpus", tones), ("model", micro_model)):
         open_store(f"s3://{bucket}/{name}", **place).put_folder(folder, "")
@@ -29,6 +32,7 @@ def test_a_run_in_a_bucket_equals_one_in_a_folder_and_a_second_one_does_nothing(
         f"s3://{bucket}/runs", f"s3://{bucket}/model", f"s3://{bucket}/corpus", asr__epochs=1, **place
     )
     remote = run_pipeline(config)
+    assert len(copies) == 1  # of the model: a stage uses the one that is there
     local = run_pipeline(micro_config(tmp_path / "local", micro_model, tones, asr__epochs=1))
     store = open_store(f"s3://{bucket}/runs", **place)
     assert stored_digests(store) == digests(tmp_path / "local")

@@ -51,6 +51,15 @@
 {{- concat $env .Values.workflow.extraEnv | toYaml }}
 {{- end -}}
 
+{{/* Sources of the environment of all stages: the store's credentials first, so that extraEnvFrom wins. */}}
+{{- define "moe-asr.envFrom" -}}
+{{- $secrets := list }}
+{{- with .Values.store.existingSecret }}
+  {{- $secrets = list (dict "secretRef" (dict "name" . "optional" true)) }}
+{{- end }}
+{{- concat $secrets .Values.workflow.extraEnvFrom | toYaml }}
+{{- end -}}
+
 {{/* Changes a template's pod, in place: GPU resource and taints, and what the values say about its stage alone.
      Quantities are in Argo's patch of the pod. Takes (dict "root" ROOT "template" TEMPLATE); prints nothing. */}}
 {{- define "moe-asr.patchPod" -}}

@@ -1,15 +1,18 @@
 """The loop: the same gradient however a step is split, the same end however often it is interrupted."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from common.errors import DataError, Preempted, RetryableError, UsageError
+from common.errors import ConfigError, DataError, Preempted, UsageError
 from common.pipeline.metrics import MetricsLog
 from common.storage import open_store
 from common.storage.checkpoint import Checkpointer
+from common.training.backward import forward_backward
 from common.training.schedules import learning_rate_factor
 from common.training.throughput import Throughput
 from common.training.train import TrainOptions, make_accelerator, train
@@ -159,8 +162,14 @@ def test_a_batch_too_large_for_memory_is_split_and_the_step_repeated():
 
 
 def test_memory_too_small_for_one_row_is_said():
-    with pytest.raises(RetryableError, match="out of memory even with single utterances"):
+    with pytest.raises(ConfigError, match="out of memory even with single utterances"):
         fit(Line(limit=0.5))
+
+
+def test_memory_too_small_in_one_of_several_processes_is_not_tried_again():
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device("cpu"), autocast=nullcontext)
+    with pytest.raises(ConfigError, match="lower the batch size"):
+        forward_backward(Line(limit=3), [Points(POINTS, TARGETS)], torch.ones(()), accelerator, 1)
 
 
 def test_patience_ends_training_and_keeps_the_best():
@@ -310,12 +319,13 @@ def test_the_last_row_is_a_mean_over_the_steps_that_it_has(monkeypatch):
     assert [row["step"] for row in rows if row["split"] == "train"] == [3, 6, 9, 11]
 
 
-def test_a_resumed_training_does_not_run_out_of_memory_again_to_learn_the_same(tmp_path, capsys):
+def test_a_resumed_training_does_not_run_out_of_memory_again_to_learn_the_same(tmp_path, caplog):
     with pytest.raises(Preempted):
         fit(Line(limit=3), size=8, folder=tmp_path, stop_at=4)
-    assert "batches are split in 4" in capsys.readouterr().out
+    assert "batches are split in 4" in caplog.text
+    caplog.clear()
     fit(Line(limit=3), size=8, folder=tmp_path)
-    assert "out of memory" not in capsys.readouterr().out
+    assert "out of memory" not in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"average": 2}, {"patience": 1, "epochs": 6}], ids=["average", "early stop"])

@@ -1,4 +1,4 @@
-{{/* A pod of `helm test`. Takes (dict "root" ROOT "name" NAME "account" ACCOUNT "token" BOOL "command" LIST)
+{{/* A pod of `helm test`, placed as the workflow's pods without a GPU. Takes (dict "root" ROOT "name" NAME "account" ACCOUNT "token" BOOL "command" LIST)
      and if need be "env", "envFrom" (lists) and "configMap" (a name, mounted at /config). */}}
 {{- define "moe-asr.testPod" -}}
 apiVersion: v1
@@ -14,6 +14,18 @@ spec:
   activeDeadlineSeconds: {{ .root.Values.tests.deadlineSeconds }}
   {{- with .root.Values.images.pullSecrets }}
   imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .root.Values.workflow.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .root.Values.workflow.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .root.Values.workflow.schedulerName }}
+  schedulerName: {{ . }}
+  {{- end }}
+  {{- with .root.Values.workflow.priorityClassName }}
+  priorityClassName: {{ . }}
   {{- end }}
   securityContext: {{- include "moe-asr.podSecurityContext" .root | nindent 4 }}
   containers:
@@ -36,12 +48,18 @@ spec:
         {{- with .configMap }}
         - {name: config, mountPath: /config, readOnly: true}
         {{- end }}
+        {{- with .root.Values.workflow.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: scratch
       emptyDir: {sizeLimit: 1Gi}
     {{- with .configMap }}
     - name: config
       configMap: {name: {{ . }}}
+    {{- end }}
+    {{- with .root.Values.workflow.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end -}}
 
