@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=5,  # the gate's distances are relative to all utterances
+    format=6,  # experts are dropped by the loss without them
     reads=(
         "seed",
         "precision",
