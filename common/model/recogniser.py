@@ -162,8 +162,8 @@ class Recogniser(nn.Module):
         """mel_BMF of a batch, augmented while training."""
         if not self.training:
             return log_mel(batch.audio_BS, self.mel_bands)
-        audio_BS = self.augmentation.audio(batch.audio_BS, batch.valid_B)
-        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * batch.valid_B)
+        audio_BS, valid_B = self.augmentation.audio(batch.audio_BS, batch.valid_B)
+        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * valid_B)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block of encoder and decoder; equal blocks share their compiled code."""

@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=6,  # experts are dropped by the loss without them
+    format=6,  # experts are dropped by the loss without them; masks lie in the speech at its new speed
     reads=(
         "seed",
         "precision",
