@@ -663,7 +663,7 @@ def test_somebody_elses_adapter_is_extended_too(store, speech, micro_model, tmp_
 @pytest.mark.parametrize("file", ["own/adapter_config.json", "own/recogniser.json", "base/config.json",
                                   "base/generation_config.json", "base/model.safetensors"])  # fmt: skip
 def test_the_key_has_all_that_decides_what_the_model_computes(tmp_path, file):
-    """And neither its added experts nor what was measured."""
+    """And neither its added experts, nor what was measured, nor where the base was found."""
 
     def digest():
         model_content.cache_clear()
@@ -672,10 +672,12 @@ def test_the_key_has_all_that_decides_what_the_model_computes(tmp_path, file):
 
     for name in (file, "base/model.safetensors", "own/report.json", "own/added/a/adapter_config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("before")
+        (tmp_path / name).write_text('{"lora_alpha": 4, "base": "here"}')
     before = digest()
     for name in ("own/report.json", "own/added/a/adapter_config.json"):
-        (tmp_path / name).write_text("after")
+        (tmp_path / name).write_text("{}")
+    if file.startswith("own"):
+        (tmp_path / file).write_text('{"lora_alpha": 4, "base": "there"}')
     assert digest() == before
-    (tmp_path / file).write_text("after")
+    (tmp_path / file).write_text('{"lora_alpha": 8}')
     assert digest() != before
