@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.clustering.embeddings import EmbeddingTable
-from common.config import validate
+from common.config import nest, validate
 from common.data.batches import BatchLoader
 from common.data.corpus import read_corpus
 from common.data.tokens import load_codec
@@ -15,7 +15,9 @@ from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser, RouterOptions
 from common.model.routing import route_by_table
 from common.model.whisper import load_whisper
+from common.pipeline.plan import group_keys
 from common.training.train import make_accelerator
+from stages import STAGES
 from stages.asr.ablation import judge_experts, utterance_losses
 from stages.asr.run import build
 from stages.settings import speech_examples
@@ -31,6 +33,29 @@ def test_a_random_gate_takes_its_scale_from_the_training_utterances_alone(micro_
     for gate, rows_ND in zip(gates, (vectors_ND[:4], vectors_ND), strict=True):
         torch.testing.assert_close(gate.mean_D, torch.from_numpy(rows_ND.mean(0)))
         torch.testing.assert_close(gate.std_D, torch.from_numpy(rows_ND.std(0)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "one_adapter", "mixture"),
+    [
+        ("subsets.embeddings_percent", 50, False, True),  # a mixture's embeddings, gate and experts are inputs
+        ("subsets.experts_samples", 9, False, True),
+        ("extract.layer", 2, False, True),
+        ("extract.pooling", "max", False, True),
+        ("subsets.asr_percent", 50, True, True),
+        ("subsets.dev_samples", 9, True, True),
+        ("subsets.test_samples", 9, True, True),
+    ],
+)
+@pytest.mark.parametrize("pretrain", ["none", "gate"])
+def test_the_key_changes_with_what_the_model_depends_on(setting, value, one_adapter, mixture, pretrain):
+    for experts, expected in ((1, one_adapter), (4, mixture)):
+        before = {"num_experts": experts, "asr": {"pretrain": pretrain}}
+        keys = [
+            group_keys(STAGES, validate(tree), {"corpus": "c", "model": "m"})["model"]
+            for tree in (before, before | nest(setting, value))
+        ]
+        assert (keys[0] != keys[1]) == expected
 
 
 @pytest.fixture
