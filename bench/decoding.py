@@ -15,7 +15,6 @@ from bench.inputs import MARGIN, short_lengths, write_clips
 from bench.measure import Measurement, rounds, row
 from bench.peers import make_pipeline
 from bench.setting import DEMO, SHAPES, WEIGHTS, Setting, make_whisper
-from common.data.audio import read_audio
 from common.data.batches import BatchLoader, Example, make_examples
 from common.data.corpus import Utterance, read_corpus
 from common.data.subsets import stratified_subset
@@ -95,7 +94,7 @@ class Contest:
         self.decoding = Decoding(setting.encode_batch, limit)
         self.recogniser = Recogniser(make_whisper(setting.model, setting.device)).eval()
         self.loader = BatchLoader(examples, num_workers=setting.workers, device=setting.device)
-        self.clips = [read_audio(example.path) for example in examples]
+        self.clips = [example.read() for example in examples]
         self.options = {"num_beams": 1, "do_sample": False} | options
         self._pipeline = make_pipeline(self._peer(), make_tokenizer(setting.model), setting)
 

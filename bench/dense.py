@@ -29,7 +29,7 @@ def rows(setting: Setting) -> list[Measurement]:
         folder = Path(name)
         lengths = short_lengths(setting.dense_clips)
         examples = write_clips(folder, setting.dense_model, lengths)
-        dataset = trainer_dataset(examples)
+        dataset = trainer_dataset(examples, 80)
         return [_contest(adapt, examples, dataset, setting, folder) for adapt in ("LoRA", "full")]
 
 

@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from bench.setting import TARGETS, Setting
-from common.data.audio import read_audio
 from common.data.batches import Batch, Example
 from common.data.tokens import IGNORED
 from common.model.adapters import expert_matrices
@@ -136,12 +135,16 @@ def lora_backward(model: PeftModel, features_BMF: Tensor, batch: Batch) -> Tenso
 # ---- dense fine-tuning by Seq2SeqTrainer ----
 
 
-def trainer_dataset(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Its usual recipe maps audio to `input_features` and `labels` before training; here even into memory."""
-    extractor = WhisperFeatureExtractor()
+def trainer_dataset(examples: Sequence[Example], mel_bands: int) -> list[dict[str, Any]]:
+    """Its usual recipe maps audio to `input_features` and `labels` before training; here even into memory.
+
+    Args:
+        mel_bands: M of the model: 80, or 128 for large-v3.
+    """
+    extractor = WhisperFeatureExtractor(feature_size=mel_bands)
     rows = []
     for example in examples:
-        features = extractor(read_audio(example.path), sampling_rate=16_000).input_features[0]
+        features = extractor(example.read(), sampling_rate=16_000).input_features[0]
         rows.append({"input_features": features, "decoder_input_ids": example.inputs, "labels": example.labels})
     return rows
 
@@ -219,7 +222,7 @@ def embed_padded(
     extractor = WhisperFeatureExtractor()
     means = []
     for start in range(0, len(examples), setting.encode_batch):
-        clips = [read_audio(example.path) for example in examples[start : start + setting.encode_batch]]
+        clips = [example.read() for example in examples[start : start + setting.encode_batch]]
         features = extractor(clips, sampling_rate=16_000, return_tensors="pt").input_features
         with torch.inference_mode():
             hidden_BTD = model.model.encoder(features.to(setting.device, setting.dtype)).last_hidden_state

@@ -117,9 +117,9 @@ def training_seconds(folder: Path, stages: Mapping[str, float]) -> float:
 
 
 def dev_wer(folder: Path) -> float:
-    """Of the weights that were kept: what a learning rate is chosen by."""
+    """Of the weights that were kept, evaluated ones or their mean: what a learning rate is chosen by."""
     rows = read_rows(folder / "metrics.jsonl")
-    return min(float(row["wer"]) for row in rows if row["split"] == "dev" and "wer" in row)
+    return min(float(row["wer"]) for row in rows if row["split"] in ("dev", "average") and "wer" in row)
 
 
 def add_run(value: Row, run: Row, store: Store) -> None:

@@ -98,7 +98,8 @@ def extend(
         model, store, config, settings, base=base, language=language, task=task, device=device,
         endpoint_url=endpoint_url,
     )  # fmt: skip
-    config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(opened.base)})})
+    used = {"name": str(opened.base), "language": opened.spoken, "task": opened.task}  # as long audio is transcribed
+    config = config.model_copy(update={"model": config.model.model_copy(update=used)})
     data = load_corpus(config, cache_folder())
     wish = extension.Wish(name or value, column, value, cast("Method", method), run_name, replace, curve)
     plan = extension.make_plan(opened, data, config, store, wish)

@@ -236,6 +236,12 @@ def validate(tree: Mapping[str, Any]) -> Config:
             f"runtime.processes: {processes} processes cannot share the {batches} batches of a step equally; set "
             f"--gradient-accumulation-steps {processes} or a multiple, and lower --asr-batch-size accordingly"
         )
+    first, last = config.adalora.init_rank, config.adalora.target_rank or config.lora.rank
+    if config.asr.adapt == "adalora" and first is not None and first < last:
+        raise ConfigError(
+            f"adalora.init_rank: {first} is below the mean rank of {last} at the end (adalora.target_rank, else "
+            "lora.rank), so that no rank would be removed"
+        )
     if processes > 1 and config.runtime.device.startswith("cuda:"):
         raise ConfigError(f"runtime.device: {config.runtime.device} is one GPU, but {processes} processes need as many")
     return config

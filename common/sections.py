@@ -138,11 +138,18 @@ class LoraConfig(Section):
         True, description="Learn a magnitude for each rank. It is folded into the weights when an adapter is saved."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the input of each expert.")
-    targets: tuple[str, ...] = Field(
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "proj_out"], ...] = Field(
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        min_length=1,
         description="Names of the linear layers that are adapted.",
     )
     modules: Literal["all", "encoder", "decoder"] = Field("all", description="Part of the model that is adapted.")
+
+    @model_validator(mode="after")
+    def _present(self) -> LoraConfig:
+        if self.modules != "all" and "proj_out" in self.targets:
+            raise ValueError("proj_out is outside the blocks of encoder and decoder: adapt it with modules: all")
+        return self
 
 
 class AdaloraConfig(Section):
@@ -169,8 +176,6 @@ class AdaloraConfig(Section):
     def _plausible(self) -> AdaloraConfig:
         if self.warmup + self.final >= 1:
             raise ValueError("warmup and final leave no step in between to remove ranks")
-        if self.init_rank and self.target_rank and self.init_rank < self.target_rank:
-            raise ValueError("init_rank is below target_rank")
         return self
 
 

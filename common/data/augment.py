@@ -39,24 +39,29 @@ class Augmentation:
         """The factor by which an utterance can become longer; batches must leave room for it."""
         return 1 / min((1.0, *self.speeds))
 
-    def audio(self, audio_BS: Tensor, valid_B: Tensor) -> Tensor:
+    def audio(self, audio_BS: Tensor, valid_B: Tensor) -> tuple[Tensor, Tensor]:
         """Audio at random speeds, of the same shape; an utterance that would no longer fit keeps its speed.
 
         Args:
             audio_BS: samples, zero-padded.
             valid_B: encoder positions (320 samples) that hold speech.
+
+        Returns:
+            (audio_BS, valid_B): the positions are those that hold speech at its new speed.
         """
         if not self.speeds:
-            return audio_BS
+            return audio_BS, valid_B
         positions = audio_BS.shape[1] // SAMPLES_PER_POSITION
         choice_B = torch.randint(len(self.speeds), (len(audio_BS),)).tolist()
         drawn_B = [self.speeds[choice] for choice in choice_B]
         fits_B = [valid <= speed * positions for valid, speed in zip(valid_B.tolist(), drawn_B, strict=True)]
-        return change_speed(audio_BS, [speed if fits else 1.0 for speed, fits in zip(drawn_B, fits_B, strict=True)])
+        speed_B = [speed if fits else 1.0 for speed, fits in zip(drawn_B, fits_B, strict=True)]
+        changed_B = (valid_B / torch.tensor(speed_B, device=valid_B.device)).ceil().to(valid_B.dtype)
+        return change_speed(audio_BS, speed_B), changed_B.clamp_max(positions)
 
     def mel(self, mel_BMF: Tensor, frames_B: Tensor) -> Tensor:
-        """Spectrograms with stripes of time and of mel bands set to the utterance's mean (SpecAugment without warping;
-        Park et al., Interspeech 2019).
+        """Spectrograms with stripes of time and of mel bands set to the mean of the utterance's speech (SpecAugment
+        without warping; Park et al., Interspeech 2019).
 
         Args:
             mel_BMF: log-mel spectrograms.
@@ -70,7 +75,8 @@ class Augmentation:
         time_BF = _stripes(self.time_masks, frames_B * self.time_width, frames_B, F)
         bands_B = torch.full_like(frames_B, M)
         mel_BM = _stripes(self.mel_masks, torch.full_like(bands_B, min(self.mel_width, M)).float(), bands_B, M)
-        mean_B11 = mel_BMF.mean((1, 2), keepdim=True)
+        silent_B1F = torch.arange(F, device=mel_BMF.device) >= frames_B[:, None, None]
+        mean_B11 = mel_BMF.masked_fill(silent_B1F, 0).sum((1, 2), keepdim=True) / (M * frames_B[:, None, None])
         return torch.where(time_BF[:, None, :] | mel_BM[:, :, None], mean_B11, mel_BMF)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.data.audio import read_audio
+from common.data.audio import Samples, read_audio
 from common.data.clips import Clip
 from common.data.corpus import Corpus, Utterance
 from common.data.features import POSITIONS_PER_SECOND, SAMPLES_PER_POSITION, context_positions, valid_positions
@@ -53,6 +53,15 @@ class Example:
     labels: tuple[int, ...]
     row: int
     clip: Clip | None = None
+
+    def read(self) -> Samples:
+        """Its samples at 16 kHz, from its file or its shard.
+
+        Raises:
+            DataError: as `read_audio` raises.
+        """
+        source, name = (self.clip.read(), self.clip.label) if self.clip else (self.path, None)
+        return read_audio(source, offset=self.offset, duration=self.duration, name=name)
 
 
 TENSORS = ("audio_BS", "valid_B", "inputs_BU", "labels_BU", "row_B")
@@ -223,10 +232,8 @@ class AudioDataset(Dataset["Loaded"]):
 
     def __getitem__(self, number: int) -> Loaded:
         example = self.examples[number]
-        clip = example.clip
         try:
-            source, name = (clip.read(), clip.label) if clip else (example.path, None)
-            return example, read_audio(source, offset=example.offset, duration=example.duration, name=name)
+            return example, example.read()
         except MoeAsrError as error:  # a loader process would bury the message in its traceback
             return example, error
 

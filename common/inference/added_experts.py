@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING
 
 from common.data.corpus import Utterance
 from common.data.identities import identity_key
+from common.data.sources import MODEL_FILES
 from common.errors import UsageError
 from common.files import file_hash
+from common.json_files import Row, read_object
+from common.model.adapters import CONFIG
 from common.model.added_experts import ADDED, AddedExpert
+from common.model.bundle import DESCRIPTION
 from common.pipeline.runs import stage_folders
 from common.storage.store import Store
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 FOLDER = "added"  # of a model's own folder
 STAGE = "extend"  # whose artifacts added experts are, in a store
 SHOWN = 12  # names in a message
+PLACES = ("base", "base_model_name_or_path")  # where descriptions say that the base is, on one machine or another
 
 
 def added_folders(run: tuple[Store, dict[str, object]] | None, folder: Path, cache: Path) -> list[Path]:
@@ -40,10 +45,21 @@ def added_folders(run: tuple[Store, dict[str, object]] | None, folder: Path, cac
 
 @lru_cache(maxsize=8)
 def model_content(folder: Path) -> str:
-    """sha256 over names and contents of all weights of a model, without its added experts and its base."""
-    weights = [path for path in sorted(folder.rglob("*.safetensors")) if path.relative_to(folder).parts[0] != FOLDER]
-    parts = {path.relative_to(folder).as_posix(): file_hash(path) for path in weights}
+    """sha256 over names and contents of all files that decide what a model computes, without its added experts and its
+    base: weights, descriptions of the mixture and of adapters, and configuration.
+    """
+    names = {DESCRIPTION, CONFIG, *MODEL_FILES}
+    files = [path for path in sorted(folder.rglob("*")) if path.name in names or path.suffix == ".safetensors"]
+    own = [path for path in files if path.relative_to(folder).parts[0] != FOLDER]
+    parts = {path.relative_to(folder).as_posix(): _content(path) for path in own}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path) -> Row | str:
+    """A description's values without the place of the base, or the sha256 of another file."""
+    if path.name not in (DESCRIPTION, CONFIG):
+        return file_hash(path)
+    return {name: value for name, value in read_object(path).items() if name not in PLACES}
 
 
 def added_number(added: Sequence[AddedExpert], utterance: Utterance) -> int:

@@ -232,7 +232,7 @@ def _root(
     """
     folder, own = find_model(root["name"], store, cache, endpoint_url)
     if model_content(folder) != root["digest"]:
-        raise DataError(f"model {root['name']} has other weights than when experts were added to it: restore it")
+        raise DataError(f"model {root['name']} has changed since experts were added to it: restore it")
     return folder, own
 
 

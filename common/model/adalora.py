@@ -117,7 +117,7 @@ def add_adalora(
     `mixture.add_mixture`.
 
     Raises:
-        ValueError: no layer matches.
+        DataError: one of the targets matches no layer.
     """
     slot = RoutingSlot()
     model.requires_grad_(False)

@@ -197,7 +197,7 @@ def load_recogniser(folder: Path, base: Path, device: torch.device) -> tuple[Rec
             magnitude=False,  # folded into the weights
             within=info.within,
         )
-    except ValueError as error:
+    except DataError as error:
         raise DataError(f"model {folder} does not fit its base {base}: {error}") from None
     for expert in range(info.num_experts):
         load_expert(whisper, expert, folder / "experts" / str(expert))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 NO_LIMIT = 1e30  # a distance that nothing has: files of weights hold no infinity
 SHRINKAGE = 0.1  # of a covariance towards a sphere: there are few utterances per dimension
-FAR = 0.99  # quantile of dev's distances to the nearest group beyond which an utterance belongs to none
+FAR = 0.99  # quantile of dev's distances to the nearest group beyond which the gate abstains (`asr.abstain`)
 
 
 class Gate(nn.Module):
@@ -25,8 +25,8 @@ class Gate(nn.Module):
     Shape:
         embedding_BD → logits_BE. `mean_D` and `std_D` standardise the embedding; `fit_scale` sets them. `center_ED` are
         the groups' means in that scale, `whiten_DD` whitens the deviations within groups, `whiten_all_DD` those of all
-        utterances from their mean. `limit` is the distance beyond which an utterance belongs to no group (`NO_LIMIT`
-        until `calibrate`).
+        utterances from their mean. `limit` is the distance beyond which the gate abstains, since the utterance is
+        unlike all groups (`NO_LIMIT` until `calibrate`).
     """
 
     mean_D: Tensor
@@ -65,7 +65,7 @@ class Gate(nn.Module):
         self.whiten_all_DD.copy_(_whitening(scaled_ND))
 
     def calibrate(self, embeddings_ND: Tensor) -> None:
-        """Sets the distance beyond which an utterance belongs to no group, from held-out speakers of the groups."""
+        """Sets the distance beyond which the gate abstains, from held-out speakers of the groups."""
         self.limit.copy_(self.distance(embeddings_ND).quantile(FAR))
 
     def standardise(self, embedding_BD: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ class Gate(nn.Module):
         return torch.cat([log_probs_BE, distance_B1, torch.ones_like(distance_B1)], 1)
 
     def decide(self, evidence_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits_BE, known_B) of utterances or of speakers, from the sums of their `evidence`."""
+        """(logits_BE, known_B) of utterances or of speakers, from the sums of their `evidence`; not known are those for
+        which the gate abstains.
+        """
         logits_BE, distance_B, count_B = evidence_BF[:, :-2], evidence_BF[:, -2], evidence_BF[:, -1]
         return logits_BE, distance_B <= self.limit * count_B
 

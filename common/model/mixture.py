@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from common.errors import DataError
 from common.model.lowrank import Columns, compute_dtype, low_rank_delta, low_rank_linear, side_by_side
 from common.model.routing import Routing, RoutingSlot
 
@@ -268,7 +269,7 @@ def add_mixture(
         The slot that decides the routing of all replaced layers.
 
     Raises:
-        ValueError: no layer matches.
+        DataError: one of the targets matches no layer.
     """
     slot = RoutingSlot()
     model.requires_grad_(False)
@@ -310,15 +311,17 @@ def linear_layers(model: nn.Module, targets: Sequence[str], within: str = "") ->
     """(name, layer) of the linear layers selected by `targets` and `within`, as in `add_mixture`.
 
     Raises:
-        ValueError: no layer matches.
+        DataError: one of the targets matches no layer.
     """
     matching = [
         (name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in targets and within in name
     ]
-    if not matching:
-        raise ValueError(f"no linear layer of the model is named {', '.join(targets)}")
+    missing = sorted({*targets} - {name.rpartition(".")[2] for name, _ in matching})
+    if missing or not matching:
+        place = f" in its {within}" if within else ""
+        raise DataError(f"the model has no linear layer named {', '.join(missing) or '(no targets)'}{place}")
     return matching
 
 

@@ -111,8 +111,8 @@ class Recogniser(nn.Module):
         Args:
             embeddings_ND: input of the gate, which is then trained with the experts.
             logits_NE: logits to use instead of the gate's, for routing by speakers or by a table.
-            known_N: false for utterances that belong to no group, which use the shared expert alone; None: all belong
-                to a group.
+            known_N: false for utterances for which the router abstains, which use the shared expert alone; None: it
+                abstains for none.
             added_N: number of the added expert that each utterance uses instead of routed experts, -1 for none; None:
                 no utterance uses an added expert.
         """
@@ -162,8 +162,8 @@ class Recogniser(nn.Module):
         """mel_BMF of a batch, augmented while training."""
         if not self.training:
             return log_mel(batch.audio_BS, self.mel_bands)
-        audio_BS = self.augmentation.audio(batch.audio_BS, batch.valid_B)
-        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * batch.valid_B)
+        audio_BS, valid_B = self.augmentation.audio(batch.audio_BS, batch.valid_B)
+        return self.augmentation.mel(log_mel(audio_BS, self.mel_bands), 2 * valid_B)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compiles each block of encoder and decoder; equal blocks share their compiled code."""
@@ -178,7 +178,7 @@ class Recogniser(nn.Module):
     def _loss_mixture(self, mel_BMF: Tensor, batch: Batch, logits_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each of the top-k experts alone, as one batch of B·K rows; losses weighted by routing probability.
 
-        Rows of utterances that belong to no group use the shared expert alone.
+        Rows of utterances for which the router abstains use the shared expert alone.
         """
         routing = route(logits_BE, self.options.top_k)
         topk = routing.topk_ids_BK.shape[1]
@@ -209,7 +209,7 @@ class Recogniser(nn.Module):
     def known(self, row_B: Tensor) -> Tensor | None:
         """The rows that use routed experts; None if all rows do.
 
-        These are the utterances that belong to a group. In training, a share of them uses the shared expert alone
+        These are those for which the router does not abstain. In training, a share of them uses the shared expert alone
         (`RouterOptions.routed_dropout`), so that it learns to work without routed experts.
         """
         known_B = None if self.known_N is None else self.known_N[row_B]

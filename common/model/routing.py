@@ -76,8 +76,8 @@ def route(logits_BE: Tensor, top_k: int, known_B: Tensor | None = None) -> Routi
     """The K experts of highest probability, with their softmax weights renormalised to sum to 1.
 
     Args:
-        known_B: false for utterances that belong to no group: their weights are 0, so that they use the shared expert
-            alone.
+        known_B: false for utterances for which the router abstains: their weights are 0, so that they use the shared
+            expert alone.
     """
     top_k = min(top_k, logits_BE.shape[1])
     best_BK, ids_BK = logits_BE.float().topk(top_k, dim=1)

@@ -213,7 +213,7 @@ def _joint(folder: Path, rows: Sequence[Row]) -> Row:
         dropped = [str(row["expert"]) for row in report.get("experts_judged") or () if row["dropped"]]
         caption = "Expert load on the test set; dashed: an even share."
         if dropped:
-            caption += f" Dropped, so that the shared expert alone serves their load: {', '.join(dropped)}."
+            caption += f" Dropped, so that their load has no effect: {', '.join(dropped)}."
         figures.append((caption, partial(plots.draw_load, load), label))
     if len(load) > 1 and (shares := plots.routing(rows)):
         label = f"Heat map of the mean weight of {len(load)} experts for each of {len(shares)} etiologies."

@@ -169,13 +169,11 @@ class Candidates:
 
     def losses(self, numbers: Sequence[int]) -> np.ndarray:
         """loss_NC of some of these utterances: of `CHOOSING`, spread over all of them, or of all if they are fewer."""
-        known = [number for number in numbers if number in self.measured]
-        count = min(CHOOSING, len(numbers))
-        if len(known) < count:
-            known = [numbers[place] for place in np.linspace(0, len(numbers) - 1, count).round().astype(int)]
-            missing = [number for number in known if number not in self.measured]
+        places = np.linspace(0, len(numbers) - 1, min(CHOOSING, len(numbers))).round().astype(int)
+        used = [numbers[place] for place in places]
+        if missing := [number for number in used if number not in self.measured]:
             self.measured.update(zip(missing, candidate_losses(self.enrolment, missing), strict=True))
-        return np.stack([self.measured[number] for number in known])
+        return np.stack([self.measured[number] for number in used])
 
     def weights(self, numbers: Sequence[int]) -> dict[int, float]:
         """`choose_weights` by the texts of these utterances."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -132,7 +133,7 @@ def snapshot(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on: weights, moments, random states, scaler.
 
-    The random states are those of rank 0, since only rank 0 writes: after a resume, all processes have the same states.
+    The random states are those of rank 0, which alone writes. Several processes set theirs at each step (`seed_step`).
     """
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     moments = optimizer.state
@@ -142,6 +143,15 @@ def snapshot(
     if accelerator.device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(accelerator.device)
     return tensors, {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Sets the random states of one of several processes for one step.
+
+    They start from the same seed, which the initial weights need, and would all draw the same dropout and augmentation.
+    A resumed training draws as an uninterrupted one, since the states depend on nothing before the step.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0]))
 
 
 def check_checkpoint(

@@ -41,6 +41,7 @@ from common.training.state import (
     keep,
     put,
     restore,
+    seed_step,
     snapshot,
 )
 from common.training.throughput import Throughput, TrainBatch
@@ -190,7 +191,7 @@ def train(
         DataError: no evaluation gave a finite value for selection, because the training diverged.
     """
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    peak = options.learning_rate
+    peak, seed = options.learning_rate, torch.initial_seed()
     optimizer = torch.optim.AdamW([{**group, "lr": peak * group["rate"]} for group in groups], fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -268,6 +269,7 @@ def train(
             weight = counts * sum((b.weight for b in micro), torch.zeros((), device=device)).float()
             wishes = None  # several processes stop together: the one that got the signal informs the others
             if world > 1:
+                seed_step(seed, state.step, rank)
                 both = torch.stack([weight, torch.full_like(weight, float(stopping()))])
                 weight, wishes = accelerator.reduce(both, "sum").unbind()
             weight = weight.clamp_min(1e-9)

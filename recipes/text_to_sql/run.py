@@ -39,6 +39,7 @@ from recipes.text_to_sql.sql import Limits, Outcome, run_queries, write_lines, w
 
 log = logging.getLogger(__name__)
 Scores = dict[str, float]
+SPLITS, KINDS = ("train", "dev"), ("nl", "sql")  # of the pairs from which a model is trained and selected
 
 
 def train(settings: Settings) -> Scores:
@@ -53,10 +54,10 @@ def train(settings: Settings) -> Scores:
     settings.check()
     done = settings.folder / "result.json"
     if done.is_file():
-        settings.claim()
+        settings.claim(training_files(settings))
         log.info("%s is trained already", settings.folder)
         return dict(json.loads(done.read_text(encoding="utf-8")))
-    texts = {name: [read_lines(settings.data, name, kind) for kind in ("nl", "sql")] for name in ("train", "dev")}
+    texts = {name: [read_lines(settings.data, name, kind) for kind in KINDS] for name in SPLITS}
     database = None if settings.skip_record_computation else find_database(settings)
     accelerator = make_accelerator("bf16" if settings.bf16 else "fp16" if settings.fp16 else "auto", settings.device)
     if accelerator.num_processes > 1:
@@ -67,7 +68,7 @@ def train(settings: Settings) -> Scores:
     model.to(accelerator.device)
     if settings.compile:
         model.compile(dynamic=True)
-    settings.claim()
+    settings.claim(training_files(settings))
     torch.manual_seed(settings.seed)
     checkpointer = Checkpointer(open_store(settings.folder), "checkpoints/", scratch=settings.folder)
     abandoned = threading.Event()
@@ -102,11 +103,18 @@ def train(settings: Settings) -> Scores:
     return result
 
 
+def training_files(settings: Settings) -> list[Path]:
+    """The files on whose contents the result of a training depends."""
+    files = [settings.data / f"{split}.{kind}" for split in SPLITS for kind in KINDS]
+    return files if settings.skip_record_computation else [*files, find_database(settings)]
+
+
 def open_model(settings: Settings, questions: Sequence[str], queries: Sequence[str]) -> tuple[TextToSql, Any]:
     """The initial model of the training, with its tokenizer."""
     if not settings.finetune:
         texts = [*questions, *queries]
         return from_scratch(texts, width=settings.width, layers=settings.layers, seed=settings.seed)
+    torch.manual_seed(settings.seed)  # characters that the vocabulary lacks get random embeddings
     model, tokenizer = pretrained(settings.model, queries)
     altered = sum(
         tokenizer.decode(tokenizer(q)["input_ids"], skip_special_tokens=True).split() != q.split() for q in queries

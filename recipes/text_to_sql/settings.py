@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import click
 
 from common.errors import UsageError
+from common.files import file_hash
 from recipes.text_to_sql.sql import write_lines
 
 MAY_BE_ZERO = {"weight_decay", "num_warmup_epochs", "seed"}
@@ -73,11 +74,12 @@ class Settings:
                 f"--num_warmup_epochs {self.num_warmup_epochs}: give 0 to {self.max_n_epochs} (--max_n_epochs)"
             )
 
-    def claim(self) -> None:
+    def claim(self, files: Sequence[Path]) -> None:
         """Writes settings.json; raises UsageError if the experiment was begun with other settings that affect the
-        result.
+        result, or with other contents of the files from which it is trained.
         """
         ours = {name: str(value) for name, value in asdict(self).items() if name not in FREE}
+        ours |= {f"sha256 of {path.name}": file_hash(path) for path in files}
         path = self.folder / "settings.json"
         theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ours
         for name in ours:

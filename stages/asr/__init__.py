@@ -10,7 +10,7 @@ CONTRACT = Contract(
     output="model",
     inputs=("embeddings", "clusters", "gate", "shared", "experts"),
     sources=("corpus", "model"),
-    format=5,  # the gate's distances are relative to all utterances
+    format=6,  # experts are dropped by the loss without them; masks lie in the speech at its new speed
     reads=(
         "seed",
         "precision",
@@ -19,14 +19,15 @@ CONTRACT = Contract(
         "model.task",
         "audio",
         "augment",
-        "subsets",
+        "subsets.asr_percent",
+        "subsets.asr_samples",
+        "subsets.dev_samples",
+        "subsets.test_samples",
         "lora",
         "adalora",
         "asr",
         "decode",
-        "extract.layer",
-        "extract.pooling",
-        "gating.hidden",
+        "gating.hidden",  # of a gate with random weights
         "gating.dropout",
     ),
     gpus=1,

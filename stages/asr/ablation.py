@@ -1,18 +1,21 @@
-"""Evaluation of each routed expert: loss on dev with the expert, and with the shared expert alone.
+"""Evaluation of each routed expert: loss on dev with the expert, and without it.
 
-Shape letters: E experts.
+Shape letters: N utterances of dev, E experts, K experts per utterance, O output features, R rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.data.batches import epoch_batches
 from common.model.mixture import mixture_layers
 from common.model.recogniser import Recogniser
+from common.model.routing import route
 
 if TYPE_CHECKING:
     from stages.asr.run import Joint
@@ -21,26 +24,25 @@ RESAMPLES = 1000
 
 
 @torch.inference_mode()
-def utterance_losses(joint: Joint) -> dict[str, tuple[float, int]]:
-    """id → (summed cross-entropy, tokens) of each utterance of dev, with the current routing of the model."""
+def utterance_losses(joint: Joint, numbers: Sequence[int]) -> dict[str, tuple[float, int]]:
+    """id → (summed cross-entropy, tokens) of utterances of dev, with the current routing and weights of the model."""
     dev, accelerator = joint.sets["dev"], joint.accelerator
-    batches = epoch_batches(
-        dev.examples, batch_size=1, batch_seconds=joint.config.runtime.extract_batch_seconds, shuffle=False
-    )
+    examples, seconds = [dev.examples[number] for number in numbers], joint.config.runtime.extract_batch_seconds
+    batches = epoch_batches(examples, batch_size=1, batch_seconds=seconds, shuffle=False)
     losses: dict[str, tuple[float, int]] = {}
     with accelerator.autocast():
-        for batch in dev.loader(batches):
+        for batch in dev.loader([[numbers[i] for i in batch] for batch in batches]):
             loss_B, count_B = joint.recogniser.utterance_losses(batch)
             losses |= zip(batch.ids, zip(loss_B.tolist(), count_B.tolist(), strict=True), strict=True)
     return losses
 
 
 def judge_experts(joint: Joint) -> list[dict[str, Any]]:
-    """Evaluates each routed expert on the dev utterances that choose it first; drops experts that do not lower the
-    loss.
+    """Evaluates each routed expert on the dev utterances that use it; drops experts that do not lower the loss.
 
-    A dropped expert has no effect any more: its utterances use the shared expert alone. Without a shared expert the
-    experts are compared with the base model, and none is dropped.
+    A dropped expert has no effect any more: its utterances keep the shared expert and their other experts, whose
+    weights stay as they are. The experts are evaluated one after the other, without those dropped before, so that the
+    last losses are those of the model that is saved. Without a shared expert none is dropped.
 
     Returns:
         For each expert: its utterances, cross-entropy per token with and without it, the gain with a bootstrap interval
@@ -50,22 +52,24 @@ def judge_experts(joint: Joint) -> list[dict[str, Any]]:
     joint.point_at("dev")
     logits_NE, known_N = recogniser.all_choices()
     assert logits_NE is not None
-    first_N = logits_NE.argmax(1).tolist()
-    known = [True] * len(first_N) if known_N is None else known_N.tolist()
-    with_experts = utterance_losses(joint)
-    nothing_N = torch.zeros(len(first_N), dtype=torch.bool, device=logits_NE.device)
-    recogniser.choose_by(logits_NE=logits_NE, known_N=nothing_N)
-    without = utterance_losses(joint)
+    routing = route(logits_NE, recogniser.options.active, known_N)
+    used_NK = routing.topk_weights_BK > 0  # a table leaves its second choice without weight
     utterances = joint.sets["dev"].utterances
+    losses = utterance_losses(joint, range(len(utterances)))
+    may_drop = joint.config.asr.drop_experts and _has_shared(recogniser)
     rows = []
     for expert in range(logits_NE.shape[1]):
-        own = [u for u, e, k in zip(utterances, first_N, known, strict=True) if e == expert and k]
-        row = _gain([(u.speaker or u.id, *with_experts[u.id], without[u.id][0]) for u in own])
-        dropped = bool(own) and row["gain"] <= 0 and joint.config.asr.drop_experts and _has_shared(recogniser)
+        numbers = ((routing.topk_ids_BK == expert) & used_NK).any(1).nonzero()[:, 0].tolist()
+        before = drop_expert(recogniser, expert)
+        without = utterance_losses(joint, numbers)
+        own = [utterances[number] for number in numbers]
+        row = _gain([(u.speaker or u.id, *losses[u.id], without[u.id][0]) for u in own])
+        dropped = bool(own) and row["gain"] <= 0 and may_drop
         if dropped:
-            drop_expert(recogniser, expert)
+            losses |= without
+        else:
+            restore_expert(recogniser, expert, before)
         rows.append({"expert": expert, "dropped": dropped, **row})
-    joint.point_at("dev")
     return rows
 
 
@@ -96,7 +100,17 @@ def _has_shared(recogniser: Recogniser) -> bool:
 
 
 @torch.no_grad()
-def drop_expert(recogniser: Recogniser, expert: int) -> None:
-    """Disables the effect of an expert in all layers."""
-    for _, layer in mixture_layers(recogniser):
-        layer.routed.lora_B[expert].zero_()
+def drop_expert(recogniser: Recogniser, expert: int) -> list[Tensor]:
+    """Disables the effect of an expert in all layers; returns its matrices B, for `restore_expert`."""
+    matrices = [layer.routed.lora_B[expert] for _, layer in mixture_layers(recogniser)]
+    before = [b_OR.clone() for b_OR in matrices]
+    for b_OR in matrices:
+        b_OR.zero_()
+    return before
+
+
+@torch.no_grad()
+def restore_expert(recogniser: Recogniser, expert: int, before: Sequence[Tensor]) -> None:
+    """Undoes `drop_expert`."""
+    for (_, layer), b_OR in zip(mixture_layers(recogniser), before, strict=True):
+        layer.routed.lora_B[expert].copy_(b_OR)

@@ -26,14 +26,13 @@ def base_key(config: Config, corpus: str, utterances: Sequence[Utterance], model
     """The key of the base model's transcripts of these utterances in 30 s of audio.
 
     Args:
-        corpus: digest of its index, which describes the utterances.
+        corpus: digest of its index, which describes the utterances, after treatment of long ones.
         model: digest of the base model.
         precision: precision of the device's computation.
     """
     decode = config.decode.model_dump(mode="json", exclude={"normaliser"})  # which changes a score, and no text
     values = {f"decode.{name}": value for name, value in decode.items()}
     values |= {"model.language": config.model.language, "model.task": config.model.task, "precision": precision}
-    values["audio.long_audio"] = config.audio.long_audio  # which utterances there are, and their texts
     if any(config.decode.temperatures):
         values["seed"] = config.seed
     ids = hashlib.sha256(json.dumps([u.id for u in utterances]).encode()).hexdigest()

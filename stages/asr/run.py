@@ -175,7 +175,7 @@ def _speech_set(
 
 
 def _prepare_gate(joint: Joint) -> None:
-    """Calibrates on dev the distance beyond which utterances belong to no group; freezes a pre-trained gate.
+    """Calibrates on dev the distance beyond which the gate abstains; freezes a pre-trained gate.
 
     For a pre-trained gate, the load-balance loss of a few utterances is only noise, and AdamW changes the gate at the
     full rate even if its gradient is small (docs/regimes.md has the figures).

@@ -14,6 +14,6 @@ CONTRACT = Contract(
     output="added",
     inputs=("parent",),
     sources=("corpus",),
-    format=5,  # the key has language, task, precision and decoding options
+    format=6,  # the key has all settings of the model; a choice uses the same utterances in every fit
     gpus=1,
 )

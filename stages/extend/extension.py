@@ -20,6 +20,7 @@ from typing import Any, Literal
 from common import __version__
 from common.config import Config
 from common.data.corpus import Corpus, index_digest
+from common.data.sources import folder_digest
 from common.errors import DataError, UsageError
 from common.files import NotFound
 from common.inference.added_experts import STAGE, model_content, nearest
@@ -229,9 +230,8 @@ def _same(info: AddedExpert, other: AddedExpert | Request | Wish) -> bool:
 
 
 def parent_digest(opened: OpenedModel) -> str:
-    """The model's part of the keys of its added experts: a digest of all weights, including those of its base."""
-    base = opened.info.base_digest if opened.info else model_content(opened.base)
-    return hashlib.sha256(f"{model_content(opened.folder)}/{base}".encode()).hexdigest()
+    """The model's part of the keys of its added experts: a digest of its files, including those of its base."""
+    return hashlib.sha256(f"{model_content(opened.folder)}/{folder_digest(opened.base)}".encode()).hexdigest()
 
 
 def parent_record(opened: OpenedModel, config: Config, store: Store) -> dict[str, Any]:

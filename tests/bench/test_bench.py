@@ -151,15 +151,24 @@ def test_blend_of_one_expert_equals_one_plain_peft_lora(setting):
 def test_the_trainers_loss_equals_ours_on_the_same_batch(adapt, setting, tmp_path):
     examples = write_clips(tmp_path, setting.dense_model, short_lengths(2), context="30s")
     recogniser = make_dense(adapt, setting).eval()
-    trainer, _ = make_trainer(recogniser.whisper, trainer_dataset(examples), setting, tmp_path / "trainer")
+    trainer, _ = make_trainer(recogniser.whisper, trainer_dataset(examples, 80), setting, tmp_path / "trainer")
     batch = next(iter(BatchLoader(examples, num_workers=0, device=setting.device)([[0, 1]])))
-    inputs = collate_padded(trainer_dataset(examples), end=recogniser.whisper.config.eos_token_id)
+    inputs = collate_padded(trainer_dataset(examples, 80), end=recogniser.whisper.config.eos_token_id)
     if recogniser.slot is not None:
         recogniser.set_routing(None, len(batch))
     with torch.no_grad():
         theirs = trainer.compute_loss(recogniser.whisper, inputs)
         ours = recogniser(batch)[0] / batch.weight
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trainer_reads_what_the_loader_reads_of_a_recording(setting, tmp_path):
+    (whole,) = write_clips(tmp_path, setting.dense_model, [4.0], context="30s")
+    part = dataclasses.replace(whole, offset=1.0, duration=2.0)
+    (batch,) = BatchLoader([part], num_workers=0, device=setting.device)([[0]])
+    (row,) = trainer_dataset([part], 128)
+    expected_MF = log_mel(batch.audio_BS, 128)[0].cpu()
+    torch.testing.assert_close(torch.as_tensor(row["input_features"]), expected_MF, rtol=1e-3, atol=1e-3)
 
 
 def test_embeddings_equal_the_padded_encoders_where_nothing_is_padded(setting, tmp_path):

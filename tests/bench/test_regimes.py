@@ -57,6 +57,15 @@ def test_one_summary_row_for_each_regime_of_a_corpus_and_a_budget(benched):
     )
 
 
+def test_the_dev_rate_is_that_of_the_weights_that_were_kept(tmp_path):
+    rows = [("dev", 0.5), ("dev", 0.4), ("average", 0.3), ("test", 0.1)]
+    lines = [json.dumps({"step": n, "split": split, "wer": wer}) for n, (split, wer) in enumerate(rows)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:2], json.dumps({"split": "dev", "loss": 0.1}), ""]))
+    assert regimes.dev_wer(tmp_path) == 0.4
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    assert regimes.dev_wer(tmp_path) == 0.3
+
+
 def test_rates_are_those_of_the_runs_and_can_be_computed_again_from_the_file(benched, tmp_path):
     store, _, made = benched
     (row,) = (row for row in made["summary"] if row["regime"] == "mixture")

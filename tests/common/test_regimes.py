@@ -41,12 +41,13 @@ def test_adalora_ends_with_the_ranks_of_lora_unless_told_otherwise():
     ("adalora", "message"),
     [
         ({"warmup": 0.6, "final": 0.4}, "leave no step in between"),
-        ({"init_rank": 4, "target_rank": 8}, "init_rank is below target_rank"),
+        ({"init_rank": 4, "target_rank": 8}, "init_rank: 4 is below the mean rank of 8"),
+        ({"init_rank": 4}, "init_rank: 4 is below the mean rank of 16"),
     ],
 )
 def test_adalora_settings_that_cannot_be_are_refused(adalora, message):
     with pytest.raises(ConfigError, match=message):
-        validate({"adalora": adalora})
+        validate({"asr": {"adapt": "adalora"}, "adalora": adalora})
 
 
 @pytest.mark.parametrize(
@@ -57,12 +58,21 @@ def test_adalora_settings_that_cannot_be_are_refused(adalora, message):
         ("runtime.device", "gpu"),
         ("runtime.device", "cuda:"),
         ("extract.layer", -2),
+        ("lora.targets", ["q_proj", "vproj"]),
+        ("lora.targets", []),
         ("decode.max_new_tokens", 444),  # prompt 4 and end 1: 449 of the decoder's 448 positions
     ],
 )
 def test_what_no_stage_could_do_is_refused_at_once(path, value):
     with pytest.raises(ConfigError, match=path):
         resolve("full", options={path: value})
+
+
+def test_the_output_projection_is_in_neither_part_of_the_model():
+    targets = ["q_proj", "proj_out"]
+    assert resolve("full", options={"lora.targets": targets}).lora.targets == tuple(targets)
+    with pytest.raises(ConfigError, match="proj_out is outside the blocks"):
+        resolve("full", options={"lora.targets": targets, "lora.modules": "encoder"})
 
 
 def test_devices_that_there_may_be_are_let_through():

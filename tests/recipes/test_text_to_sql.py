@@ -3,19 +3,20 @@
 import copy
 import hashlib
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from common.errors import DataError, Preempted, UsageError
 from recipes.text_to_sql import run, sql
@@ -442,6 +443,38 @@ def test_a_finished_training_is_not_repeated_and_other_settings_are_refused(whol
     assert run.train(replace(settings, sql_threads=1)) == result
     with pytest.raises(UsageError, match=r"learning_rate=0\.01, not 0\.1"):
         run.train(replace(settings, learning_rate=0.1))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_files_that_changed_since_an_experiment_was_begun_are_refused(settings, tmp_path, monkeypatch, finished):
+    chosen = replace(settings, data=tmp_path / "data", output=tmp_path / "out", max_n_epochs=1)
+    shutil.copytree(settings.data, chosen.data)
+    with monkeypatch.context() as patch, nullcontext() if finished else pytest.raises(Preempted):
+        if not finished:
+            interrupt(patch, 2)
+        run.train(chosen)
+    database, pairs = find_database(chosen), chosen.data / "train.sql"
+    for path in (database, pairs):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"flight", b"FLIGHT"))
+        with pytest.raises(UsageError, match=f"sha256 of {path.name}"):
+            run.train(chosen)
+        path.write_bytes(before)
+    assert run.train(chosen)["steps"] > 0
+
+
+def test_embeddings_of_new_characters_depend_on_the_seed_alone(settings, tmp_path):
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "</s>", "<unk>", *(f"x{n}" for n in range(61))])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    config = T5Config(vocab_size=64, d_model=32, d_kv=32, num_heads=1, d_ff=32, num_layers=1, decoder_start_token_id=0)
+    save(TextToSql(T5ForConditionalGeneration(config)), tokenizer, tmp_path / "t5")
+    weights = []
+    for noise, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(noise)
+        chosen = replace(settings, finetune=True, model=str(tmp_path / "t5"), seed=seed)
+        weights.append(run.open_model(chosen, ["x"], ["x < y"])[0].t5.shared.weight)
+    assert len(weights[0]) > 64 and torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def entries(store):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"asr__learning_rate": 1e-2, "seed": 7, "audio__margin": 128},
+        {"asr__learning_rate": 1e-2, "seed": 7, "audio__margin": 128, "audio__long_audio": "drop"},
         {"asr__adapt": "full"},
         {"decode": {"max_new_tokens": 6, "normaliser": "published"}},
     ],

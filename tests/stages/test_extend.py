@@ -6,6 +6,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,12 @@ from click.testing import CliRunner
 from cli.main import cli
 from common.data.corpus import read_corpus, write_index
 from common.data.importers.tables import import_table
+from common.data.sources import folder_digest
 from common.data.tokens import load_codec
 from common.decoding.decode import Decoding
 from common.errors import DataError, StoreError, UsageError
 from common.evaluation.evaluate import decode_corpus
-from common.inference.added_experts import with_added
+from common.inference.added_experts import model_content, with_added
 from common.inference.load_model import open_model
 from common.inference.recordings import LoadedRecording, Recording
 from common.inference.subtitles import as_csv, table_rows
@@ -48,6 +50,7 @@ from common.training.added_experts import (
 )
 from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import enrolled, groups_of, parse_where, rotation, warn_of_strange_texts
+from stages.extend.extension import parent_digest
 from tests.common.model.test_added_experts import TARGETS, logits, model
 from tests.common.model.test_mixture import randomise
 from tests.factories import bundle_info, run_record, write_wav
@@ -184,6 +187,7 @@ def test_auto_adds_nothing_where_nothing_is_better_and_says_so(store, speech, mo
     assert "nothing is added" in moe_asr("extend", "micro", "--corpus", speech, "--speaker", "s00", "--store", store,
                                          "--quiet", "--device", "cpu")  # fmt: skip
     assert read_record(open_store(store), "micro-s00") is None
+    assert "selected on the same held-out utterances" in Path("extensions/micro-s00/s00/report.html").read_text()
 
 
 def test_two_extensions_of_one_parent_are_two_children(store, speech, tmp_path):
@@ -222,8 +226,11 @@ def test_an_extended_whisper_keeps_its_language_task_and_context(store, speech, 
     monkeypatch.setattr(  # micro is for English only
         "common.inference.load_model.load_codec", lambda folder, **_: load_codec(folder, language="en")
     )
+    treated = []
+    monkeypatch.setattr("stages.inputs.within_limits", lambda corpus, long, cache: treated.append(long) or corpus)
     usage = ["--language", "de", "--task", "translate", "--set", "audio.context=dynamic"]
     assert extend(store, speech, "--run", "german", *usage, model=micro_model)["run"] == "german"
+    assert [(long.model, long.language, long.task) for long in treated] == [(str(micro_model), "de", "translate")]
     german = opened("german", store, tmp_path)
     assert (german.spoken, german.task, german.language, german.context) == ("de", "translate", "en", "dynamic")
     with pytest.raises(UsageError, match="en: model german was trained for de"):
@@ -569,9 +576,11 @@ def test_a_choice_uses_utterances_from_the_whole_enrolment_and_measures_each_onc
     candidates = Candidates(None)
     assert candidates.best(range(40, 60)) == 1 and candidates.best([3, 5]) == 0
     assert len(measured) == CHOOSING + 2 and measured[0] == 40 and measured[CHOOSING - 1] == 59
-    assert candidates.losses(range(60)).shape == (CHOOSING + 2, 3)  # all that are known: enough
     assert candidates.weights([3]) == {0: pytest.approx(1 / 3), 1: pytest.approx(1 / 3)}
     assert len(measured) == CHOOSING + 2
+    before = set(measured)
+    assert candidates.losses(range(60)).shape == (CHOOSING, 3)  # as many as in a fold, however many are known
+    assert len(measured) == len(set(measured)) and 0 in {*measured} - before
 
 
 def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
@@ -666,3 +675,26 @@ def test_somebody_elses_adapter_is_extended_too(store, speech, micro_model, tmp_
     child = opened("ours", store, tmp_path)
     assert torch.equal(logits(child.recogniser), before)
     assert not torch.equal(logits(child.recogniser, [0] * 4), before)
+
+
+@pytest.mark.parametrize("file", ["own/adapter_config.json", "own/recogniser.json", "base/config.json",
+                                  "base/generation_config.json", "base/model.safetensors"])  # fmt: skip
+def test_the_key_has_all_that_decides_what_the_model_computes(tmp_path, file):
+    """And neither its added experts, nor what was measured, nor where the base was found."""
+
+    def digest():
+        model_content.cache_clear()
+        folder_digest.cache_clear()
+        return parent_digest(SimpleNamespace(folder=tmp_path / "own", base=tmp_path / "base"))
+
+    for name in (file, "base/model.safetensors", "own/report.json", "own/added/a/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"lora_alpha": 4, "base": "here"}')
+    before = digest()
+    for name in ("own/report.json", "own/added/a/adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    if file.startswith("own"):
+        (tmp_path / file).write_text('{"lora_alpha": 4, "base": "there"}')
+    assert digest() == before
+    (tmp_path / file).write_text('{"lora_alpha": 8}')
+    assert digest() != before

@@ -58,26 +58,34 @@ def test_masked_places_hold_the_mean_of_their_utterance():
     torch.manual_seed(1)
     mel_BMF = torch.randn(4, 80, 200)
     augmentation = Augmentation(time_masks=1, time_width=0.5, mel_masks=1, mel_width=20)
-    masked_BMF = augmentation.mel(mel_BMF, torch.full((4,), 200))
+    mel_BMF[:, :, 150:] = -1.5  # the silence after it is no part of its mean
+    masked_BMF = augmentation.mel(mel_BMF, torch.full((4,), 150))
     changed = masked_BMF != mel_BMF
-    mean_BMF = mel_BMF.mean((1, 2), keepdim=True).expand_as(mel_BMF)
+    mean_BMF = mel_BMF[..., :150].mean((1, 2), keepdim=True).expand_as(mel_BMF)
     torch.testing.assert_close(masked_BMF[changed], mean_BMF[changed])
+
+
+@pytest.mark.parametrize(("speed", "expected"), [(0.8, [63, 75]), (1.25, [40, 60])])
+def test_the_length_of_the_speech_changes_with_its_speed_if_it_fits(speed, expected):
+    audio_BS = torch.zeros(2, 75 * 320)
+    _, valid_B = Augmentation(speeds=(speed,)).audio(audio_BS, torch.tensor([50, 75]))
+    assert valid_B.tolist() == expected
 
 
 def test_the_same_random_state_gives_the_same_augmentation():
     augmentation = Augmentation(speeds=(0.9, 1.0, 1.1), time_masks=2, mel_masks=2)
     audio_BS, mel_BMF = torch.stack([speech_like(1.0)] * 4), torch.randn(4, 80, 100)
     torch.manual_seed(7)
-    first = augmentation.audio(audio_BS, torch.full((4,), 40)), augmentation.mel(mel_BMF, torch.full((4,), 100))
+    first = augmentation.audio(audio_BS, torch.full((4,), 40))[0], augmentation.mel(mel_BMF, torch.full((4,), 100))
     torch.manual_seed(7)
-    second = augmentation.audio(audio_BS, torch.full((4,), 40)), augmentation.mel(mel_BMF, torch.full((4,), 100))
+    second = augmentation.audio(audio_BS, torch.full((4,), 40))[0], augmentation.mel(mel_BMF, torch.full((4,), 100))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], audio_BS)
 
 
 def test_an_utterance_that_would_no_longer_fit_is_not_slowed_down():
     audio_BS = torch.stack([speech_like(1.0)] * 2)
-    slowed_BS = Augmentation(speeds=(0.8,)).audio(audio_BS, torch.tensor([50, 40]))
+    slowed_BS, _ = Augmentation(speeds=(0.8,)).audio(audio_BS, torch.tensor([50, 40]))
     assert torch.equal(slowed_BS[0], audio_BS[0])
     assert not torch.equal(slowed_BS[1], audio_BS[1])
 
@@ -85,7 +93,7 @@ def test_an_utterance_that_would_no_longer_fit_is_not_slowed_down():
 def test_without_options_nothing_is_touched():
     audio_BS, mel_BMF = torch.randn(2, 3200), torch.randn(2, 80, 20)
     none = Augmentation()
-    assert none.audio(audio_BS, torch.tensor([10, 10])) is audio_BS
+    assert none.audio(audio_BS, torch.tensor([10, 10]))[0] is audio_BS
     assert none.mel(mel_BMF, torch.tensor([20, 10])) is mel_BMF
     assert none.stretch == 1.0
     assert Augmentation(speeds=(0.8, 1.0)).stretch == pytest.approx(1.25)

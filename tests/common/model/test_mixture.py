@@ -10,7 +10,7 @@ from common.errors import DataError
 from common.model.adapters import load_expert, merge_experts, save_expert
 from common.model.gate import Gate
 from common.model.lowrank import low_rank_delta
-from common.model.mixture import MixtureLinear, add_mixture, mixture_columns, mixture_layers
+from common.model.mixture import MixtureLinear, add_mixture, linear_layers, mixture_columns, mixture_layers
 from common.model.routing import (
     Routing,
     RoutingSlot,
@@ -224,8 +224,10 @@ def test_collapse_is_reported():
 
 
 def test_targets_that_do_not_exist_are_named(micro_model):
-    with pytest.raises(ValueError, match="gate_proj"):
-        add_mixture(load_whisper(micro_model), targets=("gate_proj",), num_experts=1, rank=2, alpha=2)
+    with pytest.raises(DataError, match="named gate_proj, vproj in its encoder"):
+        linear_layers(load_whisper(micro_model), ("q_proj", "vproj", "gate_proj"), "encoder.layers")
+    with pytest.raises(DataError, match="named proj_out"):
+        linear_layers(load_whisper(micro_model), ("q_proj", "proj_out"), "decoder.layers")
 
 
 @pytest.fixture

@@ -77,12 +77,12 @@ def evaluate(model, full):
 OPTIONS = TrainOptions(epochs=4, learning_rate=0.05, patience=9, quiet=True, save_every_n_epochs=1)
 
 
-def fit(model, options=OPTIONS, *, size=4, folder=None, stop_at=None, scores=evaluate):
+def fit(model, options=OPTIONS, *, size=4, folder=None, stop_at=None, scores=evaluate, accelerator=None):
     log = MetricsLog(None)
     steps = iter(range(1, 10_000))
     result = train(
         model,
-        accelerator=make_accelerator("fp32", "cpu"),
+        accelerator=accelerator or make_accelerator("fp32", "cpu"),
         groups=[{"params": list(model.parameters()), "rate": 1.0, "weight_decay": 0.01}],
         plan_epoch=plan_epoch(size),
         load=load,
@@ -120,6 +120,42 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tmp_path, 
     _, rows = fit(resumed, folder=tmp_path)
     assert rows == expected
     assert torch.equal(weights(resumed), weights(whole))
+
+
+class OneOfTwo:
+    """An accelerator that counts two processes; the other one adds nothing."""
+
+    def __init__(self, rank):
+        self.num_processes, self.process_index, self.own = 2, rank, make_accelerator("fp32", "cpu")
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
+
+    def reduce(self, value, reduction):
+        return value
+
+
+def test_each_of_several_processes_draws_its_own_and_after_a_resume_the_same(tmp_path):
+    """Augmentation and dropout: the processes start from one seed, and only one of them writes checkpoints."""
+
+    class Drawing(Line):
+        def forward(self, batch):
+            if self.training:
+                drawn.append(torch.rand(()).item())
+            return super().forward(batch)
+
+    def draws(rank, **more):
+        drawn.clear()
+        fit(Drawing(), replace(OPTIONS, accumulate=2), accelerator=OneOfTwo(rank), **more)
+        return list(drawn)
+
+    drawn = []
+    first, second = draws(0), draws(1)
+    assert len({*first, *second}) == 24
+    with pytest.raises(Preempted):
+        draws(0, folder=tmp_path, stop_at=5)
+    for rank, expected in ((1, second), (0, first)):
+        assert draws(rank, folder=tmp_path) == expected[5:]
 
 
 @pytest.mark.parametrize("stop_at", [1, 13, 23])
