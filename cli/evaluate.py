@@ -61,9 +61,9 @@ def evaluate(
 ) -> None:
     """Measures a model's error rates on a split of a corpus.
 
-    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
-    name; CORPUS a folder with index.jsonl or its address. Speakers and groups for which the model has added experts
-    use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, report.html, and the
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. CORPUS is a folder with index.jsonl, or its address. Speakers and groups for which the model has added
+    experts use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, report.html, and the
     utterances as predictions.jsonl and, for spreadsheets, utterances.csv.
 
     \b

@@ -65,8 +65,10 @@ def export(
 ) -> None:
     """Writes a trained model in another tool's format.
 
-    MODEL is a run's name or the folder of a model. A mixture as adapters (peft, vllm) keeps its choice of experts; as a
-    dense model (merged, ctranslate2) it has one fixed routing, to be chosen with --expert, --weights or --routing.
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. A mixture as adapters (peft, vllm) keeps its choice of experts; as a dense model (merged, ctranslate2) it
+    has one fixed routing, to be chosen with --expert, --weights or --routing. A PEFT adapter, a Whisper checkpoint
+    and a fully fine-tuned model can be written as a dense model only.
 
     \b
         moe-asr export mine --to peft --out out/adapters

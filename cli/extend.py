@@ -74,10 +74,10 @@ def extend(
 ) -> None:
     """Adds an expert for a new speaker or group to a finished model, from a few utterances with text.
 
-    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, or a hub name. The model and
-    its results for all other speakers stay the same to the last bit. The utterances of split test are never used for
-    training. The extended model is a run of its own in the store. After an interruption, run the same command again to
-    continue.
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. The model and its results for all other speakers stay the same to the last bit. The utterances of split
+    test are never used for training. The extended model is a run of its own in the store. After an interruption, run
+    the same command again to continue.
 
     \b
         moe-asr extend mine --corpus data/new --speaker F07

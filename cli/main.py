@@ -34,7 +34,7 @@ def cli() -> None:
 
     \b
         moe-asr corpus synth data/demo         synthesise a small corpus
-        moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
+        moe-asr run --mode demo                extract, cluster, gating, asr, report
         moe-asr run --mode demo --dry-run      what is done, what is not, and why
         moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
     """

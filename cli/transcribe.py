@@ -27,7 +27,8 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="A run, a folder with a model, or a hub name.")
+@click.option("--model", required=True, help="A run's name; a folder or store address with a trained model, a PEFT "
+              "adapter or a Whisper checkpoint; or a hub name.")  # fmt: skip
 @click.option(
     "--format",
     "kind",

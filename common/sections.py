@@ -213,7 +213,9 @@ class SpeechTrainConfig(TrainConfig):
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
     compile: bool = Field(
-        False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."
+        False,
+        description="Compile the blocks of the model with torch.compile. Needs a C++ compiler on a CPU and a C "
+        "compiler on a GPU.",
     )
 
 
@@ -367,7 +369,11 @@ class RuntimeConfig(Section):
     log_file: str | None = Field(None, description="File that log lines are also written to.")
     save_every_n_epochs: int = Field(5, gt=0, description="Maximum number of epochs between two checkpoints.")
     checkpoint_minutes: float = Field(10, gt=0, description="Maximum number of minutes between two checkpoints.")
-    save_only_best: bool = Field(False, description="Keep only the best and the newest checkpoint.")
+    save_only_best: bool = Field(
+        False,
+        description="Write a checkpoint after an epoch only if it is the best so far. Timed checkpoints and the final "
+        "one are still written.",
+    )
     audio_cache_bytes: int = Field(
         20_000_000_000, ge=0, description="Maximum size of the local cache for audio from a remote corpus, in bytes."
     )

@@ -97,14 +97,17 @@ def _shipped_table(names: Sequence[str], folder: Sequence[str]) -> str:
 
 
 def preset_rows() -> list[str]:
-    """The presets in one table: batches, precision and the products of their nodes."""
+    """The presets in one table: batches, evaluation interval, precision and the products of their nodes."""
     rows = []
     for name in GPUS:
         values = dict(flatten(read_yaml(shipped("gpu", f"{name}.yaml"))))
         batches = [str(values.get(f"{stage}.batch_size", "mode's")) for stage in ("gating", "experts", "asr")]
         accumulate, workers = values.get("asr.gradient_accumulation_steps", 1), values["runtime.num_workers"]
+        interval = values.get("asr.eval_every_n_epochs", "mode's")
         precision = {"auto": "bf16, or fp16 where the device has none"}.get(values["precision"], values["precision"])
         products = ", ".join(p for p in PRODUCTS[name] if p != "none") or "–"
-        rows.append((f"`{name}`", " / ".join(batches), str(accumulate), str(workers), precision, products))
-    header = ("preset", "batch: gating / experts / asr", "accumulate", "workers", "precision", "node label says")
-    return table(header, rows)
+        rows.append(
+            (f"`{name}`", " / ".join(batches), str(accumulate), str(interval), str(workers), precision, products)
+        )
+    batch, interval = "batch: gating / experts / asr", "evaluate every n epochs"
+    return table(("preset", batch, "accumulate", interval, "workers", "precision", "node label says"), rows)

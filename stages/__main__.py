@@ -37,9 +37,9 @@ BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.laye
 def stages() -> None:
     """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
 
-    Without --mode and --config, the configuration of the newest run in ./runs is used, except for `runtime` and places:
-    --corpus and --model say where these are. Where $MOE_ASR_STORE is set, as in a workflow's pods, all of it comes from
-    MOE_ASR_* variables instead (docs/cluster.md).
+    Without --mode and --config, the configuration of the newest run in --store (default: runs) is used, except for
+    `runtime` and locations; give those with --corpus and --model. Where $MOE_ASR_STORE is set, as in a workflow's pods,
+    the whole configuration comes from MOE_ASR_* variables instead (docs/cluster.md).
     """
 
 
