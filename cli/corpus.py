@@ -227,10 +227,10 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     help="Column of a table for a field; an empty COLUMN leaves the field out. Fields: audio_filepath, text, text_alt, "
     "id, split, speaker, etiology, severity, offset, end, duration.",
 )
-@click.option("--heading", metavar="NAME,NAME,…", help="Column names of a table that has no heading row.")
+@click.option("--header", metavar="NAME,NAME,…", help="Column names of a table that has no header row.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, list each, and import the others.")
 @click.option(
-    "--mend-text",
+    "--normalise-characters",
     is_flag=True,
     help="Write texts as Whisper does: straight apostrophes and quotes, no full-width letters or invisible characters.",
 )
@@ -254,9 +254,9 @@ def import_corpus(
     kind: str,
     audio_root: Path | None,
     columns: tuple[str, ...],
-    heading: str | None,
+    header: str | None,
     skip_bad: bool,
-    mend_text: bool,
+    normalise_characters: bool,
     official_splits: bool,
     microphone: Literal["head", "array", "both"],
     copy_audio: bool,
@@ -288,7 +288,7 @@ def import_corpus(
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
     _check_given(kind)
-    shared: BuildOptions = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
+    shared: BuildOptions = {"copy_audio": copy_audio, "normalise_characters": normalise_characters, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
         made = import_sap(source, out, official_splits=official_splits, **shared)
@@ -297,15 +297,15 @@ def import_corpus(
     elif kind == "audiofolder":
         made = import_audiofolder(source, out, columns=mapping, skip_bad=skip_bad, **shared)
     else:
-        names = [name.strip() for name in heading.split(",")] if heading else []
+        names = [name.strip() for name in header.split(",")] if header else []
         made = import_table(
-            source, out, audio_root=audio_root, columns=mapping, heading=names, skip_bad=skip_bad, **shared
+            source, out, audio_root=audio_root, columns=mapping, header=names, skip_bad=skip_bad, **shared
         )
     _say_imported(out, made)
 
 
 FORMAT_OPTIONS = {
-    "table": ("--audio-root", "--column", "--heading", "--skip-bad"),
+    "table": ("--audio-root", "--column", "--header", "--skip-bad"),
     "audiofolder": ("--column", "--skip-bad"),
     "sap": ("--official-splits",),
     "torgo": ("--microphone",),

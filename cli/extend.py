@@ -141,7 +141,7 @@ def _config(config: Config, corpus: str, store_url: str, endpoint_url: str | Non
 
 def _planned(plan: Plan) -> str:
     seconds = sum(u.duration for u in plan.request.utterances)
-    state = {"done": "done", "missing": "to do", "damaged": "to do again"}[plan.state]
+    state = {"done": "done", "missing": "to do", "damaged": "stale"}[plan.state]
     return (
         f"{plan.request.name}: {len(plan.request.utterances)} utterances, {clock(seconds)}; method "
         f"{plan.request.method}; run {plan.run}; key {plan.task.key.digest[:8]}: {state}"

@@ -45,12 +45,12 @@ def show_plan(config: Config, *, as_json: bool) -> None:
         more = {task: forecast.row() for task, forecast in expected.items()}
         echo(json.dumps([row | more.get(row["task"], {}) for row in tasks], indent=1))
         return
-    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("to do again", "red")}
+    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("stale", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]
         reason += f": {expected[task].describe()}" if task in expected else ""
-        echo(f"{task:<{width}}  ", coloured(f"{word:<11}", colour), f"  {key[:8]:<8}  {reason}")
+        echo(f"{task:<{width}}  ", coloured(f"{word:<5}", colour), f"  {key[:8]:<8}  {reason}")
 
 
 cluster_option = click.option("--cluster", is_flag=True, help="Query the cluster. RUN names a run or a workflow.")
@@ -159,13 +159,13 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     store = open_store(store_url, endpoint_url=endpoint_url)
     results = []
     for label, _, seen in recorded_states(store, run_record(store, run), deep=True):
-        results.append((label, "whole" if seen.status == "done" else seen.status, seen.reason))
-    bad = [label for label, state, _ in results if state != "whole"]
+        results.append((label, "ok" if seen.status == "done" else seen.status, seen.reason))
+    bad = [label for label, state, _ in results if state != "ok"]
     if as_json:
         names = ("task", "state", "reason")
         echo(json.dumps([dict(zip(names, row, strict=True)) for row in results], indent=1))
     for label, state, reason in results if not as_json else ():
-        echo(f"{label:<12} ", coloured(state, "green" if state == "whole" else "red"), f"  {reason}")
+        echo(f"{label:<12} ", coloured(state, "green" if state == "ok" else "red"), f"  {reason}")
     if bad:
         raise DataError(f"{len(bad)} of {len(results)} results are missing or damaged: run it again to recreate them")
 

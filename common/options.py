@@ -110,7 +110,7 @@ BASE_OPTIONS = (
         "--set",
         "settings",
         multiple=True,
-        metavar="PATH=VALUE",
+        metavar="SECTION.KEY=VALUE",
         help="Any setting of the configuration, such as asr.epochs=3.",
     ),
     click.option(

@@ -59,7 +59,7 @@ class AudioConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to training audio, on the device; evaluation hears it as it is."""
+    """Augmentation of training audio, applied on the device. Evaluation audio is not changed."""
 
     speeds: tuple[float, ...] = Field((), description="Speed factors to draw from, such as [0.9, 1.0, 1.1].")
     time_masks: int = Field(0, ge=0, description="SpecAugment: time masks per utterance.")
@@ -159,7 +159,7 @@ class AdaloraConfig(Section):
         lt=1,
         description="Share of all steps after the last rank is removed. Checkpoints are selected among these.",
     )
-    interval: int = Field(10, gt=0, description="Optimizer steps between two allocations of ranks.")
+    interval: int = Field(10, gt=0, description="Optimiser steps between two allocations of ranks.")
     orthogonality: float = Field(0.5, ge=0, description="Weight of the penalty that keeps P and Q orthonormal.")
     value_rate: float = Field(
         20, gt=0, description="Learning rate of the singular values, as a multiple of asr.learning_rate."
@@ -178,9 +178,9 @@ class TrainConfig(Section):
     """What one run of the training loop needs."""
 
     epochs: int = Field(10, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
-    max_steps: int | None = Field(None, gt=0, description="Maximum number of optimizer steps.")
+    max_steps: int | None = Field(None, gt=0, description="Maximum number of optimiser steps.")
     batch_size: int = Field(4, gt=0, description="Utterances per batch.")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="Batches per optimizer step, over all processes.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Batches per optimiser step, over all processes.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of all steps in which the learning rate rises.")
@@ -242,7 +242,7 @@ class ExpertsConfig(SpeechTrainConfig):
     """Pre-training of one expert per cluster, and of the shared one before them with `asr.pretrain: experts`."""
 
     shared_max_steps: int | None = Field(
-        None, gt=0, description="Maximum number of optimizer steps of the shared expert, with asr.pretrain: experts."
+        None, gt=0, description="Maximum number of optimiser steps of the shared expert, with asr.pretrain: experts."
     )
     epochs: int = Field(3, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
     learning_rate: float = Field(

@@ -107,7 +107,9 @@ def _odd_forms(utterances: Iterable[Utterance]) -> Iterator[Finding]:
             first = first or u.id
     if counts:
         kinds = "texts with " + ", ".join(f"{form}: {count}" for form, count in counts.most_common())
-        yield Finding("odd-forms", first, f"{kinds} (`moe-asr corpus import --mend-text` mends them)", "warning")
+        yield Finding(
+            "odd-forms", first, f"{kinds} (`moe-asr corpus import --normalise-characters` converts them)", "warning"
+        )
 
 
 def _no_speakers(utterances: Sequence[Utterance]) -> Iterator[Finding]:

@@ -161,7 +161,7 @@ def _check_chosen(table: Path, present: Sequence[str], chosen: Mapping[str, Colu
                 f"{', '.join(map(repr, present))}; {_advice(present)}"
             )
     if AUDIO_SUFFIX.search(chosen["audio_filepath"].name):
-        raise DataError(f"{table}: its first row is data ({', '.join(map(repr, present))}): {_NO_HEADING}")
+        raise DataError(f"{table}: its first row is data ({', '.join(map(repr, present))}): {_NO_HEADER}")
     for field, column in chosen.items():
         if present.count(column.name) > 1:
             raise DataError(
@@ -170,7 +170,7 @@ def _check_chosen(table: Path, present: Sequence[str], chosen: Mapping[str, Colu
             )
 
 
-_NO_HEADING = "name its columns by --heading, as in --heading audio_filepath,text"
+_NO_HEADER = "name its columns by --header, as in --header audio_filepath,text"
 
 
 def _advice(present: Sequence[str]) -> str:
@@ -180,7 +180,7 @@ def _advice(present: Sequence[str]) -> str:
             "it is a manifest of Lhotse: write its cuts as a table of audio_filepath, offset, duration, text, speaker"
         )
     if len(present) < 2 or any(_looks_like_data(name) for name in present):
-        return f"if it has no heading row, {_NO_HEADING}"
+        return f"if it has no header row, {_NO_HEADER}"
     return "say which one it is by --column, as in --column text=transcription"
 
 
