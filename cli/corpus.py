@@ -61,7 +61,7 @@ def synth(
     seed: int,
     etiologies: tuple[str, ...],
 ) -> None:
-    """Synthesises a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
+    """Synthesise a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
 
     `--kind bench` is harder: groups that replace one sound by another in conflicting ways, and words and a group of
     speakers that are not in the training data. With `--kind bench-alike` all groups have the same voices, so that one
@@ -116,7 +116,7 @@ def opened(path: str, endpoint_url: str | None) -> Corpus:
 @click.option("--shard-size", default="256MB", show_default=True, help="Maximum size of a tar shard.")
 @endpoint_option
 def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> None:
-    """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
+    """Pack a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
 
     \b
         moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
@@ -145,7 +145,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(path: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Counts utterances, hours and speakers.
+    """Count utterances, hours and speakers.
 
     \b
         moe-asr corpus stats data/mine
@@ -182,7 +182,7 @@ def _cell(value: object) -> str:
 @click.option("--model", help="Checkpoint folder whose tokenizer counts the tokens of each text.")
 @endpoint_option
 def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
-    """Finds problems for training: unreadable audio, missing text, speakers in two splits, …
+    """Find problems for training: unreadable audio, missing text, speakers in two splits, …
 
     \b
         moe-asr corpus audit data/mine --model models/whisper-tiny.en
@@ -262,7 +262,7 @@ def import_corpus(
     copy_audio: bool,
     seed: int,
 ) -> None:
-    """Makes a corpus from recordings with transcripts.
+    """Make a corpus from recordings with transcripts.
 
     SOURCE is a table, or a folder of one of three kinds.
 

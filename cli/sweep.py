@@ -46,7 +46,7 @@ def sweep(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
+    """Run several regimes with the same number of optimiser steps, pre-training included, and compare them.
 
     Regimes: mixture, speaker, etiology, one-group, shuffled, regular, dense, dense-plain, pretrained, alone, loss,
     hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished runs are skipped.

@@ -19,7 +19,7 @@ def text_language(language: str, task: str) -> str:
 
 
 class CorpusConfig(Section):
-    """What to train on."""
+    """Training corpus."""
 
     path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that contains index.jsonl.")
 
@@ -129,7 +129,7 @@ class ClusterConfig(Section):
 
 
 class LoraConfig(Section):
-    """The shape of the experts."""
+    """Rank, scale and targets of the LoRA experts."""
 
     rank: int = Field(16, gt=0, description="Rank of each routed expert.")
     alpha: float = Field(32, gt=0, description="Scale of every expert's output: alpha / rank.")
@@ -146,7 +146,7 @@ class LoraConfig(Section):
 
 
 class AdaloraConfig(Section):
-    """AdaLoRA: one adapter whose ranks go where they matter (`asr.adapt: adalora`); the rest is `lora`'s."""
+    """AdaLoRA: one adapter whose ranks are allocated by importance (`asr.adapt: adalora`). `lora` has the rest."""
 
     init_rank: int | None = Field(
         None, gt=0, description="Rank of each layer at the start. 1.5 times the target when unset."
@@ -257,7 +257,7 @@ class ExpertsConfig(SpeechTrainConfig):
 
 
 class AsrConfig(SpeechTrainConfig):
-    """Joint training, and the regime of it."""
+    """Joint training and its regime."""
 
     epochs: int = Field(5, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
     learning_rate: float = Field(
@@ -360,7 +360,7 @@ class DecodeConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """What no result depends on: never part of a key."""
+    """Settings that do not affect results and are not part of any key."""
 
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="Device: auto, cpu, cuda or one GPU as cuda:1."

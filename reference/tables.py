@@ -63,9 +63,8 @@ FIELDS = {
     "key": "the key, 32 hexadecimal digits",
     "shard": "number of the task in its stage; null for a stage of one task",
     "ingredients": "what the key was made of, in plain text: configuration values, input keys, format",
-    "version": "of moe-asr",
-    "host": "where it was made",
-    "seconds": "how long it took",
+    "version": "version of moe-asr",
+    "host": "name of the machine that made it",
     "metrics": "figures of the stage, and the last values of its live metrics",
 }
 

@@ -35,7 +35,7 @@ BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.laye
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="stages")
 def stages() -> None:
-    """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
+    """Run one stage; its inputs are the outputs of the earlier stages with the same configuration.
 
     Without --mode and --config, the configuration of the newest run in --store (default: runs) is used, except for
     `runtime` and locations; give those with --corpus and --model. Where $MOE_ASR_STORE is set, as in a workflow's pods,
@@ -147,14 +147,14 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
 @stages.command("plan")
 @click.option("--stage", default="", help="Stage whose shards are planned. Without it, the first plan of a workflow.")
 def plan_command(stage: str) -> None:
-    """A workflow's plan: which tasks its stages have and under which keys (configured by variables)."""
+    """Print a workflow's plan: which tasks its stages have and under which keys (configured by variables)."""
     set_up_logging()
     pod.plan_stage(stage)
 
 
 @stages.command("report")
 def report_command() -> None:
-    """A workflow's summary and report, once its stages are done (configured by variables)."""
+    """Write a workflow's summary and report, once its stages are done (configured by variables)."""
     set_up_logging()
     echo(json.dumps(pod.write_report(), indent=1))
 
@@ -163,14 +163,14 @@ def report_command() -> None:
 @click.argument("status")
 @click.argument("failures", default="[]")
 def outcome_command(status: str, failures: str) -> None:
-    """Notes in the store how a workflow ended and why (configured by variables)."""
+    """Record in the store how a workflow ended and why (configured by variables)."""
     set_up_logging()
     echo(json.dumps(pod.write_outcome(status, failures), indent=1))
 
 
 @stages.command("extend-plan")
 def extend_plan_command() -> None:
-    """A workflow's plan of added experts, one item for each speaker or group (configured by variables)."""
+    """Print a workflow's plan of added experts, one item for each speaker or group (configured by variables)."""
     from stages.extend import pods
 
     set_up_logging()
@@ -180,7 +180,7 @@ def extend_plan_command() -> None:
 @stages.command("extend-one")
 @click.argument("who")
 def extend_one_command(who: str) -> None:
-    """An added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet (configured by variables)."""
+    """Make an added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet (configured by variables)."""
     from stages.extend import pods
 
     set_up_logging()
@@ -189,7 +189,7 @@ def extend_one_command(who: str) -> None:
 
 @stages.command("extend-join")
 def extend_join_command() -> None:
-    """The run that names all added experts of a workflow (configured by variables)."""
+    """Write the run that names all added experts of a workflow (configured by variables)."""
     from stages.extend import pods
 
     set_up_logging()

@@ -114,7 +114,7 @@ def plan_sweep(
     settings = settings or {}
     for name in (*regimes, *settings):
         if name not in REGIMES:
-            raise UsageError(f"no regime {name!r}: there are {', '.join(REGIMES)}")
+            raise UsageError(f"unknown regime {name!r}; choose one of {', '.join(REGIMES)}")
     if len(set(regimes)) < len(regimes) or not regimes:
         raise UsageError(f"--regimes {','.join(regimes)}: name each regime once")
     runs = []

@@ -142,7 +142,7 @@ def _misfit(field: str, name: str, records: Sequence[Mapping[str, Any]]) -> str:
         return f"it {error}"
     if field == "id":
         common = Counter(values).most_common(1)
-        return f"{common[0][0]!r} stands in it {common[0][1]} times" if common and common[0][1] > 1 else ""
+        return f"value {common[0][0]!r} occurs {common[0][1]} times" if common and common[0][1] > 1 else ""
     wrong = next((value for value in values if value and not _fits(field, value)), None)
     return f"{wrong!r} is no {'split' if field == 'split' else 'number of seconds'}" if wrong is not None else ""
 
@@ -165,8 +165,8 @@ def _check_chosen(table: Path, present: Sequence[str], chosen: Mapping[str, Colu
     for field, column in chosen.items():
         if present.count(column.name) > 1:
             raise DataError(
-                f"{table}: {present.count(column.name)} columns are named {column.name!r}, which is {field}: rename "
-                "all but one"
+                f"{table}: {present.count(column.name)} columns are named {column.name!r}, the column for field "
+                f"{field}: rename all but one"
             )
 
 
