@@ -80,7 +80,7 @@ def regime_rows(corpus: str, budgets: Sequence[int], results: Path = RESULTS / "
     rows = _summary(results)
     rows = [row for steps in budgets for row in rows if (row["corpus"], row["steps"]) == (corpus, steps)]
     rows = [row for row in rows if row["regime"] != "base"] + [row for row in rows if row["regime"] == "base"][:1]
-    rates = ("dev WER", "test WER", "of seeds", "minus `dense`", "minus `dense-plain`", "worst group", "unheard group")
+    rates = ("dev WER", "test WER", "of seeds", "minus `dense`", "minus `dense-plain`", "worst group", "unseen group")
     return _table(("regime", "steps", "seeds", *rates), map(_regime, rows))
 
 
@@ -90,7 +90,7 @@ def _regime(row: dict[str, Any]) -> tuple[str, ...]:
     shown = f"`{name}`, {note}" if note else f"`{name}`"
     base = name == "base"
     minus = () if base or label.startswith("earlier") else (row["minus_dense"], row["minus_dense-plain"])
-    unheard = _difference(row["unseen_minus_dense"]) if minus else ""
+    unseen = _difference(row["unseen_minus_dense"]) if minus else ""
     return (
         shown,
         "" if base else f"{row['steps']:,}",
@@ -100,7 +100,7 @@ def _regime(row: dict[str, Any]) -> tuple[str, ...]:
         ", ".join(map(_percent, row["wer_of_seeds"])),
         *(map(_difference, minus) if minus else ("", "")),
         f"{row['worst_group_name']} {_percent(row['worst_group'])}",
-        "; ".join(filter(None, (_percent(row["wer_unseen"]), unheard))),
+        "; ".join(filter(None, (_percent(row["wer_unseen"]), unseen))),
     )
 
 
@@ -126,14 +126,14 @@ def extension_costs(utterances: int = 36, results: Path = RESULTS / "extend.json
 
 
 def person_rows(results: Path = RESULTS / "extend.json") -> list[str]:
-    """WER of single persons by method, of the unheard group and of trained groups."""
+    """WER of single persons by method, of the unseen group and of trained groups."""
     rows = [row for row in _summary(results) if not row["utterances"]]
     kinds = sorted({row["new"] for row in rows}, reverse=True)
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(row["way"], {})[row["new"]] = _with_difference(row)
     lines = [(WAYS[way], *(cells[way].get(kind, "") for kind in kinds)) for way in WAYS if way in cells]
-    return _table(("method", *kinds), lines)
+    return _table(("method", *(kind.replace("unheard", "unseen") for kind in kinds)), lines)
 
 
 def group_rows(results: Path = RESULTS / "extend.json") -> list[str]:

@@ -21,7 +21,13 @@ FIGURES |= {"ARI etiology": "etiology", "ARI speaker": "speaker"}
 @click.argument("run")
 @click.argument("corpus")
 @with_store
-@click.option("--layer", "layers", type=int, multiple=True, help="Encoder layer to compare too (encodes again).")
+@click.option(
+    "--layer",
+    "layers",
+    type=int,
+    multiple=True,
+    help="Additional encoder layer to compare; repeatable. The audio is encoded again.",
+)
 @click.option(
     "--pooling", "poolings", multiple=True, type=click.Choice(("mean", "max", "meanstd")), help="Pooling to compare."
 )
@@ -41,7 +47,7 @@ def clusterings(
     device: str,
     as_json: bool,
 ) -> None:
-    """Compares encoder layers, poolings and clusterings for the groups of a finished RUN's gate, on its CORPUS.
+    """Compare encoder layers, poolings and clusterings for the groups of a finished RUN's gate, on its CORPUS.
 
     \b
         moe-asr clusterings mine data/mine

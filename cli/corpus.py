@@ -61,7 +61,7 @@ def synth(
     seed: int,
     etiologies: tuple[str, ...],
 ) -> None:
-    """Synthesises a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
+    """Synthesise a corpus with espeak-ng: voices, rates and effects as stand-ins for etiologies.
 
     `--kind bench` is harder: groups that replace one sound by another in conflicting ways, and words and a group of
     speakers that are not in the training data. With `--kind bench-alike` all groups have the same voices, so that one
@@ -116,7 +116,7 @@ def opened(path: str, endpoint_url: str | None) -> Corpus:
 @click.option("--shard-size", default="256MB", show_default=True, help="Maximum size of a tar shard.")
 @endpoint_option
 def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> None:
-    """Packs a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
+    """Pack a corpus into tar shards, from and to folders or s3:// addresses: loaders then read only their ranges.
 
     \b
         moe-asr corpus pack data/mine s3://bucket/mine --shard-size 256MB
@@ -145,7 +145,7 @@ def pack(source: str, dest: str, shard_size: str, endpoint_url: str | None) -> N
 @endpoint_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def stats(path: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Counts utterances, hours and speakers.
+    """Count utterances, hours and speakers.
 
     \b
         moe-asr corpus stats data/mine
@@ -182,7 +182,7 @@ def _cell(value: object) -> str:
 @click.option("--model", help="Checkpoint folder whose tokenizer counts the tokens of each text.")
 @endpoint_option
 def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
-    """Finds problems for training: unreadable audio, missing text, speakers in two splits, …
+    """Find problems for training: unreadable audio, missing text, speakers in two splits, …
 
     \b
         moe-asr corpus audit data/mine --model models/whisper-tiny.en
@@ -227,10 +227,10 @@ def audit(path: str, model: str | None, endpoint_url: str | None) -> None:
     help="Column of a table for a field; an empty COLUMN leaves the field out. Fields: audio_filepath, text, text_alt, "
     "id, split, speaker, etiology, severity, offset, end, duration.",
 )
-@click.option("--heading", metavar="NAME,NAME,…", help="Column names of a table that has no heading row.")
+@click.option("--header", metavar="NAME,NAME,…", help="Column names of a table that has no header row.")
 @click.option("--skip-bad", is_flag=True, help="Leave out rows with a fault, list each, and import the others.")
 @click.option(
-    "--mend-text",
+    "--normalise-characters",
     is_flag=True,
     help="Write texts as Whisper does: straight apostrophes and quotes, no full-width letters or invisible characters.",
 )
@@ -254,15 +254,15 @@ def import_corpus(
     kind: str,
     audio_root: Path | None,
     columns: tuple[str, ...],
-    heading: str | None,
+    header: str | None,
     skip_bad: bool,
-    mend_text: bool,
+    normalise_characters: bool,
     official_splits: bool,
     microphone: Literal["head", "array", "both"],
     copy_audio: bool,
     seed: int,
 ) -> None:
-    """Makes a corpus from recordings with transcripts.
+    """Make a corpus from recordings with transcripts.
 
     SOURCE is a table, or a folder of one of three kinds.
 
@@ -288,7 +288,7 @@ def import_corpus(
 
     kind = ("audiofolder" if source.is_dir() else "table") if kind == "auto" else kind
     _check_given(kind)
-    shared: BuildOptions = {"copy_audio": copy_audio, "mend_text": mend_text, "seed": seed}
+    shared: BuildOptions = {"copy_audio": copy_audio, "normalise_characters": normalise_characters, "seed": seed}
     mapping = _columns(columns)
     if kind == "sap":
         made = import_sap(source, out, official_splits=official_splits, **shared)
@@ -297,15 +297,15 @@ def import_corpus(
     elif kind == "audiofolder":
         made = import_audiofolder(source, out, columns=mapping, skip_bad=skip_bad, **shared)
     else:
-        names = [name.strip() for name in heading.split(",")] if heading else []
+        names = [name.strip() for name in header.split(",")] if header else []
         made = import_table(
-            source, out, audio_root=audio_root, columns=mapping, heading=names, skip_bad=skip_bad, **shared
+            source, out, audio_root=audio_root, columns=mapping, header=names, skip_bad=skip_bad, **shared
         )
     _say_imported(out, made)
 
 
 FORMAT_OPTIONS = {
-    "table": ("--audio-root", "--column", "--heading", "--skip-bad"),
+    "table": ("--audio-root", "--column", "--header", "--skip-bad"),
     "audiofolder": ("--column", "--skip-bad"),
     "sap": ("--official-splits",),
     "torgo": ("--microphone",),

@@ -27,7 +27,7 @@ COLOURS = {"ok": "green", "note": "yellow", "fail": "red"}
 def doctor(
     context: click.Context, store_url: str | None, endpoint_url: str | None, only_store: bool, as_json: bool
 ) -> None:
-    """Checks versions, device, memory, disk, decoding and a store before a run needs them.
+    """Check versions, device, memory, disk, decoding and a store before a run needs them.
 
     The exit code is 0 if nothing prevents a run, and 1 otherwise; a note does not prevent runs.
 

@@ -29,7 +29,7 @@ from common.storage import open_store
 @click.option("--price", type=click.FloatRange(0), help="Price of one hour of a GPU or CPU, in any currency.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def estimate(hours: float, gpus: int, source: str, price: float | None, as_json: bool, **options: Any) -> None:
-    """Estimates the time of each stage for a corpus of --hours, from a finished run on the same kind of machine.
+    """Estimate the time of each stage for a corpus of --hours, from a finished run on the same kind of machine.
 
     Limits of steps (asr.max_steps) and of utterances (subsets.asr_samples and the like) are applied. For an existing
     corpus, `moe-asr run --dry-run` gives a more exact estimate.
@@ -98,7 +98,7 @@ def run_pace(config: Config, name: str) -> Pace:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def fit_batch(tokens: int, memory: float | None, as_json: bool, **options: Any) -> None:
-    """Runs steps of joint training until memory is full, and prints the largest batch that fits.
+    """Run steps of joint training until memory is full, and print the largest batch that fits.
 
     \b
         moe-asr fit-batch --model openai/whisper-large-v3 --gpu auto

@@ -59,12 +59,12 @@ def evaluate(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Measures a model's error rates on a split of a corpus.
+    """Measure a model's error rates on a split of a corpus.
 
-    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, a store address or a hub
-    name; CORPUS a folder with index.jsonl or its address. Speakers and groups for which the model has added experts
-    use them; --speaker or --expert selects one for all utterances. Writes evaluation.json, report.html, and the
-    utterances as predictions.jsonl and, for spreadsheets, utterances.csv.
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. CORPUS is a folder with index.jsonl, or its address. Speakers and groups for which the model has added
+    experts use them; --speaker or --expert selects one for all utterances. The output folder has evaluation.json,
+    report.html, and the utterances as predictions.jsonl and, for spreadsheets, utterances.csv.
 
     \b
         moe-asr evaluate mine data/mine
@@ -165,7 +165,7 @@ def compare(
     endpoint_url: str | None,
     as_json: bool,
 ) -> None:
-    """Compares runs, and folders written by `evaluate`, on the same test utterances.
+    """Compare runs, and folders written by `evaluate`, on the same test utterances.
 
     Differences come with intervals from a paired bootstrap over speakers.
 

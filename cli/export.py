@@ -63,10 +63,12 @@ def export(
     store_url: str,
     endpoint_url: str | None,
 ) -> None:
-    """Writes a trained model in another tool's format.
+    """Write a trained model in another tool's format.
 
-    MODEL is a run's name or the folder of a model. A mixture as adapters (peft, vllm) keeps its choice of experts; as a
-    dense model (merged, ctranslate2) it has one fixed routing, to be chosen with --expert, --weights or --routing.
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. A mixture as adapters (peft, vllm) keeps its choice of experts; as a dense model (merged, ctranslate2) it
+    has one fixed routing, to be chosen with --expert, --weights or --routing. A PEFT adapter, a Whisper checkpoint
+    and a fully fine-tuned model can be written as a dense model only.
 
     \b
         moe-asr export mine --to peft --out out/adapters
@@ -125,7 +127,7 @@ def merge(
     store_url: str,
     endpoint_url: str | None,
 ) -> None:
-    """Makes one model from several runs: the weighted mean of what their adapters add to the base.
+    """Make one model from several runs: the weighted mean of what their adapters add to the base.
 
     MODELS are runs' names or folders of models, trained on one base with the same targets. Mixtures can be merged where
     they have the same gate. Extensions of one model become that model with all their added experts, exactly.

@@ -40,7 +40,8 @@ METHODS = ("auto", "choose", "gates", "expert", "neighbour")
     type=click.Choice(METHODS),
     default="auto",
     show_default=True,
-    help="Method. auto selects the simplest one that cross-validation finds good, or none.",
+    help="Method. auto selects the simplest method within one standard error of the best in cross-validation, or adds "
+    "nothing if none improves on the model.",
 )
 @click.option("--run", "run_name", default="", help="Name of the extended model. [default: MODEL-NAME]")
 @click.option("--replace", is_flag=True, help="Replace the existing expert for this speaker or group.")
@@ -72,12 +73,12 @@ def extend(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Adds an expert for a new speaker or group to a finished model, from a few utterances with text.
+    """Add an expert for a new speaker or group to a finished model, from a few utterances with text.
 
-    MODEL is a run, a folder with a trained model, a PEFT adapter or a Whisper checkpoint, or a hub name. The model and
-    its results for all other speakers stay the same to the last bit. The utterances of split test are never used for
-    training. The extended model is a run of its own in the store. After an interruption, run the same command again to
-    continue.
+    MODEL is a run's name; a folder or store address with a trained model, a PEFT adapter or a Whisper checkpoint; or a
+    hub name. The model and its results for all other speakers stay the same to the last bit. The utterances of split
+    test are never used for training. The extended model is a run of its own in the store. After an interruption, run
+    the same command again to continue.
 
     \b
         moe-asr extend mine --corpus data/new --speaker F07
@@ -142,7 +143,7 @@ def _config(config: Config, corpus: str, store_url: str, endpoint_url: str | Non
 
 def _planned(plan: Plan) -> str:
     seconds = sum(u.duration for u in plan.request.utterances)
-    state = {"done": "done", "missing": "to do", "damaged": "to do again"}[plan.state]
+    state = {"done": "done", "missing": "to do", "damaged": "stale"}[plan.state]
     return (
         f"{plan.request.name}: {len(plan.request.utterances)} utterances, {clock(seconds)}; method "
         f"{plan.request.method}; run {plan.run}; key {plan.task.key.digest[:8]}: {state}"
@@ -165,8 +166,8 @@ def _told(made: Extension, page: Path) -> str:
     """What came of it, for the terminal."""
     info, details = made.info, made.details
     lines = [f"{way:<10} held-out cross-entropy {loss:.3f}" for way, loss in details["ways"].items()]
-    lines[:1] = [line.replace("none      ", "as it is  ") for line in lines[:1]]
-    lines += [f"{way:<10} given up: clearly worse on the first part" for way in details["given_up"]]
+    lines[:1] = [line.replace("none      ", "unchanged ") for line in lines[:1]]
+    lines += [f"{way:<10} not evaluated further: clearly worse on the first part" for way in details["given_up"]]
     if info.gain is not None and info.interval is not None:
         tried = "" if info.method != "none" else f" by {details['tried']}"
         lines.append(
@@ -193,7 +194,7 @@ def experts() -> None:
 @with_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def experts_list(model: str, store_url: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Lists the added experts: for whom, from how much speech, with what expected gain.
+    """List the added experts: for whom, from how much speech, with what expected gain.
 
     \b
         moe-asr experts list mine-F07
@@ -237,7 +238,7 @@ def _added(model: str, store_url: str, endpoint_url: str | None) -> list[AddedEx
 @click.argument("name")
 @with_store
 def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None) -> None:
-    """Shows everything that a model records about one added expert, as JSON.
+    """Show everything that a model records about one added expert, as JSON.
 
     \b
         moe-asr experts show mine-F07 F07
@@ -256,7 +257,7 @@ def experts_show(model: str, name: str, store_url: str, endpoint_url: str | None
 @click.argument("name")
 @with_store
 def experts_remove(model: str, name: str, store_url: str, endpoint_url: str | None) -> None:
-    """Removes an added expert from a run, and deletes its files if no other run uses it.
+    """Remove an added expert from a run, and delete its files if no other run uses it.
 
     \b
         moe-asr experts remove mine-F07 F07

@@ -34,7 +34,7 @@ def cli() -> None:
 
     \b
         moe-asr corpus synth data/demo         synthesise a small corpus
-        moe-asr run --mode demo                extract, cluster, gating, experts, asr, report
+        moe-asr run --mode demo                extract, cluster, gating, asr, report
         moe-asr run --mode demo --dry-run      what is done, what is not, and why
         moe-asr submit --gpu h100-80 …         the same on a Kubernetes cluster with Argo
     """
@@ -46,7 +46,7 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would run, and why, without running it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def run(resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Runs the stages that are not done, in order, and prints the word error rates before and after training.
+    """Run the stages that are not done, in order, and print the word error rates before and after training.
 
     \b
         moe-asr run --mode demo
@@ -72,7 +72,7 @@ def config_group() -> None:
 @config_group.command("show")
 @config_options
 def config_show(**options: Any) -> None:
-    """Prints the resolved configuration, as YAML that --config reads.
+    """Print the resolved configuration, as YAML that --config reads.
 
     \b
         moe-asr config show --mode demo > my.yaml

@@ -18,7 +18,7 @@ def model() -> None:
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 def import_model(source: str, out: Path) -> None:
-    """Converts a CTranslate2 Whisper model (as faster-whisper uses) to a Hugging Face checkpoint.
+    """Convert a CTranslate2 Whisper model (as faster-whisper uses) to a Hugging Face checkpoint.
 
     SOURCE is a folder with model.bin, or `tiny.en` for the weights that the demo extra installs.
 

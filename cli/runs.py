@@ -45,12 +45,12 @@ def show_plan(config: Config, *, as_json: bool) -> None:
         more = {task: forecast.row() for task, forecast in expected.items()}
         echo(json.dumps([row | more.get(row["task"], {}) for row in tasks], indent=1))
         return
-    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("to do again", "red")}
+    words = {"done": ("done", "green"), "todo": ("to do", "yellow"), "stale": ("stale", "red")}
     width = max(len(row[0]) for row in rows)
     for task, state, reason, key in rows:
         word, colour = words[state]
         reason += f": {expected[task].describe()}" if task in expected else ""
-        echo(f"{task:<{width}}  ", coloured(f"{word:<11}", colour), f"  {key[:8]:<8}  {reason}")
+        echo(f"{task:<{width}}  ", coloured(f"{word:<5}", colour), f"  {key[:8]:<8}  {reason}")
 
 
 cluster_option = click.option("--cluster", is_flag=True, help="Query the cluster. RUN names a run or a workflow.")
@@ -65,7 +65,7 @@ cluster_option = click.option("--cluster", is_flag=True, help="Query the cluster
 def status(
     run: str, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None, as_json: bool
 ) -> None:
-    """Shows how far a run is, on this machine or on a cluster.
+    """Show how far a run is, on this machine or on a cluster.
 
     \b
         moe-asr status demo
@@ -116,7 +116,7 @@ def runs() -> None:
 @with_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def runs_list(store_url: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Lists the runs of a store.
+    """List the runs of a store.
 
     \b
         moe-asr runs list --store s3://bucket/runs
@@ -155,7 +155,7 @@ def _run_facts(store: Store, name: str) -> dict[str, Any]:
 @with_store
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) -> None:
-    """Re-hashes everything that a run has made.
+    """Re-hash all results of a run.
 
     \b
         moe-asr verify demo
@@ -163,15 +163,18 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
     store = open_store(store_url, endpoint_url=endpoint_url)
     results = []
     for label, _, seen in recorded_states(store, run_record(store, run), deep=True):
-        results.append((label, "whole" if seen.status == "done" else seen.status, seen.reason))
-    bad = [label for label, state, _ in results if state != "whole"]
+        results.append((label, "ok" if seen.status == "done" else seen.status, seen.reason))
+    bad = [label for label, state, _ in results if state != "ok"]
     if as_json:
         names = ("task", "state", "reason")
         echo(json.dumps([dict(zip(names, row, strict=True)) for row in results], indent=1))
     for label, state, reason in results if not as_json else ():
-        echo(f"{label:<12} ", coloured(state, "green" if state == "whole" else "red"), f"  {reason}")
+        echo(f"{label:<12} ", coloured(state, "green" if state == "ok" else "red"), f"  {reason}")
     if bad:
-        raise DataError(f"{len(bad)} of {len(results)} results are missing or damaged: run it again to recreate them")
+        raise DataError(
+            f"{len(bad)} of {len(results)} results are missing or damaged: run `moe-asr run` with this run's "
+            "configuration to recreate them"
+        )
 
 
 @click.command()
@@ -183,7 +186,7 @@ def verify(run: str, store_url: str, endpoint_url: str | None, as_json: bool) ->
 def logs(
     run: str, stage: str | None, store_url: str, endpoint_url: str | None, cluster: bool, namespace: str | None
 ) -> None:
-    """Prints the log of a run, or the lines of one stage.
+    """Print the log of a run, or the lines of one stage.
 
     \b
         moe-asr logs demo asr
@@ -213,7 +216,7 @@ def logs(
     help="Hours that an unfinished attempt may be idle before it is garbage.",
 )
 def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float) -> None:
-    """Finds files that no manifest refers to: unused attempts, checkpoints of finished stages.
+    """Find files that no manifest refers to: unused attempts, checkpoints of finished stages.
 
     \b
         moe-asr gc
@@ -239,7 +242,7 @@ def gc(store_url: str, endpoint_url: str | None, delete: bool, older_than: float
     "--out", type=click.Path(path_type=Path), default=Path("plots"), show_default=True, help="Folder to write."
 )
 def plot(what: str, run: str, store_url: str, endpoint_url: str | None, out: Path) -> None:
-    """Draws the metrics of one stage of a run.
+    """Draw the metrics of one stage of a run.
 
     \b
         moe-asr plot asr demo --out plots

@@ -43,7 +43,7 @@ def segment(
     overwrite: bool,
     endpoint_url: str | None,
 ) -> None:
-    """Cuts utterances over 30 s (or 448 tokens) at pauses, and divides their text by aligning it with the audio.
+    """Cut utterances over 30 s (or 448 tokens) at pauses, and divide their text by aligning it with the audio.
 
     Writes an index that refers to stretches of the same audio files, to SOURCE/segmented.jsonl or to DEST: use it as a
     corpus (--corpus SOURCE/segmented.jsonl). After an interruption, run the same command again to continue.

@@ -29,7 +29,9 @@ base_option = click.option("--base", help="Location of the base weights, if it i
 language_option = click.option(
     "--language", show_default="en", help="Language of a multilingual model that does not record its own."
 )
-device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or one GPU as cuda:1."
+)
 opening_options = (
     base_option,
     language_option,

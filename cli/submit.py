@@ -29,7 +29,7 @@ namespace_option = click.option(
 def submit(
     namespace: str | None, template: str | None, given: tuple[str, ...], resume: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Runs the pipeline on the cluster of the current kubectl context, as an Argo workflow.
+    """Run the pipeline on the cluster of the current kubectl context, as an Argo workflow.
 
     \b
         moe-asr submit --config my.yaml --gpu h100-80 --store s3://bucket/runs

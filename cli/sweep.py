@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @config_options
 @click.option("--regimes", default="mixture,dense", show_default=True, help="Names of regimes, separated by commas.")
 @click.option("--seeds", default="", help="Seeds, separated by commas.  [default: --seed]")
-@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Total optimizer steps of each run.")
+@click.option("--max-steps", type=click.IntRange(min=1), required=True, help="Total optimiser steps of each run.")
 @click.option(
     "--pretrain-share",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Share of the steps that pre-trains experts before joint training.",
 )
-@click.option("--for", "own", multiple=True, nargs=2, metavar="REGIME PATH=VALUE", help="Setting for one regime only.")
+@click.option(
+    "--for", "own", multiple=True, nargs=2, metavar="REGIME SECTION.KEY=VALUE", help="Setting for one regime only."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for comparison.json and compare.html.")
 @click.option("--dry-run", is_flag=True, help="Print the runs without running them.")
 def sweep(
@@ -44,7 +46,7 @@ def sweep(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Runs several regimes with the same number of optimiser steps, pre-training included, and compares them.
+    """Run several regimes with the same number of optimiser steps, pre-training included, and compare them.
 
     Regimes: mixture, speaker, etiology, one-group, shuffled, regular, dense, dense-plain, pretrained, alone, loss,
     hard, adalora, full. Runs are called NAME-REGIME-sSEED, where --run gives NAME; finished runs are skipped.

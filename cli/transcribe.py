@@ -27,7 +27,8 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="A run, a folder with a model, or a hub name.")
+@click.option("--model", required=True, help="A run's name; a folder or store address with a trained model, a PEFT "
+              "adapter or a Whisper checkpoint; or a hub name.")  # fmt: skip
 @click.option(
     "--format",
     "kind",
@@ -49,20 +50,21 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     "--fall-back/--no-fall-back",
     default=True,
     show_default=True,
-    help="Decode loops and guesses again at higher temperatures, as Whisper does.",
+    help="Decode again at higher temperatures, as Whisper does, if the text is a loop or has a low log-probability.",
 )
 @click.option(
     "--loops",
     type=click.Choice(("cut", "keep", "drop")),
     default="cut",
     show_default=True,
-    help="Loops that remain: keep one repetition, keep all, or drop the window's text. JSON marks them.",
+    help="Treatment of hallucination loops that remain: cut to one repetition, keep, or drop the window's text. JSON "
+    "output marks them.",
 )
 @click.option(
     "--no-speech",
     type=click.FloatRange(0, 1),
-    help="Drop the text of windows that are a guess (mean log-probability below -1) and have at least this probability "
-    "of no speech; Whisper uses 0.6. By default no window is dropped: atypical speech can be taken for none.",
+    help="Drop the text of windows with a mean log-probability below -1 and at least this probability of no speech; "
+    "Whisper uses 0.6. By default no window is dropped, since atypical speech may be classified as silence.",
 )
 @with_options(added_options)
 @click.option(
@@ -94,7 +96,7 @@ def transcribe(
     device: str,
     quiet: bool,
 ) -> None:
-    """Transcribes recordings of any length and format, with any sample rate and number of channels.
+    """Transcribe recordings of any length and format, with any sample rate and number of channels.
 
     FILE is an audio or video file, a folder of them, a pipe, or `-` for standard input. Files that cannot be read are
     listed at the end (exit code 65), and the others are transcribed. Text is decoded with the settings of the run that

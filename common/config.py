@@ -52,7 +52,8 @@ class Config(Section):
     seed: int = Field(42, ge=0, lt=2**32, description="Random seed for data order, initialisation and dropout.")
     precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Training precision. auto takes bf16, or fp16 with a loss scaler, on a GPU that has it, else fp32.",
+        description="Training precision. auto uses bf16 on GPUs that support it, fp16 with a loss scaler on older "
+        "GPUs, and fp32 on CPUs.",
     )
     num_experts: int | None = Field(
         8, gt=0, description="Number of routed experts, and of clusters. 1 trains one adapter for all speakers."

@@ -124,7 +124,10 @@ def run_command(command: click.Command) -> None:
             _fail(ConfigError.exit_code, f"{error}; set smaller batches (docs/memory.md)")
         if kinds & LOST and "assert" not in str(error):  # an assertion on the device is our fault
             echo(traceback.format_exc(), err=True, nl=False)
-            _fail(RetryableError.exit_code, "a GPU, or the connection to another process, failed (above): run it again")
+            _fail(
+                RetryableError.exit_code,
+                "a GPU or the connection to another process failed (traceback above): run the command again",
+            )
         _crash()
 
 

@@ -40,7 +40,7 @@ class DataError(MoeAsrError):
 
 
 class StoreError(MoeAsrError):
-    """A store that refuses for a reason that trying again will not mend: rights, a missing bucket, a full disk."""
+    """A store that refuses for a reason that a retry cannot correct: rights, a missing bucket, a full disk."""
 
     exit_code = 74
 

@@ -236,7 +236,7 @@ def explained(path: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise NotFound(f"{path} is not there") from None
+        raise NotFound(f"{path} does not exist") from None
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR):

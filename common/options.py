@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -24,7 +24,7 @@ class Option:
 
     Attributes:
         value: value that a flag without argument sets.
-        help: help text of such a flag.
+        help: help text in place of the setting's description.
     """
 
     flag: str
@@ -47,9 +47,9 @@ RUN_OPTIONS = (
     Option("--store", "store"),
     Option("--endpoint-url", "endpoint_url"),
     Option("--run", "run"),
-    Option("--gating-batch-size", "gating.batch_size"),
-    Option("--expert-batch-size", "experts.batch_size"),
-    Option("--asr-batch-size", "asr.batch_size"),
+    Option("--gating-batch-size", "gating.batch_size", help="Utterances per batch of the gate's training."),
+    Option("--expert-batch-size", "experts.batch_size", help="Utterances per batch of the experts' pre-training."),
+    Option("--asr-batch-size", "asr.batch_size", help="Utterances per batch of joint training."),
     Option("--num-workers", "runtime.num_workers"),
     Option("--device", "runtime.device"),
     Option("--processes", "runtime.processes"),
@@ -70,14 +70,9 @@ RUN_OPTIONS = (
         "--use-chunking", "audio.long_audio", "segment", "Cut utterances over 30 s at pauses, with their text aligned."
     ),
     Option("--no-shared-expert", "asr.shared_expert", False, "Train routed experts without a shared one."),
-    Option(
-        "--gradient-checkpointing",
-        "asr.gradient_checkpointing",
-        True,
-        "Recompute activations in the backward pass to save memory.",
-    ),
-    Option("--save-only-best", "runtime.save_only_best", True, "Keep only the best and the newest checkpoint."),
-    Option("--quiet", "runtime.quiet", True, "Show no progress bars."),
+    Option("--gradient-checkpointing", "asr.gradient_checkpointing", True),
+    Option("--save-only-best", "runtime.save_only_best", True),
+    Option("--quiet", "runtime.quiet", True),
     Option("--fp16", "precision", "fp16", "Train in fp16 with a loss scaler. The default depends on the device."),
     Option("--bf16", "precision", "bf16", "Train in bf16. The default depends on the device."),
 )
@@ -94,7 +89,7 @@ def config_options(function: F) -> F:
     for option in reversed(RUN_OPTIONS):
         function = click_option(option)(function)
     for flag, paths in reversed(list(SHARED_OPTIONS.items())):
-        function = click_option(Option(flag, paths[0]))(function)
+        function = click_option(Option(flag, paths[0]), paths)(function)
     for decorate in reversed(BASE_OPTIONS):
         function = decorate(function)
     return function
@@ -108,13 +103,14 @@ BASE_OPTIONS = (
     click.option(
         "--gpu",
         type=click.Choice((*GPUS, "auto")),
-        help="Batch sizes and precision for this GPU. auto detects the GPU of this machine.",
+        help="Preset for a GPU: batch sizes, gradient accumulation, evaluation interval, loader processes and "
+        "precision. auto detects the GPU.",
     ),
     click.option(
         "--set",
         "settings",
         multiple=True,
-        metavar="PATH=VALUE",
+        metavar="SECTION.KEY=VALUE",
         help="Any setting of the configuration, such as asr.epochs=3.",
     ),
     click.option(
@@ -123,18 +119,22 @@ BASE_OPTIONS = (
         help="Share of each subset to keep, in percent; only of the ASR data with --skip-pretraining.",
     ),
     click.option(
-        "--skip-pretraining", is_flag=True, help="Train a regular mixture with a random gate. Needs --num-experts."
+        "--skip-pretraining",
+        is_flag=True,
+        help="Skip pre-training: the gate is initialised randomly and trained jointly with the experts. "
+        "Needs --num-experts.",
     ),
     click.option("--no-plot", is_flag=True, help="Draw no plots."),
 )
 
 
-def click_option(option: Option) -> Callable[[F], F]:
-    """A click option that sets a value of the configuration."""
-    if option.value is not None:
-        return click.option(option.flag, option.name, is_flag=True, default=False, help=option.help)
+def click_option(option: Option, paths: Sequence[str] = ()) -> Callable[[F], F]:
+    """A click option that sets a value of the configuration; `paths` are all that it sets, if several."""
     field = field_of(option.path)
-    text = f"{field.description} [{option.path}]"
+    text = option.help or field.description
+    if option.value is not None:
+        return click.option(option.flag, option.name, is_flag=True, default=False, help=text)
+    text = f"{text} [{', '.join(paths or (option.path,))}]"
     return click.option(option.flag, option.name, type=_click_type(field), default=None, help=text)
 
 

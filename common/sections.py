@@ -19,7 +19,7 @@ def text_language(language: str, task: str) -> str:
 
 
 class CorpusConfig(Section):
-    """What to train on."""
+    """Training corpus."""
 
     path: str = Field("data/corpus", description="Folder or s3://bucket/prefix that contains index.jsonl.")
 
@@ -59,7 +59,7 @@ class AudioConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to training audio, on the device; evaluation hears it as it is."""
+    """Augmentation of training audio, applied on the device. Evaluation audio is not changed."""
 
     speeds: tuple[float, ...] = Field((), description="Speed factors to draw from, such as [0.9, 1.0, 1.1].")
     time_masks: int = Field(0, ge=0, description="SpecAugment: time masks per utterance.")
@@ -129,7 +129,7 @@ class ClusterConfig(Section):
 
 
 class LoraConfig(Section):
-    """The shape of the experts."""
+    """Rank, scale and targets of the LoRA experts."""
 
     rank: int = Field(16, gt=0, description="Rank of each routed expert.")
     alpha: float = Field(32, gt=0, description="Scale of every expert's output: alpha / rank.")
@@ -153,7 +153,7 @@ class LoraConfig(Section):
 
 
 class AdaloraConfig(Section):
-    """AdaLoRA: one adapter whose ranks go where they matter (`asr.adapt: adalora`); the rest is `lora`'s."""
+    """AdaLoRA: one adapter whose ranks are allocated by importance (`asr.adapt: adalora`). `lora` has the rest."""
 
     init_rank: int | None = Field(
         None, gt=0, description="Rank of each layer at the start. 1.5 times the target when unset."
@@ -166,7 +166,7 @@ class AdaloraConfig(Section):
         lt=1,
         description="Share of all steps after the last rank is removed. Checkpoints are selected among these.",
     )
-    interval: int = Field(10, gt=0, description="Optimizer steps between two allocations of ranks.")
+    interval: int = Field(10, gt=0, description="Optimiser steps between two allocations of ranks.")
     orthogonality: float = Field(0.5, ge=0, description="Weight of the penalty that keeps P and Q orthonormal.")
     value_rate: float = Field(
         20, gt=0, description="Learning rate of the singular values, as a multiple of asr.learning_rate."
@@ -183,9 +183,9 @@ class TrainConfig(Section):
     """What one run of the training loop needs."""
 
     epochs: int = Field(10, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
-    max_steps: int | None = Field(None, gt=0, description="Maximum number of optimizer steps.")
+    max_steps: int | None = Field(None, gt=0, description="Maximum number of optimiser steps.")
     batch_size: int = Field(4, gt=0, description="Utterances per batch.")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="Batches per optimizer step, over all processes.")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="Batches per optimiser step, over all processes.")
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of all steps in which the learning rate rises.")
@@ -218,7 +218,9 @@ class SpeechTrainConfig(TrainConfig):
         None, gt=0, description="Maximum number of padded text tokens per batch, together with batch_seconds."
     )
     compile: bool = Field(
-        False, description="Compile the blocks of the model with torch.compile. Needs a C++ compiler."
+        False,
+        description="Compile the blocks of the model with torch.compile. Needs a C++ compiler on a CPU and a C "
+        "compiler on a GPU.",
     )
 
 
@@ -245,7 +247,7 @@ class ExpertsConfig(SpeechTrainConfig):
     """Pre-training of one expert per cluster, and of the shared one before them with `asr.pretrain: experts`."""
 
     shared_max_steps: int | None = Field(
-        None, gt=0, description="Maximum number of optimizer steps of the shared expert, with asr.pretrain: experts."
+        None, gt=0, description="Maximum number of optimiser steps of the shared expert, with asr.pretrain: experts."
     )
     epochs: int = Field(3, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
     learning_rate: float = Field(
@@ -260,7 +262,7 @@ class ExpertsConfig(SpeechTrainConfig):
 
 
 class AsrConfig(SpeechTrainConfig):
-    """Joint training, and the regime of it."""
+    """Joint training and its regime."""
 
     epochs: int = Field(5, gt=0, description="Maximum number of epochs. Early stopping can end training sooner.")
     learning_rate: float = Field(
@@ -363,7 +365,7 @@ class DecodeConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """What no result depends on: never part of a key."""
+    """Settings that do not affect results and are not part of any key."""
 
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="Device: auto, cpu, cuda or one GPU as cuda:1."
@@ -372,7 +374,11 @@ class RuntimeConfig(Section):
     log_file: str | None = Field(None, description="File that log lines are also written to.")
     save_every_n_epochs: int = Field(5, gt=0, description="Maximum number of epochs between two checkpoints.")
     checkpoint_minutes: float = Field(10, gt=0, description="Maximum number of minutes between two checkpoints.")
-    save_only_best: bool = Field(False, description="Keep only the best and the newest checkpoint.")
+    save_only_best: bool = Field(
+        False,
+        description="Write a checkpoint after an epoch only if it is the best so far. Timed checkpoints and the final "
+        "one are still written.",
+    )
     audio_cache_bytes: int = Field(
         20_000_000_000, ge=0, description="Maximum size of the local cache for audio from a remote corpus, in bytes."
     )

@@ -89,8 +89,8 @@ def synthesize(
     chosen = list(dict.fromkeys(STAND_INS if etiologies is None else etiologies))
     unknown = [name for name in chosen if name not in STAND_INS]
     if unknown or not chosen:
-        asked = f"no stand-in etiology {unknown[0]!r}" if unknown else "no stand-in etiology chosen"
-        raise UsageError(f"{asked}: there are {', '.join(STAND_INS)}")
+        asked = f"unknown stand-in etiology {unknown[0]!r}" if unknown else "no stand-in etiology given"
+        raise UsageError(f"{asked}; choose from {', '.join(STAND_INS)}")
     if speakers_per_etiology < 3 or utterances_per_speaker < 1:
         raise UsageError(
             f"{speakers_per_etiology} speakers per etiology with {utterances_per_speaker} utterances each: take at "

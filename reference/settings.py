@@ -19,11 +19,12 @@ HEAD = """# Configuration
 
 <!-- Written by `make generate` from common/sections.py, conf/ and the stages' contracts: change those. -->
 
-One YAML tree. `moe-asr config show` prints the resolved one; `--config FILE` lays a file over a mode's, and
+One YAML tree. `moe-asr config show` prints the resolved one; `--config FILE` overrides a mode's values with a file, and
 `--set section.key=value` sets one value. An unknown name is refused with the nearest known one.
 
-The last column names the stages whose result depends on a value: it is part of their keys, and a change makes them, and
-what depends on them, run again. What no stage reads can change at any time without making anything again.
+The last column names the stages whose result depends on a value: it is part of their keys, and after a change these
+stages, and those that depend on them, run again. Settings that no stage reads can be changed without recomputing
+anything.
 """
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
@@ -35,8 +36,15 @@ def page() -> str:
     for name, field in Config.model_fields.items():
         if section := _section_of(field):
             parts += [f"## {name}\n", f"{section.__doc__}\n", _table(f"{name}.", section.model_fields)]
-    parts += ["## Modes\n", "What `--mode` sets; all else is as above.\n", _shipped_table(MODES, ())]
-    parts += ["## GPU presets\n", "What `--gpu` sets, and the nodes that `submit` asks for.\n"]
+    parts += [
+        "## Modes\n",
+        "What `--mode` sets. All other settings keep the defaults above.\n",
+        _shipped_table(MODES, ()),
+    ]
+    parts += [
+        "## GPU presets\n",
+        "What `--gpu` sets, and the nodes that `submit` requests. All other settings keep the values of the mode.\n",
+    ]
     parts += ["\n".join(preset_rows()) + "\n", _shipped_table(GPUS, ("gpu",))]
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -97,14 +105,17 @@ def _shipped_table(names: Sequence[str], folder: Sequence[str]) -> str:
 
 
 def preset_rows() -> list[str]:
-    """The presets in one table: batches, precision and the products of their nodes."""
+    """The presets in one table: batches, evaluation interval, precision and the products of their nodes."""
     rows = []
     for name in GPUS:
         values = dict(flatten(read_yaml(shipped("gpu", f"{name}.yaml"))))
         batches = [str(values.get(f"{stage}.batch_size", "mode's")) for stage in ("gating", "experts", "asr")]
         accumulate, workers = values.get("asr.gradient_accumulation_steps", 1), values["runtime.num_workers"]
+        interval = values.get("asr.eval_every_n_epochs", "mode's")
         precision = {"auto": "bf16, or fp16 where the device has none"}.get(values["precision"], values["precision"])
         products = ", ".join(p for p in PRODUCTS[name] if p != "none") or "–"
-        rows.append((f"`{name}`", " / ".join(batches), str(accumulate), str(workers), precision, products))
-    header = ("preset", "batch: gating / experts / asr", "accumulate", "workers", "precision", "node label says")
-    return table(header, rows)
+        rows.append(
+            (f"`{name}`", " / ".join(batches), str(accumulate), str(interval), str(workers), precision, products)
+        )
+    batch, interval = "batch: gating / experts / asr", "evaluate every n epochs"
+    return table(("preset", batch, "accumulate", interval, "workers", "precision", "node label says"), rows)

@@ -17,16 +17,16 @@ from stages import STAGES
 # Codes that no exception stands for.
 OTHER_CODES = (
     (errors.EXIT_DONE, "", "done"),
-    (errors.EXIT_FAULT, "any other exception", "a fault of the program: a traceback, worth a report"),
+    (errors.EXIT_FAULT, "any other exception", "bug in moe-asr: please report the traceback"),
     (errors.EXIT_INTERRUPTED, "", "interrupted by Ctrl-C outside of a run's stages, or a second time"),
-    (137, "", "killed from outside, mostly for want of memory"),
-    (141, "", "whoever read the output has closed it (`moe-asr … | head`)"),
+    (137, "", "killed, usually out of memory"),
+    (141, "", "the reader closed the pipe (`moe-asr … | head`)"),
 )
-AGAIN = (75, 137, 143)  # what a cluster tries again by itself
+AGAIN = (75, 137, 143)  # what a cluster retries by itself
 
 
 def exit_code_rows() -> list[str]:
-    """Every exit code: its exception, what it means, whether a cluster tries again."""
+    """Every exit code: its exception, what it means, whether a cluster retries it."""
     rows = list(OTHER_CODES)
     for kind in errors.MoeAsrError.__subclasses__():
         if "exit_code" in vars(kind) and kind.__module__ == errors.__name__:
@@ -34,7 +34,7 @@ def exit_code_rows() -> list[str]:
     lines = [
         (str(code), who, what, "yes" if code in AGAIN else "") for code, who, what in sorted(rows, key=lambda r: r[0])
     ]
-    return table(("code", "raised as", "what it means", "tried again on a cluster"), lines)
+    return table(("code", "raised as", "what it means", "retried on a cluster"), lines)
 
 
 def stage_rows() -> list[str]:
@@ -42,9 +42,9 @@ def stage_rows() -> list[str]:
     rows = []
     for contract in STAGES:
         reads = ", ".join((*contract.sources, *contract.inputs))
-        pieces = "one per shard or cluster" if contract.fan_out else "one"
-        rows.append((f"`{contract.name}`", contract.summary, reads, contract.output, pieces, str(contract.gpus)))
-    return table(("stage", "what it makes", "reads", "writes", "pieces", "GPUs"), rows)
+        tasks = "one per shard or cluster" if contract.fan_out else "one"
+        rows.append((f"`{contract.name}`", contract.summary, reads, contract.output, tasks, str(contract.gpus)))
+    return table(("stage", "what it makes", "reads", "writes", "tasks", "GPUs"), rows)
 
 
 def manifest_rows() -> list[str]:
@@ -61,11 +61,10 @@ FIELDS = {
     "schema": "format of this file",
     "stage": "name of the stage",
     "key": "the key, 32 hexadecimal digits",
-    "shard": "number of the piece; null for a stage in one piece",
+    "shard": "number of the task in its stage; null for a stage of one task",
     "ingredients": "what the key was made of, in plain text: configuration values, input keys, format",
-    "version": "of moe-asr",
-    "host": "where it was made",
-    "seconds": "how long it took",
+    "version": "version of moe-asr",
+    "host": "name of the machine that made it",
     "metrics": "figures of the stage, and the last values of its live metrics",
 }
 

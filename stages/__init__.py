@@ -1,6 +1,7 @@
 """The five stages: a contract and a run function each, in the order in which data flows.
 
-`experts` has a second contract, `shared`: what it trains before the routed experts where they build on a shared one.
+`experts` has a second contract for its first part, `shared`: the shared expert, where it is pre-trained before the
+routed experts.
 """
 
 from __future__ import annotations

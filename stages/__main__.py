@@ -35,11 +35,11 @@ BORROWED = {"cluster": {"--pooling": "extract.pooling", "--layer": "extract.laye
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="stages")
 def stages() -> None:
-    """Runs one stage; its inputs are the outputs of the earlier stages with the same configuration.
+    """Run one stage; its inputs are the outputs of the earlier stages with the same configuration.
 
-    Without --mode and --config, the configuration of the newest run in ./runs is used, except for `runtime` and places:
-    --corpus and --model say where these are. Where $MOE_ASR_STORE is set, as in a workflow's pods, all of it comes from
-    MOE_ASR_* variables instead (docs/cluster.md).
+    Without --mode and --config, the configuration of the newest run in --store (default: runs) is used, except for
+    `runtime` and locations; give those with --corpus and --model. Where $MOE_ASR_STORE is set, as in a workflow's pods,
+    the whole configuration comes from MOE_ASR_* variables instead (docs/cluster.md).
     """
 
 
@@ -147,7 +147,7 @@ def newest_record(store_url: str, endpoint_url: str | None) -> dict[str, Any] | 
 @stages.command("plan")
 @click.option("--stage", default="", help="Stage whose shards are planned. Without it, the first plan of a workflow.")
 def plan_command(stage: str) -> None:
-    """A workflow's plan: which tasks its stages have and under which keys.
+    """Print a workflow's plan: which tasks its stages have and under which keys.
 
     Configured by MOE_ASR_* environment variables.
     """
@@ -157,7 +157,7 @@ def plan_command(stage: str) -> None:
 
 @stages.command("report")
 def report_command() -> None:
-    """A workflow's summary and report, once its stages are done.
+    """Write a workflow's summary and report, once its stages are done.
 
     Configured by MOE_ASR_* environment variables.
     """
@@ -169,7 +169,7 @@ def report_command() -> None:
 @click.argument("status")
 @click.argument("failures", default="[]")
 def outcome_command(status: str, failures: str) -> None:
-    """Notes in the store how a workflow ended and why.
+    """Record in the store how a workflow ended and why.
 
     Configured by MOE_ASR_* environment variables.
     """
@@ -179,7 +179,7 @@ def outcome_command(status: str, failures: str) -> None:
 
 @stages.command("extend-plan")
 def extend_plan_command() -> None:
-    """A workflow's plan of added experts, one item for each speaker or group.
+    """Print a workflow's plan of added experts, one item for each speaker or group.
 
     Configured by MOE_ASR_* environment variables.
     """
@@ -192,7 +192,7 @@ def extend_plan_command() -> None:
 @stages.command("extend-one")
 @click.argument("who")
 def extend_one_command(who: str) -> None:
-    """An added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet.
+    """Make an added expert for WHO, a speaker or COLUMN=VALUE; no run names it yet.
 
     Configured by MOE_ASR_* environment variables.
     """
@@ -204,7 +204,7 @@ def extend_one_command(who: str) -> None:
 
 @stages.command("extend-join")
 def extend_join_command() -> None:
-    """The run that names all added experts of a workflow.
+    """Write the run that names all added experts of a workflow.
 
     Configured by MOE_ASR_* environment variables.
     """

@@ -48,7 +48,9 @@ REGIMES: Mapping[str, Regime] = {
         "control: the same with a group drawn for each speaker",
         MIXTURE | {"asr.route_by": "table", "asr.route_column": "shuffled"},
     ),
-    "regular": Regime("shared expert and routed ones by a random gate", MIXTURE | {"asr.pretrain": "none"}),
+    "regular": Regime(
+        "shared expert and routed ones by a gate that is not pre-trained", MIXTURE | {"asr.pretrain": "none"}
+    ),
     "dense": Regime("one LoRA adapter of as many ranks as an utterance uses in the mixture", dense=True),
     "dense-plain": Regime("the same without learned magnitudes", {"lora.magnitude": False}, dense=True),
     "pretrained": Regime(
@@ -112,7 +114,7 @@ def plan_sweep(
     settings = settings or {}
     for name in (*regimes, *settings):
         if name not in REGIMES:
-            raise UsageError(f"no regime {name!r}: there are {', '.join(REGIMES)}")
+            raise UsageError(f"unknown regime {name!r}; choose one of {', '.join(REGIMES)}")
     if len(set(regimes)) < len(regimes) or not regimes:
         raise UsageError(f"--regimes {','.join(regimes)}: name each regime once")
     runs = []

@@ -107,7 +107,9 @@ def _odd_forms(utterances: Iterable[Utterance]) -> Iterator[Finding]:
             first = first or u.id
     if counts:
         kinds = "texts with " + ", ".join(f"{form}: {count}" for form, count in counts.most_common())
-        yield Finding("odd-forms", first, f"{kinds} (`moe-asr corpus import --mend-text` mends them)", "warning")
+        yield Finding(
+            "odd-forms", first, f"{kinds} (`moe-asr corpus import --normalise-characters` converts them)", "warning"
+        )
 
 
 def _no_speakers(utterances: Sequence[Utterance]) -> Iterator[Finding]:
@@ -118,7 +120,7 @@ def _no_speakers(utterances: Sequence[Utterance]) -> Iterator[Finding]:
 
 def _shared_speakers(utterances: Iterable[Utterance]) -> Iterator[Finding]:
     for speaker, splits in shared_speakers(utterances).items():
-        detail = f"speaker {speaker!r} is in {' and '.join(sorted(splits))}: results would flatter the model"
+        detail = f"speaker {speaker!r} is in {' and '.join(sorted(splits))}: error rates would be too optimistic"
         yield Finding("shared-speaker", splits[min(splits)], detail, "error")
 
 
@@ -149,7 +151,7 @@ def _source(corpus: Corpus, utterance: Utterance) -> tuple[bytes | Path, str]:
     """An audio file and its sha256: the bytes of one in a shard or store, the path of any other.
 
     Raises:
-        DataError: it is not there, no file, or damaged.
+        DataError: it does not exist, is not a file, or is damaged.
     """
     if (clip := corpus.clip(utterance)) is not None:
         content = clip.read()
@@ -218,5 +220,7 @@ def _duplicates(groups: Iterable[list[Utterance]]) -> Iterator[Finding]:
             if u.split == first.split:
                 yield Finding("duplicate-audio", u.id, f"the same audio as {first.id!r}", "warning")
             else:
-                detail = f"the same audio as {first.id!r}, which is in {first.split!r}: results would flatter the model"
+                detail = (
+                    f"the same audio as {first.id!r}, which is in {first.split!r}: error rates would be too optimistic"
+                )
                 yield Finding("duplicate-across-splits", u.id, detail, "error")

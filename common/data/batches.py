@@ -332,7 +332,7 @@ class BatchLoader:
             except (RuntimeError, EOFError, ConnectionError) as error:  # the latter where it is killed while it sends
                 if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
-                message = "a loader process was killed, perhaps for want of memory: --num-workers takes fewer"
+                message = "a loader process was killed, possibly out of memory: use fewer --num-workers"
                 raise RetryableError(f"{message} ({str(error) or type(error).__name__})") from None
             if batch is None:
                 return

@@ -154,7 +154,9 @@ def read_corpus(path: str | Path) -> Corpus:
         utterances.append(utterance)
         place = Place.from_record(record, f"{index}:{number}")
         if place is not None and places.setdefault(utterance.audio_filepath, place) != place:
-            raise DataError(f"{index}:{number}: {utterance.audio_filepath} lies in two places: pack the corpus again")
+            raise DataError(
+                f"{index}:{number}: {utterance.audio_filepath} has two locations in the index: pack the corpus again"
+            )
     if not utterances:
         raise DataError(f"{index} contains no utterance: write one JSON object a line, with {', '.join(_REQUIRED)}")
     utterances, joined = join_identities(utterances)

@@ -246,7 +246,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     if len({result.facts["language"] for result in results if result.facts.get("language")}) > 1:
         notes.append("Their texts were not all normalised for the same language.")
     if collapsed := [result.name for result in results if result.facts.get("collapsed")]:
-        notes.append(f"Experts collapsed in {', '.join(collapsed)}: read these as smaller models.")
+        notes.append(f"Experts collapsed in {', '.join(collapsed)}: these systems effectively use fewer experts.")
     return notes
 
 

@@ -78,7 +78,7 @@ def table_rows(segments: Sequence[Segment], loaded: LoadedRecording, speaker: st
 
 
 def as_csv(rows: Sequence[dict[str, str]]) -> str:
-    """A table with a heading row."""
+    """A table with a header row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
     writer.writeheader()

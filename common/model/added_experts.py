@@ -115,7 +115,7 @@ def read_added(folder: Path) -> AddedExpert:
         info: AddedExpert = TypeAdapter(AddedExpert).validate_json(json.dumps(values), strict=True)
         numbers = (info.seconds, *(weight for _, weight in info.weights))
         if not NAME.fullmatch(info.name) or info.column not in COLUMNS:  # it becomes a folder's name
-            raise ValueError(f"name {info.name[:80]!r} or column {info.column[:80]!r} is none that an expert can have")
+            raise ValueError(f"{info.name[:80]!r} or {info.column[:80]!r} is not a valid expert name or column")
         if info.rank < 0 or not all(map(math.isfinite, numbers)):
             raise ValueError("its rank, seconds or weights are not valid")
         return info

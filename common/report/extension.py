@@ -19,7 +19,7 @@ from common.report.page import render_page
 PAGE, MARK = "report.html", "extension.json"
 CONFUSIONS = 15
 WAYS = {
-    "none": "the model as it is",
+    "none": "the unchanged model",
     "choose": "weights over existing experts",
     "gates": "magnitudes of the shared expert",
     "expert": "an expert from zero",

@@ -138,7 +138,7 @@ def _cluster_reading(report: Row) -> str:
     first, second = sorted(rand, key=lambda name: -rand[name])
     if rand[first] - rand[second] < 0.05:
         return f"The clusters follow {first} and {second} about equally, by the adjusted Rand index."
-    caution = " They are more about who speaks than about how." if first == "speaker" else ""
+    caution = " They separate speakers rather than kinds of speech." if first == "speaker" else ""
     return f"The clusters follow {first} more than {second}, by the adjusted Rand index.{caution}"
 
 

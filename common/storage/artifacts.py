@@ -84,7 +84,7 @@ def make_key(stage: str, format_version: int, values: Mapping[str, Any], inputs:
 
 
 def shard_key(group: Key, index: int) -> Key:
-    """The key of one piece of a stage that fans out."""
+    """The key of one task of a stage that fans out."""
     digest = hashlib.sha256(_canonical({"group": group.digest, "index": index})).hexdigest()[:32]
     return Key(group.stage, digest, {**group.ingredients, "shard": index})
 

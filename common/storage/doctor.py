@@ -139,21 +139,21 @@ def _race(store: Store, prefix: str) -> str:
 
 def _move_aside(store: Store, prefix: str) -> str:
     store.write(f"{prefix}judged", b"new")
-    _expect(not store.move_aside(f"{prefix}judged", f"{prefix}aside", b"old"), "a key with other bytes was moved aside")
-    _expect(store.move_aside(f"{prefix}judged", f"{prefix}aside", b"new"), "a key cannot be moved aside")
-    _expect(store.size(f"{prefix}judged") is None, "a key that was moved aside is still there")
-    return "a damaged manifest can be put aside"
+    _expect(not store.move_aside(f"{prefix}judged", f"{prefix}aside", b"old"), "a key with other bytes was quarantined")
+    _expect(store.move_aside(f"{prefix}judged", f"{prefix}aside", b"new"), "a key cannot be quarantined")
+    _expect(store.size(f"{prefix}judged") is None, "a key that was quarantined still exists")
+    return "a damaged manifest can be quarantined"
 
 
 def _delete(store: Store, prefix: str) -> str:
     store.delete(f"{prefix}small")
     store.delete(f"{prefix}small")
-    _expect(store.size(f"{prefix}small") is None, "a deleted key is still there")
-    return "gone at once; deleting twice is fine"
+    _expect(store.size(f"{prefix}small") is None, "a deleted key still exists")
+    return "deleted keys disappear immediately; deleting again is not an error"
 
 
 def _leftovers(store: Store, prefix: str) -> str:
-    return f"{sum(1 for _ in store.leftovers())} unfinished writes lie about (`moe-asr gc`)"
+    return f"{sum(1 for _ in store.leftovers())} unfinished uploads remain (`moe-asr gc`)"
 
 
 def _expect(held: bool, otherwise: str) -> None:
@@ -170,13 +170,13 @@ TESTS: dict[str, Test] = {
     "store: large file": _large_file,
     "store: ranges": _ranges,
     "store: create-only writes": _race,
-    "store: moving aside": _move_aside,
-    "store: unfinished writes": _leftovers,
+    "store: quarantine": _move_aside,
+    "store: unfinished uploads": _leftovers,
 }
 # What a run can do without, and what that costs.
 WITHOUT: dict[Test, str] = {
     _delete: "refused: checkpoints of finished stages stay and take space",
-    _move_aside: "refused: a damaged result cannot be made again",
+    _move_aside: "refused: a damaged result cannot be recreated",
     _leftovers: "not listed: uploads of killed processes stay, unless the bucket has a rule that ends them",
 }
 BULKY = (_many_keys, _large_file)

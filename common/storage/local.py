@@ -67,7 +67,7 @@ class LocalStore:
 
     def put(self, key: str, path: Path) -> None:
         if not path.is_file():
-            raise NotFound(f"{path} is not there")
+            raise NotFound(f"{path} does not exist")
         self._place(key, lambda temporary: shutil.copyfile(path, temporary))
 
     def write(self, key: str, data: bytes) -> None:

@@ -44,12 +44,12 @@ class Manifest:
 
     Attributes:
         attempt: the folder below the key that holds the files.
-        files: by path relative to that folder.
+        files: size and sha256 of each file, by path relative to that folder.
         digest: sha256 over names and hashes of all files that are not volatile: equal content, equal digest.
         volatile: patterns of files whose bytes may differ between equal runs.
         inputs: argument name → key and digest of each artifact that was read.
         started: when its first attempt began, in seconds since 1970.
-        seconds: wall time of all attempts at it, without what lay between them.
+        seconds: wall time of all attempts, excluding the time between them.
     """
 
     schema: int

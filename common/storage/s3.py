@@ -74,7 +74,7 @@ class S3Store:
 
     def put(self, key: str, path: Path) -> None:
         if not path.is_file():
-            raise NotFound(f"{path} is not there")
+            raise NotFound(f"{path} does not exist")
         with explained(path):
             self._ask(key, lambda: upload(self._client, self._pool, self.bucket, self._full(key), path))
 

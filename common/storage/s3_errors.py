@@ -102,13 +102,13 @@ def _explain_answer(error: Any, where: str) -> MoeAsrError:
     if code in BY_CODE:
         return StoreError(f"{where}: {BY_CODE[code]} ({code})")
     if code in ("NoSuchKey", "NoSuchUpload", "404"):
-        return NotFound(f"{where} is not there")
+        return NotFound(f"{where} does not exist")
     if code in ("InvalidRange", "416"):
         return DataError(f"{where} is shorter than expected: it is truncated")
     if code in ("PreconditionFailed", "412"):
         return RetryableError(f"{where} was changed by another process meanwhile; run it again")
     if code in BUSY or (status >= 500 and status not in (501, 507)):
-        return RetryableError(f"{where}: the server is busy or out of order ({code}); try later")
+        return RetryableError(f"{where}: the server is busy or unavailable ({code}); try later")
     return StoreError(f"{where}: the server refuses with {code} (HTTP {status}); `moe-asr doctor --store` says more")
 
 

@@ -90,7 +90,7 @@ class Enrolment:
 
 
 def steps_for(utterances: int) -> int:
-    """Optimizer steps of a training, interpolated between the points of `STEPS`."""
+    """Optimiser steps of a training, interpolated between the points of `STEPS`."""
     counts, steps = zip(*STEPS, strict=True)
     return round(float(np.interp(utterances, counts, steps)))
 

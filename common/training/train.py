@@ -140,7 +140,7 @@ def _choose_gpu(device: str) -> None:
     """Makes, for example, `cuda:1` this process's GPU; plain `cuda` does not change the choice."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise UsageError(f"--device {device}: this machine offers no CUDA device; use cpu or auto")
+        raise UsageError(f"--device {device}: this machine has no CUDA device; use cpu or auto")
     _, colon, number = device.partition(":")
     if not colon:
         return

@@ -28,7 +28,7 @@ split = click.option("--split", default="test", show_default=True, help="Split o
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def cli() -> None:
-    """Questions in English to SQL: fine-tunes a T5 and judges its queries by the records that they return."""
+    """Questions in English to SQL: fine-tune a T5, and score its queries by the records that they return."""
     set_up_logging()
 
 
@@ -40,7 +40,7 @@ def cli() -> None:
 @click.option("--flights", default=6000, type=AT_LEAST_ONE, show_default=True, help="Flights in the database.")
 @click.option("--seed", default=0, show_default=True, help="Random seed.")
 def demo(folder: Path, **counts: int) -> None:
-    """Writes a flights-like database and questions with their queries, from a committed grammar."""
+    """Write a flights-like database and questions with their queries, from a committed grammar."""
     from recipes.text_to_sql.flights import write_demo
 
     write_demo(folder, **counts)
@@ -49,7 +49,7 @@ def demo(folder: Path, **counts: int) -> None:
 @cli.command()
 @settings_options()
 def train(**options: Any) -> None:
-    """Trains, and keeps the model that is best on dev."""
+    """Train, and keep the model that is best on dev."""
     from recipes.text_to_sql.run import train
 
     click.echo(json.dumps(train(Settings(**options))))
@@ -59,7 +59,7 @@ def train(**options: Any) -> None:
 @settings_options(*ANSWERING)
 @split
 def predict(split: str, **options: Any) -> None:
-    """Writes SPLIT.sql and SPLIT.records.jsonl of a trained model."""
+    """Write SPLIT.sql and SPLIT.records.jsonl of a trained model."""
     from recipes.text_to_sql.run import predict
 
     predict(Settings(**options), split)
@@ -70,7 +70,7 @@ def predict(split: str, **options: Any) -> None:
 @split
 @click.option("--predicted", type=click.Path(path_type=Path), help="Score the queries of this file instead.")
 def evaluate(split: str, predicted: Path | None, **options: Any) -> None:
-    """Prints record F1, record EM, SQL EM and the error rate."""
+    """Print record F1, record EM, SQL EM and the error rate."""
     from recipes.text_to_sql.run import evaluate
 
     for name, value in evaluate(Settings(**options), split, predicted).items():

@@ -65,7 +65,7 @@ def file_lines(path: Path, hint: str) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except FileNotFoundError:
-        raise DataError(f"{path} is not there: {hint}") from None
+        raise DataError(f"{path} does not exist: {hint}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
     return [line.strip() for line in lines]

@@ -1,7 +1,8 @@
 """experts: training of experts before joint training.
 
 `asr.pretrain: alone` trains one LoRA adapter per group of the gate, each on its own utterances. `asr.pretrain: experts`
-trains the shared expert on all utterances first (contract `shared`), then one routed expert per group on top of it.
+trains the shared expert on the whole pre-training subset first (contract `shared`), then one routed expert per group on
+top of it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def pretrains_shared(config: Config) -> bool:
 
 SHARED = Contract(
     name="shared",
-    summary="the shared expert on all utterances, before routed ones (asr.pretrain: experts)",
+    summary="the shared expert, trained on the pre-training subset before the routed experts (asr.pretrain: experts)",
     output="shared",
     format=3,  # masks lie in the speech at its new speed, and hold its mean
     sources=("corpus", "model"),

@@ -80,7 +80,7 @@ def audible(corpus: Corpus, utterances: Sequence[Utterance]) -> list[Utterance]:
         log.warning("%d utterances are silent and are omitted: %s", len(silent), _names(silent))
     kept = [u for u in utterances if u not in silent]
     if len(kept) < FEW:
-        log.warning("%d utterances are few: below %d, an expected gain is little more than a guess", len(kept), FEW)
+        log.warning("only %d utterances: below %d the expected gain is unreliable", len(kept), FEW)
     return kept
 
 

@@ -190,7 +190,7 @@ def _decide(
         return (wanted if wanted != "auto" else "none"), details
     if len(max(folds, key=len)) > MOST * len(work.utterances):
         log.warning(
-            "one speaker or session has %d of %d utterances, and is never divided: the expected gain is a guess",
+            "one speaker or session has %d of %d utterances, and is never divided: the expected gain is unreliable",
             *(len(max(folds, key=len)), len(work.utterances)),
         )
     before_N = summed_N / tokens_N

@@ -13,7 +13,7 @@ from common.errors import UsageError
         ("table", ("--microphone", "array"), "torgo"),
         ("table", ("--official-splits",), "sap"),
         ("audiofolder", ("--audio-root", "."), "table"),
-        ("audiofolder", ("--heading", "audio,text"), "table"),
+        ("audiofolder", ("--header", "audio,text"), "table"),
         ("sap", ("--column", "text=said"), "table and audiofolder"),
         ("torgo", ("--skip-bad",), "table and audiofolder"),
     ],

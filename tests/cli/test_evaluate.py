@@ -264,7 +264,7 @@ def test_results_are_verified_as_the_run_recorded_them(micro_run, tmp_path, caps
     (store / "micro" / "run.json").write_text(json.dumps(record))
     call("verify", "micro", "--store", store, "--json")
     rows = json.loads(capsys.readouterr().out)
-    assert {row["state"] for row in rows} == {"whole"} and len(rows) == len(record["tasks"])
+    assert {row["state"] for row in rows} == {"ok"} and len(rows) == len(record["tasks"])
     weights = next((store / "artifacts" / "gating").rglob("gate.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(DataError, match=f"1 of {len(rows)} results"):

@@ -113,10 +113,11 @@ def test_every_documented_option_exists_with_its_default():
 
     from cli.main import cli
     from common.config import resolve
+    from common.options import SHARED_OPTIONS
 
     text = CliRunner().invoke(cli, ["run", "--help"]).output
-    for flag in OPTIONS.split():
-        assert flag in text, flag
+    for name in (*OPTIONS.split(), *(path for paths in SHARED_OPTIONS.values() for path in paths)):
+        assert name in text, name
     config = resolve("full")
     assert (config.seed, config.num_experts, config.model.name) == (42, 8, "openai/whisper-large-v2")
     assert (config.gating.batch_size, config.experts.batch_size, config.asr.batch_size) == (256, 4, 4)

@@ -62,8 +62,8 @@ def test_the_audit_counts_texts_in_odd_forms_and_the_importer_mends_them(tmp_pat
     (finding,) = audit(made.corpus)
     assert (finding.kind, finding.severity) == ("odd-forms", "warning")
     assert "curly or other apostrophes: 2" in finding.detail
-    assert any("--mend-text" in note for note in made.notes)
-    mended = imported(tmp_path / "mended", table, mend_text=True)
+    assert any("--normalise-characters" in note for note in made.notes)
+    mended = imported(tmp_path / "mended", table, normalise_characters=True)
     assert cells(mended, "text") == [("don't",), ('"it\'s" fine',), ("plain",)]
     assert audit(mended.corpus) == []
 

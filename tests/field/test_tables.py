@@ -60,17 +60,17 @@ def test_bars_separate_and_quotes_belong_to_the_text(tmp_path):
     assert cells(made, "text") == [('he said "yes, yes, yes", twice',), ('a "b',)]
 
 
-def test_a_table_without_a_heading_row_keeps_its_first_row(tmp_path):
+def test_a_table_without_a_header_row_keeps_its_first_row(tmp_path):
     """audio1|This is my sentence. (coqui-ai/TTS#3050); names without a suffix (mozilla/DeepSpeech#1928)."""
     content = "0|Printing, in the only sense|Printing\n1|b, c|B\n"
-    with pytest.raises(DataError, match="if it has no heading row, name its columns by --heading"):
+    with pytest.raises(DataError, match="if it has no header row, name its columns by --header"):
         imported(tmp_path / "a", content)
-    made = imported(tmp_path / "b", content, heading=["audio_filepath", "text", "text_alt"])
+    made = imported(tmp_path / "b", content, header=["audio_filepath", "text", "text_alt"])
     assert cells(made, "text", "text_alt") == [("Printing, in the only sense", "Printing"), ("b, c", "B")]
     with pytest.raises(DataError, match="its first row is data"):
         imported(tmp_path / "c", "0.wav,hi\n1.wav,b\n", columns={"audio_filepath": "0.wav", "text": "hi"})
-    with pytest.raises(UsageError, match="leave out --heading"):
-        imported(tmp_path / "d", json.dumps(RECORDS), heading=["path", "text"])
+    with pytest.raises(UsageError, match="leave out --header"):
+        imported(tmp_path / "d", json.dumps(RECORDS), header=["path", "text"])
 
 
 def test_the_separator_that_excel_names_and_its_tail_of_empty_cells(tmp_path):

@@ -73,7 +73,7 @@ def test_the_doctor_says_what_a_store_without_deletes_costs(no_deletes):
     checks = {check.name.removeprefix("store: "): check for check in check_store(no_deletes)}
     assert {name for name, check in checks.items() if check.state == "fail"} == set()
     assert {name for name, check in checks.items() if check.state == "note"} == {
-        *("delete", "moving aside", "many keys", "large file")
+        *("delete", "quarantine", "many keys", "large file")
     }
     assert "s3:DeleteObject" in checks["delete"].detail
     assert len(keys(no_deletes)) < 30  # it does not leave a thousand files that nobody can remove
@@ -90,7 +90,7 @@ def test_a_server_that_lists_no_uploads_can_be_cleaned_of_the_rest(bucket, proxy
     assert [entry.key for entry in garbage(store, older_than_hours=-1)] == [f"{KEY.prefix}dead/half"]
     assert len(warnings(caplog)) == 1
     assert [(check.name, check.state) for check in check_store(store) if check.state != "ok"] == [
-        ("store: unfinished writes", "note")
+        ("store: unfinished uploads", "note")
     ]
 
 

@@ -244,7 +244,7 @@ def test_batches_are_a_pure_function_of_seed_and_epoch_and_hold_each_pair_once(p
 
 
 def test_missing_uneven_or_ambiguous_files_are_named(pairs, tmp_path):
-    with pytest.raises(DataError, match=r"dev\.nl is not there"):
+    with pytest.raises(DataError, match=r"dev\.nl does not exist"):
         read_lines(tmp_path, "dev", "nl")
     (tmp_path / "dev.nl").write_text("a\nb\n")
     (tmp_path / "dev.sql").write_text("SELECT 1\n")

@@ -309,7 +309,7 @@ def test_silence_is_left_out_and_nothing_but_silence_is_an_error(store, speech, 
 
     some = changed(speech, tmp_path / "some", lambda u: mute(u, ("s00-00",)))
     assert extend(store, some, method="gates")["utterances"] == 5
-    assert "1 utterances are silent" in caplog.text and "few" in caplog.text
+    assert "1 utterances are silent" in caplog.text and "only 5 utterances" in caplog.text
     every = changed(speech, tmp_path / "every", lambda u: mute(u, [f"s00-0{n}" for n in range(6)]))
     with pytest.raises(DataError, match="all 6 utterances of the enrolment are silent"):
         extend(store, every, "--run", "other")

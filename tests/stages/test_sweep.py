@@ -133,7 +133,7 @@ def test_steps_are_divided_to_the_last_one(swept):
 @pytest.mark.parametrize(
     ("regimes", "steps", "message"),
     [
-        (["mixture", "sparse"], 9, "'sparse': there are mixture, speaker"),
+        (["mixture", "sparse"], 9, "unknown regime 'sparse'; choose one of mixture, speaker"),
         (["dense", "dense"], 9, "each regime once"),
         (["alone"], 3, "leaves 0 steps for each of 2 experts"),
     ],

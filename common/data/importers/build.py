@@ -38,12 +38,12 @@ class BuildOptions(TypedDict, total=False):
 
     Attributes:
         copy_audio: copy the audio into the corpus folder; otherwise the index refers to its present location.
-        mend_text: write texts in the form that Whisper writes (`common.text.mend`).
+        normalise_characters: write texts in the form that Whisper writes (`common.text.mend`).
         seed: random seed of the assignment of speakers to splits; by default `SEED`.
     """
 
     copy_audio: bool
-    mend_text: bool
+    normalise_characters: bool
     seed: int
 
 
@@ -53,7 +53,7 @@ def build_corpus(
     *,
     source: Mapping[str, Any],
     copy_audio: bool = False,
-    mend_text: bool = False,
+    normalise_characters: bool = False,
     seed: int = SEED,
     skip_bad: bool = False,
     faults: Sequence[str] = (),
@@ -65,7 +65,7 @@ def build_corpus(
 
     Args:
         source: the source of the corpus, for its provenance: format, path, options.
-        copy_audio, mend_text, seed: see `BuildOptions`.
+        copy_audio, normalise_characters, seed: see `BuildOptions`.
         skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
         faults: faults of rows that could not be read.
         fault_reason: the reason under which rows with a fault are counted among the rows omitted.
@@ -84,7 +84,7 @@ def build_corpus(
         if all_faults and (not skip_bad or not named):
             raise DataError(*_listed(all_faults, len(rows) + len(faults), every=not named))
         utterances, joined = join_identities([u for _, u in named])
-        utterances, mended = _mend(utterances) if mend_text else (utterances, 0)
+        utterances, mended = _mend(utterances) if normalise_characters else (utterances, 0)
         said = [*notes, *joined, *_remarks(named, utterances)]
         if not utterances[0].split:
             utterances = split_by_speaker(utterances, fractions=FRACTIONS, seed=seed)
@@ -95,7 +95,9 @@ def build_corpus(
         record = {"version": __version__, **source, "rows": len(rows) + len(faults), "utterances": len(utterances)}
         record |= {"left_out": dict(left_out), "faults": all_faults, "notes": said, "mended_texts": mended}
         _write_provenance(folder / PROVENANCE, record)
-    return Imported(read_corpus(out), left_out, all_faults, said + ([f"{mended} texts were mended"] if mended else []))
+    return Imported(
+        read_corpus(out), left_out, all_faults, said + ([f"{mended} texts were converted"] if mended else [])
+    )
 
 
 def _in_order(fault: str) -> list[tuple[int, str]]:
@@ -209,7 +211,10 @@ def _remarks(named: Sequence[tuple[TableRow, Utterance]], utterances: Sequence[U
     forms = Counter(form for u in utterances for form in odd_forms(u.text))
     if forms:
         kinds = ", ".join(f"{form}: {count}" for form, count in forms.most_common())
-        remarks.append(f"texts with {kinds}; a model learns to write them so, --mend-text mends them")
+        remarks.append(
+            f"texts with {kinds}; a model trained on them will write them in this form, --normalise-characters "
+            "converts them"
+        )
     remarks += _differing_durations(named)
     return remarks
 

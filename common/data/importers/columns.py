@@ -142,7 +142,7 @@ def _misfit(field: str, name: str, records: Sequence[Mapping[str, Any]]) -> str:
         return f"it {error}"
     if field == "id":
         common = Counter(values).most_common(1)
-        return f"{common[0][0]!r} stands in it {common[0][1]} times" if common and common[0][1] > 1 else ""
+        return f"value {common[0][0]!r} occurs {common[0][1]} times" if common and common[0][1] > 1 else ""
     wrong = next((value for value in values if value and not _fits(field, value)), None)
     return f"{wrong!r} is no {'split' if field == 'split' else 'number of seconds'}" if wrong is not None else ""
 
@@ -161,16 +161,16 @@ def _check_chosen(table: Path, present: Sequence[str], chosen: Mapping[str, Colu
                 f"{', '.join(map(repr, present))}; {_advice(present)}"
             )
     if AUDIO_SUFFIX.search(chosen["audio_filepath"].name):
-        raise DataError(f"{table}: its first row is data ({', '.join(map(repr, present))}): {_NO_HEADING}")
+        raise DataError(f"{table}: its first row is data ({', '.join(map(repr, present))}): {_NO_HEADER}")
     for field, column in chosen.items():
         if present.count(column.name) > 1:
             raise DataError(
-                f"{table}: {present.count(column.name)} columns are named {column.name!r}, which is {field}: rename "
-                "all but one"
+                f"{table}: {present.count(column.name)} columns are named {column.name!r}, the column for field "
+                f"{field}: rename all but one"
             )
 
 
-_NO_HEADING = "name its columns by --heading, as in --heading audio_filepath,text"
+_NO_HEADER = "name its columns by --header, as in --header audio_filepath,text"
 
 
 def _advice(present: Sequence[str]) -> str:
@@ -180,7 +180,7 @@ def _advice(present: Sequence[str]) -> str:
             "it is a manifest of Lhotse: write its cuts as a table of audio_filepath, offset, duration, text, speaker"
         )
     if len(present) < 2 or any(_looks_like_data(name) for name in present):
-        return f"if it has no heading row, {_NO_HEADING}"
+        return f"if it has no header row, {_NO_HEADER}"
     return "say which one it is by --column, as in --column text=transcription"
 
 

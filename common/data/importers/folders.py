@@ -43,7 +43,7 @@ def is_data(path: Path, folder: Path) -> bool:
 def kind_of_folder(folder: Path) -> str:
     """The kind of a folder in another format, and what to do with it, as the end of an error message."""
     if not folder.is_dir():
-        return "it is not there, or no folder: check the path"
+        return "it does not exist or is not a folder: check the path"
     for pattern, kind in _KINDS.items():
         if next(folder.glob(pattern), None) is not None:
             return kind

@@ -50,22 +50,22 @@ class Table(NamedTuple):
     empty: int = 0
 
 
-def read_table(table: Path, heading: Sequence[str] = ()) -> Table:
+def read_table(table: Path, header: Sequence[str] = ()) -> Table:
     """The records of a table; its format is detected from its content.
 
     Args:
-        heading: the columns' names, if the file has no heading row.
+        header: the columns' names, if the file has no header row.
 
     Raises:
         DataError: the file cannot be read, or is not a table; the message names its format.
-        UsageError: a heading for JSON.
+        UsageError: a header for JSON.
     """
     text = _read_text(table)
     if text.lstrip()[:1] in ("{", "["):
-        if heading:
-            raise UsageError(f"{table} is JSON, which names its columns itself: leave out --heading")
+        if header:
+            raise UsageError(f"{table} is JSON, which names its columns itself: leave out --header")
         return _json_table(table, text)
-    return _csv_table(table, text, list(heading))
+    return _csv_table(table, text, list(header))
 
 
 def _read_text(table: Path) -> str:
@@ -87,15 +87,15 @@ def _read_text(table: Path) -> str:
         raise DataError(f"{table}:{line} is not utf-8 text ({error.reason}): save the table as utf-8") from error
 
 
-def _csv_table(table: Path, text: str, heading: list[str]) -> Table:
+def _csv_table(table: Path, text: str, header: list[str]) -> Table:
     first, _, rest = text.partition("\n")
     separator, skipped = "", 0
     if first.strip().lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's way to say it
         separator, text, skipped = first.strip()[4], rest, 1
-    separator = separator or _separator(text, heading)
+    separator = separator or _separator(text, header)
     # Where tabs or bars separate, a quote is mostly a character of the text, as in Common Voice.
     quoting: Literal[0, 3] = csv.QUOTE_NONE if separator in "\t|" else csv.QUOTE_MINIMAL
-    parsed = Table(heading, [], [])
+    parsed = Table(header, [], [])
     empty = 0
     lines = io.StringIO(text, newline="")  # ends at line feeds and carriage returns alone, unlike `splitlines`
     reader = csv.reader(lines, delimiter=separator, strict=True, quoting=quoting)
@@ -109,7 +109,7 @@ def _csv_table(table: Path, text: str, heading: list[str]) -> Table:
                 parsed.columns.extend(_without_tail(cells, 0))
             elif len(cells := _without_tail(cells, len(parsed.columns))) != len(parsed.columns):
                 parsed.faults.append(
-                    f"{where}: the row has {len(cells)} cells, the heading {len(parsed.columns)}: put a text with "
+                    f"{where}: the row has {len(cells)} cells, the header {len(parsed.columns)}: put a text with "
                     f"{separator!r} into quotes"
                 )
             else:
@@ -119,11 +119,11 @@ def _csv_table(table: Path, text: str, heading: list[str]) -> Table:
     return parsed._replace(empty=empty)
 
 
-def _separator(text: str, heading: Sequence[str]) -> str:
+def _separator(text: str, header: Sequence[str]) -> str:
     lines = [line for line in text[:100_000].split("\n")[:20] if line.strip()]
     first = lines[0] if lines else ""
-    if heading:
-        fits = [mark for mark in reversed(SEPARATORS) if first.count(mark) == len(heading) - 1]
+    if header:
+        fits = [mark for mark in reversed(SEPARATORS) if first.count(mark) == len(header) - 1]
         return fits[0] if fits else ","
     bars = first.count("|")
     if bars and all(line.count("|") == bars for line in lines[:-1] or lines):

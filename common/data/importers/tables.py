@@ -29,7 +29,7 @@ def import_table(
     *,
     audio_root: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
-    heading: Sequence[str] = (),
+    header: Sequence[str] = (),
     skip_bad: bool = False,
     **options: Unpack[BuildOptions],
 ) -> Imported:
@@ -43,7 +43,7 @@ def import_table(
         table: the file; its paths are relative to `audio_root`, by default the table's folder, or absolute.
         out: the corpus folder to make, which must not exist or must be empty.
         columns: field name -> the table's column, if it is not among `KNOWN_COLUMNS`; an empty name uses no column.
-        heading: the names of the columns, for a table without a heading row.
+        header: the names of the columns, for a table without a header row.
         skip_bad: leave out rows with a fault; otherwise they are an error, with all of them in one message.
         options: see `BuildOptions`.
 
@@ -53,7 +53,7 @@ def import_table(
         StoreError, RetryableError: `out` cannot be written.
     """
     root = Path(audio_root or Path(table).parent)
-    parsed = read_rows(Path(table), root, columns or {}, heading=heading)
+    parsed = read_rows(Path(table), root, columns or {}, header=header)
     if not parsed.rows and not parsed.faults:
         raise DataError(f"{table} has no rows: nothing to import")
     return build_corpus(
@@ -72,7 +72,7 @@ def read_rows(
     audio_root: Path,
     columns: Mapping[str, str],
     *,
-    heading: Sequence[str] = (),
+    header: Sequence[str] = (),
     split: str = "",
     folder: Path = Path(),
 ) -> Rows:
@@ -87,7 +87,7 @@ def read_rows(
         UsageError: an unknown field in `columns`.
     """
     check_mapping(columns)
-    content = read_table(table, heading)
+    content = read_table(table, header)
     if not content.records:
         return Rows([], content.faults, [])
     chosen, notes = choose_columns(table, content.columns, [record for _, record in content.records], columns)

@@ -236,7 +236,7 @@ def test_a_place_that_cannot_be_is_refused(broken, changes, message):
         ({"byte_size": 2**29}, "truncated"),
         ({"byte_size": 100}, "not those that the index names"),
         ({"byte_offset": 0}, "not those that the index names"),
-        ({"shard": "shards/none.tar"}, "is not there"),
+        ({"shard": "shards/none.tar"}, "does not exist"),
         ({"sha256": "0" * 64}, "not those that the index names"),
     ],
 )
@@ -254,7 +254,7 @@ def test_one_audio_in_two_places_is_refused(broken):
     extra = rows[0] | {"id": "other", "byte_offset": rows[0]["byte_offset"] + 1}
     with (broken / "index.jsonl").open("a") as file:
         file.write(json.dumps(extra) + "\n")
-    with pytest.raises(DataError, match="lies in two places"):
+    with pytest.raises(DataError, match="has two locations in the index"):
         read_corpus(broken)
 
 

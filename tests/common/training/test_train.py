@@ -420,7 +420,7 @@ def test_a_gpu_is_the_one_that_was_named(two_gpus):
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(UsageError, match=f"--device {device}: this machine offers no CUDA device"):
+        with pytest.raises(UsageError, match=f"--device {device}: this machine has no CUDA device"):
             make_accelerator("fp32", device)
     with pytest.raises(UsageError, match="--device gpu: choose one of auto, cpu, cuda"):
         make_accelerator("fp32", "gpu")
