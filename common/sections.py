@@ -134,9 +134,7 @@ class LoraConfig(Section):
     rank: int = Field(16, gt=0, description="Rank of each routed expert.")
     alpha: float = Field(32, gt=0, description="Scale of every expert's output: alpha / rank.")
     shared_rank: int = Field(48, gt=0, description="Rank of the shared expert, which every utterance uses.")
-    magnitude: bool = Field(
-        True, description="Learn a magnitude for each rank. It is folded into the weights when an adapter is saved."
-    )
+    magnitude: bool = Field(True, description="Learn a magnitude per rank. A saved adapter has it in its weights.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the input of each expert.")
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "proj_out"], ...] = Field(
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
@@ -155,9 +153,7 @@ class LoraConfig(Section):
 class AdaloraConfig(Section):
     """AdaLoRA: one adapter whose ranks are allocated by importance (`asr.adapt: adalora`). `lora` has the rest."""
 
-    init_rank: int | None = Field(
-        None, gt=0, description="Rank of each layer at the start. 1.5 times the target when unset."
-    )
+    init_rank: int | None = Field(None, gt=0, description="Rank of each layer at the start. Default: 1.5 × target.")
     target_rank: int | None = Field(None, gt=0, description="Mean rank over layers at the end. lora.rank when unset.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of all steps before the first rank is removed.")
     final: float = Field(
