@@ -246,21 +246,21 @@ def test_speakers(corpus: Corpus) -> dict[str, list[Utterance]]:
 
 
 def measure_persons(arguments: argparse.Namespace) -> None:
-    """Single test speakers, as many of the unheard group as of others."""
+    """Single test speakers, as many of the unseen group as of others."""
     column, value = parse_where(arguments.where)
     others = read_corpus(arguments.others)
     by_speaker = test_speakers(others)
     shuffled = random.Random(TEST_SEED).sample(sorted(by_speaker), len(by_speaker))
-    unheard = [s for s in shuffled if getattr(by_speaker[s][0], column) == value][: arguments.persons // 2]
-    heard = [s for s in shuffled if getattr(by_speaker[s][0], column) != value][: arguments.persons - len(unheard)]
-    old = [u for s in shuffled if s not in (*heard, *unheard) for u in by_speaker[s]
+    unseen = [s for s in shuffled if getattr(by_speaker[s][0], column) == value][: arguments.persons // 2]
+    seen = [s for s in shuffled if getattr(by_speaker[s][0], column) != value][: arguments.persons - len(unseen)]
+    old = [u for s in shuffled if s not in (*seen, *unseen) for u in by_speaker[s]
            if getattr(u, column) != value]  # fmt: skip
     old = random.Random(TEST_SEED).sample(old, min(len(old), arguments.others_tested))
     before = wer(scores_of(open_fresh(arguments), others, old))
-    for speaker in (*unheard, *heard):
+    for speaker in (*unseen, *seen):
         own = by_speaker[speaker]
         half = len(own) // 2
-        kind = "a person of the unheard group" if speaker in unheard else "a person of a trained group"
+        kind = "a person of the unseen group" if speaker in unseen else "a person of a trained group"
         of = {"model": arguments.model_name, "new": kind, "speaker": speaker, "utterances": half,
               "seed": arguments.seed}  # fmt: skip
         sides = Sides(arguments, of, others, own[:half], others, own[half:], old, before)

@@ -133,7 +133,7 @@ def person_rows(results: Path = RESULTS / "extend.json") -> list[str]:
     for row in rows:
         cells.setdefault(row["way"], {})[row["new"]] = _with_difference(row)
     lines = [(WAYS[way], *(cells[way].get(kind, "") for kind in kinds)) for way in WAYS if way in cells]
-    return _table(("method", *(kind.replace("unheard", "unseen") for kind in kinds)), lines)
+    return _table(("method", *kinds), lines)
 
 
 def group_rows(results: Path = RESULTS / "extend.json") -> list[str]:

@@ -8,7 +8,7 @@ from tests.stages.test_local_runner import micro_config
 
 
 @pytest.mark.timeout(600)
-def test_one_expert_lowers_the_error_rate_of_an_unheard_speaker(tmp_path, tiny_en):
+def test_one_expert_lowers_the_error_rate_of_an_unseen_speaker(tmp_path, tiny_en):
     corpus = tmp_path / "corpus"
     synthesize(corpus, speakers_per_etiology=5, utterances_per_speaker=8, seed=1, etiologies=["rushed"])
     config = micro_config(
