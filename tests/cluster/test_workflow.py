@@ -27,7 +27,7 @@ from tests.cluster.node import find_node, kill_controller_and_kubelet
 
 pytestmark = pytest.mark.timeout(1200)
 # A checkpoint after each of many epochs, and no early stop: time to be hit in.
-LONG = {"experts__epochs": 15, "experts__patience": 15, "asr__epochs": 15, "asr__patience": 15}
+LONG = {"experts__epochs": 30, "experts__patience": 30, "asr__epochs": 15, "asr__patience": 15}
 
 
 LABELS = {"extract[0]", "cluster", "gating", "experts[0]", "experts[1]", "asr"}
