@@ -52,15 +52,9 @@ def base_model(config: Config, cache: Path) -> Path:
     return sources.locate_model(name, cache, revision=revision, endpoint_url=config.endpoint_url)
 
 
-def base_digest(config: Config, cache: Path, folder: Path | None = None) -> str:
-    """The digest of the base model (`data.sources.model_digest`).
-
-    Args:
-        folder: a local copy of the model, so that a model in a store need not be downloaded again.
-    """
+def base_digest(config: Config, cache: Path) -> str:
+    """The digest of the base model (`data.sources.model_digest`)."""
     name, revision = config.model.name, config.model.revision
-    if folder is not None and not sources.is_hub_name(name):
-        name = str(folder)
     return sources.model_digest(name, cache, revision=revision, endpoint_url=config.endpoint_url)
 
 

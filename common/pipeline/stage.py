@@ -87,6 +87,7 @@ class Context:
         stopping: true after the process received a signal to stop.
         summary: small results that are written to the manifest (and are not part of the content).
         scratch: a temporary folder.
+        sources: digests of the sources, corpus and base model, as in the task's key.
     """
 
     shard: int | None
@@ -97,6 +98,7 @@ class Context:
     attempt: Attempt
     stopping: Callable[[], bool]
     scratch: Path
+    sources: Mapping[str, str] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def check_stop(self) -> None:
@@ -245,6 +247,7 @@ def _context(
         attempt=attempt,
         stopping=stopping,
         scratch=work,
+        sources={name: task.key.ingredients["inputs"][name] for name in task.contract.sources},
     )
 
 

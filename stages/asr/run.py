@@ -50,7 +50,7 @@ from stages.asr.ablation import judge_experts
 from stages.asr.base import base_key, base_transcripts
 from stages.asr.build import build, describe, parameter_groups, rank_plan
 from stages.asr.router import Router, gate_groups, table_groups
-from stages.inputs import base_digest, evaluation_subset, training_subset
+from stages.inputs import evaluation_subset, training_subset
 from stages.settings import decoding_options, epoch_planner, speech_examples, train_options
 
 
@@ -150,7 +150,7 @@ def _finish(
     judged = judge_experts(joint) if recogniser.num_experts > 1 and options.mixture != "loss" else []
     if accelerator.is_main_process:
         usual = float(np.percentile([u.duration for u in joint.sets["train"].utterances], 95))
-        digest = base_digest(config, joint.context.scratch, model)
+        digest = joint.context.sources["model"]
         info = describe(config, recogniser, digest, groups=joint.router.groups, seconds=round(usual, 2))
         save_recogniser(recogniser, info, output)
         if ranks:
@@ -309,7 +309,7 @@ def _base_texts(joint: Joint, model: Path) -> tuple[dict[str, str], bool]:
     config, utterances, accelerator = joint.config, joint.base_test.utterances, joint.accelerator
 
     def key() -> Key:
-        digest = base_digest(config, joint.context.scratch, model)
+        digest = joint.context.sources["model"]
         return base_key(config, joint.corpus_digest, utterances, digest, accelerator.mixed_precision)
 
     def decode() -> dict[str, str]:
