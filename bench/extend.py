@@ -3,12 +3,14 @@
     python -m bench.extend MODEL --new CORPUS --others CORPUS --utterances 5 10 20 36 200
     python -m bench.extend MODEL --others CORPUS --persons 10
     python -m bench.extend MODEL --others CORPUS --groups --utterances 5 10
+    python -m bench.extend MODEL --new CORPUS --others CORPUS --where speaker=NAME --held-out 200 --utterances 200 1800
     python -m bench.extend                     computes the summary again
 
 Sides: the model as it is; the four ways of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
-replay of old speech; a fresh LoRA from Whisper. The enrolment is drawn from the new group's utterances in `--new`. The
-new group's and everybody else's test utterances are those of `--others`, decoded before and after. `--persons` enrols
-half of the utterances of single test speakers, and scores the other half.
+replay of old speech; a fresh LoRA from Whisper; all weights of Whisper. The enrolment is drawn from the new group's
+utterances in `--new`. The new group's and everybody else's test utterances are those of `--others`, decoded before and
+after; with `--held-out`, the new group's are drawn from `--new` too. `--persons` enrols half of the utterances of
+single test speakers, and scores the other half.
 
 Sides are written as they are measured, with their word errors by utterance, and are not measured again; `summary` is
 computed from them. `make generate` writes the tables of docs/extending.md.
@@ -17,37 +19,25 @@ computed from them. `make generate` writes the tables of docs/extending.md.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from bench.results_file import (
-    RESAMPLES,
-    RESULTS,
-    read_results,
-    tested_utterances,
-    to_scores,
-    word_errors,
-    write_results,
-)
+from bench.extend_results import EMPTY, add_row, add_side, summarise
+from bench.results_file import RESULTS, read_results, tested_utterances, word_errors, write_results
 from common.data.batches import BatchLoader, epoch_batches, make_examples
 from common.data.corpus import Corpus, Utterance, read_corpus
 from common.data.subsets import TEST_SEED
 from common.decoding.decode import Decoding
-from common.errors import DataError
 from common.evaluation.breakdown import score_of
-from common.evaluation.compare import mean_of_results
 from common.evaluation.evaluate import decode_corpus
-from common.evaluation.wer import Score, interval_of_difference, resampled_rates, wer
+from common.evaluation.wer import Score, wer
 from common.inference.load_model import OpenedModel, open_model
 from common.json_files import Row
 from common.model.added_experts import (
@@ -64,15 +54,15 @@ from common.model.recogniser import Recogniser
 from common.model.routing import Choice
 from common.model.whisper import load_whisper
 from common.storage import open_store
-from common.training.added_experts import BATCH, Candidates, Enrolment, fit, steps_for, ways_for
+from common.training.added_experts import BATCH, WAYS, Candidates, Enrolment, fit, steps_for, ways_for
 from common.training.train import TrainOptions, train
 from stages.extend.choose import make_enrolment
 from stages.extend.enrolment import parse_where
 
 DECODING = Decoding(batch_size=8, max_new_tokens=60)
 TUNE_RATE, REPLAY = 3e-4, 3  # of all adapter weights; old utterances for each new one
-FRESH_RATE, FRESH_RANK = 1e-3, 48
-EMPTY: Row = {"tested": {}, "sides": [], "groups": [], "summary": []}
+FRESH_RATE, FRESH_RANK, FULL_RATE = 1e-3, 48, 1e-4  # of models that start from Whisper
+TUNED = ("tuned", "replay", "fresh", "full")  # sides that change weights
 
 
 def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
@@ -110,7 +100,7 @@ def stored_bytes(terms: Terms) -> int:
 
 def tune(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], old: Sequence[tuple[Corpus, Utterance]],
          rate: float, seed: int) -> int:  # fmt: skip
-    """Trains all adapter weights on new and old utterances; returns their bytes."""
+    """Trains all adapter weights, or all weights of a model without adapters; returns their bytes."""
     pairs = [(corpus, u) for u in utterances] + list(old)
     examples = [
         make_examples(source, [u], opened.codec, context=opened.context, margin=opened.margin)[0] for source, u in pairs
@@ -124,7 +114,8 @@ def tune(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], o
     stacks = [
         s for _, layer in mixture_layers(recogniser.whisper) for s in (layer.shared, layer.routed) if s is not None
     ]
-    weights = [weight.requires_grad_(True) for stack in stacks for weight in (stack.lora_A, stack.lora_B)]
+    adapters = [weight for stack in stacks for weight in (stack.lora_A, stack.lora_B)]
+    weights = [weight.requires_grad_(True) for weight in adapters or recogniser.parameters()]
     per_epoch = len(epoch_batches(examples, batch_size=BATCH, seed=seed, epoch=0))
     epochs = math.ceil(steps / per_epoch)
     train(
@@ -140,11 +131,13 @@ def tune(opened: OpenedModel, corpus: Corpus, utterances: Sequence[Utterance], o
     return 4 * sum(weight.numel() for weight in weights)
 
 
-def fresh_lora(opened: OpenedModel) -> OpenedModel:
-    """Whisper with a new adapter in place of the model's."""
+def from_whisper(opened: OpenedModel, way: str) -> OpenedModel:
+    """Whisper with a new adapter in place of the model's (`fresh`), or as it is (`full`)."""
     whisper = load_whisper(opened.base)
-    slot = add_mixture(whisper, targets=TARGETS, num_experts=0, rank=FRESH_RANK, alpha=2 * FRESH_RANK,
-                       shared_rank=FRESH_RANK)  # fmt: skip
+    slot = None
+    if way == "fresh":
+        slot = add_mixture(whisper, targets=TARGETS, num_experts=0, rank=FRESH_RANK, alpha=2 * FRESH_RANK,
+                           shared_rank=FRESH_RANK)  # fmt: skip
     return replace(opened, recogniser=Recogniser(whisper, slot=slot).eval(), info=None)
 
 
@@ -155,7 +148,7 @@ class Sides:
     Attributes:
         of: what tells the rows of this comparison from others.
         enrolment: utterances of `corpus` to learn from.
-        tested: held-out utterances of the new speech, in `others`.
+        tested: held-out utterances of the new speech, in `tested_in`.
         old: utterances of `others` by everybody else, which are decoded before and after.
     """
 
@@ -164,6 +157,7 @@ class Sides:
     corpus: Corpus
     enrolment: Sequence[Utterance]
     others: Corpus
+    tested_in: Corpus
     tested: Sequence[Utterance]
     old: Sequence[Utterance]
     old_before: float
@@ -176,16 +170,16 @@ class Sides:
         add_side(self.arguments.out, row | {"errors": word_errors(scores)}, tested)
 
     def missing(self, ways: Sequence[str]) -> list[str]:
-        """The ways that are not measured yet."""
+        """The wanted ways that are not measured yet."""
         sides = read_results(self.arguments.out, EMPTY)["sides"]
         there = {row["way"] for row in sides if self.of.items() <= row.items()}
-        return [way for way in ways if way not in there]
+        return [way for way in ways if way not in there and way in self.arguments.sides]
 
     def measure_frozen(self) -> None:
         """The model as it is, and the ways that leave it as it is."""
         opened = open_fresh(self.arguments)
         if self.missing(["as it is"]):
-            self.write("as it is", scores_of(opened, self.others, self.tested), self.old_before, 0.0, 0)
+            self.write("as it is", scores_of(opened, self.tested_in, self.tested), self.old_before, 0.0, 0)
         data = enrolment_of(opened, self.corpus, self.enrolment, self.arguments.seed)
         for way in ways_for(opened.recogniser):
             if not self.missing([way]):
@@ -194,7 +188,7 @@ class Sides:
             terms = fit(data, way, data.all(), Candidates(data), way)
             seconds = time.monotonic() - started
             number = append_terms(opened.recogniser, terms)
-            new = scores_of(opened, self.others, self.tested, number)
+            new = scores_of(opened, self.tested_in, self.tested, number)
             after = wer(scores_of(opened, self.others, self.old))
             self.write(way, new, after, seconds, stored_bytes(terms))
             remove_last(opened.recogniser)
@@ -207,32 +201,36 @@ class Sides:
 
     def measure_tuned(self) -> None:
         """The sides that change weights."""
-        for way in self.missing(self.arguments.tuned):
+        for way in self.missing(TUNED):
             opened = open_fresh(self.arguments)
-            model = fresh_lora(opened) if way == "fresh" else opened
+            model = from_whisper(opened, way) if way in ("fresh", "full") else opened
             old = self.replayed() if way == "replay" else []
-            rate = FRESH_RATE if way == "fresh" else TUNE_RATE
+            rate = {"fresh": FRESH_RATE, "full": FULL_RATE}.get(way, TUNE_RATE)
             started = time.monotonic()
             size = tune(model, self.corpus, self.enrolment, old, rate, self.arguments.seed)
             seconds = time.monotonic() - started
             after = wer(scores_of(model, self.others, self.old))
-            self.write(way, scores_of(model, self.others, self.tested), after, seconds, size)
+            self.write(way, scores_of(model, self.tested_in, self.tested), after, seconds, size)
 
 
 def measure_group(arguments: argparse.Namespace) -> None:
-    """A group that training never heard, by number of utterances."""
+    """A group or a person that training never heard, by number of utterances."""
     column, value = parse_where(arguments.where)
     new, others = read_corpus(arguments.new), read_corpus(arguments.others)
     tests = others.split("test")
     tested = [u for u in tests if getattr(u, column) == value]
     old = [u for u in tests if getattr(u, column) != value]
     old = random.Random(TEST_SEED).sample(old, min(len(old), arguments.others_tested))
-    pool = [u for u in new.utterances if getattr(u, column) == value]
+    pool, tested_in = [u for u in new.utterances if getattr(u, column) == value], others
+    if arguments.held_out:
+        tested, tested_in = random.Random(TEST_SEED).sample(pool, arguments.held_out), new
+        texts = {u.text for u in tested}
+        pool = [u for u in pool if u.text not in texts]
     before = wer(scores_of(open_fresh(arguments), others, old))
     for count in arguments.utterances:
         enrolment = random.Random(arguments.seed).sample(pool, count)
         of = {"model": arguments.model_name, "new": value, "utterances": count, "seed": arguments.seed}
-        sides = Sides(arguments, of, new, enrolment, others, tested, old, before)
+        sides = Sides(arguments, of, new, enrolment, others, tested_in, tested, old, before)
         sides.measure_frozen()
         sides.measure_tuned()
 
@@ -263,7 +261,7 @@ def measure_persons(arguments: argparse.Namespace) -> None:
         kind = "a person of the unseen group" if speaker in unseen else "a person of a trained group"
         of = {"model": arguments.model_name, "new": kind, "speaker": speaker, "utterances": half,
               "seed": arguments.seed}  # fmt: skip
-        sides = Sides(arguments, of, others, own[:half], others, own[half:], old, before)
+        sides = Sides(arguments, of, others, own[:half], others, others, own[half:], old, before)
         sides.measure_frozen()
         sides.measure_tuned()
 
@@ -286,82 +284,6 @@ def group_found(arguments: argparse.Namespace, count: int) -> Row:
             "right": len(by_speaker) - len(confused), "speakers": len(by_speaker), "confused": confused}  # fmt: skip
 
 
-def tested_name(row: Row) -> str:
-    """What the utterances are filed under that a side was tested on."""
-    return str(row.get("speaker", row["new"]))
-
-
-def add_side(path: Path, row: Row, tested: Row) -> None:
-    """Adds a side to the results.
-
-    Raises:
-        DataError: it was tested on other utterances than the sides before it.
-    """
-    results, name = read_results(path, EMPTY), tested_name(row)
-    if results["tested"].setdefault(name, tested) != tested:
-        raise DataError(f"{path}: {name} was tested on other utterances before")
-    add_row(path, results, "sides", row)
-
-
-def add_row(path: Path, results: Row, key: str, row: Row) -> None:
-    """Adds a row to one list of the results, prints it, and writes the results with their summary."""
-    results[key].append(row)
-    print(json.dumps({name: value for name, value in row.items() if name != "errors"}), flush=True)
-    write_results(path, results | {"summary": summarise(results)})
-
-
-def summarise(results: Row) -> list[Row]:
-    """Means over seeds and persons, with the difference from tuning all adapter weights.
-
-    Its interval is over speakers and over seeds: a seed is a model and an enrolment of its own, the same for all ways.
-    """
-    groups: dict[tuple[str, str, int], dict[str, list[Row]]] = {}
-    for row in results["sides"]:
-        count = 0 if "speaker" in row else row["utterances"]
-        groups.setdefault((row["model"], row["new"], count), {}).setdefault(row["way"], []).append(row)
-    summary = []
-    for (model, new, count), ways in sorted(groups.items()):
-        tuned, speakers = scores_by_seed(ways.get("tuned", ()), results["tested"])
-        for way, rows in ways.items():
-            scores, own = scores_by_seed(rows, results["tested"])
-            row = {"model": model, "new": new, "utterances": count or None, "way": way, "rows": len(rows)}
-            row["new_wer"] = wer([score for seed in scores.values() for score in seed])
-            for key in ("others_before", "others_after", "bytes", "seconds"):
-                row[key] = statistics.mean(row[key] for row in rows)
-            paired = way not in ("tuned", "as it is") and own == speakers and scores.keys() == tuned.keys()
-            row["minus_tuned"] = difference(tuned, scores, speakers) if paired else None
-            summary.append(row)
-    return summary
-
-
-def scores_by_seed(rows: Sequence[Row], tested: Mapping[str, Row]) -> tuple[dict[int, list[Score]], dict[str, str]]:
-    """Scores of a way over all persons, by seed, and the speaker of each utterance."""
-    scores: dict[int, list[Score]] = {}
-    speakers: dict[str, str] = {}
-    for row in rows:
-        utterances = tested[tested_name(row)]
-        own = to_scores(utterances, row["errors"])
-        scores.setdefault(row["seed"], []).extend(own)
-        speakers |= zip((score.id for score in own), utterances["speakers"], strict=True)
-    return scores, speakers
-
-
-def difference(
-    tuned: Mapping[int, list[Score]], scores: Mapping[int, list[Score]], speakers: Mapping[str, str]
-) -> dict[str, float]:
-    """`delta` of word error rates, with `low`, `high` and `p`, over draws of speakers and of seeds."""
-    rates_MR = resampled_rates(
-        [by_seed[seed] for by_seed in (scores, tuned) for seed in tuned],
-        speakers,
-        metric="wer",
-        resamples=RESAMPLES,
-        seed=0,
-    )
-    deltas_SR = rates_MR[: len(tuned)] - rates_MR[len(tuned) :]
-    delta = statistics.mean(wer(scores[seed]) - wer(tuned[seed]) for seed in tuned)
-    return {"delta": delta} | interval_of_difference(mean_of_results(deltas_SR, np.random.default_rng(0)))
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Measures one model and seed, and adds the rows to a file."""
     parser = argparse.ArgumentParser("python -m bench.extend")
@@ -373,7 +295,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--others", help="corpus of everybody else, and of the new group's test utterances")
     parser.add_argument("--utterances", type=int, nargs="+", default=[36], help="of the enrolment")
     parser.add_argument("--others-tested", type=int, default=60, help="utterances of others that are scored")
-    parser.add_argument("--tuned", nargs="*", default=["tuned", "replay", "fresh"], help="sides that change weights")
+    parser.add_argument("--held-out", type=int, help="utterances of --new to score in place of those of --others")
+    parser.add_argument("--sides", nargs="+", default=["as it is", *WAYS, *TUNED[:3]], help="sides to measure")
     parser.add_argument("--persons", type=int, help="measure single test speakers instead")
     parser.add_argument("--groups", action="store_true", help="measure instead how often choose finds the group")
     parser.add_argument("--seed", type=int, default=1)

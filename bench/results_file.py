@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def to_scores(tested: Mapping[str, Sequence[Any]], errors: Sequence[int], prefix
 
 
 def read_results(path: Path, empty: Row) -> Row:
-    """The results so far, over those of an `empty` file."""
-    return empty | (read_object(path) if path.is_file() else {})
+    """The results so far, over a copy of those of an `empty` file."""
+    return deepcopy(empty) | (read_object(path) if path.is_file() else {})
 
 
 def write_results(path: Path, results: Row) -> None:

@@ -49,7 +49,7 @@ def corpus() -> None:
     "--etiology",
     "etiologies",
     multiple=True,
-    help="Stand-in etiology to include; repeatable. All by default. Not for the benchmark.",
+    help="Stand-in etiology to include; repeatable. All by default.",
 )
 def synth(
     out: Path,
@@ -73,10 +73,8 @@ def synth(
     """
     from demo.corpus import synthesize, synthesize_bench
 
-    if kind != "demo" and (etiologies or utterances is not None):
-        raise UsageError(
-            f"--etiology and --utterances are not for --kind {kind}: --minutes sets how much speech to generate"
-        )
+    if kind != "demo" and utterances is not None:
+        raise UsageError(f"--utterances is not for --kind {kind}: --minutes sets how much speech to generate")
     if kind == "demo" and (minutes is not None or held_out_minutes is not None):
         raise UsageError("--minutes is for --kind bench: --utterances sets how much speech a demo has")
     made = (
@@ -86,6 +84,7 @@ def synth(
             held_out_minutes=held_out_minutes,
             alike=kind == "bench-alike",
             speakers_per_etiology=12 if speakers is None else speakers,
+            etiologies=etiologies or None,
             seed=seed,
         )
         if kind != "demo"

@@ -7,7 +7,7 @@ import io
 import math
 import multiprocessing
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -86,11 +86,7 @@ def synthesize(
         DataError: espeak-ng or the vocabulary is not installed.
         StoreError: `out` cannot be written.
     """
-    chosen = list(dict.fromkeys(STAND_INS if etiologies is None else etiologies))
-    unknown = [name for name in chosen if name not in STAND_INS]
-    if unknown or not chosen:
-        asked = f"unknown stand-in etiology {unknown[0]!r}" if unknown else "no stand-in etiology given"
-        raise UsageError(f"{asked}; choose from {', '.join(STAND_INS)}")
+    chosen = _choose(etiologies, STAND_INS)
     if speakers_per_etiology < 3 or utterances_per_speaker < 1:
         raise UsageError(
             f"{speakers_per_etiology} speakers per etiology with {utterances_per_speaker} utterances each: take at "
@@ -114,6 +110,7 @@ def synthesize_bench(
     minutes: float = 30,
     held_out_minutes: float | None = None,
     speakers_per_etiology: int = 12,
+    etiologies: Sequence[str] | None = None,
     alike: bool = False,
     seed: int,
     processes: int = 2,
@@ -132,11 +129,12 @@ def synthesize_bench(
             train.
         alike: all groups have the same voices and pace, so that they differ only in their sounds (`BENCH_ALIKE`).
         speakers_per_etiology: at least 6.
+        etiologies: groups to include; None includes all. A group's speech does not depend on the others.
         seed: random seed of voices and sentences.
         processes: number of speakers that are synthesised at a time.
 
     Raises:
-        UsageError: too few speakers or minutes, or `out` exists.
+        UsageError: an unknown group, too few speakers or minutes, or `out` exists.
         DataError: espeak-ng or the vocabulary is not installed.
         StoreError: `out` cannot be written.
     """
@@ -145,10 +143,12 @@ def synthesize_bench(
             f"{speakers_per_etiology} speakers per etiology and {minutes:g} minutes: take at least 6 speakers (three "
             "for train, one for dev, two for test) and more than no minutes"
         )
+    groups = BENCH_ALIKE if alike else BENCH
+    chosen = _choose(etiologies, groups)
     require_espeak()
     speakers = []
     held_out = minutes / 10 if held_out_minutes is None else held_out_minutes
-    for name, voice in (BENCH_ALIKE if alike else BENCH).items():
+    for name in chosen:
         splits = [split for split, share in _PARTS for _ in range(round(share * speakers_per_etiology))]
         for number, split in enumerate(splits):
             if name == UNSEEN and split != "test":
@@ -157,9 +157,23 @@ def synthesize_bench(
             seconds = spoken * 60 / (len(BENCH) - 1) / splits.count(split)
             lexicon = training_lexicon() if split == "train" else build_lexicon()
             count = math.ceil(seconds / _SHORTEST)
-            drawn = _draw_speaker(name, voice, number, split, seed, count, lexicon, SHORT_PATTERNS)
+            drawn = _draw_speaker(name, groups[name], number, split, seed, count, lexicon, SHORT_PATTERNS)
             speakers.append(replace(drawn, seconds=seconds))
     return _make_corpus(out, speakers, processes)
+
+
+def _choose(etiologies: Sequence[str] | None, voices: Collection[str]) -> list[str]:
+    """The named stand-in etiologies once each, or all of them.
+
+    Raises:
+        UsageError: one of them does not exist, or none is named.
+    """
+    chosen = list(dict.fromkeys(voices if etiologies is None else etiologies))
+    unknown = [name for name in chosen if name not in voices]
+    if unknown or not chosen:
+        asked = f"unknown stand-in etiology {unknown[0]!r}" if unknown else "no stand-in etiology given"
+        raise UsageError(f"{asked}; choose from {', '.join(voices)}")
+    return chosen
 
 
 def _make_corpus(out: str | Path, speakers: Sequence[_Speaker], processes: int) -> Corpus:

@@ -6,7 +6,9 @@ import pytest
 
 from bench import extend
 from bench.table import extension_costs, extension_rows, group_rows, person_rows
+from common.data.corpus import read_corpus
 from common.errors import DataError
+from common.model.whisper import load_whisper
 from tests.common.export.test_formats import make_bundle
 
 FROZEN = {"as it is", "choose", "gates", "expert", "neighbour"}
@@ -28,7 +30,8 @@ def measured(tmp_path_factory, micro_model, tones):
         "--others-tested",
         "3",
     ]
-    words += ["--utterances", "2", "--tuned", "tuned", "--cache", str(folder), "--out", str(folder / "extend.json")]
+    words += ["--utterances", "2", "--sides", *FROZEN, "tuned"]
+    words += ["--cache", str(folder), "--out", str(folder / "extend.json")]
     extend.main(words)
     return words, folder / "extend.json"
 
@@ -43,6 +46,21 @@ def test_every_side_is_measured_on_the_same_utterances_and_once(measured):
         assert side["way"] == "tuned" or side["others_after"] == side["others_before"]
     extend.main(words)
     assert json.loads(path.read_text(encoding="utf-8")) == results
+
+
+def test_a_person_s_own_utterances_are_held_out(tmp_path, micro_model, tones):
+    bundle = make_bundle(tmp_path / "bundle", micro_model, experts=0, shared=4)
+    speaker = next(u.speaker for u in read_corpus(tones).split("test"))
+    own = {u.id for u in read_corpus(tones).utterances if u.speaker == speaker}
+    out = tmp_path / "extend.json"
+    words = [str(bundle), "--new", str(tones), "--others", str(tones), "--where", f"speaker={speaker}"]
+    words += ["--utterances", "1", "--held-out", "1", "--sides", "as it is", "full", "--others-tested", "2"]
+    extend.main([*words, "--cache", str(tmp_path), "--out", str(out)])
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert [side["way"] for side in results["sides"]] == ["as it is", "full"]
+    assert {*results["tested"][speaker]["ids"]} < own
+    weights = sum(p.numel() for p in load_whisper(micro_model).parameters())
+    assert results["sides"][1]["bytes"] == 4 * weights
 
 
 def test_the_summary_is_computed_from_word_errors(measured, tmp_path):

@@ -141,7 +141,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path, cha
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--minutes", "3"], ["--kind", "bench", "--etiology", "typical"]])
+@pytest.mark.parametrize("options", [["--minutes", "3"], ["--kind", "bench", "--utterances", "3"]])
 def test_options_of_the_other_kind_are_refused(tmp_path, options):
     result = CliRunner().invoke(cli, ["corpus", "synth", str(tmp_path / "out"), *options])
     assert isinstance(result.exception, UsageError)
@@ -152,6 +152,16 @@ def test_alike_groups_differ_in_their_sounds_alone():
     for name, group in BENCH_ALIKE.items():
         assert (group.variants, group.rate, group.effect) == (BENCH_ALIKE["typical"].variants, (200, 250), None)
         assert (group.sounds, group.share) == (BENCH[name].sounds, BENCH[name].share)
+
+
+def test_a_group_alone_speaks_as_it_does_among_all(tmp_path):
+    alone = made(tmp_path / "alone", etiologies=[UNSEEN])
+    everyone = made(tmp_path / "all")
+    assert list(alone.utterances) == [u for u in everyone.utterances if u.etiology == UNSEEN]
+    for u in alone.utterances[:2]:
+        assert alone.path(u).read_bytes() == everyone.path(u).read_bytes()
+    with pytest.raises(UsageError, match="unknown stand-in etiology 'atoll'"):
+        made(tmp_path / "none", etiologies=["atoll"])
 
 
 def test_held_out_speech_has_a_time_of_its_own(tmp_path):
