@@ -77,7 +77,7 @@ def evaluate(
     from stages.settings import decoding_options
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    config = decoding_config(model, store, settings)
+    config = decoding_config(model, store, settings, device)
     data = open_corpus(corpus, cache_folder(), endpoint_url=endpoint_url, cache_bytes=config.runtime.audio_cache_bytes)
     opened = open_as_told(
         model,
@@ -87,7 +87,6 @@ def evaluate(
         base=base,
         language=language,
         task=task,
-        device=device,
         endpoint_url=endpoint_url,
     )
     opened = with_added(opened, speaker=speaker, expert=expert)

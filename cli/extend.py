@@ -94,11 +94,10 @@ def extend(
     store = open_store(store_url, endpoint_url=endpoint_url)
     set_up_logging(quiet=quiet)
     column, value = speaker_or_group(speaker, where)
-    config = _config(decoding_config(model, store, settings), corpus, store_url, endpoint_url, quiet)
+    config = _config(decoding_config(model, store, settings, device), corpus, store_url, endpoint_url, quiet)
     opened = open_as_told(
-        model, store, config, settings, base=base, language=language, task=task, device=device,
-        endpoint_url=endpoint_url,
-    )  # fmt: skip
+        model, store, config, settings, base=base, language=language, task=task, endpoint_url=endpoint_url
+    )
     used = {"name": str(opened.base), "language": opened.spoken, "task": opened.task}  # as long audio is transcribed
     config = config.model_copy(update={"model": config.model.model_copy(update=used)})
     data = load_corpus(config, cache_folder())

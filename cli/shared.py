@@ -73,8 +73,11 @@ def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[F], F]:
 with_store = with_options(store_options)
 
 
-def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config:
+def decoding_config(model: str, store: Store, settings: Sequence[str], device: str) -> Config:
     """How to decode: as the run did whose model it is, else by the defaults; `--set` over both.
+
+    Args:
+        device: of `--device`; `auto` leaves it to the settings.
 
     Raises:
         ConfigError: a setting that does not validate.
@@ -88,6 +91,8 @@ def decoding_config(model: str, store: Store, settings: Sequence[str]) -> Config
         if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
             raise UsageError(f"--set {text}: only decode, audio, runtime, precision and seed can be set here")
         merge(tree, nest(path, value))
+    if device != "auto":
+        merge(tree, nest("runtime.device", device))
     return validate(tree)
 
 
@@ -100,7 +105,6 @@ def open_as_told(
     base: str | None,
     language: str | None,
     task: str | None,
-    device: str,
     endpoint_url: str | None,
 ) -> OpenedModel:
     """Opens a model by these options and a `decoding_config`; see `common.inference.load_model.open_model`.
@@ -117,7 +121,7 @@ def open_as_told(
         store=store,
         cache=cache_folder(),
         base=base,
-        device=device,
+        device=config.runtime.device,
         precision=config.precision,
         language=language,
         task=task,

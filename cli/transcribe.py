@@ -127,7 +127,7 @@ def transcribe(
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
     beams = [f"decode.num_beams={num_beams}"] if num_beams else []
-    config = decoding_config(model, store, [*settings, *beams])
+    config = decoding_config(model, store, [*settings, *beams], device)
     set_by_user = any(text.startswith("decode.temperatures=") for text in settings)
     decoding = decoding_of(decoding_options(config), fall_back=fall_back and not set_by_user, no_speech=no_speech)
     opened = open_as_told(
@@ -138,7 +138,6 @@ def transcribe(
         base=base,
         language=language,
         task=task,
-        device=device,
         endpoint_url=endpoint_url,
     )
     opened = with_added(opened, speaker=speaker, expert=expert)

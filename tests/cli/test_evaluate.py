@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 
 from cli.evaluate import _slug
 from cli.main import cli
@@ -75,6 +76,13 @@ def test_a_run_decodes_as_it_did_itself_and_a_setting_changes_that(micro_run, to
     call(*words, "--out", tmp_path / "other", "--set", "decode.max_new_tokens=3")
     tokens = [json.loads((tmp_path / name / "evaluation.json").read_text())["decoding"] for name in ("own", "other")]
     assert [decoding["max_new_tokens"] for decoding in tokens] == [6, 3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU refuses one")
+@pytest.mark.parametrize("option", [("--device", "cuda"), ("--set", "runtime.device=cuda")])
+def test_a_device_is_an_option_or_a_setting(tones, micro_model, tmp_path, option):
+    with pytest.raises(UsageError, match="no CUDA device"):
+        call("evaluate", micro_model, tones, "--out", tmp_path / "out", *option)
 
 
 def test_the_page_needs_no_network_and_its_players_find_the_audio(base):

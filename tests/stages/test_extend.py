@@ -230,7 +230,8 @@ def test_an_extended_whisper_keeps_its_language_task_and_context(store, speech, 
     monkeypatch.setattr("stages.inputs.within_limits", lambda corpus, long, cache: treated.append(long) or corpus)
     usage = ["--language", "de", "--task", "translate", "--set", "audio.context=dynamic"]
     assert extend(store, speech, "--run", "german", *usage, model=micro_model)["run"] == "german"
-    assert [(long.model, long.language, long.task) for long in treated] == [(str(micro_model), "de", "translate")]
+    wanted = [(str(micro_model), "de", "translate", "cpu")]
+    assert [(long.model, long.language, long.task, long.device) for long in treated] == wanted
     german = opened("german", store, tmp_path)
     assert (german.spoken, german.task, german.language, german.context) == ("de", "translate", "en", "dynamic")
     with pytest.raises(UsageError, match="en: model german was trained for de"):
