@@ -131,7 +131,7 @@ def fan_out_lists(plan: Plan, store_url: str, nonce: str, lanes: int) -> dict[st
 def plan_stage(stage: str) -> None:
     """Reads the store and writes the fan-out list of one stage, or of all known stages if none is named.
 
-    The first plan of a workflow also opens the run's record.
+    The known tasks are written to the run's record, which the first plan of a workflow opens.
     """
     config = config_from_variables()
     first = not stage
@@ -143,7 +143,7 @@ def plan_stage(stage: str) -> None:
     if first:
         quarantine_stale(run.store, plan.planned)
         run.record["workflow"] = variable("WORKFLOW")
-        run.save("running", plan)
+    run.save("running", plan)
     lanes = max(1, int(variable("PARALLELISM", "1")))
     lists = fan_out_lists(plan, run.store.url, variable("NONCE", str(time.time())), lanes)
     for name, items in lists.items():

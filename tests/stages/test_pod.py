@@ -7,13 +7,25 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from common.config import to_yaml
 from common.errors import ConfigError
 from common.pipeline.plan import Plan, Planned, Task
+from common.pipeline.runs import read_record
 from common.storage import open_store
 from common.storage.artifacts import commit, inspect, make_key, new_attempt, shard_key
 from stages import STAGES
-from stages.pod import config_from_variables, config_text, failed_nodes, fan_out_lists, memo_key, write_outcome
+from stages.local_runner import Run, run_one
+from stages.pod import (
+    config_from_variables,
+    config_text,
+    failed_nodes,
+    fan_out_lists,
+    memo_key,
+    plan_stage,
+    write_outcome,
+)
 from tests.factories import run_record
+from tests.stages.test_local_runner import micro_config
 
 GROUP = make_key("experts", 1, {"seed": 1}, {})
 EXPERTS = next(contract for contract in STAGES if contract.name == "experts")
@@ -89,6 +101,24 @@ def test_work_of_a_local_run_has_a_name_that_changes_when_it_is_made_again(store
 
 def test_names_in_the_cache_are_as_argo_wants_them(store):
     assert memo_key(planned(store, status="todo"), "any/thing").isalnum()
+
+
+def test_each_plan_adds_the_tasks_that_it_knows_to_the_record(store, tmp_path, monkeypatch, micro_model, tones):
+    config = micro_config(tmp_path / "store", micro_model, tones, asr__pretrain="alone")
+    values = {"CONFIG": to_yaml(config), "STORE": store.url, "RUN": "micro", "CORPUS": str(tones), "WORKFLOW": "ns/w1"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"MOE_ASR_{name}", value)
+    monkeypatch.setenv("MOE_ASR_CACHE", str(tmp_path / "cache"))
+    plan_stage("")
+    first = read_record(store, "micro")
+    run = Run(config)
+    for planned in run.plan().planned:  # extract, cluster and gating
+        run_one(run, planned, stopping=lambda: False)
+    plan_stage("experts")
+    then = read_record(store, "micro")
+    assert not any(label.startswith("experts") for label in first["tasks"])
+    assert {*first["tasks"], "experts[0]", "experts[1]", "asr"} <= then["tasks"].keys()
+    assert (then["workflow"], then["status"], then["started"]) == ("ns/w1", "running", first["started"])
 
 
 def lists(store, count, lanes, url="s3://here"):
