@@ -31,7 +31,7 @@ PARAMETERS: Mapping[str, tuple[str, str]] = {
     "store": ("", "s3://bucket/prefix of all results, or a mounted folder"),
     "endpoint-url": ("", "endpoint of an S3-compatible store"),
     "resume": ("false", "true: continue a run that has another configuration"),
-    "verify": ("false", "true: the plan re-hashes all finished results, and damaged ones are made again"),
+    "verify": ("false", "true: the plan re-hashes all finished results, and damaged ones are recomputed"),
     "parallelism": ("4", "tasks of one stage that run at once"),
     "gpus": ("1", "GPUs of joint training"),
     "gpu-products": ("", f"comma-separated values of node label {GPU_LABEL} instead of the preset's"),

@@ -92,7 +92,7 @@ STAGES = PanelRow(
         ),
         Panel(
             "Plan",
-            "Tasks of the newest plan: done ones are skipped, `stale` ones are made again as an input changed.",
+            "Tasks of the newest plan: done ones are skipped, `stale` ones are recomputed as an input changed.",
             "short",
             (Query(by_workflow(f'{telemetry.PLAN_TASKS}{{namespace=~"$namespace"}}'), "{{workflow}} {{status}}"),),
             width=8,

@@ -35,7 +35,7 @@ from stages.inputs import base_digest, load_corpus
 from stages.processes import parallel_slots, run_in_processes
 
 log = logging.getLogger(__name__)
-ROUNDS = 3  # how often a damaged input is made again in one run
+ROUNDS = 3  # how often a damaged input is recomputed in one run
 
 
 def cache_folder() -> Path:

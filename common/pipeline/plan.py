@@ -153,7 +153,7 @@ def _changed_input(manifest: Manifest, earlier: Sequence[Planned]) -> str:
         for artifact in used:
             current = now.get(artifact["key"])
             if current and current.manifest and current.manifest.digest != artifact["digest"]:
-                return f"its input {current.task.label} ({name}) was made again with other content"
+                return f"its input {current.task.label} ({name}) was recomputed with other content"
     return ""
 
 

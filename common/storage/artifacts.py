@@ -240,7 +240,7 @@ def fetch(store: Store, key: Key, manifest: Manifest, into: Path) -> Path:
         The folder with the files: that of the store if the store is a folder, otherwise `into`.
 
     Raises:
-        RetryableError: a file is damaged; the artifact is quarantined and will be made again.
+        RetryableError: a file is damaged; the artifact is quarantined and will be recomputed.
     """
     prefix = f"{key.prefix}{manifest.attempt}/"
     folder = store.local_path(prefix) or into

@@ -109,7 +109,7 @@ def test_a_run_with_a_damaged_record_goes_on_and_writes_it_again(micro_run, tmp_
         {path.relative_to(store): path.read_bytes() for path in store.rglob("manifest.json")}
         for store in (micro_run[0], tmp_path / "store")
     ]
-    assert manifests[0] and manifests[0] == manifests[1]  # no stage is made again
+    assert manifests[0] and manifests[0] == manifests[1]  # no stage is recomputed
 
 
 # What a record may decide

@@ -256,7 +256,7 @@ def test_work_of_another_content_is_not_taken_for_the_same(again):
     files = made.files | {"more": FileRecord(0, hashlib.sha256(b"").hexdigest())}
     path.write_bytes(replace(made, files=files, digest=content_digest(files, made.volatile)).to_json())
     states = statuses(config)
-    assert states["experts[0]"] == ("stale", "its input gating (gate) was made again with other content")
+    assert states["experts[0]"] == ("stale", "its input gating (gate) was recomputed with other content")
 
 
 @pytest.mark.parametrize(
