@@ -55,7 +55,7 @@ EXTEND_PARAMETERS: dict[str, tuple[str, str]] = {
     "parent": ("", "run in the store that experts are added to"),
     "corpus": ("", "s3://bucket/prefix of the new speech with text, or a mounted folder"),
     "speakers": ("", 'who gets an expert, as JSON: ["F07", "F08", "etiology=ataxia"]'),
-    "method": ("auto", "way to add them: auto, choose, gates, expert or neighbour"),
+    "method": ("auto", "way to add them: auto, choose, gates, expert, neighbour or shared"),
 } | {name: entry for name, entry in PARAMETERS.items() if name not in ("resume", "verify", "artifacts")}
 EXTEND_PARAMETERS |= {"run": ("", "name of the run with the added experts; PARENT-extended by default")}
 

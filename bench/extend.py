@@ -6,7 +6,7 @@
     python -m bench.extend MODEL --new CORPUS --others CORPUS --where speaker=NAME --held-out 200 --utterances 200 1800
     python -m bench.extend                     computes the summary again
 
-Sides: the model as it is; the four ways of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
+Sides: the model as it is; the methods of `moe-asr extend`; all adapter weights tuned on the new speech; the same with
 replay of old speech; a fresh LoRA from Whisper; all weights of Whisper. The enrolment is drawn from the new group's
 utterances in `--new`. The new group's and everybody else's test utterances are those of `--others`, decoded before and
 after; with `--held-out`, the new group's are drawn from `--new` too. `--persons` enrols half of the utterances of

@@ -151,9 +151,11 @@ WAYS = {
     "gates": "`gates`",
     "expert": "`expert`",
     "neighbour": "`neighbour`",
+    "shared": "`shared`",
     "tuned": "all adapter weights tuned, 3e-4",
     "replay": "the same with three times as much old speech",
     "fresh": "a fresh LoRA of rank 48 from Whisper, 1e-3",
+    "full": "all weights of Whisper, 1e-4",
 }
 
 

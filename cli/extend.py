@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from common.model.added_experts import AddedExpert, Method
     from stages.extend.extension import Extension, Plan
 
-METHODS = ("auto", "choose", "gates", "expert", "neighbour")
+METHODS = ("auto", "choose", "gates", "expert", "neighbour", "shared")
 
 
 @click.command()

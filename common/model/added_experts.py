@@ -1,7 +1,7 @@
 """Experts added after training for a person or a group, each in a separate folder; the model is not changed.
 
 added.json                                   whose it is, how it was made, what it brought
-adapter_config.json adapter_model.safetensors   its low-rank adapter, in PEFT's format (`expert`, `neighbour`)
+adapter_config.json adapter_model.safetensors   its low-rank adapter, in PEFT's format (`expert`, `neighbour`, `shared`)
 magnitudes.safetensors                       its multiples of the shared expert's ranks (`gates`)
 """
 
@@ -34,7 +34,7 @@ COLUMNS = ("speaker", "etiology", "severity")  # of a corpus, by which experts a
 NAME = re.compile(r"(?!(shared|adapter|gate|enrolled|expert-[0-9]+)$)[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 SCALING = 2.0  # alpha / rank, of a model without adapters
 
-Method = Literal["none", "choose", "gates", "expert", "neighbour"]
+Method = Literal["none", "choose", "gates", "expert", "neighbour", "shared"]
 Terms = dict[str, AddedTerm]  # layer name → what is added to it
 
 
@@ -139,6 +139,27 @@ def new_stack(layer: MixtureLinear, rank: int) -> LoraStack:
     return LoraStack(1, rank, *shape, scaling=scaling, magnitude=False, device=layer.base.weight.device)
 
 
+def stack_of(layer: MixtureLinear, a_RI: Tensor, b_OR: Tensor) -> LoraStack:
+    """An adapter for a layer with these weights, at the layer's scaling."""
+    stack = new_stack(layer, len(a_RI))
+    with torch.no_grad():
+        stack.lora_A[0].copy_(a_RI)
+        stack.lora_B[0].copy_(b_OR)
+    return stack
+
+
+@torch.no_grad()
+def compressed(layer: MixtureLinear, term: AddedTerm, rank: int) -> AddedTerm:
+    """A term as one adapter of lower rank: its largest singular directions, the closest there is (Eckart and Young)."""
+    a_CI, b_OC = (factor.float() for factor in term.plain(layer))
+    left_OC, upper_CC = torch.linalg.qr(b_OC)
+    right_IC, other_CC = torch.linalg.qr(a_CI.transpose(0, 1))
+    u_CC, values_C, v_CC = torch.linalg.svd(upper_CC @ other_CC.transpose(0, 1), full_matrices=False)
+    root_R = values_C[:rank].sqrt()
+    a_RI = root_R.unsqueeze(1) * (v_CC[:rank] @ right_IC.transpose(0, 1))
+    return AddedTerm(stack=stack_of(layer, a_RI, left_OC @ u_CC[:, :rank] * root_R))
+
+
 def append_terms(recogniser: Recogniser, terms: Terms) -> int:
     """Adds one expert to all layers; returns its number."""
     layers = dict(mixture_layers(recogniser.whisper))
@@ -200,12 +221,9 @@ def _load_term(
     stack = None
     if adapter:
         a_RI, b_OR = adapter[name]
-        stack = new_stack(layer, len(a_RI))
-        if a_RI.shape != stack.lora_A.shape[1:] or b_OR.shape != stack.lora_B.shape[1:]:
+        if (len(b_OR), a_RI.shape[1]) != layer.base.weight.shape:
             raise DataError(f"added expert {folder} does not fit its model in {name}")
-        with torch.no_grad():
-            stack.lora_A[0].copy_(a_RI)
-            stack.lora_B[0].copy_(b_OR)
+        stack = stack_of(layer, a_RI, b_OR)
     magnitude_1R = magnitudes.get(name)
     if magnitude_1R is not None:
         if layer.shared is None or magnitude_1R.shape != layer.shared.magnitude.shape:

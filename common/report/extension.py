@@ -24,6 +24,7 @@ WAYS = {
     "gates": "magnitudes of the shared expert",
     "expert": "an expert from zero",
     "neighbour": "an expert from the nearest one",
+    "shared": "the change of the tuned shared expert",
 }
 
 

@@ -9,9 +9,10 @@ from bench.table import extension_costs, extension_rows, group_rows, person_rows
 from common.data.corpus import read_corpus
 from common.errors import DataError
 from common.model.whisper import load_whisper
+from common.training.added_experts import WAYS
 from tests.common.export.test_formats import make_bundle
 
-FROZEN = {"as it is", "choose", "gates", "expert", "neighbour"}
+FROZEN = {"as it is", *WAYS}
 
 
 @pytest.fixture(scope="module")

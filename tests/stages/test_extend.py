@@ -27,9 +27,10 @@ from common.inference.recordings import LoadedRecording, Recording
 from common.inference.subtitles import as_csv, table_rows
 from common.inference.transcribe import Segment
 from common.model.adapters import save_expert
+from common.model.added_experts import append_terms
 from common.model.bundle import save_recogniser
 from common.model.gate import Gate
-from common.model.mixture import add_mixture
+from common.model.mixture import AddedTerm, add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
@@ -39,8 +40,10 @@ from common.storage.artifacts import commit, make_key, new_attempt
 from common.training.added_experts import (
     CHOOSING,
     GATE_WEIGHT,
+    WAYS,
     Candidates,
     Trial,
+    _new_term,
     candidate_losses,
     choose_weights,
     folds_of,
@@ -172,7 +175,7 @@ def test_the_store_shares_the_model_and_keeps_no_audio_and_no_text(store, speech
     assert not [word for word in words if f'"{word}' in told or f" {word} " in told]
 
 
-@pytest.mark.parametrize("method", ["choose", "gates", "neighbour"])
+@pytest.mark.parametrize("method", ["choose", "gates", "neighbour", "shared"])
 def test_each_way_makes_an_expert_that_loads(store, speech, tmp_path, method):
     assert extend(store, speech, method=method)["method"] == method
     child = opened("micro-s00", store, tmp_path)
@@ -180,10 +183,19 @@ def test_each_way_makes_an_expert_that_loads(store, speech, tmp_path, method):
     assert np.isfinite(logits(child.recogniser, [0, -1, 0, -1]).numpy()).all()
 
 
+def test_a_copy_of_the_shared_expert_in_its_place_changes_nothing_before_training(micro_model):
+    recogniser = model(micro_model)
+    layers = dict(mixture_layers(recogniser.whisper))
+    append_terms(recogniser, {name: AddedTerm() for name in layers})
+    append_terms(recogniser, {name: _new_term(layer, "shared", 8, None) for name, layer in layers.items()})
+    torch.testing.assert_close(logits(recogniser, [1] * 4), logits(recogniser, [0] * 4), rtol=1e-4, atol=1e-4)
+
+
 def test_auto_adds_nothing_where_nothing_is_better_and_says_so(store, speech, monkeypatch):
     monkeypatch.setattr("stages.extend.run.simplest_good", lambda before_N, trials, groups: "none")
     made = extend(store, speech, method="auto")
-    assert made["run"] is None and set(made["details"]["ways"]) == {"none", "choose", "gates", "expert", "neighbour"}
+    tried = {"none", *WAYS} - {"expert"}  # from zero, where there is a neighbour
+    assert made["run"] is None and set(made["details"]["ways"]) == tried
     assert "nothing is added" in moe_asr("extend", "micro", "--corpus", speech, "--speaker", "s00", "--store", store,
                                          "--quiet", "--device", "cpu")  # fmt: skip
     assert read_record(open_store(store), "micro-s00") is None

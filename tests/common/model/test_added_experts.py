@@ -13,6 +13,7 @@ from common.model.added_experts import (
     added_matrices,
     append_terms,
     attach,
+    compressed,
     load_terms,
     new_stack,
     prepare,
@@ -96,6 +97,21 @@ def test_everybody_elses_logits_stay_bit_for_bit(micro_model, experts, shared, m
     remove_last(recogniser)
     remove_last(recogniser)
     assert torch.equal(logits(recogniser), before)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 40])
+def test_a_compressed_term_is_the_closest_of_its_rank(micro_model, rank):
+    recogniser = model(micro_model)
+    whole = {name: AddedTerm(magnitude_1R=term.magnitude.detach(), stack=terms_of(recogniser, "expert")[name].stack)
+             for name, term in terms_of(recogniser, "gates").items()}  # fmt: skip
+    for name, layer in mixture_layers(recogniser.whisper):
+        a_CI, b_OC = whole[name].plain(layer)
+        term = compressed(layer, whole[name], rank)
+        a_RI, b_OR = term.plain(layer)
+        assert len(a_RI) == term.stack.rank == min(rank, len(a_CI))
+        lost = torch.linalg.matrix_norm(b_OC @ a_CI - b_OR @ a_RI)
+        tail_C = torch.linalg.svdvals(b_OC @ a_CI)[rank:]
+        torch.testing.assert_close(lost, tail_C.norm(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", WAYS)
