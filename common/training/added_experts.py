@@ -31,6 +31,7 @@ BATCH = 4  # utterances of a step
 STEPS = ((13, 10), (36, 27), (200, 250), (1200, 1500))  # (utterances, steps), by trials with 10, 36 and 200 utterances
 RANKS = ((0, 8), (400, 16), (1500, 32))  # utterances from which an expert has a rank
 CHANGE_RANK = 11  # at least, of the change to the shared expert: under 2% of the size of tiny.en
+FEW = 20  # utterances up to which `neighbour` can be better than `shared`
 LEAST_WEIGHT = 0.05  # of a routed expert that is chosen
 CLEARLY = 2.0  # standard errors by which a method has to be worse to be given up
 JUDGED_FROM = 8  # utterances on which a method has to be worse
@@ -112,6 +113,12 @@ def ways_for(recogniser: Recogniser) -> list[Method]:
     shared = layer is not None and layer.shared is not None
     allowed = {"choose": several, "gates": shared, "neighbour": several, "shared": shared}
     return [way for way in WAYS if allowed.get(way, True)]
+
+
+def ways_to_try(allowed: Sequence[Method], utterances: int) -> list[Method]:
+    """The methods that are compared: with a shared expert, without those that `shared` was measured to replace."""
+    replaced = {"expert", *(["neighbour"] if utterances > FEW else [])} if "shared" in allowed else set()
+    return [way for way in allowed if way not in replaced]
 
 
 def losses(enrolment: Enrolment, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

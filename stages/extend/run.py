@@ -42,6 +42,7 @@ from common.training.added_experts import (
     simplest_good,
     try_ways,
     ways_for,
+    ways_to_try,
 )
 from common.whisper_limits import is_too_long
 from stages.extend.choose import make_enrolment
@@ -194,9 +195,7 @@ def _decide(
             *(len(max(folds, key=len)), len(work.utterances)),
         )
     before_N = summed_N / tokens_N
-    # From zero was worse than from a neighbour with every number of utterances (docs/extending.md).
-    considered = [way for way in allowed if way != "expert" or "neighbour" not in allowed]
-    tried = considered if wanted == "auto" else [wanted]
+    tried = ways_to_try(allowed, len(work.utterances)) if wanted == "auto" else [wanted]
     trials = try_ways(enrolment, tried, folds, candidates, work.groups)
     details["given_up"] = [way for way in tried if way not in trials]
     details["ways"] = {"none": float(before_N.mean())} | {w: float(t.loss_N.mean()) for w, t in trials.items()}

@@ -49,6 +49,7 @@ from common.training.added_experts import (
     folds_of,
     simplest_good,
     steps_for,
+    ways_to_try,
     without_worse,
 )
 from stages.extend.choose import make_enrolment
@@ -194,8 +195,7 @@ def test_a_copy_of_the_shared_expert_in_its_place_changes_nothing_before_trainin
 def test_auto_adds_nothing_where_nothing_is_better_and_says_so(store, speech, monkeypatch):
     monkeypatch.setattr("stages.extend.run.simplest_good", lambda before_N, trials, groups: "none")
     made = extend(store, speech, method="auto")
-    tried = {"none", *WAYS} - {"expert"}  # from zero, where there is a neighbour
-    assert made["run"] is None and set(made["details"]["ways"]) == tried
+    assert made["run"] is None and set(made["details"]["ways"]) == {"none", "choose", "gates", "neighbour", "shared"}
     assert "nothing is added" in moe_asr("extend", "micro", "--corpus", speech, "--speaker", "s00", "--store", store,
                                          "--quiet", "--device", "cpu")  # fmt: skip
     assert read_record(open_store(store), "micro-s00") is None
@@ -604,6 +604,13 @@ def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
     assert simplest_good(before, {"gates": gates, "expert": expert}, names) == "gates"
     assert simplest_good(before, {"gates": Trial([], before - 0.1), "expert": expert}, names) == "expert"
     assert simplest_good(before, {"gates": Trial([], before + 0.1)}, names) == "none"
+
+
+def test_methods_that_another_one_replaces_are_not_compared():
+    assert ways_to_try(WAYS, 20) == ["choose", "gates", "neighbour", "shared"]
+    assert ways_to_try(WAYS, 21) == ["choose", "gates", "shared"]
+    assert ways_to_try(["choose", "expert", "neighbour"], 21) == ["choose", "expert", "neighbour"]
+    assert ways_to_try(["expert"], 5) == ["expert"]
 
 
 def test_a_method_that_is_clearly_worse_on_the_first_part_is_given_up():
