@@ -1,7 +1,5 @@
 """`python -m argo`: prints the templates for one cluster, as in `python -m argo --registry R | kubectl apply -f -`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

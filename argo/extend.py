@@ -9,8 +9,6 @@ added experts. Memoization, locks and retries are as in the template of the pipe
 This module imports no torch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from hera.workflows import DAG, Parameter, Task, WorkflowTemplate

@@ -1,7 +1,5 @@
 """Access to the cluster of the current context through kubectl, without separate tokens or configuration."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

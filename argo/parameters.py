@@ -1,7 +1,5 @@
 """The parameters of the workflow, which `argo submit -p name=value` can set, and the settings of its installation."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Used by `moe-asr status` and by the tests; works on plain JSON, as printed by kubectl.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json

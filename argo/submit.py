@@ -1,7 +1,5 @@
 """From a configuration to a submitted workflow."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

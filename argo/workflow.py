@@ -12,8 +12,6 @@ on a cache hit.
 This module imports no torch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from hera.workflows import (

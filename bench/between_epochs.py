@@ -5,8 +5,6 @@ predicted and gold queries in ten threads, and saves model and optimizer twice. 
 model on 466 dev questions. An epoch's gap is the time from its last step to the next epoch's first batch.
 """
 
-from __future__ import annotations
-
 import itertools
 import sqlite3
 import tempfile

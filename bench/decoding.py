@@ -1,7 +1,5 @@
 """Rows of decoding: greedy generation against the transformers pipeline, and what short context does to the text."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows of dense fine-tuning: our loop and loader from audio files, against Seq2SeqTrainer over ready spectrograms."""
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

@@ -3,8 +3,6 @@
 Shape letters: N utterances, D embedding width.
 """
 
-from __future__ import annotations
-
 import copy
 import tempfile
 import time

@@ -16,8 +16,6 @@ Sides are written as they are measured, with their word errors by utterance, and
 computed from them. `make generate` writes the tables of docs/extending.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

@@ -1,7 +1,5 @@
 """The results file of `bench.extend`: word errors by utterance of every side, and the summary over seeds."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Shape letters: B utterances, S samples, U text tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Shape letters: B utterances, M mel bands, F mel frames, N table rows, D embedding width.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 from collections.abc import Callable, Iterable

@@ -5,8 +5,6 @@ tenth more than the fastest. Numbers in a row: utterances × positions, width in
 utterance.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

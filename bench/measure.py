@@ -1,7 +1,5 @@
 """Alternating time measurements, rows of the table, and the description of the machine."""
 
-from __future__ import annotations
-
 import platform
 import statistics
 import sys

@@ -4,8 +4,6 @@ A ratio below 1 is a cost: gradient checkpointing costs time and saves memory, a
 weights.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -6,8 +6,6 @@ timed (ours are made in the step), except where making them is what is measured.
 Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U text tokens, E experts.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence

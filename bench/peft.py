@@ -10,8 +10,6 @@ Writes <store>/<run>-peft-s<seed>: adapter/, test/ (as `moe-asr evaluate`) and, 
 it beside the runs of the sweep.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -14,8 +14,6 @@ Runs that were added before word errors were part of the file have rates alone; 
 are. `make generate` writes the tables of docs/regimes.md from the summary.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

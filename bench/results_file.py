@@ -1,7 +1,5 @@
 """Results as JSON: word errors by utterance, from which rates and intervals are computed; one line for each row."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy

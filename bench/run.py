@@ -5,8 +5,6 @@ python -m bench.run --only joint dense    some groups; the file's other rows sta
 python -m bench.run --quick               micro sizes: does everything run?
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import re

@@ -1,7 +1,5 @@
 """Sizes of models and batches for measurements on a CPU, on a GPU, and for a quick test of all rows."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Tables of measurements, in Markdown: `bench.run` prints one, docs/performance.md has those of bench/results."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

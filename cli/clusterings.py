@@ -1,7 +1,5 @@
 """`moe-asr clusterings`: other layers, poolings and clusterings for the groups of a run's gate."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

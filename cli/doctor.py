@@ -1,7 +1,5 @@
 """`moe-asr doctor`: whether this machine, and a store, can do what runs need."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict

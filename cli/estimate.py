@@ -1,7 +1,5 @@
 """`moe-asr estimate` and `moe-asr fit-batch`: what a run will cost, and how large its batches may be."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`moe-asr evaluate` and `moe-asr compare`: error rates of any model, and models side by side."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Commands that make other things of trained models: other tools' formats, one model of several."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

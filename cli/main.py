@@ -1,7 +1,5 @@
 """`moe-asr`: the whole pipeline and what belongs to it."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

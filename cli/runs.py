@@ -1,7 +1,5 @@
 """Commands that look at runs and stores."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Runs on a cluster: submitted, looked at, their logs read."""
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import suppress

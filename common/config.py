@@ -3,8 +3,6 @@
 Only stages and commands read it; they pass plain arguments to the modules. `common.sections` describes each setting.
 """
 
-from __future__ import annotations
-
 import difflib
 import reprlib
 from collections.abc import Iterator, Mapping

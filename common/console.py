@@ -1,7 +1,5 @@
 """Shared by all commands: logging, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io

@@ -1,7 +1,5 @@
 """Cost estimate from the pace of a finished run: hours of speech per stage and the processing hours."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

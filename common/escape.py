@@ -1,7 +1,5 @@
 """Escapes untrusted text for output: no control characters and no passwords reach a terminal or a log."""
 
-from __future__ import annotations
-
 import re
 
 # All but tab and line feed; separators of lines and marks that turn the order of writing; halves of characters.

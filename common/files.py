@@ -1,7 +1,5 @@
 """Atomic and durable writing of files and folders, and errors of the file system as one line."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import itertools

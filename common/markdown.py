@@ -3,8 +3,6 @@
 `Markdown` marks text that is already Markdown; `escape` treats all other values as plain text.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import unicodedata

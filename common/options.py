@@ -1,7 +1,5 @@
 """Command-line options as entries of the configuration: one table, from which click's options are made."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

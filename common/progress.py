@@ -1,7 +1,5 @@
 """Progress of long work: a bar on a terminal, otherwise occasional log lines."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator

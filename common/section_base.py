@@ -1,7 +1,5 @@
 """What every section of the configuration has in common: it is frozen, and refuses unknown names and odd values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator

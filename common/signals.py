@@ -4,8 +4,6 @@
 starts. SIGALRM ends the process at once, without another checkpoint.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

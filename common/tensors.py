@@ -1,7 +1,5 @@
 """Checks of tensors from files: all values are finite, and the names are those of the model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path

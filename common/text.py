@@ -1,7 +1,5 @@
 """Normalisation of texts for comparison: Whisper's normaliser, languages without spaces, hallucination loops."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 import warnings

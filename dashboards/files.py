@@ -1,7 +1,5 @@
 """The dashboards and rules that the chart ships, as files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The dashboard "GPU utilisation": how well the GPUs are used."""
 
-from __future__ import annotations
-
 from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import CHOSEN, by_workflow, gauge, rate

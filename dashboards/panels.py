@@ -1,7 +1,5 @@
 """Grafana dashboards as plain values: panels flow from left to right, 24 columns wide."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The dashboard "Pipeline": progress of runs, failures, and the store."""
 
-from __future__ import annotations
-
 from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, controller, gauge, rate, selected

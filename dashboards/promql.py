@@ -1,7 +1,5 @@
 """Pieces of PromQL that the dashboards share."""
 
-from __future__ import annotations
-
 from common.telemetry import Metric
 
 OWN = 'namespace=~"$namespace",stage=~"$stage"'

@@ -5,8 +5,6 @@ recording rules accept both and add workflow, stage and shard. Workflows come fr
 with the label `workflows.argoproj.io/workflow` allowed), else from a target label `workflow`, else they are `none`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from common.telemetry import (

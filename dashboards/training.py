@@ -1,7 +1,5 @@
 """The dashboard "Training quality": losses, error rates by etiology, experts, pace."""
 
-from __future__ import annotations
-
 from common import telemetry
 from dashboards.panels import Dashboard, Panel, PanelRow, Query
 from dashboards.promql import RATE, by_workflow, gauge, rate, selected

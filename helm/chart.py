@@ -5,8 +5,6 @@
 - `README.md`: the table of values, from the comments in values.yaml
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`python -m reference` (`make generate`): writes every generated file, of docs/ and of the chart."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from bench.table import (

@@ -1,7 +1,5 @@
 """Generated parts of pages that are otherwise written by hand: what stands between two marks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

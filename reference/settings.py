@@ -1,7 +1,5 @@
 """The reference of the configuration, from its models, modes and presets: docs/reference/config.md."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin

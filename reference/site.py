@@ -1,7 +1,5 @@
 """A hook of MkDocs: pages that lie outside of docs/, and links to files that the site does not hold."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

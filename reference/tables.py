@@ -1,7 +1,5 @@
 """Tables of exit codes, stages, manifests, metrics, alerts and parameters, from the code that defines them."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -4,8 +4,6 @@
 routed experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """`python -m stages <stage>`: one stage alone, as containers and parallel experts run it."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Other ways of embedding and clustering a finished run's utterances (`moe-asr clusterings`)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

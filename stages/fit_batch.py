@@ -1,7 +1,5 @@
 """Search for the largest batch: tries steps of joint training with the configured model on this machine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

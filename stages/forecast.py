@@ -5,8 +5,6 @@ the same base model in the same store, in proportion to the speech (or, in clust
 passes through; without such measurements there is no estimate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil

@@ -3,8 +3,6 @@
 This module does not import torch, since it is used for planning.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """One stage on several GPUs of a machine: a process for each, by torch's elastic launcher, with our exit codes."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The local runner: plans a run, runs its unfinished tasks, and writes its record."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -4,8 +4,6 @@ become output parameters.
 Everything in this module also runs outside of a cluster: `MOE_ASR_STORE=s3://… python -m stages plan`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Runs tasks of a stage in separate processes, in parallel on several GPUs, and stops them together."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

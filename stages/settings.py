@@ -1,7 +1,5 @@
 """A configuration as the plain values that data, model, decoding and training take."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Literal

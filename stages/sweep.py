@@ -6,8 +6,6 @@ trained (`dense` has as many ranks as an utterance uses in the mixture), time, a
 on cached embeddings, which cost a second.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Shapes: N utterances, D embedding width, P reduced width, K final clusters, C clusters found, B rows of a chunk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

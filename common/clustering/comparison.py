@@ -3,8 +3,6 @@
 Shape letters: N utterances, D embedding width, B utterances of a batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

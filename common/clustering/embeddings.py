@@ -3,8 +3,6 @@
 Shape letters: N utterances, D width, G groups of a speaker's utterances in one split.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: N points, D their width, P the reduced width, K neighbours, B rows of a chunk.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import warnings

@@ -3,8 +3,6 @@
 Shapes: N utterances, P their reduced width, K clusters, V values of a property.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

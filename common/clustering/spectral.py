@@ -3,8 +3,6 @@
 Shapes: N utterances, P their width, K clusters, E edges.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -6,8 +6,6 @@ uninterrupted one.
 Shape letters: B utterances, S samples, M mel bands, F mel frames, N masks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

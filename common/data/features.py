@@ -4,8 +4,6 @@ Constants and units follow openai/whisper's `audio.py`. Shape letters: B utteran
 bands, T encoder positions.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,7 +1,5 @@
 """The groups for routing by a table: a column of the corpus, or one of the benchmark's two controls."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

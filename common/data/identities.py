@@ -1,7 +1,5 @@
 """Normalisation of the names of speakers, etiologies, severities and utterances."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

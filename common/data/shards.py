@@ -7,8 +7,6 @@ The same corpus gives the same shards, so a killed packing can be continued. Nei
 a tar: readers read the ranges that the index names, check each by its hash, and decode them as audio.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import itertools

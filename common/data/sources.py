@@ -4,8 +4,6 @@ A model from a store is downloaded to a local folder. Of a corpus in a store, on
 fetched when it is needed (`common.data.clips`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Subsets of utterances with proportional etiologies, each contained in the larger ones."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Text ↔ tokens of a Whisper checkpoint, from its tokenizer and generation settings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

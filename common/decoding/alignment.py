@@ -7,8 +7,6 @@ of word timestamps in openai/whisper (`timing.py`); the code is our own.
 Shape letters: B utterances, U tokens, T encoder positions, H attention heads, D model width, W one head's width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

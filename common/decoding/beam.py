@@ -4,8 +4,6 @@ The candidates, the scores and the end of the search are those of `generate(num_
 are equal. Shape letters: B utterances, K beams, R = B·K rows, T encoder positions, D model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -3,8 +3,6 @@
 Shape letters: B utterances, R rows of the shrinking batch, T encoder positions, D model width, U tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

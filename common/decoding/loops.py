@@ -4,8 +4,6 @@ The limit of compression is Whisper's (Radford et al. 2022, section 4.5). This l
 numbers.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Sequence

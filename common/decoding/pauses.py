@@ -3,8 +3,6 @@
 Shape letters: S samples, N frames of 10 ms.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

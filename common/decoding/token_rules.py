@@ -4,8 +4,6 @@ The rules for timestamps are those of Radford et al. 2022 (arXiv:2212.04356), se
 has them. Shape letters: R rows (utterances or beams), V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

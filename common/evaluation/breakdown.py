@@ -1,7 +1,5 @@
 """Rows of scored utterances, as in predictions.jsonl and utterances.csv, and the error rates of groups of them."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

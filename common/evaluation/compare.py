@@ -3,8 +3,6 @@
 Shape letters: M results, R resamples, S results (seeds) of one system.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence

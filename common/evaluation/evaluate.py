@@ -1,7 +1,5 @@
 """A model's error rates on a split of a corpus: routes, decodes and scores every utterance, and writes the files."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing

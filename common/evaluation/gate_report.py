@@ -3,8 +3,6 @@
 Calibration: Guo et al. 2017 (arXiv:1706.04599). Shape letters: N utterances, D embedding width, K groups, S speakers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A model's results on a test set, read from a finished run or from a folder written by `evaluate`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

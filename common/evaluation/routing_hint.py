@@ -1,7 +1,5 @@
 """A hint on the routing that fits a run's corpus, from the numbers in the stages' reports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Rates are fractions. `wer_*` and `cer_*` clip each utterance at 100%; `*_unclipped` do not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ which the caller gives. Exported adapters keep the choice: the serving program a
 Shape letters: E experts, R rank, M mel bands, F mel frames, U tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Combines several extensions of one model into that model with all their added experts."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

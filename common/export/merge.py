@@ -4,8 +4,6 @@ The mean of the products B A is not the product of the means of A and B. Concate
 one adapter of n times the rank that adds exactly the weighted sum.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace

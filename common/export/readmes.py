@@ -1,7 +1,5 @@
 """README.md files of exported folders."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The choice of routed experts for utterances of a corpus: by the gate for each of them, by speaker, or by a table."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -3,8 +3,6 @@
 Shape letters: B utterances, K experts per utterance, D embedding width.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Opens a PEFT adapter that another program made: its settings are checked, and PEFT merges it into the base."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

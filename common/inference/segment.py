@@ -12,8 +12,6 @@ Aligning the transcript alone, window by window, would need a guess of how much 
 guess would move all that follows.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence

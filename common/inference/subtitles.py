@@ -1,7 +1,5 @@
 """Transcripts as files: plain text, SubRip, WebVTT, JSON, and one table of all segments for correction."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

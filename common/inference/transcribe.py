@@ -3,8 +3,6 @@
 A file of 30 s or less is one window, transcribed exactly as by `moe-asr evaluate`.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -12,8 +12,6 @@ After the training, `to_lora` converts the adapters to plain LoRA, so that files
 Shape letters: B utterances, T positions, I/O input/output features, R ranks of a layer, L layers, N = L·R ranks of all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Experts on disk, in PEFT's format: one folder per expert, which PEFT and vLLM can load."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

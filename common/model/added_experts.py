@@ -5,8 +5,6 @@ adapter_config.json adapter_model.safetensors   its low-rank adapter, in PEFT's 
 magnitudes.safetensors                       its multiples of the shared expert's ranks (`gates`)
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -9,8 +9,6 @@ Shape letters: B utterances, T positions of the utterance and its margin, S stan
 width, H heads, Q queries, K = T + S keys, W one head's width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

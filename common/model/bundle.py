@@ -5,8 +5,6 @@ gate.safetensors gate.json
 experts/0/ …      PEFT adapters;  shared/ the always-on one;  dense/ all weights after a full fine-tune
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shape letters: B utterances of a batch, N of a set, D embedding width, E experts.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

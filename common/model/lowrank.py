@@ -4,8 +4,6 @@ Shape letters: B rows of a batch, T positions, I/O input/output features; G grou
 group, C columns between the two low-rank matrices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shape letters: B utterances, K experts per utterance, E experts, D embedding width, T encoder positions, N table rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal

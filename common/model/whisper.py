@@ -3,8 +3,6 @@
 Shape letters: B utterances, M mel bands, F mel frames, T encoder positions, U text tokens, D model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ every half minute and when the attempt ends, so that `moe-asr status` shows the 
 interrupted stage reports the time of all its attempts. The records are deleted when the stage is done.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import platform

@@ -3,8 +3,6 @@
 The local runner, the workflow, the help texts, the dry run and the drift tests read these declarations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Checks of this machine: versions, device, memory, cores, disk, decoding, compiler."""
 
-from __future__ import annotations
-
 import io
 import os
 import platform

@@ -1,7 +1,5 @@
 """Metrics of a stage: rows of metrics.jsonl, and the same values as live metrics for Prometheus."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

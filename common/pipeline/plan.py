@@ -3,8 +3,6 @@
 This module neither runs stages nor imports torch; on a cluster, planning is the first step, on a CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The records of finished and running runs in a store: `<run>/run.json`, and the artifacts that it names."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

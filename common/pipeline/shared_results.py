@@ -1,7 +1,5 @@
 """Results that are shared by runs and belong to no stage: artifacts of the store with separate keys."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

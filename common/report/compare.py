@@ -1,7 +1,5 @@
 """compare.html: rates of systems, their differences from the reference, rates by etiology, and costs of training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 As in `summary.json`, an utterance's errors are counted up to its number of words unless the text says unclipped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import groupby

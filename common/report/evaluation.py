@@ -1,7 +1,5 @@
 """report.html of an evaluation: rates by group, worst utterances to listen to, hallucination loops."""
 
-from __future__ import annotations
-
 import base64
 import os
 import time

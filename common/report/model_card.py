@@ -2,8 +2,6 @@
 configuration only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import PurePosixPath

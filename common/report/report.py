@@ -4,8 +4,6 @@ Every section is built from the files of a stage. The section of a stage that th
 in one line.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 from collections import Counter

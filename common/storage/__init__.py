@@ -1,7 +1,5 @@
 """Storage of results: folders and buckets, with artifacts and checkpoints."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from urllib.parse import urlsplit

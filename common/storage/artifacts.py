@@ -6,8 +6,6 @@
 Writers of the same key use separate attempts, so that neither a race nor a killed process can mix two outputs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

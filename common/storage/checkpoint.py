@@ -5,8 +5,6 @@
 Every checkpoint has a separate folder, so that no checkpoint is overwritten and processes cannot mix their files.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import secrets

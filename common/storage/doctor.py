@@ -1,7 +1,5 @@
 """Tests the operations of a store on which the pipeline relies."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets

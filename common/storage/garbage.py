@@ -1,7 +1,5 @@
 """Files of a store to which nothing refers."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """A folder as a store, with atomic and durable writes."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A store that counts its calls, seconds, bytes and errors by operation."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast

@@ -2,8 +2,6 @@
 credentials.
 """
 
-from __future__ import annotations
-
 import socket
 from typing import Any
 

@@ -4,8 +4,6 @@ A key is a relative path with `/` between its parts. Writes are atomic: a reader
 nothing. Written data survives a power cut after the call has returned.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Shape letters: B utterances of a batch, N of the enrolment, E routed experts, C 
 with the shared expert, and the shared expert alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The gradients of one optimiser step, computed in as many parts as the memory requires."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 

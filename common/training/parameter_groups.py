@@ -4,8 +4,6 @@ An adapter's output changes by about scaling · √rank · rate with each step o
 rank and alpha if it is multiplied by the ratio of the reference adapter's scaling · √rank to that of the adapter.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import Any

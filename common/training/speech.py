@@ -1,7 +1,5 @@
 """Functions shared by the training of single experts and joint training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

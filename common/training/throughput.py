@@ -1,7 +1,5 @@
 """Throughput of a training loop, and the time in which the device waited for data."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

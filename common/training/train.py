@@ -9,8 +9,6 @@ term is an exception: the load-balance loss (`routing.balance_loss`) is a produc
 with `balance_weight` above 0 the gradient depends a little on the split.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -3,8 +3,6 @@
 No build backend is needed for that: it would be a dependency outside the lock.
 """
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 import tomllib

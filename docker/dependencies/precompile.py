@@ -4,8 +4,6 @@ A container with a read-only root cannot keep bytecode: without this every pod c
 site-packages would be another quarter of a gigabyte.
 """
 
-from __future__ import annotations
-
 import importlib
 import py_compile
 import sys

@@ -1,7 +1,5 @@
 """The command line: `python -m recipes.text_to_sql demo|train|predict|evaluate`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

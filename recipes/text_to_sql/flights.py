@@ -4,8 +4,6 @@ The schema is normalised like that of an airline: a simple question joins five t
 cross join.
 """
 
-from __future__ import annotations
-
 import random
 import sqlite3
 from functools import cache

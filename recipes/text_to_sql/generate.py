@@ -1,7 +1,5 @@
 """Queries for questions: beam search over batches of similar length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

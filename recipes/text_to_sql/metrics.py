@@ -1,7 +1,5 @@
 """Scores of predicted queries, by the records that they return and by their text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 from recipes.text_to_sql.sql import Outcome, ResultRow

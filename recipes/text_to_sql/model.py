@@ -3,8 +3,6 @@
 Shape letters: B pairs, O output tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ string, and each line of its output the query's rows as JSON, or {"error": …}.
 query runs. It imports the standard library alone, so that it starts in some 20 ms.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """Training, prediction and evaluation, from the parts of this package."""
 
-from __future__ import annotations
-
 import json
 import logging
 import threading

@@ -1,7 +1,5 @@
 """The single definition of the options of a training: names, types, help texts and defaults, without torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields

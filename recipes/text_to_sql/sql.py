@@ -4,8 +4,6 @@ A query is one SELECT. Anything else (a write, ATTACH, a PRAGMA, two statements)
 large or malformed are an error of that query only, without effect on others.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

@@ -1,7 +1,5 @@
 """asr: gate and experts trained jointly, and the word error rates before and after."""
 
-from __future__ import annotations
-
 from common.pipeline.contract import Contract
 
 CONTRACT = Contract(

@@ -1,7 +1,5 @@
 """The base model's transcripts of the test set, which are decoded once per store and shared by runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """The initial model of joint training, its parameter groups, and its description for the bundle."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The choice of experts for each split's utterances: by the gate per utterance or per speaker, or by a table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Joint training of all experts and the gate (or of one adapter, or of all weights), then the held-out error rates."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

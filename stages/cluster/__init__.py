@@ -1,7 +1,5 @@
 """cluster: groups of similar speech, from pooled embeddings."""
 
-from __future__ import annotations
-
 from common.config import Config
 from common.pipeline.contract import Contract
 from common.sections import ClusterConfig

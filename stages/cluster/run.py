@@ -1,7 +1,5 @@
 """Clusters the embeddings of the subset, and reports the agreement of the clusters with etiologies and speakers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

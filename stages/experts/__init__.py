@@ -5,8 +5,6 @@ trains the shared expert on the whole pre-training subset first (contract `share
 top of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from common.config import Config

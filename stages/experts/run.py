@@ -3,8 +3,6 @@
 It is trained alone, or on top of a frozen shared expert.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Trains the shared expert on all utterances of the pre-training subset, before routed experts are added to it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from common.config import Config

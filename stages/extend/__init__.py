@@ -4,8 +4,6 @@ It is not a stage of a run: `moe-asr extend` makes it for a finished model. It i
 checkpoints, and a manifest that names the model's artifact.
 """
 
-from __future__ import annotations
-
 from common.pipeline.contract import Contract
 
 CONTRACT = Contract(

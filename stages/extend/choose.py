@@ -1,7 +1,5 @@
 """Choice of weights over existing experts by a few utterances with text, for one command; nothing is stored."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

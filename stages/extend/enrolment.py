@@ -1,7 +1,5 @@
 """Finds and checks the utterances of a corpus on which an added expert is trained."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A run's record names the artifacts of its added experts in addition to those of 
 with one more such artifact: the model's files are shared, not copied.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

@@ -5,8 +5,6 @@ They are configured by variables like the pods of the pipeline (`stages.pod`), a
 _SPEAKERS (a JSON list) and _METHOD. All other settings are those of the parent run.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

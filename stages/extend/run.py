@@ -2,8 +2,6 @@
 selected method on the whole enrolment.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

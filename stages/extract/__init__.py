@@ -1,7 +1,5 @@
 """extract: pooled embeddings of the frozen encoder, once per utterance."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from common.config import Config

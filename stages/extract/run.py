@@ -1,7 +1,5 @@
 """Encodes every utterance that the run needs, in parts of a hundred, and continues after a kill."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

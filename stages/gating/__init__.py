@@ -1,7 +1,5 @@
 """gating: an MLP that tells an utterance's group from its embedding."""
 
-from __future__ import annotations
-
 from common.pipeline.contract import Contract
 from stages.cluster import is_pretrained
 

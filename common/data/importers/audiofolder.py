@@ -1,7 +1,5 @@
 """Hugging Face's audiofolder: audio beside a metadata.csv or metadata.jsonl, in one folder or one for each split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

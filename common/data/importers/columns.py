@@ -1,7 +1,5 @@
 """Finds the columns of a table that correspond to the fields of an utterance."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Data files of a folder, and the kind of a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reads a table's file as records: CSV and similar formats, JSON Lines, JSON, also compressed with gzip."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

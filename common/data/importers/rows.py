@@ -1,7 +1,5 @@
 """A row in the form shared by the importers: text by field name, its position in the source, and its audio."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ A contributor's file: {"Contributor ID", "Etiology", "Files": [{"Filename", "Pro
 "Ratings": [{"Dimension Description", "Level"}]}]}.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Train, dev and test: their names, and the assignment of whole speakers to them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Several utterances in one file: where each begins and ends, and whether the file is long enough."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

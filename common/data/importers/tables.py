@@ -1,7 +1,5 @@
 """Corpora from a table with audio paths."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path

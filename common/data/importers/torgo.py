@@ -4,8 +4,6 @@ The folders `wav_headMic` and `wav_arrayMic` next to `prompts` were recorded at 
 speakers.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

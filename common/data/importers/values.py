@@ -1,7 +1,5 @@
 """A cell of a table as text, a time in it as seconds."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

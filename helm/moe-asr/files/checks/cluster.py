@@ -4,8 +4,6 @@ cluster.py rights NAMESPACE              the executor's account may do what it m
 cluster.py gpus RESOURCE PRODUCT...      nodes with one of these GPU products, and how many GPUs they offer
 """
 
-from __future__ import annotations
-
 import json
 import os
 import ssl
