@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cli.shared import added_options, decoding_config, open_as_told, opening_options, with_options, with_store
+from cli.shared import Opening, added_options, decoding_config, open_as_told, with_opening, with_options, with_store
 from cli.table import text_table
 from common.console import echo
 from common.errors import UsageError
@@ -35,7 +35,7 @@ from common.storage import open_store
               "windows.")  # fmt: skip
 @with_store
 @with_options(added_options)
-@with_options(opening_options)
+@with_opening
 @click.option("--json", "as_json", is_flag=True, help="Print evaluation.json.")
 def evaluate(
     model: str,
@@ -45,16 +45,11 @@ def evaluate(
     overwrite: bool,
     samples: int | None,
     long_audio: str,
-    base: str | None,
     store_url: str,
     endpoint_url: str | None,
     speaker: str | None,
     expert: str | None,
-    language: str | None,
-    task: str | None,
-    settings: Sequence[str],
-    device: str,
-    quiet: bool,
+    opening: Opening,
     as_json: bool,
 ) -> None:
     """Measure a model's error rates on a split of a corpus.
@@ -75,18 +70,9 @@ def evaluate(
     from stages.settings import decoding_options
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    config = decoding_config(model, store, settings, device)
+    config = decoding_config(model, store, opening)
     data = open_corpus(corpus, cache_folder(), endpoint_url=endpoint_url, cache_bytes=config.runtime.audio_cache_bytes)
-    opened = open_as_told(
-        model,
-        store,
-        config,
-        settings,
-        base=base,
-        language=language,
-        task=task,
-        endpoint_url=endpoint_url,
-    )
+    opened = open_as_told(model, store, config, opening, endpoint_url=endpoint_url)
     opened = with_added(opened, speaker=speaker, expert=expert)
     out = out or Path("evaluations") / "-".join(map(_slug, (model, corpus, split)))
     result = evaluate_to_folder(
@@ -99,7 +85,7 @@ def evaluate(
         samples=samples,
         overwrite=overwrite,
         num_workers=config.runtime.num_workers,
-        quiet=quiet or config.runtime.quiet,
+        quiet=config.runtime.quiet,
     )
     echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else evaluation_table(result, out))
 

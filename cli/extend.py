@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
-from cli.shared import decoding_config, open_as_told, opening_options, with_options, with_store
+from cli.shared import Opening, decoding_config, open_as_told, with_opening, with_store
 from cli.table import text_table
 from common.config import Config
 from common.console import echo, set_up_logging
@@ -49,7 +48,7 @@ METHODS = ("auto", "choose", "gates", "expert", "neighbour", "shared")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report. [default: extensions/RUN/NAME]")
 @click.option("--dry-run", is_flag=True, help="Print how much speech would be used and whether the expert exists.")
 @with_store
-@with_options(opening_options)
+@with_opening
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def extend(
     model: str,
@@ -65,12 +64,7 @@ def extend(
     dry_run: bool,
     store_url: str,
     endpoint_url: str | None,
-    base: str | None,
-    language: str | None,
-    task: str | None,
-    settings: Sequence[str],
-    device: str,
-    quiet: bool,
+    opening: Opening,
     as_json: bool,
 ) -> None:
     """Add an expert for a new speaker or group to a finished model, from a few utterances with text.
@@ -92,12 +86,10 @@ def extend(
     from stages.local_runner import cache_folder
 
     store = open_store(store_url, endpoint_url=endpoint_url)
-    set_up_logging(quiet=quiet)
+    set_up_logging(quiet=opening.quiet)
     column, value = speaker_or_group(speaker, where)
-    config = _config(decoding_config(model, store, settings, device), corpus, store_url, endpoint_url, quiet)
-    opened = open_as_told(
-        model, store, config, settings, base=base, language=language, task=task, endpoint_url=endpoint_url
-    )
+    config = _config(decoding_config(model, store, opening), corpus, store_url, endpoint_url)
+    opened = open_as_told(model, store, config, opening, endpoint_url=endpoint_url)
     used = {"name": str(opened.base), "language": opened.spoken, "task": opened.task}  # as long audio is transcribed
     config = config.model_copy(update={"model": config.model.model_copy(update=used)})
     data = load_corpus(config, cache_folder())
@@ -129,13 +121,12 @@ def speaker_or_group(speaker: str | None, where: str | None) -> tuple[str, str]:
     return ("speaker", speaker) if speaker is not None else parse_where(where or "")
 
 
-def _config(config: Config, corpus: str, store_url: str, endpoint_url: str | None, quiet: bool) -> Config:
+def _config(config: Config, corpus: str, store_url: str, endpoint_url: str | None) -> Config:
     """The configuration with the corpus and places of this command."""
     changes = {
         "corpus": config.corpus.model_copy(update={"path": corpus}),
         "store": store_url,
         "endpoint_url": endpoint_url,
-        "runtime": config.runtime.model_copy(update={"quiet": quiet or config.runtime.quiet}),
     }
     return config.model_copy(update=changes)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -59,6 +61,29 @@ added_options = (
 )
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a model is opened: the values of `opening_options`, as typed."""
+
+    base: str | None
+    language: str | None
+    task: str | None
+    settings: tuple[str, ...]
+    device: str
+    quiet: bool
+
+
+def with_opening(function: Callable[..., None]) -> Callable[..., None]:
+    """A decorator that adds `opening_options`, whose values the command gets as `opening`."""
+
+    @with_options(opening_options)
+    @wraps(function)
+    def command(**given: Any) -> None:
+        function(opening=Opening(**{field.name: given.pop(field.name) for field in fields(Opening)}), **given)
+
+    return command
+
+
 def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[F], F]:
     """A decorator that adds click options, in their order."""
 
@@ -73,11 +98,11 @@ def with_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[F], F]:
 with_store = with_options(store_options)
 
 
-def decoding_config(model: str, store: Store, settings: Sequence[str], device: str) -> Config:
-    """How to decode: as the run did whose model it is, else by the defaults; `--set` over both.
+def decoding_config(model: str, store: Store, opening: Opening, *settings: str) -> Config:
+    """How to decode: as the run did whose model it is, else by the defaults; `--set` and `--device` over both.
 
     Args:
-        device: of `--device`; `auto` leaves it to the settings.
+        settings: settings of other options, as of `--set`.
 
     Raises:
         ConfigError: a setting that does not validate.
@@ -86,45 +111,38 @@ def decoding_config(model: str, store: Store, settings: Sequence[str], device: s
     stored_run = find_run(model, store)
     known: Mapping[str, Any] = stored_run[1]["config"] if stored_run else {}
     tree: dict[str, Any] = {name: known[name] for name in ("decode", "precision", "seed") if name in known}
-    for text in settings:
+    for text in (*opening.settings, *settings):
         path, value = parse_setting(text)
         if path.partition(".")[0] not in ("decode", "audio", "runtime", "precision", "seed"):
             raise UsageError(f"--set {text}: only decode, audio, runtime, precision and seed can be set here")
         merge(tree, nest(path, value))
-    if device != "auto":
-        merge(tree, nest("runtime.device", device))
+    if opening.device != "auto":
+        merge(tree, nest("runtime.device", opening.device))
+    if opening.quiet:
+        merge(tree, nest("runtime.quiet", True))
     return validate(tree)
 
 
 def open_as_told(
-    model: str,
-    store: Store,
-    config: Config,
-    settings: Sequence[str],
-    *,
-    base: str | None,
-    language: str | None,
-    task: str | None,
-    endpoint_url: str | None,
+    model: str, store: Store, config: Config, opening: Opening, *, endpoint_url: str | None
 ) -> OpenedModel:
-    """Opens a model by these options and a `decoding_config`; see `common.inference.load_model.open_model`.
+    """Opens a model by a `decoding_config`; see `common.inference.load_model.open_model`.
 
-    Args:
-        settings: those of `--set`: an audio context that is among them is used instead of the model's own.
+    An audio context among the settings of `--set` is used instead of the model's own.
     """
     from common.inference.load_model import open_model
     from stages.local_runner import cache_folder
 
-    given = {parse_setting(text)[0] for text in settings}
+    given = {parse_setting(text)[0] for text in opening.settings}
     return open_model(
         model,
         store=store,
         cache=cache_folder(),
-        base=base,
+        base=opening.base,
         device=config.runtime.device,
         precision=config.precision,
-        language=language,
-        task=task,
+        language=opening.language,
+        task=opening.task,
         context=config.audio.context if "audio.context" in given else None,
         margin=config.audio.margin if "audio.margin" in given else None,
         endpoint_url=endpoint_url,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.shared import added_options, decoding_config, open_as_told, opening_options, with_options, with_store
+from cli.shared import Opening, added_options, decoding_config, open_as_told, with_opening, with_options, with_store
 from common.errors import DataError, UsageError
 from common.escape import escaped
 
@@ -72,18 +72,15 @@ GROUP_SECONDS = 1800  # of audio that is held in memory at once; a longer file i
     type=click.Path(path_type=Path),
     help="Choose experts by a few utterances with text: a corpus, or recordings, each with a .txt of the same name.",
 )
-@with_options(opening_options)
+@with_opening
 def transcribe(
     files: Sequence[Path],
     model: str,
     kind: str,
     out: Path | None,
     overwrite: bool,
-    base: str | None,
     store_url: str,
     endpoint_url: str | None,
-    language: str | None,
-    task: str | None,
     num_beams: int | None,
     window: float | None,
     fall_back: bool,
@@ -92,9 +89,7 @@ def transcribe(
     speaker: str | None,
     expert: str | None,
     enrol: Path | None,
-    settings: Sequence[str],
-    device: str,
-    quiet: bool,
+    opening: Opening,
 ) -> None:
     """Transcribe recordings of any length and format, with any sample rate and number of channels.
 
@@ -127,19 +122,10 @@ def transcribe(
     readable = check_inputs(recordings, faults)
     store = open_store(store_url, endpoint_url=endpoint_url)
     beams = [f"decode.num_beams={num_beams}"] if num_beams else []
-    config = decoding_config(model, store, [*settings, *beams], device)
-    set_by_user = any(text.startswith("decode.temperatures=") for text in settings)
+    config = decoding_config(model, store, opening, *beams)
+    set_by_user = any(text.startswith("decode.temperatures=") for text in opening.settings)
     decoding = decoding_of(decoding_options(config), fall_back=fall_back and not set_by_user, no_speech=no_speech)
-    opened = open_as_told(
-        model,
-        store,
-        config,
-        settings,
-        base=base,
-        language=language,
-        task=task,
-        endpoint_url=endpoint_url,
-    )
+    opened = open_as_told(model, store, config, opening, endpoint_url=endpoint_url)
     opened = with_added(opened, speaker=speaker, expert=expert)
     if enrol is not None:
         from stages.extend.choose import chosen_by
@@ -147,7 +133,7 @@ def transcribe(
         opened = chosen_by(opened, enrol)
     warn_without_group(opened)
     table: list[dict[str, str]] = []
-    bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=quiet)
+    bar = progress(round(total_seconds(readable), 1), "transcribe", unit="s", hidden=config.runtime.quiet)
     written = 0
     for group in load_groups(readable, faults, GROUP_SECONDS):
         audios = [loaded.samples for loaded in group]

@@ -24,7 +24,6 @@ MONEY = PanelRow(
             (Query(f"sum({GPU_HOURS})", "GPU hours"),),
             kind="stat",
             width=6,
-            height=5,
             extra={"decimals": 1},
         ),
         Panel(
@@ -34,7 +33,6 @@ MONEY = PanelRow(
             (Query(f"sum({GPU_HOURS}) * $gpu_hour_price", "cost"),),
             kind="stat",
             width=6,
-            height=5,
             extra={"decimals": 2},
         ),
         Panel(
@@ -44,7 +42,6 @@ MONEY = PanelRow(
             (Query(f"sum({IDLE_MINUTES})", "idle"),),
             kind="stat",
             width=6,
-            height=5,
             extra={
                 "decimals": 0,
                 "thresholds": {
@@ -60,7 +57,6 @@ MONEY = PanelRow(
             (Query(f"sum({IDLE_MINUTES}) / 60 * $gpu_hour_price", "idle cost"),),
             kind="stat",
             width=6,
-            height=5,
             extra={"decimals": 2},
         ),
         Panel(
@@ -69,6 +65,7 @@ MONEY = PanelRow(
             "m",
             (Query(f"sum by (workflow, stage, shard) ({IDLE_MINUTES})", "{{workflow}} {{stage}} {{shard}}"),),
             kind="bargauge",
+            width=12,
         ),
         Panel(
             "Cost by workflow and stage",
@@ -82,6 +79,7 @@ MONEY = PanelRow(
             ),
             kind="bargauge",
             extra={"decimals": 2},
+            width=12,
         ),
     ),
 )
@@ -95,6 +93,7 @@ ACTIVITY = PanelRow(
             "percentunit",
             (Query(chosen("engine_active:ratio"), SERIES),),
             extra={"min": 0, "max": 1},
+            width=12,
         ),
         Panel(
             "Waiting for data beside GPU activity",
@@ -106,13 +105,13 @@ ACTIVITY = PanelRow(
                 Query(f"avg by (workflow, stage, shard) ({chosen('busy:ratio')})", "{{stage}} {{shard}} GPU busy"),
             ),
             extra={"min": 0, "max": 1},
+            width=12,
         ),
         Panel(
             "Tensor cores",
             "Share of time in which the tensor pipe was busy: low beside a busy engine means fp32 or small matrices.",
             "percentunit",
             (Query(chosen("tensor_active:ratio"), SERIES),),
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -120,7 +119,6 @@ ACTIVITY = PanelRow(
             "Share of time in which the GPU's memory was read or written.",
             "percentunit",
             (Query(chosen("dram_active:ratio"), SERIES),),
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -134,7 +132,6 @@ ACTIVITY = PanelRow(
                     "{{workflow}} {{stage}}",
                 ),
             ),
-            width=8,
         ),
     ),
 )
@@ -147,7 +144,6 @@ HARDWARE = PanelRow(
             "GPU memory in use, all processes.",
             "bytes",
             (Query(chosen("memory_used:bytes"), SERIES),),
-            width=8,
         ),
         Panel(
             "Memory of the processes",
@@ -159,15 +155,13 @@ HARDWARE = PanelRow(
                     "{{workflow}} {{pod}} {{device}} {{kind}}",
                 ),
             ),
-            width=8,
         ),
-        Panel("Power", "Power draw of each GPU.", "watt", (Query(chosen("power:watts"), SERIES),), width=8),
+        Panel("Power", "Power draw of each GPU.", "watt", (Query(chosen("power:watts"), SERIES),)),
         Panel(
             "Xid errors",
             "Number of the last error that the driver reported; 0 is none.",
             "short",
             (Query(chosen("xid:code"), SERIES),),
-            width=8,
             extra={"decimals": 0},
         ),
         Panel(
@@ -175,7 +169,6 @@ HARDWARE = PanelRow(
             "GPUs that pods of the chosen workflows hold, by model.",
             "short",
             (Query(f"count by (workflow, modelName) ({chosen('busy:ratio')})", "{{workflow}} {{modelName}}"),),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
@@ -183,7 +176,6 @@ HARDWARE = PanelRow(
             "GPU memory that a larger batch could use.",
             "bytes",
             (Query(chosen("memory_free:bytes"), SERIES),),
-            width=8,
         ),
     ),
 )

@@ -29,9 +29,13 @@ class Panel:
     unit: str
     queries: tuple[Query, ...]
     kind: Kind = "timeseries"
-    width: int = 12
-    height: int = 8
+    width: int = 8
     extra: dict[str, Any] = field(default_factory=dict)  # of fieldConfig.defaults: min, max, decimals, thresholds
+
+    @property
+    def height(self) -> int:
+        """Rows of the grid."""
+        return 5 if self.kind == "stat" else 8
 
 
 @dataclass(frozen=True, slots=True)

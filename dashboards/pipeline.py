@@ -21,7 +21,7 @@ RUNS = PanelRow(
             "short",
             (Query("sum by (phase) (argo_workflows_gauge)", "{{phase}}"),),
             kind="stat",
-            height=5,
+            width=12,
         ),
         Panel(
             "Workflows that ended",
@@ -30,7 +30,6 @@ RUNS = PanelRow(
             (Query(f"sum by (phase) ({controller('argo_workflows_total_count', ENDED)})", "{{phase}}"),),
             kind="stat",
             width=6,
-            height=5,
         ),
         Panel(
             "Alerts firing",
@@ -39,7 +38,6 @@ RUNS = PanelRow(
             (Query(f'{FIRING} or label_replace(vector(0), "alertname", "none", "", "")', "{{alertname}}"),),
             kind="stat",
             width=6,
-            height=5,
         ),
     ),
 )
@@ -52,7 +50,6 @@ STAGES = PanelRow(
             "Stages and shards at work now, by workflow.",
             "short",
             (Query(f"sum by (workflow, stage) ({gauge(telemetry.RUNNING)})", "{{workflow}} {{stage}}"),),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
@@ -60,7 +57,6 @@ STAGES = PanelRow(
             "Share of the stage's units (optimiser steps; utterances of extract) that is done.",
             "percentunit",
             (Query(gauge("moe_asr:progress:ratio"), "{{workflow}} {{stage}} {{shard}}"),),
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -73,7 +69,6 @@ STAGES = PanelRow(
                     "{{workflow}} {{stage}} {{shard}}",
                 ),
             ),
-            width=8,
             extra={"min": 0},
         ),
         Panel(
@@ -86,14 +81,12 @@ STAGES = PanelRow(
                     "{{workflow}} {{stage}} {{shard}}",
                 ),
             ),
-            width=8,
         ),
         Panel(
             "Plan",
             "Tasks of the newest plan: done ones are skipped, `stale` ones are recomputed as an input changed.",
             "short",
             (Query(by_workflow(f'{telemetry.PLAN_TASKS}{{namespace=~"$namespace"}}'), "{{workflow}} {{status}}"),),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
@@ -103,7 +96,6 @@ STAGES = PanelRow(
             "short",
             (Query(TASKS, "{{stage}} {{result}}"),),
             kind="bargauge",
-            width=8,
         ),
     ),
 )
@@ -116,14 +108,12 @@ PODS = PanelRow(
             "Pods of the workflows, by phase.",
             "short",
             (Query(f"sum by (workflow, phase) ({PHASES}) > 0", "{{workflow}} {{phase}}"),),
-            width=8,
         ),
         Panel(
             "Failed pods",
             "Pods that failed and are still there; each but the last of a task was retried.",
             "short",
             (Query(f"sum by (workflow) ({FAILED})", "{{workflow}}"),),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
@@ -131,7 +121,6 @@ PODS = PanelRow(
             "Pods that Argo started again after their node was lost, before their container ran.",
             "short",
             (Query(f"sum by (reason) ({controller('argo_workflows_pod_restarts_total')})", "{{reason}}"),),
-            width=8,
             extra={"min": 0},
         ),
         Panel(
@@ -139,7 +128,6 @@ PODS = PanelRow(
             "Pods that began to wait for a node, an image or a volume, in the chosen time.",
             "short",
             (Query(f"sum by (reason) ({controller('argo_workflows_pod_pending_count')})", "{{reason}}"),),
-            width=8,
         ),
         Panel(
             "Controller",
@@ -149,7 +137,6 @@ PODS = PanelRow(
                 Query("sum by (queue_name) (argo_workflows_queue_depth_gauge)", "{{queue_name}}"),
                 Query(f"sum by (cause) (increase(argo_workflows_error_count[{RATE}]))", "error: {{cause}}"),
             ),
-            width=8,
         ),
         Panel(
             "Versions",
@@ -157,7 +144,6 @@ PODS = PanelRow(
             "short",
             (Query(by_workflow(f'{telemetry.BUILD_INFO}{{namespace=~"$namespace"}}')),),
             kind="table",
-            width=8,
         ),
     ),
 )
@@ -170,14 +156,12 @@ STORE = PanelRow(
             "Seconds per second that stages spend in the store, by operation.",
             "s",
             (Query(f"sum by (operation) ({rate(telemetry.STORE_SECONDS)})", "{{operation}}"),),
-            width=8,
         ),
         Panel(
             "Store, throughput",
             "Bytes per second to and from the store, by operation.",
             "Bps",
             (Query(f"sum by (operation) ({rate(telemetry.STORE_BYTES)})", "{{operation}}"),),
-            width=8,
         ),
         Panel(
             "Store and checkpoint errors",
@@ -193,7 +177,6 @@ STORE = PanelRow(
                     "checkpoint of {{stage}}",
                 ),
             ),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
         Panel(
@@ -207,7 +190,6 @@ STORE = PanelRow(
                     "{{stage}} {{shard}}",
                 ),
             ),
-            width=8,
         ),
     ),
 )

@@ -29,6 +29,7 @@ LOSSES = PanelRow(
             "Loss per token, in training and on dev; dev alone tells whether it learns something general.",
             "short",
             (Query(gauge(telemetry.LOSS), f"{SERIES} {{{{split}}}}"),),
+            width=12,
         ),
         Panel(
             "Gradient norm",
@@ -55,7 +56,6 @@ ERRORS = PanelRow(
             "Word error rate on the dev subset that selects checkpoints, after each full evaluation.",
             "percentunit",
             error_rates(telemetry.WER, "dev"),
-            width=8,
             extra={"min": 0},
         ),
         Panel(
@@ -64,7 +64,6 @@ ERRORS = PanelRow(
             "percentunit",
             error_rates(telemetry.WER, "test"),
             kind="bargauge",
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -73,7 +72,6 @@ ERRORS = PanelRow(
             "percentunit",
             error_rates(telemetry.CER, "test"),
             kind="bargauge",
-            width=8,
             extra={"min": 0, "max": 1},
         ),
     ),
@@ -88,6 +86,7 @@ EXPERTS = PanelRow(
             "percentunit",
             (Query(gauge(telemetry.LOAD), "{{workflow}} expert {{expert}}"),),
             extra={"min": 0, "max": 1},
+            width=12,
         ),
         Panel(
             "Router entropy",
@@ -115,28 +114,24 @@ PACE = PanelRow(
             "Seconds of speech that went through the model per second.",
             "short",
             (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.AUDIO)})", SERIES),),
-            width=8,
         ),
         Panel(
             "Utterances per second",
             "Utterances that went through the model per second.",
             "short",
             (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.SAMPLES)})", SERIES),),
-            width=8,
         ),
         Panel(
             "Tokens per second",
             "Target tokens that carried loss, per second.",
             "short",
             (Query(f"sum by ({BY_STAGE}) ({rate(telemetry.TOKENS)})", SERIES),),
-            width=8,
         ),
         Panel(
             "Step time",
             "Median and 95th percentile of an optimiser step, waiting for data included.",
             "s",
             (quantile(0.5), quantile(0.95)),
-            width=8,
         ),
         Panel(
             "Padding",
@@ -149,7 +144,6 @@ PACE = PanelRow(
                     SERIES,
                 ),
             ),
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -157,7 +151,6 @@ PACE = PanelRow(
             "Share of the step time in which the loop waited for the loader.",
             "percentunit",
             (Query(gauge("moe_asr:data_wait:ratio5m"), SERIES),),
-            width=8,
             extra={"min": 0, "max": 1},
         ),
         Panel(
@@ -165,7 +158,6 @@ PACE = PanelRow(
             "Steps whose gradient was not finite; the weights were not touched.",
             "short",
             (Query(gauge(telemetry.NONFINITE), SERIES),),
-            width=8,
             extra={"min": 0, "decimals": 0},
         ),
     ),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import Config
 from common.data.augment import Augmentation
@@ -29,6 +29,13 @@ def decoding_options(config: Config) -> Decoding:
 def augmentation(config: Config) -> Augmentation:
     """The configured augmentation of training audio."""
     return Augmentation(**config.augment.model_dump())
+
+
+def mixture_options(config: Config) -> dict[str, Any]:
+    """The configured rank, scale and layers of experts, for `add_mixture`."""
+    lora = config.lora
+    options = {name: getattr(lora, name) for name in ("targets", "rank", "alpha", "dropout", "magnitude")}
+    return options | {"within": lora_scope(lora.modules)}
 
 
 def speech_examples(

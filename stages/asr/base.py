@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from common.config import Config
 from common.data.corpus import Utterance
 from common.errors import DataError
-from common.json_files import read_rows
+from common.json_files import read_rows, write_rows
 from common.pipeline.shared_results import SharedResults
 from common.storage.artifacts import Key, make_key
 
@@ -64,8 +64,7 @@ def base_transcripts(
 
 
 def _write(folder: Path, utterances: Sequence[Utterance], texts: Mapping[str, str]) -> None:
-    rows = (json.dumps({"id": u.id, "text": texts[u.id]}, ensure_ascii=False) for u in utterances)
-    (folder / FILE).write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    write_rows(folder / FILE, ({"id": u.id, "text": texts[u.id]} for u in utterances))
 
 
 def _read(folder: Path | None, utterances: Sequence[Utterance]) -> dict[str, str] | None:

@@ -18,7 +18,7 @@ from common.model.mixture import add_mixture, mixture_layers
 from common.model.recogniser import Recogniser, RouterOptions
 from common.model.whisper import load_whisper
 from common.training.parameter_groups import adapter_groups
-from stages.settings import augmentation, lora_scope
+from stages.settings import augmentation, lora_scope, mixture_options
 
 
 def build(
@@ -51,17 +51,7 @@ def build(
         return _build_adalora(config, whisper)
     count = len(groups) or len(experts) or (load_gate(gate[0]).num_experts if gate else config.num_experts or 1)
     routed, shared_rank = experts_and_shared_rank(config, count, routed=count > 1 or bool(groups))
-    slot = add_mixture(
-        whisper,
-        targets=config.lora.targets,
-        num_experts=routed,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        shared_rank=shared_rank,
-        dropout=config.lora.dropout,
-        magnitude=config.lora.magnitude,
-        within=lora_scope(config.lora.modules),
-    )
+    slot = add_mixture(whisper, num_experts=routed, shared_rank=shared_rank, **mixture_options(config))
     if not routed and not options.shared_expert:
         shared = experts
     for number, folder in enumerate(experts if routed else ()):

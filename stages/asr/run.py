@@ -1,6 +1,5 @@
 """Joint training of all experts and the gate (or of one adapter, or of all weights), then the held-out error rates."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from common.evaluation.score import (
     summarise,
 )
 from common.evaluation.wer import cer, wer
-from common.json_files import write_rows
+from common.json_files import write_object, write_rows
 from common.model import adalora
 from common.model.bundle import save_recogniser
 from common.model.recogniser import Recogniser
@@ -152,7 +151,7 @@ def _finish(
         info = describe(config, recogniser, digest, groups=joint.router.groups, seconds=round(usual, 2))
         save_recogniser(recogniser, info, output)
         if ranks:
-            _write_json(output / "ranks.json", ranks)
+            write_object(output / "ranks.json", ranks)
     with joint.context.metrics.live.marked(telemetry.EVALUATING):
         _evaluate(joint, model, result, judged, output)
 
@@ -289,10 +288,10 @@ def _evaluate(joint: Joint, model: Path, result: TrainResult, judged: list[dict[
         "experts_judged": judged,
     }
     context.metrics.live.error_rates(summary, split="test")
-    _write_json(output / "summary.json", summary)
-    _write_json(output / "rates.json", rates)
-    _write_json(output / "report.json", report)
-    _write_json(output / "throughput.json", result.throughput)
+    write_object(output / "summary.json", summary)
+    write_object(output / "rates.json", rates)
+    write_object(output / "report.json", report)
+    write_object(output / "throughput.json", result.throughput)
     write_rows(output / "predictions.jsonl", rows)
     if config.runtime.plots:
         from common.report.plots import plot_asr
@@ -367,11 +366,3 @@ def _routing(joint: Joint) -> tuple[dict[str, tuple[list[int], list[float]]], di
         "abstained": report.abstained,
         "collapsed": report.collapsed,
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)

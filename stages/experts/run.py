@@ -28,7 +28,7 @@ from common.training.parameter_groups import adapter_groups
 from common.training.speech import mean_loss
 from common.training.train import make_accelerator, train
 from stages.inputs import evaluation_subset, training_subset
-from stages.settings import augmentation, epoch_planner, lora_scope, speech_examples, train_options
+from stages.settings import augmentation, epoch_planner, mixture_options, speech_examples, train_options
 
 
 def run(
@@ -161,17 +161,7 @@ def new_adapter(config: Config, model: Path, *, routed: int, shared_rank: int, s
     """The base model with a new routed expert (`routed` 1), a new shared one (`shared_rank` above 0), or both."""
     torch.manual_seed(seed)
     whisper = load_whisper(model)
-    slot = add_mixture(
-        whisper,
-        targets=config.lora.targets,
-        num_experts=routed,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        shared_rank=shared_rank,
-        dropout=config.lora.dropout,
-        magnitude=config.lora.magnitude,
-        within=lora_scope(config.lora.modules),
-    )
+    slot = add_mixture(whisper, num_experts=routed, shared_rank=shared_rank, **mixture_options(config))
     return Recogniser(whisper, slot=slot, augmentation=augmentation(config))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from common.config import Config
 from common.data.corpus import Corpus, Utterance
 from common.errors import DataError
 from common.evaluation.gate_report import gate_report, new_speakers_report
-from common.json_files import Row, read_rows, write_object
+from common.json_files import Row, read_rows, write_object, write_rows
 from common.model.bundle import save_gate
 from common.model.gate import Gate
 from common.pipeline.stage import Context
@@ -219,8 +218,8 @@ def _held_out_speakers(groups: Groups, vectors_ND: np.ndarray, target: str, seed
 
 def _write(gate: Gate, groups: Groups, report: dict[str, Any], output: Path, *, plots: bool) -> None:
     save_gate(gate, output)
-    rows = ({"id": u.id, "group": n} for u, n in zip(groups.utterances, groups.numbers, strict=True))
-    (output / ASSIGNMENTS).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = zip(groups.utterances, groups.numbers, strict=True)
+    write_rows(output / ASSIGNMENTS, ({"id": u.id, "group": number} for u, number in rows))
     write_object(output / "report.json", report)
     if plots:
         from common.report.plots import plot_gating
