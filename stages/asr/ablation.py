@@ -85,7 +85,7 @@ def _gain(losses: list[tuple[str, float, int, float]]) -> dict[str, Any]:
     draws_RS = np.random.default_rng(0).integers(len(speakers), size=(RESAMPLES, len(speakers)))
     drawn_R3 = sums_S3[draws_RS].sum(1)
     gains_R = (drawn_R3[:, 2] - drawn_R3[:, 0]) / drawn_R3[:, 1]
-    loss, tokens, without = sums_S3.sum(0)
+    loss, tokens, without = sums_S3.sum(0).tolist()
     return {
         "utterances": len(losses),
         "loss": loss / tokens,
