@@ -227,7 +227,8 @@ def measure_group(arguments: argparse.Namespace) -> None:
     before = wer(scores_of(open_fresh(arguments), others, old))
     for count in arguments.utterances:
         enrolment = random.Random(arguments.seed).sample(pool, count)
-        of = {"model": arguments.model_name, "new": value, "utterances": count, "seed": arguments.seed}
+        name = f"{value} alone" if arguments.held_out else value  # tested on utterances of another corpus
+        of = {"model": arguments.model_name, "new": name, "utterances": count, "seed": arguments.seed}
         sides = Sides(arguments, of, new, enrolment, others, tested_in, tested, old, before)
         sides.measure_frozen()
         sides.measure_tuned()

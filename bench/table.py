@@ -102,15 +102,15 @@ def _regime(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def extension_rows(results: Path = RESULTS / "extend.json") -> list[str]:
-    """WER of a new group by method and number of utterances, with the difference from tuning all adapter weights."""
-    rows = [row for row in _summary(results) if row["utterances"]]
+def extension_rows(new: str, results: Path = RESULTS / "extend.json") -> list[str]:
+    """WER of new speech by method and number of utterances, with the difference from tuning all adapter weights."""
+    rows = [row for row in _summary(results) if row["new"] == new]
     counts, seeds = sorted({row["utterances"] for row in rows}), {row["rows"] for row in rows}
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
         cells.setdefault(row["way"], {})[row["utterances"]] = _with_difference(row)
     lines = [(WAYS[way], *(cells[way].get(count, "") for count in counts)) for way in WAYS if way in cells]
-    return _table((f"method, {'/'.join(map(str, sorted(seeds)))} seeds", *map(str, counts)), lines)
+    return _table((f"method, seeds: {'/'.join(map(str, sorted(seeds)))}", *(f"{count:,}" for count in counts)), lines)
 
 
 def extension_costs(utterances: int = 36, results: Path = RESULTS / "extend.json") -> list[str]:

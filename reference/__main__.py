@@ -29,7 +29,8 @@ def generated() -> dict[Path, str]:
         Path("docs/monitoring.md"): {"metrics": tables.metric_rows(), "alerts": tables.alert_rows()},
         Path("docs/performance.md"): {"bench": full_table(), "options": options_table()},
         Path("docs/extending.md"): {
-            "methods": extension_rows(),
+            "methods": extension_rows("island"),
+            "hours": extension_rows("island-000 alone"),
             "costs": extension_costs(),
             "persons": person_rows(),
             "groups": group_rows(),

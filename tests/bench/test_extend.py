@@ -59,7 +59,7 @@ def test_a_person_s_own_utterances_are_held_out(tmp_path, micro_model, tones):
     extend.main([*words, "--cache", str(tmp_path), "--out", str(out)])
     results = json.loads(out.read_text(encoding="utf-8"))
     assert [side["way"] for side in results["sides"]] == ["as it is", "full"]
-    assert {*results["tested"][speaker]["ids"]} < own
+    assert {*results["tested"][f"{speaker} alone"]["ids"]} < own
     weights = sum(p.numel() for p in load_whisper(micro_model).parameters())
     assert results["sides"][1]["bytes"] == 4 * weights
 
@@ -101,7 +101,7 @@ def test_tables_name_every_method_and_number_of_utterances(tmp_path):
     groups = [{"model": "m", "utterances": count, "right": right} for count, right in ((5, 57), (5, 58), (10, 59))]
     (tmp_path / "r.json").write_text(json.dumps({"summary": summary, "groups": groups}))
     path = tmp_path / "r.json"
-    assert extension_rows(path)[2:] == [
+    assert extension_rows("x", path)[2:] == [
         "| `expert` | 25.0; −1.2 (−3.0 to +0.1) |  |",
         "| all adapter weights tuned, 3e-4 |  | 20.0 |",
     ]
