@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -61,6 +62,7 @@ DECODING = Decoding(batch_size=8, max_new_tokens=60)
 TUNE_RATE, REPLAY = 3e-4, 3  # of all adapter weights; old utterances for each new one
 FRESH_RATE, FRESH_RANK, FULL_RATE = 1e-3, 48, 1e-4  # of models that start from Whisper
 TUNED = ("tuned", "replay", "fresh", "full")  # sides that change weights
+W = TypeVar("W", bound=str)
 
 
 def open_fresh(arguments: argparse.Namespace) -> OpenedModel:
@@ -167,7 +169,7 @@ class Sides:
         tested = tested_utterances(scores, speakers=[u.speaker for u in self.tested])
         add_side(self.arguments.out, row | {"errors": word_errors(scores)}, tested)
 
-    def missing(self, ways: Sequence[str]) -> list[str]:
+    def missing(self, ways: Sequence[W]) -> list[W]:
         """The wanted ways that are not measured yet."""
         sides = read_results(self.arguments.out, EMPTY)["sides"]
         there = {row["way"] for row in sides if self.of.items() <= row.items()}
@@ -179,9 +181,7 @@ class Sides:
         if self.missing(["as it is"]):
             self.write("as it is", scores_of(opened, self.tested_in, self.tested), self.old_before, 0.0, 0)
         data = enrolment_of(opened, self.corpus, self.enrolment, self.arguments.seed)
-        for way in ways_for(opened.recogniser):
-            if not self.missing([way]):
-                continue
+        for way in self.missing(ways_for(opened.recogniser)):
             started = time.monotonic()
             terms = fit(data, way, data.all(), Candidates(data), way)
             seconds = time.monotonic() - started

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cli.extend import METHODS
 from cli.main import cli
 from common.data.corpus import read_corpus, write_index
 from common.data.importers.tables import import_table
@@ -34,6 +35,7 @@ from common.model.mixture import AddedTerm, add_mixture, mixture_layers
 from common.model.recogniser import Recogniser
 from common.model.whisper import load_whisper
 from common.pipeline.runs import read_record
+from common.report.extension import WAYS as DESCRIBED
 from common.report.extension import confusions
 from common.storage import open_store
 from common.storage.artifacts import commit, make_key, new_attempt
@@ -604,6 +606,10 @@ def test_the_simplest_way_within_a_standard_error_of_the_best_is_taken():
     assert simplest_good(before, {"gates": gates, "expert": expert}, names) == "gates"
     assert simplest_good(before, {"gates": Trial([], before - 0.1), "expert": expert}, names) == "expert"
     assert simplest_good(before, {"gates": Trial([], before + 0.1)}, names) == "none"
+
+
+def test_the_command_and_the_report_know_every_method():
+    assert ["auto", *WAYS] == list(METHODS) and tuple(DESCRIBED) == ("none", *WAYS)
 
 
 def test_methods_that_another_one_replaces_are_not_compared():

@@ -112,8 +112,8 @@ def test_each_plan_adds_the_tasks_that_it_knows_to_the_record(store, tmp_path, m
     plan_stage("")
     first = read_record(store, "micro")
     run = Run(config)
-    for planned in run.plan().planned:  # extract, cluster and gating
-        run_one(run, planned, stopping=lambda: False)
+    for known in run.plan().planned:  # extract, cluster and gating
+        run_one(run, known, stopping=lambda: False)
     plan_stage("experts")
     then = read_record(store, "micro")
     assert not any(label.startswith("experts") for label in first["tasks"])
